@@ -1,0 +1,40 @@
+// Scalar maths shared by host and device code: one overload set, so that the formulas of features.h and mlp.h can be
+// written once for `float` (CUDA thread, plain CPU) and for SIMD vectors (simd.h adds the overloads for `Vec`).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define LOPT_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define LOPT_HD inline __attribute__((always_inline))
+#else
+#define LOPT_HD inline
+#endif
+
+#if defined(__CUDACC__)
+#define LOPT_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__) && !defined(__clang__)
+#define LOPT_UNROLL _Pragma("GCC unroll 64")
+#elif defined(__clang__)
+#define LOPT_UNROLL _Pragma("unroll")
+#else
+#define LOPT_UNROLL
+#endif
+
+namespace lopt {
+
+LOPT_HD float log_of(float x) { return ::logf(x); }
+LOPT_HD float exp_of(float x) { return ::expf(x); }
+LOPT_HD float abs_of(float x) { return ::fabsf(x); }
+LOPT_HD float rsqrt_of(float x) { return 1.0f / ::sqrtf(x); }
+LOPT_HD float max_of(float x, float y) { return x < y ? y : x; }
+
+// NaN stays NaN: both comparisons are false.
+LOPT_HD float clamp_of(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
+
+// The gradient every formula sees: NaN counts as zero, +-Inf as the clip limit.
+LOPT_HD float clip_gradient(float grad, float limit) { return grad != grad ? 0.0f : clamp_of(grad, -limit, limit); }
+
+}  // namespace lopt
