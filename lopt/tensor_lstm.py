@@ -1,0 +1,308 @@
+"""Tensor-level state: per-tensor statistics and losses -> LSTM -> what the per-parameter MLP is conditioned on.
+
+Pure functions over T rows, one per parameter tensor. They are used by the reference and by the kernels' driver alike,
+stay on the device of their inputs, and never read a value back to the host. All of them can be vmapped.
+
+Source: arXiv:2009.11243, appendix C.2 to C.4, with the constants of the author's port.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.features import STATS
+from lopt.theta import ThetaSpec
+
+Weights = Mapping[str, Tensor]
+
+WAVES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
+LOG_TIME_SCALE = 8.0  # brings ln(steps) into the range of the other inputs
+SMALLEST_SCALE = 0.3  # of a tensor, relative to the mean of all matrices
+EMPTY_SCALE = 0.1  # when every parameter is zero
+MAX_LOG_STEP = 6.0  # bound of the learned log step multiplier
+
+
+class Globals(NamedTuple):
+    """State that all tensors share."""
+
+    step: Tensor  # [] number of updates so far
+    train_loss: Tensor  # [4] mean, var, updates, last loss given
+    valid_loss: Tensor  # [3] mean, var, updates
+    clip: Tensor  # [2] count (starts at 1), running root mean square of gradients
+    from_lstm: Tensor  # [from_lstm]
+
+
+class Rows(NamedTuple):
+    """State of each tensor."""
+
+    h: Tensor  # [T, lstm_width]
+    c: Tensor  # [T, lstm_width]
+    feedback: Tensor  # [T, from_mlp]
+    scale: Tensor  # [T] initial scale, 0 until the first step; only with step_control
+    updates: Tensor  # [T] how often the accumulators were updated
+
+
+class Conditioning(NamedTuple):
+    """What the per-parameter computation of one step needs to know about each tensor."""
+
+    scale: Tensor  # [T, columns]
+    shift: Tensor  # [T, columns]
+    constant: Tensor  # [T, num_constant] MLP inputs that are the same for all parameters of a tensor
+    multiplier: Tensor  # [T] step multiplier beside step_multiplier
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Facts about the tensors that never change, as tensors on the device."""
+
+    numel: Tensor  # [T]
+    log_dims: Tensor  # [T, 4] ln(dim) - 1 of the first four dimensions, padded with ones
+    is_scalar: Tensor  # [T] +1 for rank 0, else -1
+    is_matrix: Tensor  # [T] 1 for rank >= 2, else 0
+    any_matrix: bool
+    decays: Tensor  # [num_mom + num_rms]
+
+    @classmethod
+    def of(cls, spec: ThetaSpec, shapes: Sequence[Sequence[int]], like: Tensor) -> "Shapes":
+        """Facts about tensors of these shapes, in dtype and on device of ``like``."""
+        dims = [([*shape[:4]] + [1] * 4)[:4] for shape in shapes]
+        return cls(
+            numel=like.new_tensor([float(math.prod(shape)) for shape in shapes]),
+            log_dims=torch.log(like.new_tensor(dims)) - 1.0,
+            is_scalar=like.new_tensor([1.0 if len(shape) == 0 else -1.0 for shape in shapes]),
+            is_matrix=like.new_tensor([float(len(shape) >= 2) for shape in shapes]),
+            any_matrix=any(len(shape) >= 2 for shape in shapes),
+            decays=round_decays(spec.mom_decays + spec.rms_decays, like),
+        )
+
+
+def round_decays(decays: Sequence[float], like: Tensor) -> Tensor:
+    """Decays rounded to float32 in any dtype: ``1 - .9999`` differs by 2e-4 between float32 and float64 decays."""
+    return torch.tensor(decays, dtype=torch.float32, device=like.device).to(like.dtype)
+
+
+def init_globals(spec: ThetaSpec, weights: Weights) -> Globals:
+    """Global state before the first step."""
+    like = weights["initial_from_lstm"]
+    return Globals(
+        step=torch.zeros((), dtype=torch.int64, device=like.device),
+        train_loss=like.new_zeros(4),
+        valid_loss=like.new_zeros(3),
+        clip=like.new_tensor([1.0, 1.0 - spec.clip_decay]),
+        from_lstm=like.clone(),
+    )
+
+
+def init_rows(spec: ThetaSpec, weights: Weights, num_tensors: int) -> Rows:
+    """Row state of ``num_tensors`` new tensors."""
+    like = weights["initial_h"]
+    return Rows(
+        h=weights["initial_h"].expand(num_tensors, -1).clone(),
+        c=weights["initial_c"].expand(num_tensors, -1).clone(),
+        feedback=weights["initial_from_mlp"].expand(num_tensors, -1).clone(),
+        scale=like.new_zeros(num_tensors),
+        updates=like.new_zeros(num_tensors),
+    )
+
+
+def next_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
+    """``[mean, var, updates, ...]`` after one more loss; ``var`` uses the new, uncorrected mean."""
+    mean = decay * state[0] + (1.0 - decay) * loss
+    var = decay * state[1] + (1.0 - decay) * torch.square(mean - loss)
+    return torch.stack([mean, var, state[2] + 1.0, *state[3:]])
+
+
+def _correction(state: Tensor, decay: float) -> Tensor:
+    return 1.0 / (1.0 - torch.pow(state.new_full((), decay), state[2]) + 1e-8)
+
+
+def corrected_mean(state: Tensor, decay: float) -> Tensor:
+    """Bias-corrected mean of the losses, 0 before the first."""
+    return torch.where(state[2] > 0, state[0] * _correction(state, decay), torch.zeros_like(state[0]))
+
+
+def standardise_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
+    """``clip((loss - mean) / std, -5, 5)`` with bias-corrected mean and variance."""
+    correction = _correction(state, decay)
+    return torch.clamp((loss - state[0] * correction) * torch.rsqrt(state[1] * correction + 1e-8), -5.0, 5.0)
+
+
+def observe_train(spec: ThetaSpec, globals_: Globals, loss: Tensor | None) -> Globals:
+    """Global state after a training loss. None or a non-finite loss repeats the last one; before any, nothing changes."""
+    state = globals_.train_loss
+    last, seen = state[3], state[2] > 0
+    if loss is None:
+        current, usable = last, seen
+    else:
+        loss = loss.to(state)
+        given = torch.isfinite(loss)
+        current, usable = torch.where(given, loss, last), given | seen
+    updated = next_loss(torch.cat([state[:3], current[None]]), current, spec.train_loss_decay)
+    return globals_._replace(train_loss=torch.where(usable, updated, state))
+
+
+def observe_valid(spec: ThetaSpec, globals_: Globals, loss: Tensor) -> Globals:
+    """Global state after a validation update; a non-finite loss counts as none."""
+    state = globals_.valid_loss
+    given = torch.isfinite(loss.to(state))
+    safe = torch.where(given, loss.to(state), torch.zeros_like(state[0]))
+    updated = torch.where(given, next_loss(state, safe, spec.valid_loss_decay), state)
+    step = globals_.step + given.to(torch.int64) if spec.valid_advances_step else globals_.step
+    return globals_._replace(valid_loss=updated, step=step)
+
+
+def loss_inputs(spec: ThetaSpec, globals_: Globals) -> tuple[Tensor, Tensor]:
+    """Training and validation loss as LSTM inputs, both standardised by the training loss; 0 before any loss."""
+    train, seen = globals_.train_loss, globals_.train_loss[2] > 0
+    valid = corrected_mean(globals_.valid_loss, spec.valid_loss_decay)
+    zero = torch.zeros_like(valid)
+    return (
+        torch.where(seen, standardise_loss(train, train[3], spec.train_loss_decay), zero),
+        torch.where(seen, standardise_loss(train, valid, spec.train_loss_decay), zero),
+    )
+
+
+def clip_limit(spec: ThetaSpec, globals_: Globals) -> Tensor:
+    """Bound of every gradient element in this step, from the gradients of the steps before."""
+    count, value = globals_.clip
+    return value / (1.0 - torch.pow(value.new_full((), spec.clip_decay), count)) * spec.clip_multiplier
+
+
+def next_clip(spec: ThetaSpec, globals_: Globals, grad_square: Tensor) -> Globals:
+    """Clipper state after this step; ``grad_square`` ``[T]`` are the mean squares of the clipped gradients."""
+    count, value = globals_.clip
+    rms = torch.sqrt(1e-8 + grad_square.mean())
+    value = spec.clip_decay * value + (1.0 - spec.clip_decay) * rms
+    return globals_._replace(clip=torch.stack([count + 1.0, value]))
+
+
+def time_inputs(spec: ThetaSpec, step: Tensor, total_steps: Tensor, like: Tensor) -> Tensor:
+    """``[num_time]`` inputs from the step before its increment and the number of steps planned (0: unknown)."""
+    steps = step.to(like.dtype)
+    if spec.time_input == "sinusoid":
+        waves = torch.tensor(WAVES, dtype=torch.float32, device=like.device)
+        period = (waves * torch.tensor(math.pi, dtype=torch.float32)).to(like.dtype)
+        return torch.sin(steps / period)
+    inputs = [torch.log1p(torch.clamp(steps, max=spec.time_limit)) / LOG_TIME_SCALE]
+    if spec.horizon_input:
+        total = total_steps.to(like)
+        known = (total > 0).to(like.dtype)
+        done = known * torch.clamp(steps / torch.clamp(total, min=1.0), max=1.0)
+        log_total = torch.log1p(torch.clamp(total, max=spec.time_limit)) / LOG_TIME_SCALE
+        inputs += [known, done, torch.log(1.0 - 0.99 * done), log_total]
+    return torch.stack(inputs)
+
+
+def tensor_facts(spec: ThetaSpec, shapes: Shapes, param_norm: Tensor) -> Tensor:
+    """``[T, num_facts]``: the paper's ln(T) - 1, ln ||param||, ln numel; otherwise is_matrix and ln numel, scaled."""
+    num_tensors = shapes.numel.shape[0]
+    if spec.time_input == "sinusoid":
+        log_count = torch.full_like(param_norm, math.log(num_tensors) - 1.0)
+        return torch.stack([log_count, torch.log(param_norm + 1e-8), torch.log(shapes.numel)], dim=1)
+    return torch.stack([shapes.is_matrix, torch.log(shapes.numel) / LOG_TIME_SCALE], dim=1)
+
+
+def log_magnitude(x: Tensor) -> Tensor:
+    """``clip(ln(1e-8 + |x|), -5, 5)``."""
+    return torch.clamp(torch.log(1e-8 + torch.abs(x)), -5.0, 5.0)
+
+
+def lstm_inputs(
+    spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, shapes: Shapes, time: Tensor
+) -> Tensor:
+    """``[T, num_lstm_input]``: shared LSTM output, MLP feedback, 18 scalars of the tensor, and logarithmic time."""
+    num_tensors = stats.shape[0]
+    stat = dict(zip(STATS, stats.unbind(1)[: len(STATS)], strict=True))
+    train, valid = loss_inputs(spec, globals_)
+    scalars = [
+        log_magnitude(torch.sqrt(stat["grad_square"] * shapes.numel)),
+        shapes.is_scalar,
+        log_magnitude(stat["mom_mean"]),
+        torch.sign(stat["mom_mean"]),
+        log_magnitude(stat["rms_mean"]),
+        torch.sign(stat["rms_mean"]),
+        log_magnitude(stat["param_mean"]),
+        torch.sign(stat["param_mean"]),
+        log_magnitude(torch.sqrt(stat["param_square"] * shapes.numel)),
+        *shapes.log_dims.unbind(1),
+        train.expand(num_tensors),
+        valid.expand(num_tensors),
+        log_magnitude(stat["mom_var"]),
+        log_magnitude(stat["rms_var"]),
+        log_magnitude(stat["param_var"]),
+    ]
+    parts = [globals_.from_lstm.expand(num_tensors, -1), rows.feedback, torch.stack(scalars, dim=1)]
+    if spec.time_input == "log":
+        parts.append(time.expand(num_tensors, -1))
+    return torch.cat(parts, dim=1)
+
+
+def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """One LSTM step; gates in the order i, g, f, o, and 1 added to the forget gate."""
+    i, g, f, o = (torch.cat([x, h], dim=1) @ w + b).chunk(4, dim=1)
+    c = torch.sigmoid(f + 1.0) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def tensor_scale(rms: Tensor, shapes: Shapes, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """Initial and current scale ``[T]`` of every tensor, from the root mean square ``[T]`` of its parameters.
+
+    A matrix starts with its root mean square, at least .3 of the mean of all matrices; other tensors, often zeros or
+    ones at first, are kept between .3 and 1 of that mean. Later the scale follows the parameters within a factor of two.
+    """
+    mean = (rms * shapes.is_matrix).sum() / shapes.is_matrix.sum() if shapes.any_matrix else rms.mean()
+    mean = torch.where(mean > 0, mean, torch.full_like(mean, EMPTY_SCALE))
+    matrix = torch.maximum(rms, SMALLEST_SCALE * mean)
+    other = torch.minimum(matrix, mean)
+    start = torch.where(shapes.is_matrix > 0, matrix, other)
+    initial = torch.where(initial > 0, initial, start)
+    return initial, torch.minimum(torch.maximum(rms, 0.5 * initial), 2.0 * initial)
+
+
+def advance(
+    spec: ThetaSpec,
+    weights: Weights,
+    globals_: Globals,
+    rows: Rows,
+    stats: Tensor,
+    shapes: Shapes,
+    loss: Tensor | None,
+    total_steps: Tensor,
+) -> tuple[Globals, Rows, Conditioning, Tensor]:
+    """One step of everything at tensor level, between the two device operations.
+
+    Args:
+        stats: ``[T, S]`` from ``accumulate``.
+        loss: training loss ``[]``, or None.
+        total_steps: ``[]`` number of steps planned, 0 when unknown.
+
+    Returns:
+        New global state and rows (feedback not yet updated), the conditioning of ``apply``, and the LSTM's input.
+    """
+    rows = rows._replace(updates=rows.updates + 1.0)
+    globals_ = observe_train(spec, globals_, loss)
+    globals_ = next_clip(spec, globals_, stats[:, STATS.index("grad_square")])
+    time = time_inputs(spec, globals_.step, total_steps, stats)
+    x = lstm_inputs(spec, globals_, rows, stats, shapes, time)
+    h, c = lstm_cell(x, rows.h, rows.c, weights["lstm.w"], weights["lstm.b"])
+    rows = rows._replace(h=h, c=c)
+    from_lstm = (h @ weights["lstm_to_lstm.w"] + weights["lstm_to_lstm.b"]).mean(dim=0)
+    globals_ = globals_._replace(step=globals_.step + 1, from_lstm=from_lstm)
+
+    rms = torch.sqrt(stats[:, STATS.index("param_square")])
+    facts = torch.cat(
+        [time.expand(stats.shape[0], -1), tensor_facts(spec, shapes, rms * torch.sqrt(shapes.numel))], dim=1
+    )
+    constant = torch.cat([facts, h @ weights["lstm_to_mlp.w"] + weights["lstm_to_mlp.b"]], dim=1)
+    multiplier = torch.ones_like(rms)
+    if spec.step_control:
+        initial, scale = tensor_scale(rms, shapes, rows.scale)
+        rows = rows._replace(scale=initial)
+        log_step = torch.cat([h, facts], dim=1) @ weights["step.w"] + weights["step.b"]
+        multiplier = scale * torch.exp(torch.clamp(log_step, -MAX_LOG_STEP, MAX_LOG_STEP))
+    scale, shift = spec.features.column_map(stats, rows.updates, shapes.decays)
+    return globals_, rows, Conditioning(scale, shift, constant, multiplier), x
