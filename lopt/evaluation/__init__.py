@@ -1,0 +1,1 @@
+"""Evaluation: train models with any optimizer, record curves, compare. Every optimizer is treated alike."""

@@ -1,0 +1,1 @@
+"""Tasks: what an optimizer is trained on and judged by (data sets, models, losses)."""
