@@ -1,0 +1,68 @@
+# make demo | test | lint   each sets up what it needs, from nothing but Python and a C++ compiler.
+#
+# VENV    the environment to create and use; pinned versions, CPU torch where the index offers one   (.venv)
+# VENV=   (empty) use PYTHON's own environment and its torch as they are: nothing is downloaded or replaced
+# PYTHON  the Python to create VENV with, or, with VENV=, to use                                      (python3)
+# ARGS    passed on to the command, as in: make test ARGS='-k optimizer -x'
+VENV   ?= .venv
+PYTHON ?= python3
+ARGS   ?=
+
+ifeq ($(strip $(VENV)),)
+PY    = $(PYTHON)
+BIN   = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+READY = existing-environment
+else
+PY    = $(VENV)/bin/python
+BIN   = $(VENV)/bin
+READY = $(VENV)/.installed
+endif
+TORCH  = $(shell grep -E '^torch==' constraints.txt)
+TOOLS  = setuptools pybind11 cmake ninja
+SOURCES = $(wildcard csrc/*.cpp csrc/*.h cuda/*.cu cuda/*.cuh)
+
+.PHONY: help install demo test lint format sass asan clean existing-environment
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+
+# The extension is brought up to date each time: CMake and Ninja know what changed, and need half a second to say "nothing".
+install: $(READY)
+	$(PY) setup.py --quiet build_ext --inplace
+
+# torch first, under its pin: without one, pip takes the newest torch and gigabytes of CUDA packages with it.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lopt needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt $(TORCH) $(TOOLS)
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	touch $@
+
+existing-environment:
+	@$(PY) -c 'import torch' || { echo 'VENV= uses the environment of PYTHON=$(PYTHON), which has no torch: install it there, or leave VENV out.'; exit 1; }
+	@$(PY) -c 'import importlib.metadata as m; m.version("lopt")' 2>/dev/null || $(PY) -m pip install --no-build-isolation --no-deps -e .
+
+demo: install
+	$(BIN)/lopt train --out out/demo $(ARGS)
+
+test: install
+	$(PY) -m pytest $(ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+# A second build of the package beside the first one. torch leaks at exit by design, so only errors of access are reported.
+asan: $(READY)
+	LOPT_SANITIZE=address LOPT_CUDA=OFF $(PY) setup.py --quiet build --build-lib build/asan
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan $(BIN)/pytest -k sim $(ARGS)
+
+clean:
+	rm -rf build dist out *.egg-info lopt/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	find lopt python_tests -name __pycache__ -type d -prune -exec rm -rf {} +
