@@ -1,12 +1,156 @@
-// The pybind11 module lopt._C: names, arguments, docstrings; no logic.
+// The pybind11 module lopt._C: names, arguments, docstrings; no logic. Addresses, sizes and streams are integers, so the
+// module needs no torch to build and works with any.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu_dispatch.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace lopt {
+extern void set_sim_reverse_order(bool reverse);  // sim.cpp
+
+namespace {
+
+template <class T>
+T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void copy_decays(const std::vector<float>& from, float* to) {
+  if (from.size() > kMaxDecays) throw std::invalid_argument("decays: at most 8 are supported");
+  std::copy(from.begin(), from.end(), to);
+}
+
+void check_ran(bool ran, int feature_set, int width) {
+  if (!ran)
+    throw std::invalid_argument("no kernel is compiled for feature set " + std::to_string(feature_set) + " and width " +
+                                std::to_string(width));
+}
+
+void accumulate(const std::string& backend, int feature_set, uint64_t tensors, uint64_t grads, uint64_t chunks,
+                int64_t num_tensors, int64_t num_chunks, uint64_t clip_limit, const std::vector<float>& mom_decays,
+                const std::vector<float>& rms_decays, uint64_t partials, uint64_t finished, uint64_t stats,
+                int num_threads, int device, uint64_t stream) {
+  AccumulateParams params{};
+  params.tensors = pointer<TensorEntry>(tensors);
+  params.grads = pointer<int64_t>(grads);
+  params.chunks = pointer<Chunk>(chunks);
+  params.num_tensors = num_tensors;
+  params.num_chunks = num_chunks;
+  params.clip_limit = pointer<float>(clip_limit);
+  copy_decays(mom_decays, params.mom_decay);
+  copy_decays(rms_decays, params.rms_decay);
+  params.partials = pointer<double>(partials);
+  params.finished = pointer<uint32_t>(finished);
+  params.stats = pointer<float>(stats);
+  if (backend == "cpu")
+    check_ran(accumulate_cpu(params, feature_set, num_threads), feature_set, 0);
+  else if (backend == "sim")
+    check_ran(accumulate_sim(params, feature_set), feature_set, 0);
+#if LOPT_WITH_CUDA
+  else if (backend == "cuda")
+    check_ran(accumulate_cuda(params, feature_set, device, stream), feature_set, 0);
+#endif
+  else
+    throw std::invalid_argument("back end '" + backend + "' is not part of this build");
+}
+
+void apply(const std::string& backend, int feature_set, int width, uint64_t tensors, uint64_t grads, uint64_t chunks,
+           int64_t num_tensors, int64_t num_chunks, uint64_t clip_limit, uint64_t scale, uint64_t shift, uint64_t bias,
+           uint64_t step_size, uint64_t keep, uint64_t weights, float magnitude_rate, float feature_clip,
+           uint64_t partials, uint64_t finished, uint64_t hidden, int num_threads, int device, uint64_t stream) {
+  ApplyParams params{};
+  params.tensors = pointer<TensorEntry>(tensors);
+  params.grads = pointer<int64_t>(grads);
+  params.chunks = pointer<Chunk>(chunks);
+  params.num_tensors = num_tensors;
+  params.num_chunks = num_chunks;
+  params.clip_limit = pointer<float>(clip_limit);
+  params.scale = pointer<float>(scale);
+  params.shift = pointer<float>(shift);
+  params.bias = pointer<float>(bias);
+  params.step_size = pointer<float>(step_size);
+  params.keep = pointer<float>(keep);
+  params.weights = pointer<float>(weights);
+  params.magnitude_rate = magnitude_rate;
+  params.feature_clip = feature_clip;
+  params.partials = pointer<double>(partials);
+  params.finished = pointer<uint32_t>(finished);
+  params.hidden = pointer<float>(hidden);
+  if (backend == "cpu")
+    check_ran(apply_cpu(params, feature_set, width, num_threads), feature_set, width);
+  else if (backend == "sim")
+    check_ran(apply_sim(params, feature_set, width), feature_set, width);
+#if LOPT_WITH_CUDA
+  else if (backend == "cuda")
+    check_ran(apply_cuda(params, feature_set, width, device, stream), feature_set, width);
+#endif
+  else
+    throw std::invalid_argument("back end '" + backend + "' is not part of this build");
+}
+
+// Sizes the Python tables must agree with.
+py::list feature_sets() {
+  py::list sets;
+  for (int i = 0; with_feature_set(i, [&](auto features) {
+         using Features = decltype(features);
+         py::dict facts;
+         facts["name"] = Features::kName;
+         facts["columns"] = int{Features::kNumColumns};
+         facts["moments"] = int{Features::kNumMoments};
+         facts["stats"] = int{kNumStats<Features>};
+         facts["num_mom"] = int{Features::kNumMom};
+         facts["num_rms"] = int{Features::kNumRms};
+         sets.append(facts);
+       });
+       ++i) {
+  }
+  return sets;
+}
+
+int packed_weights(int feature_set, int width) {
+  int size = 0;
+  with_kernel(feature_set, width, [&](auto features, auto width_constant) {
+    size = MlpLayout<decltype(features)::kNumColumns, decltype(width_constant)::value>::kSize;
+  });
+  return size;
+}
+
+}  // namespace
+}  // namespace lopt
 
 PYBIND11_MODULE(_C, m) {
+  using namespace pybind11::literals;
   m.doc() = "Kernels of lopt over raw pointers, and how they were built.";
-  m.attr("has_cuda") = bool(LOPT_WITH_CUDA);              // compiled with nvcc; says nothing about a device
-  m.attr("cuda_archs") = LOPT_CUDA_ARCHS_STRING;          // as in CMAKE_CUDA_ARCHITECTURES, separated by commas; or ""
-  m.attr("cuda_version") = LOPT_CUDA_VERSION;             // of nvcc; or ""
-  m.attr("compiler") = LOPT_COMPILER;                     // name and version of the C++ compiler
-  m.attr("build_type") = LOPT_BUILD_TYPE;                 // CMake's
-  m.attr("sanitizer") = LOPT_SANITIZER;                   // as in -fsanitize=; or ""
+  m.attr("has_cuda") = bool(LOPT_WITH_CUDA);      // compiled with nvcc; says nothing about a device
+  m.attr("cuda_archs") = LOPT_CUDA_ARCHS_STRING;  // as in CMAKE_CUDA_ARCHITECTURES, separated by commas; or ""
+  m.attr("cuda_version") = LOPT_CUDA_VERSION;     // of nvcc; or ""
+  m.attr("compiler") = LOPT_COMPILER;             // name and version of the C++ compiler
+  m.attr("build_type") = LOPT_BUILD_TYPE;         // CMake's
+  m.attr("sanitizer") = LOPT_SANITIZER;           // as in -fsanitize=; or ""
+  m.attr("chunk") = lopt::kChunk;
+  m.def("feature_sets", &lopt::feature_sets, "Name and sizes of every compiled feature set, in the order of their index.");
+  m.def("packed_weights", &lopt::packed_weights, "feature_set"_a, "width"_a,
+        "Floats in one packed row of MLP weights; 0 when no kernel is compiled for this combination.");
+  m.def("simd_available", &lopt::simd_available, "Instruction sets this processor can run, widest first.");
+  m.def("simd_selected", &lopt::simd_selected, "Instruction set the CPU kernels use.");
+  m.def("simd_select", &lopt::simd_select, "name"_a, "Use another instruction set; False when this processor lacks it.");
+  m.def("sim_reverse_order", &lopt::set_sim_reverse_order, "reverse"_a,
+        "Let sim run threads and blocks in descending order, to reveal missing barriers.");
+  m.def("accumulate", &lopt::accumulate, "backend"_a, "feature_set"_a, "tensors"_a, "grads"_a, "chunks"_a,
+        "num_tensors"_a, "num_chunks"_a, "clip_limit"_a, "mom_decays"_a, "rms_decays"_a, "partials"_a, "finished"_a,
+        "stats"_a, "num_threads"_a, "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+        "Clip gradients, update mom and rms, reduce statistics; see AccumulateParams in csrc/kernels.h.");
+  m.def("apply", &lopt::apply, "backend"_a, "feature_set"_a, "width"_a, "tensors"_a, "grads"_a, "chunks"_a,
+        "num_tensors"_a, "num_chunks"_a, "clip_limit"_a, "scale"_a, "shift"_a, "bias"_a, "step_size"_a, "keep"_a,
+        "weights"_a, "magnitude_rate"_a, "feature_clip"_a, "partials"_a, "finished"_a, "hidden"_a, "num_threads"_a,
+        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+        "Features, small MLP, parameter update; see ApplyParams in csrc/kernels.h.");
 }

@@ -1,0 +1,86 @@
+// Picks the widest instruction set that was compiled and that this processor has.
+#include "cpu_dispatch.h"
+
+#include "kernels.h"
+
+namespace lopt {
+
+#define LOPT_DECLARE(isa)                                                                   \
+  namespace isa {                                                                           \
+  bool accumulate(const AccumulateParams& params, int feature_set, int num_threads);        \
+  bool apply(const ApplyParams& params, int feature_set, int width, int num_threads);       \
+  }
+LOPT_DECLARE(baseline)
+#if defined(__x86_64__)
+LOPT_DECLARE(v3)
+LOPT_DECLARE(v4)
+#endif
+
+namespace {
+
+struct CpuKernels {
+  const char* name;
+  bool (*accumulate)(const AccumulateParams&, int, int);
+  bool (*apply)(const ApplyParams&, int, int, int);
+};
+
+constexpr CpuKernels kKernels[] = {
+#if defined(__x86_64__)
+    {"x86-64-v4", v4::accumulate, v4::apply},
+    {"x86-64-v3", v3::accumulate, v3::apply},
+#endif
+    {"baseline", baseline::accumulate, baseline::apply},
+};
+
+bool supported([[maybe_unused]] int index) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                  __builtin_cpu_supports("bmi");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  return index == 0 ? v4 : index == 1 ? v3 : true;
+#else
+  return true;
+#endif
+}
+
+const CpuKernels*& selected() {
+  static const CpuKernels* kernels = [] {
+    const CpuKernels* first = kKernels;
+    while (!supported(static_cast<int>(first - kKernels))) ++first;
+    return first;
+  }();
+  return kernels;
+}
+
+}  // namespace
+
+std::vector<std::string> simd_available() {
+  std::vector<std::string> names;
+  for (const CpuKernels& kernels : kKernels)
+    if (supported(static_cast<int>(&kernels - kKernels))) names.emplace_back(kernels.name);
+  return names;
+}
+
+std::string simd_selected() { return selected()->name; }
+
+bool simd_select(const std::string& name) {
+  for (const CpuKernels& kernels : kKernels)
+    if (name == kernels.name && supported(static_cast<int>(&kernels - kKernels))) {
+      selected() = &kernels;
+      return true;
+    }
+  return false;
+}
+
+bool accumulate_cpu(const AccumulateParams& params, int feature_set, int num_threads) {
+  return selected()->accumulate(params, feature_set, num_threads);
+}
+
+bool apply_cpu(const ApplyParams& params, int feature_set, int width, int num_threads) {
+  return selected()->apply(params, feature_set, width, num_threads);
+}
+
+}  // namespace lopt

@@ -1,0 +1,61 @@
+"""Types of the compiled module; see csrc/bindings.cpp."""
+
+from collections.abc import Sequence
+
+has_cuda: bool
+cuda_archs: str
+cuda_version: str
+compiler: str
+build_type: str
+sanitizer: str
+chunk: int
+
+def feature_sets() -> list[dict[str, str | int]]: ...
+def packed_weights(feature_set: int, width: int) -> int: ...
+def simd_available() -> list[str]: ...
+def simd_selected() -> str: ...
+def simd_select(name: str) -> bool: ...
+def sim_reverse_order(reverse: bool) -> None: ...
+def accumulate(
+    backend: str,
+    feature_set: int,
+    tensors: int,
+    grads: int,
+    chunks: int,
+    num_tensors: int,
+    num_chunks: int,
+    clip_limit: int,
+    mom_decays: Sequence[float],
+    rms_decays: Sequence[float],
+    partials: int,
+    finished: int,
+    stats: int,
+    num_threads: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def apply(
+    backend: str,
+    feature_set: int,
+    width: int,
+    tensors: int,
+    grads: int,
+    chunks: int,
+    num_tensors: int,
+    num_chunks: int,
+    clip_limit: int,
+    scale: int,
+    shift: int,
+    bias: int,
+    step_size: int,
+    keep: int,
+    weights: int,
+    magnitude_rate: float,
+    feature_clip: float,
+    partials: int,
+    finished: int,
+    hidden: int,
+    num_threads: int,
+    device: int,
+    stream: int,
+) -> None: ...
