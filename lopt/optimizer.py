@@ -1,0 +1,518 @@
+"""LearnedOptimizer: a ``torch.optim.Optimizer`` whose update rule is a small neural network."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lopt import ops, reference, tensor_lstm
+from lopt.tensor_lstm import Conditioning, Globals, Rows, Shapes
+from lopt.theta import Theta, ThetaSpec
+
+IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
+NONFINITE = ("ignore", "raise", "skip")
+GLOBALS = (*Globals._fields, "pending_loss", "nonfinite")  # kept in param_groups[0]
+
+
+class ReferencePlan:
+    """The two operations by lopt/reference.py, with the interface of :class:`lopt.ops.Plan`."""
+
+    def __init__(self, spec: ThetaSpec, weights: Mapping[str, Tensor], mom: list[Tensor], rms: list[Tensor]) -> None:
+        self.spec, self.weights, self.mom, self.rms = spec, weights, mom, rms
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.dtype = weights["mlp.b1"].dtype
+
+    def set_tensors(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        self.params, self.grads = params, grads
+
+    def accumulate(self, clip_limit: Tensor) -> Tensor:
+        stats = []
+        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+            flat = param.reshape(-1).to(self.dtype), grad.reshape(-1).to(self.dtype)
+            clipped, mom, rms, row = reference.accumulate(self.spec, *flat, self.mom[i], self.rms[i], clip_limit)
+            self.grads[i] = clipped
+            self.mom[i].copy_(mom)
+            self.rms[i].copy_(rms)
+            stats.append(row)
+        return torch.stack(stats)
+
+    def apply(self, conditioning: Conditioning, step_size: Tensor, keep: Tensor) -> Tensor:
+        feedback = []
+        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+            row = Conditioning(*(value[i] for value in conditioning))
+            flat = param.reshape(-1).to(self.dtype)
+            new, mean, _, _ = reference.apply(
+                self.spec, self.weights, flat, grad, self.mom[i], self.rms[i], row, step_size[i], keep[i]
+            )
+            param.copy_(new.view_as(param))
+            feedback.append(mean)
+        return torch.stack(feedback)
+
+
+class KernelPlan:
+    """The two operations by the compiled kernels; parameters that are not contiguous pass through a staging copy."""
+
+    def __init__(
+        self,
+        backend: str,
+        spec: ThetaSpec,
+        weights: Mapping[str, Tensor],
+        params: list[Tensor],
+        mom: list[Tensor],
+        rms: list[Tensor],
+    ) -> None:
+        self.spec, self.weights = spec, weights
+        self.packed = ops.pack_mlp(spec, weights)
+        self.staged = [(i, param) for i, param in enumerate(params) if not param.is_contiguous()]
+        self.plan = ops.Plan(backend, spec.feature_set, [param.contiguous() for param in params], mom, rms)
+        self.clip_limit = torch.empty(0)
+        self.params: list[Tensor] = []
+
+    def set_tensors(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        self.params = [param.contiguous() for param in params]
+        self.plan.set_tensors(self.params, [grad.contiguous() for grad in grads])
+
+    def accumulate(self, clip_limit: Tensor) -> Tensor:
+        self.clip_limit = clip_limit.expand(self.plan.num_tensors).contiguous()
+        return self.plan.accumulate(self.clip_limit, self.spec.mom_decays, self.spec.rms_decays)
+
+    def apply(self, conditioning: Conditioning, step_size: Tensor, keep: Tensor) -> Tensor:
+        hidden = self.plan.apply(
+            self.clip_limit,
+            conditioning.scale,
+            conditioning.shift,
+            ops.fold_bias(self.spec, self.weights, conditioning.constant),
+            step_size,
+            keep,
+            self.packed,
+            self.spec.magnitude_rate,
+            self.spec.feature_clip,
+        )
+        for i, param in self.staged:
+            param.copy_(self.params[i])
+        return ops.feedback(self.weights, hidden)
+
+
+class _Active(NamedTuple):
+    """The tensors of one step and everything about them that is kept between steps."""
+
+    params: list[Tensor]
+    groups: list[int]  # param group of each
+    plan: ReferencePlan | KernelPlan
+    rows: Rows  # stacked state; state[p]["lstm"] holds views of its rows
+    shapes: Shapes
+
+
+class LearnedOptimizer(Optimizer):
+    r"""Trains parameters with the learned optimizer that ``theta`` describes.
+
+    For every parameter tensor an LSTM sees statistics of gradient, accumulators and parameter, and the training and
+    validation loss; for every parameter a small MLP sees its features and the LSTM's output, and writes
+
+    .. math:: w \leftarrow (1 - lr \cdot wd)\, w - lr \cdot s \cdot d \cdot e^{c m}
+
+    with the MLP's outputs *direction* d and *magnitude* m, and the step s of the tensor. There is nothing to tune: ``lr``
+    is a multiplier that stays 1, and weight decay is there for those who want it.
+
+    Args:
+        params: parameters or groups of them, as for any torch optimizer. Groups may have their own ``lr`` and
+            ``weight_decay``.
+        theta: a :class:`Theta`, the path of a theta file, or the name of shipped weights.
+        total_steps: number of steps planned, an optional hint; a theta without horizon input ignores it.
+        lr: multiplier of the learned step.
+        weight_decay: decoupled decay, scaled by lr. With ``lr=1`` the customary value is about 1e-5, not 1e-2: AdamW's
+            decay per step is its learning rate times .01.
+        impl: ``"auto"`` picks ``"cuda"`` or ``"cpu"`` by the parameters' device. ``"reference"`` is plain PyTorch, in
+            float64 if the parameters are; ``"sim"`` runs the CUDA kernels on the CPU, for tests. An explicit choice
+            never falls back to another.
+        on_nonfinite: what to do about NaN and Inf in gradients. ``"ignore"`` (default): a NaN counts as zero, an Inf as
+            the clip limit, both are counted in :attr:`nonfinite_gradients`. ``"skip"`` leaves out the step, ``"raise"``
+            raises FloatingPointError before anything changes; both read a value back from the device.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: the operand, what was expected, what came, and what to do.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> opt = LearnedOptimizer(model.parameters())
+        >>> loss = model(torch.ones(8, 4)).square().mean()
+        >>> loss.backward()
+        >>> opt.step(loss=loss)
+        >>> opt.implementation
+        'cpu'
+
+    Losses reach it through ``step(loss=...)``, ``step(closure)`` or :meth:`observe`; without any it works too.
+
+    ``state[p]`` is ``{"mom": [K, numel], "rms": [K', numel], "lstm": {"h", "c", "feedback", "scale", "updates"}}`` in
+    float32 (row-major order of the parameter), created in the first step; what all tensors share is in
+    ``param_groups[0]``. State dicts resume bit for bit.
+
+    ``OneCycleLR`` and ``CyclicLR`` need ``cycle_momentum=False``, since there is no momentum to cycle.
+
+    Source: arXiv:2009.11243.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        theta: Theta | str | os.PathLike[str] = "default",
+        *,
+        total_steps: int | None = None,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        impl: str = "auto",
+        on_nonfinite: str = "ignore",
+    ) -> None:
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
+        if on_nonfinite not in NONFINITE:
+            raise ValueError(f"on_nonfinite: expected one of {NONFINITE}, got {on_nonfinite!r}")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps: expected a positive number or None, got {total_steps}")
+        if not isinstance(theta, (Theta, str, os.PathLike)):
+            raise TypeError(f"theta: expected a Theta, a path or a name, got {type(theta).__name__}")
+        self.theta = theta if isinstance(theta, Theta) else Theta.load(theta)
+        self.total_steps = total_steps
+        self.on_nonfinite = on_nonfinite
+        self.impl = impl
+        self._active: _Active | None = None
+        self._weights: dict[str, Tensor] = {}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.implementation = self._choose(impl)
+
+    # ---- Parameters -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, at any time; the LSTM sees the new tensors from the next step on."""
+        before = [param for group in self.param_groups for param in group["params"]]
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group, [*before, *group["params"]])
+        except (TypeError, ValueError, RuntimeError):
+            self.param_groups.pop()
+            raise
+        self._active = None
+
+    def _check_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for name in ("lr", "weight_decay"):
+            value = group[name]
+            if not isinstance(value, Tensor) and not value >= 0.0:
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.impl == "reference" else ())
+        for i, param in enumerate(params):
+            name = f"params[{i}] of shape {tuple(param.shape)}"
+            if hasattr(param, "to_local"):
+                raise TypeError(f"{name}: DTensor (FSDP) parameters are not supported")
+            if param.dtype not in allowed:
+                remedy = "use impl='reference'" if param.dtype == torch.float64 else "convert it"
+                raise TypeError(f"{name}: expected float32 or bfloat16, got {param.dtype}; {remedy}")
+            if param.device != params[0].device:
+                raise ValueError(
+                    f"{name}: on {param.device}, but params[0] is on {params[0].device}; "
+                    "all parameters of one LearnedOptimizer must share one device"
+                )
+            if (param.dtype == torch.float64) != (params[0].dtype == torch.float64):
+                raise TypeError(f"{name}: {param.dtype} beside {params[0].dtype}; float64 cannot be mixed")
+
+    def _choose(self, impl: str) -> str:
+        device = self._first_param().device
+        if impl == "auto" and not ops.is_compiled(self.theta.spec):
+            spec = self.theta.spec
+            warnings.warn(
+                f"no kernel is compiled for feature set {spec.feature_set!r} with MLP width {spec.mlp_width} "
+                f"(widths: {ops.WIDTHS}); using the slow impl='reference'",
+                stacklevel=3,
+            )
+            return "reference"
+        if impl == "auto":
+            if device.type not in ("cpu", "cuda"):
+                raise ValueError(f"params: on {device}; kernels exist for cpu and cuda, elsewhere use impl='reference'")
+            impl = device.type
+        if impl == "cuda" and not ops._C.has_cuda:
+            raise RuntimeError("impl='cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
+        if impl != "reference":
+            wanted = "cuda" if impl == "cuda" else "cpu"
+            if device.type != wanted:
+                raise ValueError(f"impl={impl!r}: parameters are on {device}, expected {wanted}; use impl='auto'")
+            if not ops.is_compiled(self.theta.spec):
+                raise ValueError(
+                    f"impl={impl!r}: kernels exist for MLP widths {ops.WIDTHS}, theta has "
+                    f"{self.theta.spec.mlp_width}; use impl='reference'"
+                )
+        return impl
+
+    def _first_param(self) -> Tensor:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if isinstance(param, Tensor):
+                    return param
+        raise ValueError("params: expected at least one parameter, got none")
+
+    # ---- State ------------------------------------------------------------------------------------------------------
+
+    def _theta_weights(self) -> dict[str, Tensor]:
+        """Theta on the parameters' device, float64 for float64 parameters and float32 otherwise."""
+        if not self._weights:
+            first = self._first_param()
+            dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+            self._weights = self.theta.to(first.device, dtype).tensors
+        return self._weights
+
+    def _globals(self) -> dict[str, Any]:
+        """param_groups[0], with the global state in it."""
+        group = self.param_groups[0]
+        if "pending_loss" not in group:
+            like = self._theta_weights()["initial_h"]
+            group.update(tensor_lstm.init_globals(self.theta.spec, self._theta_weights())._asdict())
+            group["pending_loss"] = like.new_zeros(2)  # sum and number of the losses observed since the last step
+            group["nonfinite"] = torch.zeros((), dtype=torch.int64, device=like.device)
+        return group
+
+    @property
+    def nonfinite_gradients(self) -> Tensor:
+        """Number of NaN and Inf gradient elements met so far, a tensor on the device."""
+        count: Tensor = self._globals()["nonfinite"]
+        return count
+
+    def _init_state(self, param: Tensor) -> None:
+        spec, weights = self.theta.spec, self._theta_weights()
+        like = weights["initial_h"]
+        state = self.state[param]
+        state["mom"] = like.new_zeros(len(spec.mom_decays), param.numel())
+        state["rms"] = like.new_zeros(len(spec.rms_decays), param.numel())
+        rows = tensor_lstm.init_rows(spec, weights, 1)
+        state["lstm"] = {name: value[0] for name, value in rows._asdict().items()}
+
+    def _prepare(self, params: list[Tensor], groups: list[int]) -> _Active:
+        """Tables and stacked rows for the tensors of this step; kept while the same tensors come."""
+        active = self._active
+        if active is not None and len(active.params) == len(params):
+            same = all(old is new for old, new in zip(active.params, params, strict=True))
+            if same and active.groups == groups:
+                return active
+        for param in params:
+            if "mom" not in self.state[param]:
+                self._init_state(param)
+        states = [self.state[param] for param in params]
+        rows = Rows(*(torch.stack([state["lstm"][name] for state in states]) for name in Rows._fields))
+        for i, state in enumerate(states):
+            state["lstm"] = {name: value[i] for name, value in rows._asdict().items()}
+        spec, weights = self.theta.spec, self._theta_weights()
+        mom, rms = [state["mom"] for state in states], [state["rms"] for state in states]
+        plan: ReferencePlan | KernelPlan
+        if self.implementation == "reference":
+            plan = ReferencePlan(spec, weights, mom, rms)
+        else:
+            plan = KernelPlan(self.implementation, spec, weights, params, mom, rms)
+        shapes = Shapes.of(spec, [tuple(param.shape) for param in params], weights["initial_h"])
+        self._active = _Active(params, groups, plan, rows, shapes)
+        return self._active
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        for name in ("theta", "total_steps", "on_nonfinite", "impl", "implementation"):
+            state[name] = getattr(self, name)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._active, self._weights = None, {}
+        super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; float32 state stays float32 whatever the dtype of the parameters.
+
+        Raises:
+            ValueError: the state belongs to a theta of another architecture; nothing was changed.
+        """
+        final: dict[str, Any] = {}
+
+        def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:  # after all other pre-hooks
+            final.update(state_dict)
+            self._check_state(state_dict)
+
+        handle = self.register_load_state_dict_pre_hook(capture)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch cast floating state to the parameters' dtype: take it from the source again.
+        like = self._theta_weights()["initial_h"]
+
+        def restore(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: restore(item) for name, item in value.items()}
+            if not isinstance(value, Tensor):
+                return value
+            dtype = like.dtype if value.is_floating_point() else value.dtype
+            return value.detach().to(device=like.device, dtype=dtype, copy=True)
+
+        ids = [index for group in final["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(ids, params, strict=True):
+            if index in final["state"]:
+                self.state[param] = restore(final["state"][index])
+        for name in GLOBALS:
+            if name in self.param_groups[0]:
+                self.param_groups[0][name] = restore(self.param_groups[0][name])
+        self._active = None
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        spec = self.theta.spec
+        sizes = {"h": spec.lstm_width, "c": spec.lstm_width, "feedback": spec.from_mlp}
+        groups = zip(state_dict["param_groups"], self.param_groups, strict=False)
+        pairs = (pair for theirs, ours in groups for pair in zip(theirs["params"], ours["params"], strict=False))
+        for index, param in pairs:
+            state = state_dict["state"].get(index)
+            if state is None:
+                continue
+            expected = {
+                "mom": (len(spec.mom_decays), param.numel()),
+                "rms": (len(spec.rms_decays), param.numel()),
+                **{f"lstm.{name}": (size,) for name, size in sizes.items()},
+            }
+            for name, shape in expected.items():
+                value: Any = state
+                for part in name.split("."):
+                    value = value.get(part) if isinstance(value, Mapping) else None
+                found = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
+                if found != shape:
+                    raise ValueError(
+                        f"state_dict: state[{index}][{name!r}] expected shape {shape}, found {found}; it belongs to "
+                        "another parameter, another optimizer, or a theta of another architecture"
+                    )
+
+    # ---- Losses -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(self, train_loss: float | Tensor | None = None, valid_loss: float | Tensor | None = None) -> None:
+        """Tell the optimizer a loss, from wherever it is known.
+
+        Training losses are averaged until the next step (so micro-batches need no special care). A validation loss is
+        one validation update at once; the paper gives one every 10 steps. A non-finite loss counts as none given; that
+        is decided on the device. Under data parallelism give every rank the same, averaged loss.
+
+        Raises:
+            ValueError: a loss is not a scalar.
+        """
+        group = self._globals()
+        if train_loss is not None:
+            loss = self._loss("train_loss", train_loss)
+            given = torch.isfinite(loss)
+            group["pending_loss"] += torch.stack([torch.where(given, loss, 0.0), given.to(loss.dtype)])
+        if valid_loss is not None:
+            globals_ = Globals(*(group[name] for name in Globals._fields))
+            self._write_globals(
+                tensor_lstm.observe_valid(self.theta.spec, globals_, self._loss("valid_loss", valid_loss))
+            )
+
+    def _loss(self, name: str, loss: float | Tensor) -> Tensor:
+        like = self._theta_weights()["initial_h"]
+        if not isinstance(loss, Tensor):
+            if not isinstance(loss, (int, float)):
+                raise ValueError(f"{name}: expected a number or a tensor of one element, got {type(loss).__name__}")
+            return torch.full((), float(loss), dtype=like.dtype, device=like.device)
+        if loss.numel() != 1 or loss.is_complex():
+            raise ValueError(
+                f"{name}: expected one real number, got {loss.dtype} of shape {tuple(loss.shape)}; reduce it first"
+            )
+        return loss.detach().reshape(()).to(like)
+
+    def _write_globals(self, globals_: Globals) -> None:
+        group = self.param_groups[0]
+        for name, value in globals_._asdict().items():
+            group[name].copy_(value)
+
+    # ---- The step ---------------------------------------------------------------------------------------------------
+
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any], *, loss: float | Tensor | None = None) -> Any: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
+        """One update of all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model, calls backward, and returns the loss; its loss is used.
+            loss: the training loss of this step, if there is no closure.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        if closure is not None and loss is not None:
+            raise ValueError("loss: given beside a closure; the closure's own loss is used, so pass only one of them")
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+            loss = result
+        if loss is not None:
+            self.observe(train_loss=loss)
+        params, grads, groups = self._gradients()
+        if not params:
+            return result
+        if self.on_nonfinite != "ignore":
+            bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
+            if int(bad) > 0:
+                if self.on_nonfinite == "raise":
+                    raise FloatingPointError(f"gradients hold {int(bad)} NaN or Inf elements; nothing was changed")
+                self._globals()["nonfinite"] += bad
+                return result
+        self._update(self._prepare(params, groups), grads)
+        return result
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        params, grads, groups = [], [], []
+        allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.implementation == "reference" else ())
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is None or param.numel() == 0:
+                    continue
+                name = f"gradient of param_groups[{index}]['params'][{i}] of shape {tuple(param.shape)}"
+                if grad.is_sparse or grad.layout != torch.strided:
+                    raise RuntimeError(f"{name}: expected a dense tensor, got layout {grad.layout}; use sparse=False")
+                if grad.dtype not in allowed:
+                    raise TypeError(f"{name}: expected float32 or bfloat16, got {grad.dtype}; convert it")
+                params.append(param)
+                grads.append(grad)
+                groups.append(index)
+        return params, grads, groups
+
+    def _update(self, active: _Active, grads: list[Tensor]) -> None:
+        spec, weights, group = self.theta.spec, self._theta_weights(), self._globals()
+        like = weights["initial_h"]
+        globals_ = Globals(*(group[name] for name in Globals._fields))
+        total, count = group["pending_loss"]
+        loss = torch.where(count > 0, total / count, torch.full_like(total, float("nan")))
+        horizon = torch.full((), float(self.total_steps or 0), dtype=like.dtype, device=like.device)
+
+        active.plan.set_tensors(active.params, grads)
+        stats = active.plan.accumulate(tensor_lstm.clip_limit(spec, globals_))
+        globals_, rows, conditioning, _ = tensor_lstm.advance(
+            spec, weights, globals_, active.rows, stats, active.shapes, loss, horizon
+        )
+        lr = self._per_tensor("lr", active.groups, like)
+        decay = self._per_tensor("weight_decay", active.groups, like)
+        step_size = lr * spec.step_multiplier * conditioning.multiplier
+        feedback = active.plan.apply(conditioning, step_size, 1.0 - lr * decay)
+
+        self._write_globals(globals_)
+        for old, new in zip(active.rows, rows._replace(feedback=feedback), strict=True):
+            old.copy_(new)
+        group["pending_loss"].zero_()
+        group["nonfinite"] += stats[:, tensor_lstm.STATS.index("nonfinite")].sum().to(torch.int64)
+
+    def _per_tensor(self, name: str, groups: list[int], like: Tensor) -> Tensor:
+        """``[T]`` values of a group option; floats are computed with in float64 before they reach the device."""
+        values = [group[name] for group in self.param_groups]
+        if any(isinstance(value, Tensor) for value in values):
+            stacked = torch.stack([torch.as_tensor(value, device=like.device).to(like).reshape(()) for value in values])
+            return stacked[torch.tensor(groups, device=like.device)]
+        return like.new_tensor([values[index] for index in groups])
