@@ -128,7 +128,7 @@ def train(
 
 
 def batches(rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Row numbers ``[batch_size]`` without end; each epoch is a new permutation, its incomplete rest left out.
+    """Row numbers ``[batch_size]`` without end; each epoch is a new permutation without its incomplete rest.
 
     Raises:
         ValueError: the batch is empty or larger than the split.

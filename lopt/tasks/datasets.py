@@ -136,7 +136,7 @@ def idx_folder(folder: Path, name: str) -> Dataset:
     rows = len(targets)
     if rows < 12:
         raise ValueError(
-            f"{folder}: expected at least 12 training rows to split, got {rows}; get the full files"
+            f"{folder}: expected at least 12 training rows, got {rows}; get the full files"
         )
     order = torch.from_numpy(np.random.RandomState(0).permutation(rows))
     index = torch.tensor_split(order, [rows // 12, rows // 12 * 2])

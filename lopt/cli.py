@@ -1,0 +1,63 @@
+"""The program ``lopt``: a table of commands, one way to fail, one place where numbers become JSON."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, cast
+
+import tyro
+from rich.console import Console
+from tyro.conf import subcommand
+
+from lopt.commands.common import Command, say, write_json
+from lopt.commands.doctor import Doctor
+from lopt.commands.train import Train
+from lopt.commands.weights import Convert, Show
+
+Weights = Annotated[Show, subcommand("show")] | Annotated[Convert, subcommand("convert")]
+
+Commands = (
+    Annotated[Train, subcommand("train")]
+    | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Weights, subcommand("weights", description="Look at meta-parameters, or convert them.")]
+)
+
+#: What a wrong option, missing data or a machine without the asked-for device raise; anything else is a bug.
+USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 found something wrong, 2 could not be done.
+
+    Args:
+        arguments: the command line without the program's name; that of the process when None.
+
+    Raises:
+        SystemExit: with code 2, a command line that cannot be understood; with code 0, ``--help``.
+    """
+    command = cast(
+        Command,
+        tyro.cli(
+            cast(Any, Commands),
+            prog="lopt",
+            description="A learned optimizer for PyTorch: try it, check it, meta-train it.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        ),
+    )
+    try:
+        outcome = command.run(Console())
+        if command.json is not None:
+            write_json(command.json, outcome.numbers)
+    except USER_ERRORS as error:
+        if command.debug:
+            raise
+        say(Console(stderr=True), f"lopt: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        say(Console(stderr=True), "lopt: interrupted")
+        return 130
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands of the program ``lopt``, one module each: a frozen dataclass whose fields are the options."""

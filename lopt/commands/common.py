@@ -1,0 +1,91 @@
+"""What every command has: options, an outcome, and the ways to say things on a terminal and off it."""
+
+import json
+import math
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import lopt
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command found: its exit code and its numbers, for ``--json``."""
+
+    exit_code: int = 0
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(ABC):
+    """A command: its fields are its options, ``run`` does the work."""
+
+    json: Path | None = None
+    """Also write the numbers to this file."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    @abstractmethod
+    def run(self, console: Console) -> Outcome:
+        """Do it, say what happened on ``console``, and return the numbers."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of lopt and of what its numbers depend on."""
+    return {
+        "lopt": lopt.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_json(path: Path, numbers: dict[str, Any]) -> None:
+    """Write ``numbers`` to ``path`` as standard JSON: paths become strings, non-finite numbers become
+    null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_plain(numbers), indent=1, allow_nan=False) + "\n")
+
+
+def say(console: Console, text: str) -> None:
+    """Print one line as it is: no markup, no colouring, no wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with frames on a terminal, aligned plain lines elsewhere. The first column is text, flush
+    left."""
+    if console.is_terminal:
+        table = Table()
+        for position, column in enumerate(columns):
+            table.add_column(column, justify="right" if position else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    widths = [max(len(line[position]) for line in (columns, *rows)) for position in range(len(columns))]
+    for line in (columns, *rows):
+        cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        say(console, "  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

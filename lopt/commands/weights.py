@@ -1,0 +1,94 @@
+"""``lopt weights``: look at meta-parameters, and convert those of the JAX port."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from lopt.commands.common import Command, Outcome, say, show_table
+from lopt.theta import WEIGHTS, Theta, shipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Command):
+    """Show a theta: spec, tensors, where it comes from. Without an argument, list the shipped ones."""
+
+    theta: Annotated[str | None, tyro.conf.Positional] = None
+    """A shipped name or a file."""
+
+    def run(self, console: Console) -> Outcome:
+        if self.theta is not None:
+            theta = Theta.load(self.theta)
+            path = Path(self.theta) if Path(self.theta).is_file() else WEIGHTS / f"{self.theta}.safetensors"
+            return Outcome(0, _show(console, path, theta))
+        rows = []
+        numbers = {}
+        for name in shipped():
+            path = WEIGHTS / f"{name}.safetensors"
+            theta = Theta.load(path)
+            rows.append([name, theta.spec.feature_set, f"{theta.num_floats:,}", provenance_text(theta)])
+            numbers[name] = _facts(path, theta)
+        show_table(console, ["name", "feature set", "floats", "provenance"], rows)
+        return Outcome(0, {"command": "weights show", "shipped": numbers})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Command):
+    """Convert meta-parameters of the JAX port (a flax theta.state, or an .npz) to a theta file."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """File to read."""
+
+    dest: Annotated[Path, tyro.conf.Positional]
+    """File to write; its name ends in .safetensors."""
+
+    def run(self, console: Console) -> Outcome:
+        if self.dest.suffix != ".safetensors":
+            raise ValueError(f"dest: expected a name that ends in .safetensors, got {str(self.dest)!r}")
+        theta = Theta.import_jax(self.source)
+        origin = {"source": self.source.name, "source_sha256": _sha256(self.source)}
+        theta = dataclasses.replace(theta, provenance={**theta.provenance, **origin})
+        theta.save(self.dest)
+        return Outcome(0, {**_show(console, self.dest, theta), "command": "weights convert"})
+
+
+def provenance_text(theta: Theta) -> str:
+    """Where a theta comes from, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in theta.provenance.items()) or "not recorded"
+
+
+def describe_theta(name: str, theta: Theta) -> str:
+    """One line that says which theta this is and how it came about."""
+    return f"theta {name} ({theta.num_floats:,} floats, {theta.spec.feature_set}; {provenance_text(theta)})"
+
+
+def _facts(path: Path, theta: Theta) -> dict[str, Any]:
+    return {
+        "path": path,
+        "sha256": _sha256(path),
+        "num_floats": theta.num_floats,
+        "spec": theta.spec.to_json(),
+        "provenance": theta.provenance,
+        "shapes": {name: list(shape) for name, shape in theta.spec.shapes().items()},
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _show(console: Console, path: Path, theta: Theta) -> dict[str, Any]:
+    facts = _facts(path, theta)
+    say(console, f"{path}: {theta.num_floats:,} floats, sha256 {facts['sha256']}")
+    say(console, f"provenance: {provenance_text(theta)}")
+    show_table(console, ["spec", "value"], [[name, str(value)] for name, value in facts["spec"].items()])
+    rows = [
+        [name, " x ".join(map(str, tensor.shape)) or "scalar", f"{tensor.numel():,}", f"{tensor.norm():.4g}"]
+        for name, tensor in theta.tensors.items()
+    ]
+    show_table(console, ["tensor", "shape", "floats", "norm"], rows)
+    return {"command": "weights show", **facts}

@@ -1,0 +1,91 @@
+"""Figures of training runs. Needs matplotlib, which is imported only when a figure is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lopt.evaluation.training import TrainResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Colours that stay apart for every kind of colour vision (Okabe and Ito), in order of use.
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+#: The panels: what to draw, its title, and whether its axis is logarithmic.
+PANELS = (
+    ("train_loss", "Training loss", True),
+    ("test_loss", "Test loss", True),
+    ("test_accuracy", "Test accuracy", False),
+)
+
+
+def require_matplotlib() -> None:
+    """Raise ModuleNotFoundError, with the remedy, when figures cannot be drawn here."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "plot: matplotlib is missing; pip install matplotlib, or ask for no plot"
+        ) from error
+
+
+def training_curves(runs: Mapping[str, Sequence[TrainResult]], title: str, path: Path) -> None:
+    """Draw losses and accuracy against the step into the PNG file ``path``.
+
+    A line is the mean over the runs (seeds) of one optimizer, the band behind it their range. The first
+    optimizer is drawn on top of the others.
+
+    Args:
+        runs: label of an optimizer -> its runs, all recorded at the same steps.
+        title: said above the panels: data, model, batch size, seeds.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: there is nothing to draw.
+    """
+    if not runs or not all(runs.values()):
+        raise ValueError("runs: expected at least one run of every optimizer, got none")
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.6, 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    for axes, (quantity, name, logarithmic) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for order, (label, results) in enumerate(runs.items()):
+            _line(axes, label, results, quantity, COLOURS[order % len(COLOURS)], above=len(runs) - order)
+        axes.set_title(name, loc="left", fontsize=10.5)
+        axes.set_xlabel("step")
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.0)
+        if logarithmic:
+            axes.set_yscale("log")
+        else:
+            _accuracy_axis(axes, runs)
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path)
+
+
+def _line(
+    axes: Axes, label: str, results: Sequence[TrainResult], quantity: str, colour: str, above: int
+) -> None:
+    steps = [record.step for record in results[0].records]
+    values = np.array([[getattr(record, quantity) for record in result.records] for result in results])
+    style: dict[str, Any] = {"color": colour, "zorder": 2 + above}
+    axes.plot(steps, values.mean(axis=0), label=label, linewidth=1.8, **style)
+    if len(results) > 1:
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.18, linewidth=0, **style)
+
+
+def _accuracy_axis(axes: Axes, runs: Mapping[str, Sequence[TrainResult]]) -> None:
+    """Percent, from a little below the lowest final accuracy upwards: the end of training is what differs."""
+    lowest = min(result.final.test_accuracy for results in runs.values() for result in results)
+    axes.set_ylim(max(0.0, lowest - max(0.05, 0.5 * (1 - lowest))), None)
+    axes.yaxis.set_major_formatter("{x:.0%}")
