@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lopt needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -c constraints.txt $(TORCH) $(TOOLS)
-	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint,sass]'
 	touch $@
 
 existing-environment:
@@ -62,6 +62,9 @@ format: $(READY)
 asan: $(READY)
 	LOPT_SANITIZE=address LOPT_CUDA=OFF $(PY) setup.py --quiet build --build-lib build/asan
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan $(BIN)/pytest -k sim $(ARGS)
+
+sass: install
+	$(PY) benchmarks/sass.py $(ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info lopt/_C*.so .pytest_cache .mypy_cache .ruff_cache

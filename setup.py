@@ -1,4 +1,4 @@
-"""Builds the extension lopt._C: CMake configures, Ninja compiles. All else about the package is in pyproject.toml."""
+"""Builds the extension lopt._C with CMake and Ninja. All else about the package is in pyproject.toml."""
 
 import os
 import shutil
@@ -11,7 +11,8 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-OPTIONS = ("LOPT_CUDA", "LOPT_CUDA_ARCHS", "LOPT_SANITIZE", "LOPT_WERROR")  # environment variables, see CMakeLists.txt
+# Environment variables, explained in CMakeLists.txt.
+OPTIONS = ("LOPT_CUDA", "LOPT_CUDA_ARCHS", "LOPT_SANITIZE", "LOPT_WERROR")
 
 
 def tool(name: str) -> str:
@@ -22,9 +23,9 @@ def tool(name: str) -> str:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         source = Path(__file__).resolve().parent
-        # One folder per Python and sanitizer, also for editable installs, so that the next build is incremental.
-        build = source / "build" / "-".join(filter(None, (sys.implementation.cache_tag, os.environ.get("LOPT_SANITIZE"))))
-        # Paths of an isolated build are gone the next time, and a variable unset since must not linger: pass all anew.
+        # One folder per Python and sanitizer, for editable installs too: the next build is incremental.
+        build = source / "build" / (sys.implementation.cache_tag + os.environ.get("LOPT_SANITIZE", ""))
+        # Pass all each time: paths of an isolated build are gone by then, and no old option may linger.
         cache = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
@@ -32,8 +33,9 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
         } | {name: os.environ.get(name, "") for name in OPTIONS}
         flags = [f"-D{name}={value}" if value else f"-U{name}" for name, value in cache.items()]
-        subprocess.run([tool("cmake"), "-G", "Ninja", "-S", source, "-B", build, *flags], check=True)
-        subprocess.run([tool("cmake"), "--build", build], check=True)
+        for command in (["-G", "Ninja", "-S", source, "-B", build, *flags], ["--build", build]):
+            if subprocess.call([tool("cmake"), *command]):
+                sys.exit("lopt: lopt._C was not built; CMake's messages above say why")
 
 
 setup(ext_modules=[Extension("lopt._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
