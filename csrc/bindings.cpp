@@ -14,8 +14,6 @@
 namespace py = pybind11;
 
 namespace lopt {
-extern void set_sim_reverse_order(bool reverse);  // sim.cpp
-
 namespace {
 
 template <class T>

@@ -89,6 +89,7 @@ bool apply_cpu(const ApplyParams& params, int feature_set, int width, int num_th
 // `sim` runs the CUDA kernels on the CPU, one fiber per CUDA thread; for tests.
 bool accumulate_sim(const AccumulateParams& params, int feature_set);
 bool apply_sim(const ApplyParams& params, int feature_set, int width);
+void set_sim_reverse_order(bool reverse);  // threads and blocks in descending order, to reveal missing barriers
 
 // Asynchronous on `stream` (a cudaStream_t) of `device`; all pointers are device pointers. Throw std::runtime_error.
 bool accumulate_cuda(const AccumulateParams& params, int feature_set, int device, uint64_t stream);
