@@ -19,26 +19,12 @@ from pathlib import Path
 
 from lopt import _C
 
-COLUMNS = [
-    "LDG.128",
-    "LDG",
-    "STG.128",
-    "STG",
-    "LDS.128",
-    "LDS",
-    "STS",
-    "HMMA",
-    "FFMA",
-    "MUFU",
-    "LDL",
-    "STL",
-    "all",
-]
+COLUMNS = ["LDG", "LDG.128", "STG", "STG.128", "LDS", "LDS.128", "HMMA", "FFMA", "MUFU", "LDL", "STL", "all"]
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
 def count(sass: str) -> dict[str, collections.Counter[str]]:
-    """Kernel name -> number of instructions by their first word, and of those that move 16 bytes by word + `.128`."""
+    """Kernel name -> number of instructions by first word; those that move 16 bytes also as word + `.128`."""
     kernels: dict[str, collections.Counter[str]] = {}
     for line in sass.splitlines():
         if "Function :" in line:
