@@ -38,9 +38,7 @@ def count(sass: str) -> dict[str, collections.Counter[str]]:
 def readable(symbols: list[str]) -> list[str]:
     """Mangled names -> such as `apply_kernel<PaperFeatures, 32>`."""
     names = subprocess.run(["c++filt", *symbols], check=True, capture_output=True, text=True).stdout
-    short = (
-        re.sub(r"lopt::|\(anonymous namespace\)::|^void |\(int\)", "", name) for name in names.splitlines()
-    )
+    short = (re.sub(r"lopt::|\(anonymous namespace\)::|^void |\(int\)", "", name) for name in names.splitlines())
     return [name.split("(")[0] for name in short]
 
 

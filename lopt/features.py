@@ -119,8 +119,7 @@ def _paper() -> FeatureSet:
 def _compact() -> FeatureSet:
     slow = ("rms1", -0.5)
     columns = [
-        Column(f"mom{k}_over_slow", f"mom{k} * rsqrt(rms1 + 1e-24)", debias=((f"mom{k}", 1.0), slow))
-        for k in range(3)
+        Column(f"mom{k}_over_slow", f"mom{k} * rsqrt(rms1 + 1e-24)", debias=((f"mom{k}", 1.0), slow)) for k in range(3)
     ]
     columns += [
         Column("grad_over_slow", "grad * rsqrt(rms1 + 1e-24)", debias=(slow,)),

@@ -12,6 +12,7 @@ are computed once per tensor from the mean hidden vector.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,11 @@ for _facts, _features in zip(_C.feature_sets(), FEATURE_SETS.values(), strict=Tr
     }
     if _facts != _expected:
         raise ImportError(f"lopt._C has feature set {_facts}, lopt/features.py {_expected}: rebuild the extension")
+
+
+def has_cuda() -> bool:
+    """Whether the library was built with nvcc; says nothing about a device."""
+    return _C.has_cuda
 
 
 def is_compiled(spec: ThetaSpec) -> bool:
@@ -100,7 +106,7 @@ class Plan:
         backend: ``"cpu"``, ``"cuda"``, or ``"sim"`` (the CUDA kernels on the CPU, for tests).
         feature_set: a key of ``FEATURE_SETS``.
         params: contiguous, non-empty float32 or bfloat16 tensors on one device, written by :meth:`apply`.
-        mom, rms: contiguous float32 ``[num_mom, numel]`` and ``[num_rms, numel]`` for each, written by :meth:`accumulate`.
+        mom, rms: contiguous float32 ``[num_mom, numel]`` and ``[num_rms, numel]`` for each; :meth:`accumulate` writes.
         theta_index: for each tensor the row of the MLP weights that drives it; zeros by default.
 
     Raises:
@@ -369,7 +375,7 @@ def _apply_fake(
     return torch.empty_like(bias)
 
 
-_library = torch.library.Library("lopt", "DEF")
+_library: Any = torch.library.Library("lopt", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "accumulate(str feature_set, Tensor[] params, Tensor[] grads, Tensor(a!)[] mom, Tensor(b!)[] rms, "
     "Tensor clip_limit) -> Tensor"

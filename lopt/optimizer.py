@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopt import ops, reference, tensor_lstm
+from lopt.features import STATS
 from lopt.tensor_lstm import Conditioning, Globals, Rows, Shapes
 from lopt.theta import Theta, ThetaSpec
 
@@ -116,8 +117,8 @@ class LearnedOptimizer(Optimizer):
 
     .. math:: w \leftarrow (1 - lr \cdot wd)\, w - lr \cdot s \cdot d \cdot e^{c m}
 
-    with the MLP's outputs *direction* d and *magnitude* m, and the step s of the tensor. There is nothing to tune: ``lr``
-    is a multiplier that stays 1, and weight decay is there for those who want it.
+    with the MLP's outputs *direction* d and *magnitude* m, and the step s of the tensor. There is nothing to tune:
+    ``lr`` is a multiplier that stays 1, and weight decay is there for those who want it.
 
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may have their own ``lr`` and
@@ -234,7 +235,7 @@ class LearnedOptimizer(Optimizer):
             if device.type not in ("cpu", "cuda"):
                 raise ValueError(f"params: on {device}; kernels exist for cpu and cuda, elsewhere use impl='reference'")
             impl = device.type
-        if impl == "cuda" and not ops._C.has_cuda:
+        if impl == "cuda" and not ops.has_cuda():
             raise RuntimeError("impl='cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
         if impl != "reference":
             wanted = "cuda" if impl == "cuda" else "cpu"
@@ -315,7 +316,7 @@ class LearnedOptimizer(Optimizer):
         return self._active
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state: dict[str, Any] = super().__getstate__()
         for name in ("theta", "total_steps", "on_nonfinite", "impl", "implementation"):
             state[name] = getattr(self, name)
         return state
@@ -430,7 +431,7 @@ class LearnedOptimizer(Optimizer):
 
     # ---- The step ---------------------------------------------------------------------------------------------------
 
-    @overload  # type: ignore[override]
+    @overload
     def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], Any], *, loss: float | Tensor | None = None) -> Any: ...
@@ -507,7 +508,7 @@ class LearnedOptimizer(Optimizer):
         for old, new in zip(active.rows, rows._replace(feedback=feedback), strict=True):
             old.copy_(new)
         group["pending_loss"].zero_()
-        group["nonfinite"] += stats[:, tensor_lstm.STATS.index("nonfinite")].sum().to(torch.int64)
+        group["nonfinite"] += stats[:, STATS.index("nonfinite")].sum().to(torch.int64)
 
     def _per_tensor(self, name: str, groups: list[int], like: Tensor) -> Tensor:
         """``[T]`` values of a group option; floats are computed with in float64 before they reach the device."""

@@ -132,7 +132,7 @@ def standardise_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
 
 
 def observe_train(spec: ThetaSpec, globals_: Globals, loss: Tensor | None) -> Globals:
-    """Global state after a training loss. None or a non-finite loss repeats the last one; before any, nothing changes."""
+    """Global state after a training loss. None or a non-finite one repeats the last; before any, nothing changes."""
     state = globals_.train_loss
     last, seen = state[3], state[2] > 0
     if loss is None:
@@ -168,13 +168,13 @@ def loss_inputs(spec: ThetaSpec, globals_: Globals) -> tuple[Tensor, Tensor]:
 
 def clip_limit(spec: ThetaSpec, globals_: Globals) -> Tensor:
     """Bound of every gradient element in this step, from the gradients of the steps before."""
-    count, value = globals_.clip
+    count, value = globals_.clip.unbind()
     return value / (1.0 - torch.pow(value.new_full((), spec.clip_decay), count)) * spec.clip_multiplier
 
 
 def next_clip(spec: ThetaSpec, globals_: Globals, grad_square: Tensor) -> Globals:
     """Clipper state after this step; ``grad_square`` ``[T]`` are the mean squares of the clipped gradients."""
-    count, value = globals_.clip
+    count, value = globals_.clip.unbind()
     rms = torch.sqrt(1e-8 + grad_square.mean())
     value = spec.clip_decay * value + (1.0 - spec.clip_decay) * rms
     return globals_._replace(clip=torch.stack([count + 1.0, value]))
@@ -211,9 +211,7 @@ def log_magnitude(x: Tensor) -> Tensor:
     return torch.clamp(torch.log(1e-8 + torch.abs(x)), -5.0, 5.0)
 
 
-def lstm_inputs(
-    spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, shapes: Shapes, time: Tensor
-) -> Tensor:
+def lstm_inputs(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, shapes: Shapes, time: Tensor) -> Tensor:
     """``[T, num_lstm_input]``: shared LSTM output, MLP feedback, 18 scalars of the tensor, and logarithmic time."""
     num_tensors = stats.shape[0]
     stat = dict(zip(STATS, stats.unbind(1)[: len(STATS)], strict=True))
@@ -252,7 +250,7 @@ def tensor_scale(rms: Tensor, shapes: Shapes, initial: Tensor) -> tuple[Tensor, 
     """Initial and current scale ``[T]`` of every tensor, from the root mean square ``[T]`` of its parameters.
 
     A matrix starts with its root mean square, at least .3 of the mean of all matrices; other tensors, often zeros or
-    ones at first, are kept between .3 and 1 of that mean. Later the scale follows the parameters within a factor of two.
+    ones at first, start between .3 and 1 of it. Later the scale follows the parameters within a factor of two.
     """
     mean = (rms * shapes.is_matrix).sum() / shapes.is_matrix.sum() if shapes.any_matrix else rms.mean()
     mean = torch.where(mean > 0, mean, torch.full_like(mean, EMPTY_SCALE))

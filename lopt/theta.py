@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import safetensors
 import safetensors.torch
@@ -47,9 +47,9 @@ class ThetaSpec:
         step_multiplier: constant factor of every update.
         magnitude_rate: ``c`` in ``update = direction * exp(c * magnitude)``.
         linear_skip: adds a linear map of the per-parameter inputs to the direction.
-        step_control: multiplies a tensor's update by its scale (root mean square) and by the exponential of a linear map
-            of LSTM state and time.
-        time_input: ``"sinusoid"`` (the paper's 11 waves) or ``"log"`` (logarithm of the step, clamped at ``time_limit``).
+        step_control: multiplies a tensor's update by its scale (root mean square) and by the exponential of a linear
+            map of LSTM state and time.
+        time_input: ``"sinusoid"`` (the paper's 11 waves) or ``"log"`` (logarithm of the step, at most ``time_limit``).
         horizon_input: adds the inputs that need ``total_steps``; only with ``time_input="log"``.
         time_limit: steps beyond which logarithmic time stands still (the longest run seen in meta-training).
         train_loss_decay, valid_loss_decay: decays of the two loss averages.
@@ -191,7 +191,7 @@ class ThetaSpec:
         return cls(**{**values, "mom_decays": tuple(values["mom_decays"]), "rms_decays": tuple(values["rms_decays"])})
 
 
-#: ``paper`` is the optimizer of arXiv:2009.11243 as its author published it; ``compact`` is our default, for large models.
+#: ``paper``: the optimizer of arXiv:2009.11243 as its author published it. ``compact``: our default, for large models.
 PRESETS: dict[str, ThetaSpec] = {
     "paper": ThetaSpec(
         feature_set="paper",
@@ -283,9 +283,10 @@ class Theta:
         square (bounded, see :func:`lopt.tensor_lstm.tensor_scale`): for a layer of fan-in 64 at torch's default
         initialisation that is Adam's customary 1e-3 to 2e-3. Given ``total_steps``, it falls linearly to 1%.
 
-        ``paper``: no column has Adam's pair of decays. Two hidden units carry ``+-x`` of a fixed combination of the
-        columns ``mom_k / sqrt(rms_k)``, fitted by least squares to Adam's direction (benchmarks/adam_fit.py); since the
-        normaliser gives those columns unit mean square, the update is close to that of Adam with a learning rate of 1e-3.
+        ``paper``: no column has Adam's pair of decays. Two hidden units carry ``+-x`` of the column nearest to Adam's
+        direction, ``mom1 / sqrt(rms1)`` with decays .9 and .9: cosine .990 on random gradients, and a fitted
+        combination of all five does no better (benchmarks/adam_fit.py). The normaliser gives that column unit mean
+        square, so the step is that of Adam with a learning rate of 1e-3.
         """
         spec = _preset(preset)
         tensors = cls.init(preset, seed).tensors
@@ -297,8 +298,7 @@ class Theta:
             for unit, sign in ((0, 1.0), (1, -1.0)):
                 for name in ("mlp.w1", "mlp.w2"):
                     tensors[name][:, unit] = 0.0
-                for column, coefficient in ADAM_FIT.items():
-                    tensors["mlp.w1"][spec.features.column_index(column), unit] = sign * coefficient
+                tensors["mlp.w1"][spec.features.column_index("mom1_over_rms1"), unit] = sign
                 tensors["mlp.w2"][unit, unit] = 1.0
                 tensors["mlp.w3"][unit, 0] = sign
         return cls(spec, tensors, {"method": "init_adam", "preset": preset, "seed": seed})
@@ -316,14 +316,16 @@ class Theta:
             path = WEIGHTS / f"{path.name}.safetensors"
         if not path.is_file():
             raise FileNotFoundError(
-                f"theta: no file {str(source)!r}; shipped weights are {shipped()}, or give the path of a .safetensors file"
+                f"theta: no file {str(source)!r}; give the path of a .safetensors file, or a shipped name: {shipped()}"
             )
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except safetensors.SafetensorError as error:
-            raise ValueError(f"theta: {path} is not a readable safetensors file ({error}); it may be truncated") from error
+            raise ValueError(
+                f"theta: {path} is not a readable safetensors file ({error}); it may be truncated"
+            ) from error
         try:
             header = json.loads(metadata["lopt"])
             version, spec, provenance = header["format"], header["spec"], header["provenance"]
@@ -425,17 +427,13 @@ JAX_NAMES = {
     "mlp.b3": "ffmod_params|mlp/~/linear_2|b",
 }
 
-#: Combination of the ``paper`` columns nearest to Adam's direction; fitted by benchmarks/adam_fit.py.
-ADAM_FIT = {"mom1_over_rms1": 1.0}
-
 
 def unflatten(spec: ThetaSpec, flat: Tensor) -> dict[str, Tensor]:
-    """Named tensors of theta as views of ``flat`` ``[..., P]``; leading dimensions are kept (a population of thetas)."""
+    """Named tensors of theta as views of ``flat`` ``[..., P]``; leading dimensions (a population) are kept."""
     shapes = spec.shapes()
-    parts = flat.split([math.prod(shape) for shape in shapes.values()], dim=-1)
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()], dim=-1)
     return {
-        name: part.reshape(*flat.shape[:-1], *shape)
-        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        name: part.reshape(*flat.shape[:-1], *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }
 
 
