@@ -1,8 +1,9 @@
 // CUDA on the CPU, for tests: enough of the language for g++ to compile our .cu files and run them without a GPU.
 //
 // A CUDA thread is a fiber, a block is a set of fibers on one OS thread, blocks are spread over OpenMP threads, and
-// `__shared__` is thread-local memory. A fiber runs until it meets a barrier or a warp operation. Threads and blocks start
-// in ascending order, or descending with `sim::reverse_order`: a missing barrier gives a wrong number in one of the two.
+// `__shared__` is thread-local memory. A fiber runs until it meets a barrier or a warp operation, a warp until it meets a
+// barrier. Threads, warps and blocks go in ascending order, or descending with `sim::reverse_order`: a missing barrier
+// gives a wrong number in one of the two.
 // Threads that wait for each other forever, and warp operations with exited lanes, lanes outside the mask or beyond the
 // block, are errors that name kernel, block, thread and line.
 //
@@ -56,10 +57,18 @@ struct dim3 {
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 // ---- Context switch ------------------------------------------------------------------------------------------------
 
@@ -93,7 +102,7 @@ lopt_sim_switch:
 inline void switch_context(Context& from, Context& to) { lopt_sim_switch(&from, to); }
 inline void start_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15});
-  std::fill(top - 8, top, nullptr);            // six registers, `entry`, and the end of the call chain
+  std::fill(top - 8, top, nullptr);          // six registers, `entry`, and the end of the call chain
   top[-2] = reinterpret_cast<void*>(entry);  // where `ret` goes, with the stack aligned as after a call
   context = top - 8;
 }
@@ -111,7 +120,8 @@ inline void __asan_unpoison_memory_region(const void*, size_t) {}
 // ---- Fibers, blocks, grids -------------------------------------------------------------------------------------------
 
 enum class State { ready, exited, barrier, syncwarp, shuffle, ballot };  // from `barrier` on, it waits for others there
-inline const char* const kStateNames[] = {"ready", "exited", "__syncthreads", "__syncwarp", "a shuffle", "__ballot_sync"};
+inline const char* const kStateNames[] = {"ready",      "exited",    "__syncthreads",
+                                          "__syncwarp", "a shuffle", "__ballot_sync"};
 
 struct Place {
   const char* file;
@@ -172,7 +182,8 @@ struct Block {  // one per OS thread, used for one CUDA block after the other
   // No destructor runs on the stack that is left for good: the message owns nothing.
   [[noreturn]] void fail(const char* before, int lane, const char* after) {
     const Fiber& fiber = fibers[current];
-    error = "thread " + to_string(fiber.thread) + " at " + fiber.describe() + ": " + before + std::to_string(lane) + after;
+    error =
+        "thread " + to_string(fiber.thread) + " at " + fiber.describe() + ": " + before + std::to_string(lane) + after;
     for (;;) leave(true);
   }
   std::string run();
@@ -198,23 +209,31 @@ inline std::string Block::run() {
     __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);
     start_context(fiber.context, fiber.stack.get(), kStackBytes, fiber_main);
   }
+  const int warps = (threads + warpSize - 1) / warpSize;
   for (;;) {
-    bool progress = false, at_barrier = true;  // did any thread run; do all the living wait at one __syncthreads
-    const Fiber* first = nullptr;
-    for (int n = 0; n < threads; ++n) {
-      const int i = reverse_order ? threads - 1 - n : n;
-      if (fibers[i].state == State::ready) {
-        progress = true;
-        enter(i);
-        if (!error.empty()) return error;
+    // One warp after the other, each as far as it can go: what a missing barrier does not survive.
+    for (int w = 0; w < warps; ++w) {
+      const int begin = (reverse_order ? warps - 1 - w : w) * warpSize, end = std::min(begin + warpSize, threads);
+      for (bool progress = true; progress;) {
+        progress = false;
+        for (int n = begin; n < end; ++n) {
+          const int i = reverse_order ? begin + end - 1 - n : n;
+          if (fibers[i].state != State::ready) continue;
+          progress = true;
+          enter(i);
+          if (!error.empty()) return error;
+        }
       }
+    }
+    const Fiber* first = nullptr;  // of the living
+    bool together = true;          // do they all wait at one __syncthreads
+    for (int i = 0; i < threads; ++i) {
       if (fibers[i].state == State::exited) continue;
       if (!first) first = &fibers[i];
-      at_barrier &= fibers[i].state == State::barrier && fibers[i].meets(*first);
+      together &= fibers[i].state == State::barrier && fibers[i].meets(*first);
     }
     if (!first) return {};
-    if (progress) continue;
-    if (!at_barrier) {
+    if (!together) {
       std::map<std::string, int> places;
       for (int i = 0; i < threads; ++i) ++places[fibers[i].describe()];
       std::string text = "deadlock, threads wait at different places";
