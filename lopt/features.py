@@ -7,7 +7,9 @@ tensor normaliser and the bias corrections of the accumulators live, so that nei
 Source: arXiv:2009.11243, appendix C, and its author's port (the ``paper`` set).
 """
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +60,11 @@ class FeatureSet:
         """Width of a row of per-tensor statistics."""
         return len(STATS) + len(self.moments)
 
+    @property
+    def debiased(self) -> bool:
+        """Whether any column is corrected for the accumulators' bias."""
+        return any(column.debias for column in self.columns)
+
     def column_index(self, name: str) -> int:
         """Position of the column called ``name``."""
         return [column.name for column in self.columns].index(name)
@@ -73,30 +80,45 @@ class FeatureSet:
         Returns:
             ``scale, shift``, both ``[T, columns]``.
         """
-        moments = stats[:, len(STATS) :]
-        means = torch.stack(
-            [
-                moments[:, self.moments.index(column.moment)] if column.moment else torch.zeros_like(updates)
-                for column in self.columns
-            ],
-            dim=1,
-        )
-        accumulators = [f"mom{k}" for k in range(len(self.mom_decays))]
-        accumulators += [f"rms{k}" for k in range(len(self.rms_decays))]
-        normalised = stats.new_tensor([float(c.moment is not None and not c.log) for c in self.columns])
-        centred = stats.new_tensor([float(c.moment is not None and c.log) for c in self.columns])
-        log = stats.new_tensor([float(c.log) for c in self.columns])
-        scale = torch.where(normalised > 0, torch.rsqrt(means + self.epsilon), torch.ones_like(means))
-        shift = torch.where(centred > 0, -0.5 * torch.log(means + self.epsilon), torch.zeros_like(means))
-        if any(column.debias for column in self.columns):
-            exponents = stats.new_tensor(
-                [[dict(column.debias).get(name, 0.0) for name in accumulators] for column in self.columns]
-            )
-            # ln of prod (1 - decay^updates)^-exponent
-            corrections = -torch.log(-torch.expm1(updates[:, None] * torch.log(decays))) @ exponents.T
-            scale = scale * torch.exp(corrections * (1 - log))
-            shift = shift + corrections * log
+        table = _column_table(self.name, stats.device, stats.dtype)
+        means = stats[:, table.moment] + self.epsilon
+        scale = torch.where(table.normalised, torch.rsqrt(means), 1.0)
+        shift = torch.where(table.centred, -0.5 * torch.log(means), 0.0)
+        if self.debiased:  # logarithms of the corrections, products of (1 - decay^updates)^-exponent
+            corrections = -torch.log(-torch.expm1(updates[:, None] * torch.log(decays)))
+            scale = scale * torch.exp(corrections @ table.linear_exponents)
+            shift = shift + corrections @ table.log_exponents
         return scale, shift
+
+
+class _ColumnTable(NamedTuple):
+    """What :meth:`FeatureSet.column_map` looks up, as tensors over the columns."""
+
+    moment: Tensor  # position of the column's moment in a row of statistics; any where there is none
+    normalised: Tensor  # bool: divided by the root of its moment
+    centred: Tensor  # bool: logarithmic, with half the logarithm of its moment subtracted
+    linear_exponents: Tensor  # [accumulators, columns]
+    log_exponents: Tensor  # [accumulators, columns]
+
+
+@functools.cache
+def _column_table(name: str, device: torch.device, dtype: torch.dtype) -> _ColumnTable:
+    features = FEATURE_SETS[name]
+    columns = features.columns
+    accumulators = [f"mom{k}" for k in range(len(features.mom_decays))]
+    accumulators += [f"rms{k}" for k in range(len(features.rms_decays))]
+    exponents = [[dict(column.debias).get(name, 0.0) for column in columns] for name in accumulators]
+    log = torch.tensor([column.log for column in columns], device=device)
+    has_moment = torch.tensor([column.moment is not None for column in columns], device=device)
+    moment = [features.moments.index(column.moment) if column.moment else 0 for column in columns]
+    all_exponents = torch.tensor(exponents, device=device, dtype=dtype)
+    return _ColumnTable(
+        torch.tensor(moment, device=device) + len(STATS),
+        has_moment & ~log,
+        has_moment & log,
+        all_exponents * ~log,
+        all_exponents * log,
+    )
 
 
 def _paper() -> FeatureSet:

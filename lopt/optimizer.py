@@ -513,6 +513,8 @@ class LearnedOptimizer(Optimizer):
     def _per_tensor(self, name: str, groups: list[int], like: Tensor) -> Tensor:
         """``[T]`` values of a group option; floats are computed with in float64 before they reach the device."""
         values = [group[name] for group in self.param_groups]
+        if len(values) == 1:
+            return torch.as_tensor(values[0], device=like.device).to(like).reshape(()).expand(len(groups))
         if any(isinstance(value, Tensor) for value in values):
             stacked = torch.stack([torch.as_tensor(value, device=like.device).to(like).reshape(()) for value in values])
             return stacked[torch.tensor(groups, device=like.device)]

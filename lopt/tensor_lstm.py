@@ -215,23 +215,26 @@ def lstm_inputs(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, s
     """``[T, num_lstm_input]``: shared LSTM output, MLP feedback, 18 scalars of the tensor, and logarithmic time."""
     num_tensors = stats.shape[0]
     stat = dict(zip(STATS, stats.unbind(1)[: len(STATS)], strict=True))
+    norms = torch.sqrt(torch.stack([stat["grad_square"], stat["param_square"]]) * shapes.numel)
+    means = torch.stack([stat["mom_mean"], stat["rms_mean"], stat["param_mean"]])
+    variances = torch.stack([stat["mom_var"], stat["rms_var"], stat["param_var"]])
+    magnitude = log_magnitude(torch.cat([norms, means, variances])).unbind()
+    sign = torch.sign(means).unbind()
     train, valid = loss_inputs(spec, globals_)
     scalars = [
-        log_magnitude(torch.sqrt(stat["grad_square"] * shapes.numel)),
+        magnitude[0],  # gradient norm
         shapes.is_scalar,
-        log_magnitude(stat["mom_mean"]),
-        torch.sign(stat["mom_mean"]),
-        log_magnitude(stat["rms_mean"]),
-        torch.sign(stat["rms_mean"]),
-        log_magnitude(stat["param_mean"]),
-        torch.sign(stat["param_mean"]),
-        log_magnitude(torch.sqrt(stat["param_square"] * shapes.numel)),
+        magnitude[2],  # mean of mom, rms, param, each as magnitude and sign
+        sign[0],
+        magnitude[3],
+        sign[1],
+        magnitude[4],
+        sign[2],
+        magnitude[1],  # parameter norm
         *shapes.log_dims.unbind(1),
         train.expand(num_tensors),
         valid.expand(num_tensors),
-        log_magnitude(stat["mom_var"]),
-        log_magnitude(stat["rms_var"]),
-        log_magnitude(stat["param_var"]),
+        *magnitude[5:],  # variance of mom, rms, param
     ]
     parts = [globals_.from_lstm.expand(num_tensors, -1), rows.feedback, torch.stack(scalars, dim=1)]
     if spec.time_input == "log":
