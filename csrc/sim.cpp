@@ -10,6 +10,8 @@
 
 namespace lopt {
 
+void set_sim_reverse_order(bool reverse) { sim::reverse_order = reverse; }
+
 bool accumulate_sim(const AccumulateParams& params, int feature_set) {
   return accumulate_on_cpu(params, feature_set, 0, 0);
 }

@@ -9,6 +9,18 @@
 namespace lopt {
 namespace {
 
+// Mean and sum of squared deviations of few values.
+template <int kCount>
+__device__ __forceinline__ void moments_of(const float* values, float& mean, float& squares) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) sum += values[k];
+  mean = sum * (1.0f / kCount);
+  squares = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) squares += (values[k] - mean) * (values[k] - mean);
+}
+
 // One parameter as a row of partials.
 template <class Features>
 __device__ __forceinline__ void partials_of_one(float raw_grad, float grad, float param, const float* mom,
@@ -18,15 +30,8 @@ __device__ __forceinline__ void partials_of_one(float raw_grad, float grad, floa
   one[kNonfinite] = raw_grad - raw_grad == 0.0f ? 0.0f : 1.0f;
   one[kParamMean] = param;
   one[kParamVar] = 0.0f;
-  one[kMomMean] = one[kMomVar] = one[kRmsMean] = one[kRmsVar] = 0.0f;
-#pragma unroll
-  for (int k = 0; k < Features::kNumMom; ++k) one[kMomMean] += mom[k] / Features::kNumMom;
-#pragma unroll
-  for (int k = 0; k < Features::kNumMom; ++k) one[kMomVar] += (mom[k] - one[kMomMean]) * (mom[k] - one[kMomMean]);
-#pragma unroll
-  for (int k = 0; k < Features::kNumRms; ++k) one[kRmsMean] += rms[k] / Features::kNumRms;
-#pragma unroll
-  for (int k = 0; k < Features::kNumRms; ++k) one[kRmsVar] += (rms[k] - one[kRmsMean]) * (rms[k] - one[kRmsMean]);
+  moments_of<Features::kNumMom>(mom, one[kMomMean], one[kMomVar]);
+  moments_of<Features::kNumRms>(rms, one[kRmsMean], one[kRmsVar]);
   Features::moments(grad, param, mom, rms, one + kMoments);
 }
 
