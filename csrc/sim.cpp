@@ -20,6 +20,4 @@ bool apply_sim(const ApplyParams& params, int feature_set, int width) {
   return apply_on_cpu(params, feature_set, width, 0, 0);
 }
 
-void set_sim_reverse_order(bool reverse) { sim::reverse_order = reverse; }
-
 }  // namespace lopt
