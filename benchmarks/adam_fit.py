@@ -1,8 +1,8 @@
 """Which combination of the `paper` columns is nearest to Adam's direction? Theta.init_adam uses the answer.
 
 Random gradients of many parameters: scales log-uniform in [1e-2, 10], a drifting mean of relative size .3, normal
-noise. At several steps the columns mom_k / sqrt(rms_k + 1e-6), each divided by its root mean square over the tensor as the
-optimizer does, are fitted by least squares to Adam's direction (betas .9, .999), divided by its root mean square too.
+noise. At several steps the columns mom_k / sqrt(rms_k + 1e-6), each divided by its root mean square over the tensor as
+the optimizer does, are fitted by least squares to Adam's direction (betas .9, .999), divided by its own too.
 """
 
 import torch

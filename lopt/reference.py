@@ -136,7 +136,7 @@ def apply(
         keep: ``1 - lr * weight_decay``.
 
     Returns:
-        New parameter ``[numel]``, feedback ``[from_mlp]``, MLP input ``[numel, inputs]`` and output ``[numel, outputs]``.
+        New parameter ``[numel]``, feedback ``[from_mlp]``, MLP input and output ``[numel, ...]``.
     """
     columns = raw_columns(spec, grad, param, mom, rms) * conditioning.scale[:, None] + conditioning.shift[:, None]
     if spec.feature_clip is not None:
