@@ -1,5 +1,7 @@
 """LearnedOptimizer: a ``torch.optim.Optimizer`` whose update rule is a small neural network."""
 
+import math
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -69,14 +71,14 @@ class KernelPlan:
     ) -> None:
         self.spec, self.weights = spec, weights
         self.packed = ops.pack_mlp(spec, weights)
-        self.staged = [(i, param) for i, param in enumerate(params) if not param.is_contiguous()]
         self.plan = ops.Plan(backend, spec.feature_set, [param.contiguous() for param in params], mom, rms)
         self.clip_limit = torch.empty(0)
         self.params: list[Tensor] = []
+        self.contiguous: list[Tensor] = []
 
     def set_tensors(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        self.params = [param.contiguous() for param in params]
-        self.plan.set_tensors(self.params, [grad.contiguous() for grad in grads])
+        self.params, self.contiguous = params, [param.contiguous() for param in params]
+        self.plan.set_tensors(self.contiguous, [grad.contiguous().resolve_neg() for grad in grads])
 
     def accumulate(self, clip_limit: Tensor) -> Tensor:
         self.clip_limit = clip_limit.expand(self.plan.num_tensors).contiguous()
@@ -94,8 +96,11 @@ class KernelPlan:
             self.spec.magnitude_rate,
             self.spec.feature_clip,
         )
-        for i, param in self.staged:
-            param.copy_(self.params[i])
+        for param, contiguous in zip(self.params, self.contiguous, strict=True):
+            if contiguous is not param:
+                param.copy_(contiguous)
+        torch.autograd.graph.increment_version(self.params)  # a backward pass that needs the old values must fail
+        self.contiguous, self.plan.grads = [], []  # zero_grad frees their memory
         return ops.feedback(self.weights, hidden)
 
 
@@ -105,8 +110,27 @@ class _Active(NamedTuple):
     params: list[Tensor]
     groups: list[int]  # param group of each
     plan: ReferencePlan | KernelPlan
+    mom: list[Tensor]
     rows: Rows  # stacked state; state[p]["lstm"] holds views of its rows
     shapes: Shapes
+
+
+def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        value: Any = found
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        came = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
+        if came != shape:
+            raise ValueError(
+                f"state_dict: {place}[{name!r}] expected shape {shape}, found {came}; it belongs to "
+                "another parameter, another optimizer, or a theta of another architecture"
+            )
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    """Whether lr is zero, as far as the host can know without waiting for the device."""
+    return (not isinstance(lr, Tensor) or lr.is_cpu) and float(lr) == 0.0
 
 
 class LearnedOptimizer(Optimizer):
@@ -190,36 +214,37 @@ class LearnedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, at any time; the LSTM sees the new tensors from the next step on."""
-        before = [param for group in self.param_groups for param in group["params"]]
+        position = sum(len(group["params"]) for group in self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check_group(group, [*before, *group["params"]])
+            self._check_group(group, position)
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
         self._active = None
 
-    def _check_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _check_group(self, group: dict[str, Any], position: int) -> None:
         for name in ("lr", "weight_decay"):
             value = group[name]
             if not isinstance(value, Tensor) and not value >= 0.0:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
         allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.impl == "reference" else ())
-        for i, param in enumerate(params):
+        for i, param in enumerate(group["params"], position):
+            first = self._first_param()
             name = f"params[{i}] of shape {tuple(param.shape)}"
             if hasattr(param, "to_local"):
                 raise TypeError(f"{name}: DTensor (FSDP) parameters are not supported")
             if param.dtype not in allowed:
                 remedy = "use impl='reference'" if param.dtype == torch.float64 else "convert it"
                 raise TypeError(f"{name}: expected float32 or bfloat16, got {param.dtype}; {remedy}")
-            if param.device != params[0].device:
+            if param.device != first.device:
                 raise ValueError(
-                    f"{name}: on {param.device}, but params[0] is on {params[0].device}; "
+                    f"{name}: on {param.device}, but params[0] is on {first.device}; "
                     "all parameters of one LearnedOptimizer must share one device"
                 )
-            if (param.dtype == torch.float64) != (params[0].dtype == torch.float64):
-                raise TypeError(f"{name}: {param.dtype} beside {params[0].dtype}; float64 cannot be mixed")
+            if (param.dtype == torch.float64) != (first.dtype == torch.float64):
+                raise TypeError(f"{name}: {param.dtype} beside {first.dtype}; float64 cannot be mixed")
 
     def _choose(self, impl: str) -> str:
         device = self._first_param().device
@@ -269,11 +294,16 @@ class LearnedOptimizer(Optimizer):
         """param_groups[0], with the global state in it."""
         group = self.param_groups[0]
         if "pending_loss" not in group:
-            like = self._theta_weights()["initial_h"]
-            group.update(tensor_lstm.init_globals(self.theta.spec, self._theta_weights())._asdict())
-            group["pending_loss"] = like.new_zeros(2)  # sum and number of the losses observed since the last step
-            group["nonfinite"] = torch.zeros((), dtype=torch.int64, device=like.device)
+            group.update(self._init_globals())
         return group
+
+    def _init_globals(self) -> dict[str, Tensor]:
+        like = self._theta_weights()["initial_h"]
+        return {
+            **tensor_lstm.init_globals(self.theta.spec, self._theta_weights())._asdict(),
+            "pending_loss": like.new_zeros(2),  # sum and number of the losses observed since the last step
+            "nonfinite": torch.zeros((), dtype=torch.int64, device=like.device),
+        }
 
     @property
     def nonfinite_gradients(self) -> Tensor:
@@ -295,7 +325,9 @@ class LearnedOptimizer(Optimizer):
         active = self._active
         if active is not None and len(active.params) == len(params):
             same = all(old is new for old, new in zip(active.params, params, strict=True))
-            if same and active.groups == groups:
+            # Somebody may have cleared or replaced the state.
+            kept = all(self.state[p].get("mom") is mom for p, mom in zip(params, active.mom, strict=True))
+            if same and kept and active.groups == groups:
                 return active
         for param in params:
             if "mom" not in self.state[param]:
@@ -312,7 +344,7 @@ class LearnedOptimizer(Optimizer):
         else:
             plan = KernelPlan(self.implementation, spec, weights, params, mom, rms)
         shapes = Shapes.of(spec, [tuple(param.shape) for param in params], weights["initial_h"])
-        self._active = _Active(params, groups, plan, rows, shapes)
+        self._active = _Active(params, groups, plan, mom, rows, shapes)
         return self._active
 
     def __getstate__(self) -> dict[str, Any]:
@@ -331,62 +363,64 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: the state belongs to a theta of another architecture; nothing was changed.
         """
-        final: dict[str, Any] = {}
+        source: dict[str, Any] = {}
 
-        def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:  # after all other pre-hooks
-            final.update(state_dict)
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:  # after all other pre-hooks
             self._check_state(state_dict)
+            source.update(state_dict)
 
-        handle = self.register_load_state_dict_pre_hook(capture)
+        def restore(_: Optimizer) -> None:  # before all other post-hooks
+            self._restore_state(source)
+
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        # torch cast floating state to the parameters' dtype: take it from the source again.
+            for handle in handles:
+                handle.remove()
+
+    def _restore_state(self, source: dict[str, Any]) -> None:
+        """Take state from ``source`` again, since torch casts what is floating to the parameters' dtype."""
         like = self._theta_weights()["initial_h"]
 
-        def restore(value: Any) -> Any:
+        def copy(value: Any) -> Any:
             if isinstance(value, dict):
-                return {name: restore(item) for name, item in value.items()}
+                return {name: copy(item) for name, item in value.items()}
             if not isinstance(value, Tensor):
                 return value
             dtype = like.dtype if value.is_floating_point() else value.dtype
             return value.detach().to(device=like.device, dtype=dtype, copy=True)
 
-        ids = [index for group in final["param_groups"] for index in group["params"]]
+        ids = [index for group in source["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(ids, params, strict=True):
-            if index in final["state"]:
-                self.state[param] = restore(final["state"][index])
+            if index in source["state"]:
+                self.state[param] = copy(source["state"][index])
         for name in GLOBALS:
             if name in self.param_groups[0]:
-                self.param_groups[0][name] = restore(self.param_groups[0][name])
+                self.param_groups[0][name] = copy(self.param_groups[0][name])
         self._active = None
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
-        spec = self.theta.spec
-        sizes = {"h": spec.lstm_width, "c": spec.lstm_width, "feedback": spec.from_mlp}
-        groups = zip(state_dict["param_groups"], self.param_groups, strict=False)
+        """Compare names and shapes with those of this optimizer, and change nothing."""
+        spec, weights = self.theta.spec, self._theta_weights()
+        shared = {name: tuple(value.shape) for name, value in self._init_globals().items()}
+        rows = tensor_lstm.init_rows(spec, weights, 1)._asdict()
+        groups = list(zip(state_dict["param_groups"], self.param_groups, strict=False))
         pairs = (pair for theirs, ours in groups for pair in zip(theirs["params"], ours["params"], strict=False))
-        for index, param in pairs:
-            state = state_dict["state"].get(index)
-            if state is None:
-                continue
+        states = [(index, state_dict["state"][index], p) for index, p in pairs if index in state_dict["state"]]
+        for index, state, param in states:
             expected = {
                 "mom": (len(spec.mom_decays), param.numel()),
                 "rms": (len(spec.rms_decays), param.numel()),
-                **{f"lstm.{name}": (size,) for name, size in sizes.items()},
+                **{f"lstm.{name}": tuple(value.shape[1:]) for name, value in rows.items()},
             }
-            for name, shape in expected.items():
-                value: Any = state
-                for part in name.split("."):
-                    value = value.get(part) if isinstance(value, Mapping) else None
-                found = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
-                if found != shape:
-                    raise ValueError(
-                        f"state_dict: state[{index}][{name!r}] expected shape {shape}, found {found}; it belongs to "
-                        "another parameter, another optimizer, or a theta of another architecture"
-                    )
+            _check_shapes(f"state[{index}]", state, expected)
+        if groups and (states or any(name in groups[0][0] for name in shared)):
+            _check_shapes("param_groups[0]", groups[0][0], shared)
 
     # ---- Losses -----------------------------------------------------------------------------------------------------
 
@@ -412,12 +446,13 @@ class LearnedOptimizer(Optimizer):
                 tensor_lstm.observe_valid(self.theta.spec, globals_, self._loss("valid_loss", valid_loss))
             )
 
-    def _loss(self, name: str, loss: float | Tensor) -> Tensor:
+    def _loss(self, name: str, loss: object) -> Tensor:
         like = self._theta_weights()["initial_h"]
         if not isinstance(loss, Tensor):
-            if not isinstance(loss, (int, float)):
+            if not isinstance(loss, numbers.Real):
                 raise ValueError(f"{name}: expected a number or a tensor of one element, got {type(loss).__name__}")
-            return torch.full((), float(loss), dtype=like.dtype, device=like.device)
+            value = float(loss) if abs(float(loss)) <= torch.finfo(like.dtype).max else math.nan
+            return torch.full((), value, dtype=like.dtype, device=like.device)
         if loss.numel() != 1 or loss.is_complex():
             raise ValueError(
                 f"{name}: expected one real number, got {loss.dtype} of shape {tuple(loss.shape)}; reduce it first"
@@ -436,7 +471,7 @@ class LearnedOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], Any], *, loss: float | Tensor | None = None) -> Any: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
+    def step(self, closure: Any = None, *, loss: float | Tensor | None = None) -> Any:
         """One update of all parameters that have a gradient.
 
         Args:
@@ -446,6 +481,9 @@ class LearnedOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
+        if closure is not None and not callable(closure):
+            came = type(closure).__name__
+            raise TypeError(f"closure: expected a function or None, got {came}; give a loss as step(loss=...)")
         if closure is not None and loss is not None:
             raise ValueError("loss: given beside a closure; the closure's own loss is used, so pass only one of them")
         result = None
@@ -453,19 +491,19 @@ class LearnedOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
             loss = result
-        if loss is not None:
-            self.observe(train_loss=loss)
+        observed = None if loss is None else self._loss("loss", loss)
         params, grads, groups = self._gradients()
-        if not params:
-            return result
-        if self.on_nonfinite != "ignore":
+        if params and self.on_nonfinite != "ignore":
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
             if int(bad) > 0:
                 if self.on_nonfinite == "raise":
                     raise FloatingPointError(f"gradients hold {int(bad)} NaN or Inf elements; nothing was changed")
                 self._globals()["nonfinite"] += bad
                 return result
-        self._update(self._prepare(params, groups), grads)
+        self.observe(train_loss=observed)
+        if params:
+            with torch.autocast(params[0].device.type, enabled=False):  # in case the whole loop runs under autocast
+                self._update(self._prepare(params, groups), grads)
         return result
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
@@ -494,7 +532,12 @@ class LearnedOptimizer(Optimizer):
         loss = torch.where(count > 0, total / count, torch.full_like(total, float("nan")))
         horizon = torch.full((), float(self.total_steps or 0), dtype=like.dtype, device=like.device)
 
-        active.plan.set_tensors(active.params, grads)
+        still = {i for i, group in enumerate(self.param_groups) if _is_zero(group["lr"])}
+        params = active.params
+        if still:  # lr = 0 changes no bit, whatever the parameters hold: the update goes to copies
+            pairs = zip(params, active.groups, strict=True)
+            params = [param.clone() if index in still else param for param, index in pairs]
+        active.plan.set_tensors(params, grads)
         stats = active.plan.accumulate(tensor_lstm.clip_limit(spec, globals_))
         globals_, rows, conditioning, _ = tensor_lstm.advance(
             spec, weights, globals_, active.rows, stats, active.shapes, loss, horizon
@@ -514,8 +557,9 @@ class LearnedOptimizer(Optimizer):
         """``[T]`` values of a group option; floats are computed with in float64 before they reach the device."""
         values = [group[name] for group in self.param_groups]
         if len(values) == 1:
-            return torch.as_tensor(values[0], device=like.device).to(like).reshape(()).expand(len(groups))
+            return torch.as_tensor(values[0], dtype=like.dtype, device=like.device).reshape(()).expand(len(groups))
         if any(isinstance(value, Tensor) for value in values):
-            stacked = torch.stack([torch.as_tensor(value, device=like.device).to(like).reshape(()) for value in values])
+            device, dtype = like.device, like.dtype
+            stacked = torch.stack([torch.as_tensor(v, dtype=dtype, device=device).reshape(()) for v in values])
             return stacked[torch.tensor(groups, device=like.device)]
         return like.new_tensor([values[index] for index in groups])
