@@ -15,8 +15,9 @@ __device__ __forceinline__ void copy_block(float* to, const float* from, int cou
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = from[i];
 }
 
+// Three blocks per multiprocessor leave 168 registers: with less, some compilers spill.
 template <class Features, int kWidth>
-__global__ void __launch_bounds__(kThreads) apply_kernel(ApplyParams params) {
+__global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) {
   constexpr int kColumns = Features::kNumColumns;
   constexpr int kWeights = MlpLayout<kColumns, kWidth>::kSize;
   alignas(16) __shared__ float weights[kWeights];
