@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -66,7 +67,7 @@ def show_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence
     """A table with frames on a terminal, aligned plain lines elsewhere. The first column is text, flush
     left."""
     if console.is_terminal:
-        table = Table()
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
         for position, column in enumerate(columns):
             table.add_column(column, justify="right" if position else "left")
         for row in rows:

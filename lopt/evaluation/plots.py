@@ -29,9 +29,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plot: matplotlib is missing; pip install matplotlib, or ask for no plot"
-        ) from error
+        raise ModuleNotFoundError("plot: matplotlib is missing; pip install matplotlib, or ask for no plot") from error
 
 
 def training_curves(runs: Mapping[str, Sequence[TrainResult]], title: str, path: Path) -> None:
@@ -65,7 +63,7 @@ def training_curves(runs: Mapping[str, Sequence[TrainResult]], title: str, path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.0)
         if logarithmic:
-            axes.set_yscale("log")
+            _log_axis(axes)
         else:
             _accuracy_axis(axes, runs)
     lines, labels = figure.axes[0].get_legend_handles_labels()
@@ -73,9 +71,7 @@ def training_curves(runs: Mapping[str, Sequence[TrainResult]], title: str, path:
     figure.savefig(path)
 
 
-def _line(
-    axes: Axes, label: str, results: Sequence[TrainResult], quantity: str, colour: str, above: int
-) -> None:
+def _line(axes: Axes, label: str, results: Sequence[TrainResult], quantity: str, colour: str, above: int) -> None:
     steps = [record.step for record in results[0].records]
     values = np.array([[getattr(record, quantity) for record in result.records] for result in results])
     style: dict[str, Any] = {"color": colour, "zorder": 2 + above}
@@ -84,8 +80,21 @@ def _line(
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.18, linewidth=0, **style)
 
 
+def _log_axis(axes: Axes) -> None:
+    """Logarithmic, with ticks at 1, 2 and 5 times powers of ten, written as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
 def _accuracy_axis(axes: Axes, runs: Mapping[str, Sequence[TrainResult]]) -> None:
     """Percent, from a little below the lowest final accuracy upwards: the end of training is what differs."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     lowest = min(result.final.test_accuracy for results in runs.values() for result in results)
-    axes.set_ylim(max(0.0, lowest - max(0.05, 0.5 * (1 - lowest))), None)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set_ylim(max(0.0, lowest - max(0.05, 0.5 * (1 - lowest))), 1.0)
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
