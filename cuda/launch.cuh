@@ -17,7 +17,9 @@
 
 #define LOPT_CUDA_CHECK(call) ::lopt::check_cuda(call, #call, __FILE__, __LINE__)
 
+// Unnamed: one module holds nvcc's version of these functions and the CPU's.
 namespace lopt {
+namespace {
 
 constexpr int kThreads = 128;  // per block
 constexpr int kWarps = kThreads / 32;
@@ -58,4 +60,5 @@ void launch_per_chunk(const char* name, void (*kernel)(Params), const Params& pa
   LOPT_CUDA_CHECK(cudaGetLastError());
 }
 
+}  // namespace
 }  // namespace lopt
