@@ -435,7 +435,7 @@ def unflatten(spec: ThetaSpec, flat: Tensor) -> dict[str, Tensor]:
     shapes = spec.shapes()
     parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()], dim=-1)
     return {
-        name: part.reshape(*flat.shape[:-1], *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        name: part.reshape((*flat.shape[:-1], *shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }
 
 
