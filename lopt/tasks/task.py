@@ -1,0 +1,67 @@
+"""A task: an inner problem that an optimizer is meta-trained on or judged by.
+
+A task knows its initial parameters, its loss as a function of them, and minibatches of four splits: ``train``
+gives gradients, ``inner_valid`` the validation loss the optimizer may see, ``outer_valid`` the meta-loss,
+``test`` is only reported. Everything is a function of seeds, so runs that should share their randomness can.
+
+Source: arXiv:2009.11243, section 3 and appendix C.1 (the four splits).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+SplitName = Literal["train", "inner_valid", "outer_valid", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid", "test")
+
+
+class Batch(NamedTuple):
+    """Some rows of a split."""
+
+    inputs: Tensor  # [rows, ...]
+    targets: Tensor  # [rows, ...]
+
+
+class Task(ABC):
+    """An inner problem.
+
+    Example:
+        >>> from lopt.tasks import sample_task
+        >>> task = sample_task(seed=7)
+        >>> params = task.init(seed=0)
+        >>> task.loss(params, next(task.batches(seed=0, split="train"))).shape
+        torch.Size([])
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A short name, for tables."""
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Plain JSON values from which :func:`lopt.tasks.task_from_config` rebuilds the task."""
+
+    @abstractmethod
+    def init(self, seed: int) -> dict[str, Tensor]:
+        """Initial parameters, in a fixed order."""
+
+    @abstractmethod
+    def loss(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Mean loss ``[]`` over the rows of a minibatch; a pure function, differentiable and vmappable."""
+
+    @abstractmethod
+    def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Batch]:
+        """Endless minibatches of a split, from number ``start`` on; the same for the same seed."""
+
+    def initial_loss(self, seed: int, num_batches: int = 8) -> float:
+        """Mean ``outer_valid`` loss of ``init(seed)`` over the first minibatches of ``seed``."""
+        params = self.init(seed)
+        stream = self.batches(seed, "outer_valid")
+        with torch.no_grad():
+            losses = [self.loss(params, next(stream)) for _ in range(num_batches)]
+        return float(torch.stack(losses).mean())
