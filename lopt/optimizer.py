@@ -33,10 +33,13 @@ class ReferencePlan:
     def set_tensors(self, params: list[Tensor], grads: list[Tensor]) -> None:
         self.params, self.grads = params, grads
 
+    def _flat(self, tensor: Tensor) -> Tensor:  # contiguous, since strides change the order of sums
+        return tensor.reshape(-1).to(self.dtype).contiguous()
+
     def accumulate(self, clip_limit: Tensor) -> Tensor:
         stats = []
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            flat = param.reshape(-1).to(self.dtype), grad.reshape(-1).to(self.dtype)
+            flat = self._flat(param), self._flat(grad)
             clipped, mom, rms, row = reference.accumulate(self.spec, *flat, self.mom[i], self.rms[i], clip_limit)
             self.grads[i] = clipped
             self.mom[i].copy_(mom)
@@ -48,7 +51,7 @@ class ReferencePlan:
         feedback = []
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
             row = Conditioning(*(value[i] for value in conditioning))
-            flat = param.reshape(-1).to(self.dtype)
+            flat = self._flat(param)
             new, mean, _, _ = reference.apply(
                 self.spec, self.weights, flat, grad, self.mom[i], self.rms[i], row, step_size[i], keep[i]
             )
