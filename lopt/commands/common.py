@@ -2,20 +2,15 @@
 
 import json
 import math
-import platform
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-import lopt
 
 
 @dataclass(frozen=True)
@@ -39,16 +34,6 @@ class Command(ABC):
     @abstractmethod
     def run(self, console: Console) -> Outcome:
         """Do it, say what happened on ``console``, and return the numbers."""
-
-
-def versions() -> dict[str, str]:
-    """Versions of lopt and of what its numbers depend on."""
-    return {
-        "lopt": lopt.__version__,
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def write_json(path: Path, numbers: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from rich.console import Console
 from torch import Tensor
 
 from lopt import _C
-from lopt.commands.common import Command, Outcome, say, show_table, versions
+from lopt.commands.common import Command, Outcome, say, show_table
+from lopt.meta.provenance import versions
 from lopt.optimizer import LearnedOptimizer
 from lopt.theta import PRESETS, Theta
 

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lopt.commands.common import Command, Outcome, say, show_table, versions, write_json
+from lopt.commands.common import Command, Outcome, say, show_table, write_json
 from lopt.commands.weights import describe_theta
 from lopt.evaluation import plots
 from lopt.evaluation.baselines import adam, adamw_cosine
 from lopt.evaluation.training import MakeOptimizer, Record, TrainResult, mlp, train
+from lopt.meta.provenance import commit, versions
 from lopt.optimizer import LearnedOptimizer
 from lopt.tasks.datasets import Dataset, DatasetName, load
 
@@ -123,6 +124,7 @@ class Train(Command):
             "command": "train",
             "options": dataclasses.asdict(self),
             "versions": versions(),
+            "commit": commit(),
             "dataset": {"name": data.name, "source": data.source, "rows": len(data.train.targets)},
             "learned_optimizer": learned,
             "summary": summary,

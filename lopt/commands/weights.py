@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,8 +58,9 @@ class Convert(Command):
 
 
 def provenance_text(theta: Theta) -> str:
-    """Where a theta comes from, in one line."""
-    return ", ".join(f"{name} {value}" for name, value in theta.provenance.items()) or "not recorded"
+    """Where a theta comes from, in one line: the plain values of its provenance."""
+    plain = {name: value for name, value in theta.provenance.items() if isinstance(value, (str, int, float))}
+    return ", ".join(f"{name} {value}" for name, value in plain.items()) or "origin not recorded"
 
 
 def describe_theta(name: str, theta: Theta) -> str:
@@ -84,7 +86,7 @@ def _sha256(path: Path) -> str:
 def _show(console: Console, path: Path, theta: Theta) -> dict[str, Any]:
     facts = _facts(path, theta)
     say(console, f"{path}: {theta.num_floats:,} floats, sha256 {facts['sha256']}")
-    say(console, f"provenance: {provenance_text(theta)}")
+    say(console, f"provenance: {json.dumps(theta.provenance)}")
     show_table(console, ["spec", "value"], [[name, str(value)] for name, value in facts["spec"].items()])
     rows = [
         [name, " x ".join(map(str, tensor.shape)) or "scalar", f"{tensor.numel():,}", f"{tensor.norm():.4g}"]
