@@ -99,6 +99,11 @@ def _check(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], numel: int,
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}; pass x.contiguous()")
 
 
+def _check_length(name: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ValueError(f"{name}: expected {expected} entries, one for each tensor, got {found}")
+
+
 class Plan:
     """Addresses, sizes and scratch memory for the kernels over one list of tensors.
 
@@ -126,12 +131,17 @@ class Plan:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
         if not params:
             raise ValueError("params: expected at least one tensor, got none")
+        if feature_set not in FEATURE_SETS:
+            raise ValueError(f"feature_set: expected one of {sorted(FEATURE_SETS)}, got {feature_set!r}")
         if backend == "cuda" and not _C.has_cuda:
             raise RuntimeError("backend 'cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
+        theta_index = [0] * len(params) if theta_index is None else list(theta_index)
+        for name, values in (("mom", mom), ("rms", rms), ("theta_index", theta_index)):
+            _check_length(name, len(values), len(params))
         self.backend, self.features = backend, FEATURE_SETS[feature_set]
         self.index = FEATURE_SET_INDEX[feature_set]
         self.device = params[0].device
-        if (self.device.type == "cuda") != (backend == "cuda"):
+        if self.device.type != ("cuda" if backend == "cuda" else "cpu"):
             raise ValueError(f"params[0]: on {self.device}, which back end {backend!r} cannot reach; use impl='auto'")
         sizes = [param.numel() for param in params]
         decays = len(self.features.mom_decays), len(self.features.rms_decays)
@@ -158,7 +168,7 @@ class Plan:
                 np.array(sizes, dtype=np.int64),
                 np.array(sizes, dtype=np.int64),  # stride between accumulator planes
                 first[:-1],
-                np.array(theta_index if theta_index is not None else [0] * len(sizes), dtype=np.int64),
+                np.array(theta_index, dtype=np.int64),
                 np.array(self.param_dtypes, dtype=np.int64),  # low half: param_dtype, high half: grad_dtype
             ],
             axis=1,
@@ -177,6 +187,8 @@ class Plan:
 
     def set_tensors(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Point the plan to this step's gradients, and to the parameters in case they moved."""
+        _check_length("params", len(params), self.num_tensors)
+        _check_length("grads", len(grads), self.num_tensors)
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             _check(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
             _check(f"grads[{i}]", grad, tuple(DTYPES), self.sizes[i], self.device)
@@ -191,6 +203,10 @@ class Plan:
             self.grad_addresses = grad_addresses
             self.grad_table = self._upload(np.array(grad_addresses, dtype=np.int64))
         self.grads = list(grads)  # alive until the next step
+
+    def _check_grads(self) -> None:
+        if not self.grads:
+            raise RuntimeError("grads: not known yet; call Plan.set_tensors before accumulate and apply")
 
     def _rows(self, name: str, value: Tensor, columns: int | None) -> Tensor:
         shape = (self.num_tensors,) if columns is None else (self.num_tensors, columns)
@@ -218,8 +234,13 @@ class Plan:
             clip_limit: ``[T]`` float32, bound of the gradient elements.
             mom_decays, rms_decays: the feature set's own when not given.
         """
+        self._check_grads()
+        mom_decays, rms_decays = mom_decays or self.features.mom_decays, rms_decays or self.features.rms_decays
+        for name, decays in (("mom_decays", mom_decays), ("rms_decays", rms_decays)):
+            if len(decays) != len(getattr(self.features, name)):
+                raise ValueError(f"{name}: expected {len(getattr(self.features, name))} decays, got {len(decays)}")
         clip_limit = self._rows("clip_limit", clip_limit, None)
-        stats = torch.empty(self.num_tensors, self.features.num_stats, device=self.device)
+        stats = torch.empty(self.num_tensors, self.features.num_stats, dtype=torch.float32, device=self.device)
         partials = torch.empty(self.num_chunks, self.features.num_stats, dtype=torch.float64, device=self.device)
         _C.accumulate(
             backend=self.backend,
@@ -230,8 +251,8 @@ class Plan:
             num_tensors=self.num_tensors,
             num_chunks=self.num_chunks,
             clip_limit=clip_limit.data_ptr(),
-            mom_decays=mom_decays or self.features.mom_decays,
-            rms_decays=rms_decays or self.features.rms_decays,
+            mom_decays=mom_decays,
+            rms_decays=rms_decays,
             partials=partials.data_ptr(),
             finished=self.finished.data_ptr(),
             stats=stats.data_ptr(),
@@ -261,6 +282,7 @@ class Plan:
             keep: ``[T]``, ``1 - lr * weight_decay``.
             weights: ``[num_theta, size]`` from :func:`pack_mlp`.
         """
+        self._check_grads()
         columns, width = len(self.features.columns), bias.shape[-1]
         size = _C.packed_weights(self.index, width)
         if size == 0:
@@ -281,7 +303,7 @@ class Plan:
             self._rows("keep", keep, None),
             weights.contiguous(),
         ]
-        hidden = torch.empty(self.num_tensors, width, device=self.device)
+        hidden = torch.empty(self.num_tensors, width, dtype=torch.float32, device=self.device)
         partials = torch.empty(self.num_chunks, width, dtype=torch.float64, device=self.device)
         _C.apply(
             backend=self.backend,
