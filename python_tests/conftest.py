@@ -1,0 +1,92 @@
+"""Fixtures that all tests share: back ends, thread counts, golden numbers, seeded randomness.
+
+A back end is one compiled way to run the two operations: the CPU kernels in every instruction set this machine has, the
+CUDA kernels on the CPU in both thread orders (``sim``), and the CUDA kernels on a GPU where there is one.
+
+golden/rnn_mlp_lopt_{default,bigstep,valid}.npz were recorded from the author's JAX port (float32, CPU): 10 steps over
+the tensors ``b conv s sq w``, three ways. Their keys: ``theta|PATH`` the port's weights; ``params0|T``, ``grads|T``,
+``losses``, ``is_valid`` what went in; ``params|T`` after each step; per training update ``lstm_in`` [U, 5, 52],
+``mlp_in_columns|T`` [U, numel, 23] and ``mlp_in_constant|T`` [U, 31]; after each step ``step``, ``clip``,
+``train_loss``, ``valid_loss``, ``from_lstm``, ``from_mlp``; after steps 0, 4 and 9 ``mom|stepN|T``, ``rms|stepN|T``,
+``h|stepN`` and ``c|stepN``.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lopt import ops
+
+GOLDEN = Path(__file__).parent / "golden"
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A back end as ``lopt.ops.Plan`` names it, and where its tensors live."""
+
+    name: str
+    device: torch.device
+
+
+VARIANTS = [f"cpu-{simd}" for simd in ops._C.simd_available()] + ["sim", "sim-reverse", "cuda"]
+
+
+def _need_cuda(name: str) -> None:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if name == "cuda" and not ops._C.has_cuda:
+        pytest.skip("lopt was built without CUDA")
+
+
+@pytest.fixture(params=[pytest.param(v, marks=pytest.mark.gpu if v == "cuda" else ()) for v in VARIANTS])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every back end in turn; what it selects in the extension is put back."""
+    name, _, variant = request.param.partition("-")
+    _need_cuda(name)
+    selected = ops._C.simd_selected()
+    if name == "cpu":
+        assert ops._C.simd_select(variant)
+    ops._C.sim_reverse_order(variant == "reverse")
+    yield Backend(name, torch.device("cuda", 0) if name == "cuda" else torch.device("cpu"))
+    ops._C.sim_reverse_order(False)
+    ops._C.simd_select(selected)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device with kernels of its own in turn."""
+    _need_cuda(request.param)
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def set_num_threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@cache
+def _load_golden(name: str) -> Arrays:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+@pytest.fixture
+def golden() -> Callable[[str], Arrays]:
+    """``golden(name)``: the arrays of golden/NAME.npz, by key; do not write to them."""
+    return _load_golden
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator with a fixed seed."""
+    return torch.Generator().manual_seed(20240607)
