@@ -10,6 +10,7 @@
 
 #include "cpu_dispatch.h"
 #include "kernels.h"
+#include "unroll.h"
 
 namespace py = pybind11;
 
@@ -94,20 +95,43 @@ void apply(const std::string& backend, int feature_set, int width, uint64_t tens
     throw std::invalid_argument("back end '" + backend + "' is not part of this build");
 }
 
+int64_t start_run(uint64_t spec, uint64_t problem, uint64_t theta, uint64_t init, uint64_t state) {
+  return start_run_cpu(*pointer<Spec>(spec), *pointer<Problem>(problem), pointer<float>(theta), pointer<float>(init),
+                       pointer<float>(state));
+}
+
+void unroll(uint64_t spec, uint64_t problems, uint64_t runs, int64_t num_runs, uint64_t theta, int64_t theta_stride,
+            int num_threads) {
+  const Spec& s = *pointer<Spec>(spec);
+  check_ran(unroll_cpu(s, pointer<Problem>(problems), pointer<Run>(runs), num_runs, pointer<float>(theta), theta_stride,
+                       num_threads),
+            s.feature_set, s.width);
+}
+
+py::dict struct_sizes() {
+  py::dict sizes;
+  sizes["TensorEntry"] = sizeof(TensorEntry);
+  sizes["Spec"] = sizeof(Spec);
+  sizes["Problem"] = sizeof(Problem);
+  sizes["Run"] = sizeof(Run);
+  return sizes;
+}
+
 // Sizes the Python tables must agree with.
 py::list feature_sets() {
   py::list sets;
-  for (int i = 0; with_feature_set(i, [&](auto features) {
-         using Features = decltype(features);
-         py::dict facts;
-         facts["name"] = Features::kName;
-         facts["columns"] = int{Features::kNumColumns};
-         facts["moments"] = int{Features::kNumMoments};
-         facts["stats"] = int{kNumStats<Features>};
-         facts["num_mom"] = int{Features::kNumMom};
-         facts["num_rms"] = int{Features::kNumRms};
-         sets.append(facts);
-       });
+  for (int i = 0; with_feature_set(i,
+                                   [&](auto features) {
+                                     using Features = decltype(features);
+                                     py::dict facts;
+                                     facts["name"] = Features::kName;
+                                     facts["columns"] = int{Features::kNumColumns};
+                                     facts["moments"] = int{Features::kNumMoments};
+                                     facts["stats"] = int{kNumStats<Features>};
+                                     facts["num_mom"] = int{Features::kNumMom};
+                                     facts["num_rms"] = int{Features::kNumRms};
+                                     sets.append(facts);
+                                   });
        ++i) {
   }
   return sets;
@@ -134,12 +158,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build_type") = LOPT_BUILD_TYPE;         // CMake's
   m.attr("sanitizer") = LOPT_SANITIZER;           // as in -fsanitize=; or ""
   m.attr("chunk") = lopt::kChunk;
-  m.def("feature_sets", &lopt::feature_sets, "Name and sizes of every compiled feature set, in the order of their index.");
+  m.def("feature_sets", &lopt::feature_sets,
+        "Name and sizes of every compiled feature set, in the order of their index.");
   m.def("packed_weights", &lopt::packed_weights, "feature_set"_a, "width"_a,
         "Floats in one packed row of MLP weights; 0 when no kernel is compiled for this combination.");
   m.def("simd_available", &lopt::simd_available, "Instruction sets this processor can run, widest first.");
   m.def("simd_selected", &lopt::simd_selected, "Instruction set the CPU kernels use.");
-  m.def("simd_select", &lopt::simd_select, "name"_a, "Use another instruction set; False when this processor lacks it.");
+  m.def("simd_select", &lopt::simd_select, "name"_a,
+        "Use another instruction set; False when this processor lacks it.");
   m.def("sim_reverse_order", &lopt::set_sim_reverse_order, "reverse"_a,
         "Let sim run threads and blocks in descending order, to reveal missing barriers.");
   m.def("accumulate", &lopt::accumulate, "backend"_a, "feature_set"_a, "tensors"_a, "grads"_a, "chunks"_a,
@@ -151,4 +177,9 @@ PYBIND11_MODULE(_C, m) {
         "weights"_a, "magnitude_rate"_a, "feature_clip"_a, "partials"_a, "finished"_a, "hidden"_a, "num_threads"_a,
         "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "Features, small MLP, parameter update; see ApplyParams in csrc/kernels.h.");
+  m.def("struct_sizes", &lopt::struct_sizes, "Bytes of the structs that Python builds as NumPy records.");
+  m.def("start_run", &lopt::start_run, "spec"_a, "problem"_a, "theta"_a, "init"_a, "state"_a,
+        "Write the state of an inner run before its first step; with state 0 only return its size in floats.");
+  m.def("unroll", &lopt::unroll, "spec"_a, "problems"_a, "runs"_a, "num_runs"_a, "theta"_a, "theta_stride"_a,
+        "num_threads"_a, py::call_guard<py::gil_scoped_release>(), "Continue inner runs; see csrc/unroll.h.");
 }

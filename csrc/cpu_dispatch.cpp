@@ -2,13 +2,17 @@
 #include "cpu_dispatch.h"
 
 #include "kernels.h"
+#include "unroll.h"
 
 namespace lopt {
 
-#define LOPT_DECLARE(isa)                                                                   \
-  namespace isa {                                                                           \
-  bool accumulate(const AccumulateParams& params, int feature_set, int num_threads);        \
-  bool apply(const ApplyParams& params, int feature_set, int width, int num_threads);       \
+#define LOPT_DECLARE(isa)                                                                                           \
+  namespace isa {                                                                                                   \
+  bool accumulate(const AccumulateParams& params, int feature_set, int num_threads);                                \
+  bool apply(const ApplyParams& params, int feature_set, int width, int num_threads);                               \
+  int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
+  bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,     \
+              int64_t theta_stride, int num_threads);                                                               \
   }
 LOPT_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -20,16 +24,18 @@ namespace {
 
 struct CpuKernels {
   const char* name;
-  bool (*accumulate)(const AccumulateParams&, int, int);
-  bool (*apply)(const ApplyParams&, int, int, int);
+  decltype(&baseline::accumulate) accumulate;
+  decltype(&baseline::apply) apply;
+  decltype(&baseline::start_run) start_run;
+  decltype(&baseline::unroll) unroll;
 };
 
 constexpr CpuKernels kKernels[] = {
 #if defined(__x86_64__)
-    {"x86-64-v4", v4::accumulate, v4::apply},
-    {"x86-64-v3", v3::accumulate, v3::apply},
+    {"x86-64-v4", v4::accumulate, v4::apply, v4::start_run, v4::unroll},
+    {"x86-64-v3", v3::accumulate, v3::apply, v3::start_run, v3::unroll},
 #endif
-    {"baseline", baseline::accumulate, baseline::apply},
+    {"baseline", baseline::accumulate, baseline::apply, baseline::start_run, baseline::unroll},
 };
 
 bool supported([[maybe_unused]] int index) {
@@ -81,6 +87,15 @@ bool accumulate_cpu(const AccumulateParams& params, int feature_set, int num_thr
 
 bool apply_cpu(const ApplyParams& params, int feature_set, int width, int num_threads) {
   return selected()->apply(params, feature_set, width, num_threads);
+}
+
+int64_t start_run_cpu(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state) {
+  return selected()->start_run(spec, problem, theta, init, state);
+}
+
+bool unroll_cpu(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,
+                int64_t theta_stride, int num_threads) {
+  return selected()->unroll(spec, problems, runs, num_runs, theta, theta_stride, num_threads);
 }
 
 }  // namespace lopt

@@ -3,7 +3,7 @@
 // A feature set names its raw columns (enum Column), fills them for one parameter (`columns`), and says which per-tensor
 // means its column map needs (enum Moment, `moments`). The column map itself, x = clamp(raw * scale + shift, +-clip), is
 // affine with per-tensor scale and shift, so the tensor normaliser and the bias corrections of the accumulators never
-// touch a kernel: lopt/features.py turns means into scale and shift.
+// touch a kernel: `column_map`, and in Python lopt/features.py, turns means into scale and shift.
 //
 // Values are of type V: float, or a SIMD vector of floats (simd.h). No loads or stores from memory here.
 // `grad` is the clipped gradient, `mom` and `rms` are the updated accumulators.
@@ -52,6 +52,14 @@ struct PaperFeatures {
     LOPT_UNROLL
     for (int c = 0; c < kNumColumns; ++c) q[c] = q[c] * q[c];
   }
+
+  // Scale and shift of every column from the means of its moments; corrections[k] = 1 - decay_k^updates of mom, then rms.
+  LOPT_HD static void column_map(const float* means, const float*, float* scale, float* shift) {
+    for (int c = 0; c < kNumColumns; ++c) {
+      scale[c] = rsqrt_of(means[c] + 1e-5f);
+      shift[c] = 0.0f;
+    }
+  }
 };
 
 // Few accumulators and dimensionless columns, for large models: Adam-like ratios (scaled by the bias corrections),
@@ -61,14 +69,14 @@ struct CompactFeatures {
   static constexpr int kNumMom = 3;  // decays .9 .99 .999
   static constexpr int kNumRms = 2;  // decays .95 .999
   enum Column {
-    kMomOverSlow,                             // [3] mom_k * rsqrt(rms_1 + tiny)
-    kGradOverSlow = kMomOverSlow + kNumMom,   // grad * rsqrt(rms_1 + tiny)
-    kMomOverQuick,                            // mom_0 * rsqrt(rms_0 + tiny)
+    kMomOverSlow,                            // [3] mom_k * rsqrt(rms_1 + tiny)
+    kGradOverSlow = kMomOverSlow + kNumMom,  // grad * rsqrt(rms_1 + tiny)
+    kMomOverQuick,                           // mom_0 * rsqrt(rms_0 + tiny)
     kParam,
     kGrad,
-    kMom,                                     // [3]
-    kLogSlow = kMom + kNumMom,                // ln(rms_1 + tiny) / 2
-    kLogRatio,                                // ln((rms_0 + tiny) / (rms_1 + tiny)) / 2
+    kMom,                       // [3]
+    kLogSlow = kMom + kNumMom,  // ln(rms_1 + tiny) / 2
+    kLogRatio,                  // ln((rms_0 + tiny) / (rms_1 + tiny)) / 2
     kNumColumns
   };
   enum Moment { kParamSquare, kGradSquare, kMomSquare, kSlow = kMomSquare + kNumMom, kNumMoments };
@@ -97,6 +105,23 @@ struct CompactFeatures {
     LOPT_UNROLL
     for (int k = 0; k < kNumMom; ++k) q[kMomSquare + k] = mom[k] * mom[k];
     q[kSlow] = rms[1];
+  }
+
+  LOPT_HD static void column_map(const float* means, const float* corrections, float* scale, float* shift) {
+    const float* mom = corrections;
+    const float* rms = corrections + kNumMom;
+    for (int c = 0; c < kNumColumns; ++c) shift[c] = 0.0f;
+    for (int k = 0; k < kNumMom; ++k) {
+      scale[kMomOverSlow + k] = ::sqrtf(rms[1]) / mom[k];
+      scale[kMom + k] = rsqrt_of(means[kMomSquare + k] + kTiny);
+    }
+    scale[kGradOverSlow] = ::sqrtf(rms[1]);
+    scale[kMomOverQuick] = ::sqrtf(rms[0]) / mom[0];
+    scale[kParam] = rsqrt_of(means[kParamSquare] + kTiny);
+    scale[kGrad] = rsqrt_of(means[kGradSquare] + kTiny);
+    scale[kLogSlow] = scale[kLogRatio] = 1.0f;
+    shift[kLogSlow] = -0.5f * ::logf(means[kSlow] + kTiny);
+    shift[kLogRatio] = 0.5f * ::logf(rms[1] / rms[0]);
   }
 };
 

@@ -38,37 +38,37 @@ struct Chunk {
 };
 
 struct AccumulateParams {
-  const TensorEntry* tensors;     // [T]
-  const int64_t* grads;           // [T] addresses of [numel] values of grad_dtype
-  const Chunk* chunks;            // [num_chunks]
+  const TensorEntry* tensors;  // [T]
+  const int64_t* grads;        // [T] addresses of [numel] values of grad_dtype
+  const Chunk* chunks;         // [num_chunks]
   int64_t num_tensors;
   int64_t num_chunks;
-  const float* clip_limit;        // [T] gradients are clamped to +-limit
+  const float* clip_limit;  // [T] gradients are clamped to +-limit
   float mom_decay[kMaxDecays];
   float rms_decay[kMaxDecays];
-  double* partials;               // [num_chunks, S] scratch
-  uint32_t* finished;             // [T] scratch of the CUDA kernel: zero before and after
-  float* stats;                   // [T, S] written; see enum Stat
+  double* partials;    // [num_chunks, S] scratch
+  uint32_t* finished;  // [T] scratch of the CUDA kernel: zero before and after
+  float* stats;        // [T, S] written; see enum Stat
 };
 
 struct ApplyParams {
-  const TensorEntry* tensors;     // [T]
-  const int64_t* grads;           // [T]
-  const Chunk* chunks;            // [num_chunks]
+  const TensorEntry* tensors;  // [T]
+  const int64_t* grads;        // [T]
+  const Chunk* chunks;         // [num_chunks]
   int64_t num_tensors;
   int64_t num_chunks;
-  const float* clip_limit;        // [T] the same limit as in accumulate
-  const float* scale;             // [T, columns]
-  const float* shift;             // [T, columns]
-  const float* bias;              // [T, width] first-layer bias with everything constant in the tensor folded in
-  const float* step_size;         // [T] lr * step multiplier
-  const float* keep;              // [T] 1 - lr * weight decay
-  const float* weights;           // [num_theta, MlpLayout::kSize]
+  const float* clip_limit;  // [T] the same limit as in accumulate
+  const float* scale;       // [T, columns]
+  const float* shift;       // [T, columns]
+  const float* bias;        // [T, width] first-layer bias with everything constant in the tensor folded in
+  const float* step_size;   // [T] lr * step multiplier
+  const float* keep;        // [T] 1 - lr * weight decay
+  const float* weights;     // [num_theta, MlpLayout::kSize]
   float magnitude_rate;
-  float feature_clip;             // +inf: no clipping
-  double* partials;               // [num_chunks, width] scratch
-  uint32_t* finished;             // [T] scratch of the CUDA kernel: zero before and after
-  float* hidden;                  // [T, width] written: mean of hidden2 over the tensor
+  float feature_clip;  // +inf: no clipping
+  double* partials;    // [num_chunks, width] scratch
+  uint32_t* finished;  // [T] scratch of the CUDA kernel: zero before and after
+  float* hidden;       // [T, width] written: mean of hidden2 over the tensor
 };
 
 // The formulas one parameter at a time, shared by all kernels.

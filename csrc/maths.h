@@ -23,6 +23,13 @@
 #define LOPT_UNROLL
 #endif
 
+// Unrolled on the GPU only, where an array that a loop indexes would otherwise leave the registers.
+#if defined(__CUDACC__)
+#define LOPT_UNROLL_ON_DEVICE _Pragma("unroll")
+#else
+#define LOPT_UNROLL_ON_DEVICE
+#endif
+
 namespace lopt {
 
 LOPT_HD float log_of(float x) { return ::logf(x); }

@@ -16,12 +16,12 @@ namespace lopt {
 // Offsets into one packed row of MLP weights, in floats.
 template <int kColumns, int kWidth>
 struct MlpLayout {
-  static constexpr int kW1 = 0;                       // [columns, width]
-  static constexpr int kW2 = kW1 + kColumns * kWidth;  // [width, width]
-  static constexpr int kB2 = kW2 + kWidth * kWidth;    // [width]
-  static constexpr int kW3 = kB2 + kWidth;             // [2, width]: direction, magnitude
-  static constexpr int kB3 = kW3 + 2 * kWidth;         // [2]
-  static constexpr int kSkip = kB3 + 2;                // [columns]
+  static constexpr int kW1 = 0;                                 // [columns, width]
+  static constexpr int kW2 = kW1 + kColumns * kWidth;           // [width, width]
+  static constexpr int kB2 = kW2 + kWidth * kWidth;             // [width]
+  static constexpr int kW3 = kB2 + kWidth;                      // [2, width]: direction, magnitude
+  static constexpr int kB3 = kW3 + 2 * kWidth;                  // [2]
+  static constexpr int kSkip = kB3 + 2;                         // [columns]
   static constexpr int kSize = (kSkip + kColumns + 3) / 4 * 4;  // padded to 16 bytes
 };
 
@@ -29,10 +29,12 @@ struct MlpLayout {
 template <int kIn, int kOut, class V>
 LOPT_HD void relu_layer(const V* x, const float* w, const float* bias, V* out) {
   constexpr int kBlock = kOut < 16 ? kOut : 16;
+  LOPT_UNROLL_ON_DEVICE
   for (int first = 0; first < kOut; first += kBlock) {
     V sum[kBlock];
     LOPT_UNROLL
     for (int j = 0; j < kBlock; ++j) sum[j] = V{} + bias[first + j];
+    LOPT_UNROLL_ON_DEVICE
     for (int i = 0; i < kIn; ++i) {
       LOPT_UNROLL
       for (int j = 0; j < kBlock; ++j) sum[j] += x[i] * w[i * kOut + first + j];

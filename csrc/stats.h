@@ -19,11 +19,11 @@ enum Stat {
   kNonfinite,    // number of NaN and Inf gradient elements
   kParamMean,
   kParamVar,
-  kMomMean,      // over all numel * num_mom values jointly
+  kMomMean,  // over all numel * num_mom values jointly
   kMomVar,
-  kRmsMean,      // over all numel * num_rms values jointly
+  kRmsMean,  // over all numel * num_rms values jointly
   kRmsVar,
-  kMoments       // [Features::kNumMoments] means of Features::moments
+  kMoments  // [Features::kNumMoments] means of Features::moments
 };
 
 template <class Features>
@@ -64,8 +64,7 @@ LOPT_HD void finish_stats(const T* total, T numel, float* stats) {
   stats[kMomVar] = static_cast<float>(total[kMomVar] / (numel * Features::kNumMom));
   stats[kRmsMean] = static_cast<float>(total[kRmsMean]);
   stats[kRmsVar] = static_cast<float>(total[kRmsVar] / (numel * Features::kNumRms));
-  for (int i = 0; i < Features::kNumMoments; ++i)
-    stats[kMoments + i] = static_cast<float>(total[kMoments + i] / numel);
+  for (int i = 0; i < Features::kNumMoments; ++i) stats[kMoments + i] = static_cast<float>(total[kMoments + i] / numel);
 }
 
 }  // namespace lopt

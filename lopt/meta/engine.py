@@ -1,0 +1,245 @@
+"""The fused unroll engine: whole inner training runs of small perceptrons in one call of compiled code.
+
+The same inner run as lopt/meta/unroll.py, for problems that are perceptrons, some fifty times as fast: minibatch,
+forward, backward, both device operations and the LSTM in one C++ loop (csrc/unroll_cpu.cpp). Runs are independent; they
+are spread over threads, and results do not depend on how many.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lopt import _C
+from lopt.ops import FEATURE_SET_INDEX
+from lopt.theta import ThetaSpec
+
+SPLITS = ("train", "inner_valid", "outer_valid")
+ACTIVATIONS = ("relu", "tanh", "gelu")
+LOSSES = ("softmax", "squared_error")
+MAX_LAYERS = 5
+MAX_DECAYS = 8
+
+_SPEC = np.dtype(
+    [
+        *((name, "i4") for name in ("feature_set", "width", "lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm")),
+        *((name, "i4") for name in ("linear_skip", "step_control", "sinusoid", "horizon_input")),
+        *((name, "i4") for name in ("valid_advances_step", "unused")),
+        *((name, "f8") for name in ("train_loss_decay", "valid_loss_decay", "clip_decay")),
+        *((name, "f4") for name in ("step_multiplier", "magnitude_rate", "time_limit", "clip_multiplier")),
+        ("feature_clip", "f4"),
+        ("mom_decay", "f4", MAX_DECAYS),
+        ("rms_decay", "f4", MAX_DECAYS),
+        ("unused_too", "f4"),
+    ]
+)
+_PROBLEM = np.dtype(
+    [
+        ("num_layers", "i8"),
+        ("sizes", "i8", MAX_LAYERS + 1),
+        *((name, "i8") for name in ("activation", "loss", "batch")),
+        *((name, "i8", len(SPLITS)) for name in ("rows", "inputs", "targets")),
+    ]
+)
+_RUN = np.dtype(
+    [
+        *((name, "i8") for name in ("problem", "theta", "state")),
+        ("keys", "u8", len(SPLITS)),
+        *((name, "i8") for name in ("steps", "valid_every", "loss_every")),
+        ("total_steps", "f8"),
+        *((name, "i8") for name in ("outer_losses", "train_losses")),
+    ]
+)
+for _name, _dtype in (("Spec", _SPEC), ("Problem", _PROBLEM), ("Run", _RUN)):
+    if _C.struct_sizes()[_name] != _dtype.itemsize:
+        raise ImportError(f"lopt._C has another layout of {_name} than lopt/meta/engine.py: rebuild the extension")
+
+
+def minibatch_rows(key: int, step: int, batch: int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Row numbers ``[batch]`` of minibatch ``step`` of a stream, among ``rows``: what csrc/unroll.h draws."""
+    counter = np.arange(step * batch + 1, (step + 1) * batch + 1, dtype=np.uint64)
+    x = np.uint64(key) + counter * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (((x >> np.uint64(32)) * np.uint64(rows)) >> np.uint64(32)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A perceptron and its data.
+
+    Args:
+        sizes: inputs, hidden widths (up to four), outputs.
+        activation: of the hidden layers, one of ``ACTIVATIONS``.
+        loss: one of ``LOSSES``; means over rows, and over rows and outputs.
+        batch: rows of a minibatch.
+        data: for each of ``SPLITS`` the inputs ``[rows, sizes[0]]`` float32, and labels ``[rows]`` int64 or targets
+            ``[rows, sizes[-1]]`` float32.
+    """
+
+    sizes: tuple[int, ...]
+    activation: str
+    loss: str
+    batch: int
+    data: tuple[tuple[Tensor, Tensor], ...]
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.sizes) <= MAX_LAYERS + 1 or min(self.sizes) < 1:
+            raise ValueError(f"sizes: expected 2 to {MAX_LAYERS + 1} positive widths, got {self.sizes}")
+        if self.activation not in ACTIVATIONS or self.loss not in LOSSES:
+            raise ValueError(
+                f"activation, loss: expected one of {ACTIVATIONS} and of {LOSSES}, got {self.activation!r}, {self.loss!r}"
+            )
+        if self.batch < 1 or len(self.data) != len(SPLITS):
+            raise ValueError(f"batch, data: expected a positive size and {len(SPLITS)} splits, got {self.batch}")
+        for split, (inputs, targets) in zip(SPLITS, self.data, strict=True):
+            rows = inputs.shape[0]
+            shape = (rows,) if self.loss == "softmax" else (rows, self.sizes[-1])
+            dtype = torch.int64 if self.loss == "softmax" else torch.float32
+            if rows < 1 or inputs.dtype != torch.float32 or tuple(inputs.shape) != (rows, self.sizes[0]):
+                raise ValueError(
+                    f"{split} inputs: expected float32 [rows, {self.sizes[0]}], got {inputs.dtype} {tuple(inputs.shape)}"
+                )
+            if targets.dtype != dtype or tuple(targets.shape) != shape:
+                raise ValueError(
+                    f"{split} targets: expected {dtype} {shape}, got {targets.dtype} {tuple(targets.shape)}"
+                )
+            if self.loss == "softmax" and not (0 <= int(targets.min()) and int(targets.max()) < self.sizes[-1]):
+                raise ValueError(f"{split} targets: expected labels from 0 to {self.sizes[-1] - 1}")
+        object.__setattr__(self, "data", tuple((x.contiguous(), y.contiguous()) for x, y in self.data))
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return sum((a + 1) * b for a, b in zip(self.sizes[:-1], self.sizes[1:], strict=True))
+
+    def record(self) -> np.ndarray[tuple[()], np.dtype[np.void]]:
+        """The problem as csrc/unroll.h reads it; valid while this object lives."""
+        record = np.zeros((), _PROBLEM)
+        record["num_layers"] = len(self.sizes) - 1
+        record["sizes"][: len(self.sizes)] = self.sizes
+        record["activation"], record["loss"] = ACTIVATIONS.index(self.activation), LOSSES.index(self.loss)
+        record["batch"] = self.batch
+        record["rows"] = [inputs.shape[0] for inputs, _ in self.data]
+        record["inputs"] = [inputs.data_ptr() for inputs, _ in self.data]
+        record["targets"] = [targets.data_ptr() for _, targets in self.data]
+        return record
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """One inner run of a window.
+
+    Args:
+        problem: position in the list of problems.
+        theta: row of the theta matrix.
+        state: from :func:`start`; continued in place.
+        keys: of the minibatch streams, one for each of ``SPLITS``.
+        total_steps: the length the optimizer is told, 0 for none.
+    """
+
+    problem: int
+    theta: int
+    state: Tensor
+    keys: tuple[int, int, int]
+    total_steps: int = 0
+
+
+def spec_record(spec: ThetaSpec) -> np.ndarray[tuple[()], np.dtype[np.void]]:
+    """The spec as csrc/tensor_lstm.h reads it."""
+    record = np.zeros((), _SPEC)
+    for name in ("lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm", "linear_skip", "step_control", "horizon_input"):
+        record[name] = getattr(spec, name)
+    for name in ("valid_advances_step", "train_loss_decay", "valid_loss_decay", "clip_decay", "step_multiplier"):
+        record[name] = getattr(spec, name)
+    for name in ("magnitude_rate", "time_limit", "clip_multiplier"):
+        record[name] = getattr(spec, name)
+    record["feature_set"], record["width"] = FEATURE_SET_INDEX[spec.feature_set], spec.mlp_width
+    record["sinusoid"] = spec.time_input == "sinusoid"
+    record["feature_clip"] = np.inf if spec.feature_clip is None else spec.feature_clip
+    record["mom_decay"][: len(spec.mom_decays)] = spec.mom_decays
+    record["rms_decay"][: len(spec.rms_decays)] = spec.rms_decays
+    return record
+
+
+def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Tensor:
+    """State of a run before its first step.
+
+    Args:
+        theta: ``[P]`` float32, on the CPU.
+        init: ``[num_params]`` float32: w0 ``[in, out]``, b0, w1, b1, ...
+    """
+    if theta.shape != (spec.num_floats,) or init.shape != (problem.num_params,):
+        raise ValueError(
+            f"theta, init: expected shapes ({spec.num_floats},) and ({problem.num_params},), "
+            f"got {tuple(theta.shape)} and {tuple(init.shape)}"
+        )
+    theta, init = theta.float().contiguous(), init.float().contiguous()
+    record, problem_record = spec_record(spec), problem.record()
+    addresses = record.ctypes.data, problem_record.ctypes.data, theta.data_ptr(), init.data_ptr()
+    size = _C.start_run(*addresses, 0)
+    if size < 0:
+        raise ValueError(f"spec: no kernel is compiled for {spec.feature_set!r} with MLP width {spec.mlp_width}")
+    state = torch.empty(size)
+    _C.start_run(*addresses, state.data_ptr())
+    return state
+
+
+def params_of(spec: ThetaSpec, problem: Problem, state: Tensor) -> Tensor:
+    """The parameters ``[num_params]`` in a run's state, a view."""
+    first = 64 + 16  # counters, then updates
+    return state[first : first + problem.num_params]
+
+
+def unroll(
+    spec: ThetaSpec,
+    theta: Tensor,
+    problems: Sequence[Problem],
+    runs: Sequence[EngineRun],
+    steps: int,
+    *,
+    valid_every: int = 10,
+    loss_every: int = 1,
+    num_threads: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Continue runs by ``steps`` steps.
+
+    Args:
+        theta: ``[n, P]`` float32, one row per perturbation.
+        valid_every: steps between the validation losses the optimizer sees.
+        loss_every: steps between ``outer_valid`` losses; a divisor of ``steps``.
+
+    Returns:
+        ``outer_valid`` losses after the update ``[runs, steps / loss_every]`` and train losses before the update
+        ``[runs, steps]``; NaN from where a run diverged.
+    """
+    if steps < 1 or steps % loss_every:
+        raise ValueError(f"steps: expected a positive multiple of loss_every={loss_every}, got {steps}")
+    theta = theta.float().contiguous()
+    if theta.dim() != 2 or theta.shape[1] != spec.num_floats:
+        raise ValueError(f"theta: expected shape [n, {spec.num_floats}], got {tuple(theta.shape)}")
+    outer, train = torch.empty(len(runs), steps // loss_every), torch.empty(len(runs), steps)
+    problem_table = np.stack([problem.record() for problem in problems])
+    table = np.zeros(len(runs), _RUN)
+    for i, run in enumerate(runs):
+        if not (0 <= run.problem < len(problems) and 0 <= run.theta < len(theta)):
+            raise ValueError(f"runs[{i}]: problem {run.problem} or theta {run.theta} out of range")
+        table[i]["problem"], table[i]["theta"], table[i]["state"] = run.problem, run.theta, run.state.data_ptr()
+        table[i]["keys"] = run.keys
+        table[i]["total_steps"] = run.total_steps
+        table[i]["outer_losses"], table[i]["train_losses"] = outer[i].data_ptr(), train[i].data_ptr()
+    table["steps"], table["valid_every"], table["loss_every"] = steps, valid_every, loss_every
+    record = spec_record(spec)
+    _C.unroll(
+        record.ctypes.data,
+        problem_table.ctypes.data,
+        table.ctypes.data,
+        len(runs),
+        theta.data_ptr(),
+        spec.num_floats,
+        num_threads,
+    )
+    return outer, train
