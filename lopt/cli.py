@@ -36,22 +36,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2, a command line that cannot be understood; with code 0, ``--help``.
     """
-    command = cast(
-        Command,
-        tyro.cli(
-            cast(Any, Commands),
-            prog="lopt",
-            description="A learned optimizer for PyTorch: try it, check it, meta-train it.",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        ),
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        command = cast(
+            Command,
+            tyro.cli(
+                cast(Any, Commands),
+                prog="lopt",
+                description="A learned optimizer for PyTorch: try it, check it, meta-train it.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            ),
+        )
         outcome = command.run(Console())
         if command.json is not None:
             write_json(command.json, outcome.numbers)
     except USER_ERRORS as error:
-        if command.debug:
+        if "--debug" in arguments:
             raise
         say(Console(stderr=True), f"lopt: {' '.join(str(error).split())}")
         return 2

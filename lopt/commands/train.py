@@ -84,12 +84,22 @@ class Train(Command):
     plot: bool = True
     """Draw curves.png; needs matplotlib."""
 
-    def run(self, console: Console) -> Outcome:
-        for name, values in (("seeds", self.seeds), ("optimizers", self.optimizers)):
+    def __post_init__(self) -> None:
+        for name in ("seeds", "optimizers"):
+            values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected at least one and none twice, got {list(values)}")
-        if self.threads < 1:
-            raise ValueError(f"threads: expected at least 1, got {self.threads}")
+        for name in ("steps", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds: expected numbers from 0 on, got {list(self.seeds)}")
+        if not all(width >= 1 for width in self.hidden):
+            raise ValueError(f"hidden: expected widths of at least 1, got {list(self.hidden)}")
+        if self.epochs is not None and not (0 < self.epochs < math.inf):
+            raise ValueError(f"epochs: expected a positive number, got {self.epochs}")
+
+    def run(self, console: Console) -> Outcome:
         if self.plot:
             plots.require_matplotlib()
         data = load(self.dataset, self.data).to(checked_device(self.device))
@@ -221,15 +231,18 @@ def _summary(results: list[TrainResult]) -> dict[str, dict[str, float]]:
         name: [getattr(result if hasattr(result, name) else result.final, name) for result in results]
         for name in COLUMNS
     }
-    return {
-        name: {"mean": statistics.fmean(value), "std": statistics.stdev(value) if len(value) > 1 else 0.0}
-        for name, value in values.items()
-    }
+    return {name: _mean_and_std(value) for name, value in values.items()}
+
+
+def _mean_and_std(values: list[float]) -> dict[str, float]:
+    if not all(math.isfinite(value) for value in values):  # a run diverged
+        return {"mean": math.nan, "std": math.nan}
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def _cell(quantity: dict[str, float], form: str, with_spread: bool) -> str:
     mean, std = form.format(quantity["mean"]), form.format(quantity["std"])
-    return f"{mean} ± {std}" if with_spread and quantity["std"] else mean
+    return f"{mean} ± {std}" if with_spread and quantity["std"] > 0 else mean
 
 
 def _state(record: Record) -> str:

@@ -18,7 +18,7 @@ from lopt.theta import WEIGHTS, Theta, shipped
 class Show(Command):
     """Show a theta: spec, tensors, where it comes from. Without an argument, list the shipped ones."""
 
-    theta: Annotated[str | None, tyro.conf.Positional] = None
+    theta: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[THETA]")] = None
     """A shipped name or a file."""
 
     def run(self, console: Console) -> Outcome:
@@ -41,10 +41,10 @@ class Show(Command):
 class Convert(Command):
     """Convert meta-parameters of the JAX port (a flax theta.state, or an .npz) to a theta file."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """File to read."""
 
-    dest: Annotated[Path, tyro.conf.Positional]
+    dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """File to write; its name ends in .safetensors."""
 
     def run(self, console: Console) -> Outcome:
@@ -53,6 +53,7 @@ class Convert(Command):
         theta = Theta.import_jax(self.source)
         origin = {"source": self.source.name, "source_sha256": _sha256(self.source)}
         theta = dataclasses.replace(theta, provenance={**theta.provenance, **origin})
+        self.dest.parent.mkdir(parents=True, exist_ok=True)
         theta.save(self.dest)
         return Outcome(0, {**_show(console, self.dest, theta), "command": "weights convert"})
 

@@ -135,9 +135,7 @@ def idx_folder(folder: Path, name: str) -> Dataset:
     (inputs, targets), test = (_idx_pair(folder, name, *files) for files in IDX_FILES)
     rows = len(targets)
     if rows < 12:
-        raise ValueError(
-            f"{folder}: expected at least 12 training rows, got {rows}; get the full files"
-        )
+        raise ValueError(f"{folder}: expected at least 12 training rows, got {rows}; get the full files")
     order = torch.from_numpy(np.random.RandomState(0).permutation(rows))
     index = torch.tensor_split(order, [rows // 12, rows // 12 * 2])
     inner_valid, outer_valid, train = (Split(inputs[i], targets[i]) for i in index)
