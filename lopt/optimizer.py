@@ -131,6 +131,10 @@ def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, t
             )
 
 
+def _remedy(dtype: torch.dtype) -> str:
+    return "use impl='reference'" if dtype == torch.float64 else "convert it"
+
+
 def _is_zero(lr: float | Tensor) -> bool:
     """Whether lr is zero, as far as the host can know without waiting for the device."""
     return (not isinstance(lr, Tensor) or lr.is_cpu) and float(lr) == 0.0
@@ -230,8 +234,12 @@ class LearnedOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any], position: int) -> None:
         for name in ("lr", "weight_decay"):
             value = group[name]
-            if not isinstance(value, Tensor) and not value >= 0.0:
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+            if isinstance(value, Tensor):
+                good = value.numel() == 1 and not value.is_complex()
+            else:
+                good = isinstance(value, numbers.Real) and 0.0 <= float(value) < math.inf
+            if not good:
+                raise ValueError(f"{name}: expected a finite number >= 0 or a tensor of one element, got {value!r}")
         allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.impl == "reference" else ())
         for i, param in enumerate(group["params"], position):
             first = self._first_param()
@@ -239,8 +247,7 @@ class LearnedOptimizer(Optimizer):
             if hasattr(param, "to_local"):
                 raise TypeError(f"{name}: DTensor (FSDP) parameters are not supported")
             if param.dtype not in allowed:
-                remedy = "use impl='reference'" if param.dtype == torch.float64 else "convert it"
-                raise TypeError(f"{name}: expected float32 or bfloat16, got {param.dtype}; {remedy}")
+                raise TypeError(f"{name}: expected float32 or bfloat16, got {param.dtype}; {_remedy(param.dtype)}")
             if param.device != first.device:
                 raise ValueError(
                     f"{name}: on {param.device}, but params[0] is on {first.device}; "
@@ -456,7 +463,7 @@ class LearnedOptimizer(Optimizer):
                 raise ValueError(f"{name}: expected a number or a tensor of one element, got {type(loss).__name__}")
             value = float(loss) if abs(float(loss)) <= torch.finfo(like.dtype).max else math.nan
             return torch.full((), value, dtype=like.dtype, device=like.device)
-        if loss.numel() != 1 or loss.is_complex():
+        if loss.numel() != 1 or loss.is_complex() or loss.layout != torch.strided:
             raise ValueError(
                 f"{name}: expected one real number, got {loss.dtype} of shape {tuple(loss.shape)}; reduce it first"
             )
@@ -521,7 +528,7 @@ class LearnedOptimizer(Optimizer):
                 if grad.is_sparse or grad.layout != torch.strided:
                     raise RuntimeError(f"{name}: expected a dense tensor, got layout {grad.layout}; use sparse=False")
                 if grad.dtype not in allowed:
-                    raise TypeError(f"{name}: expected float32 or bfloat16, got {grad.dtype}; convert it")
+                    raise TypeError(f"{name}: expected float32 or bfloat16, got {grad.dtype}; {_remedy(grad.dtype)}")
                 params.append(param)
                 grads.append(grad)
                 groups.append(index)
