@@ -58,10 +58,12 @@ format: $(READY)
 	$(PY) -m ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-# A second build of the package beside the first one. torch leaks at exit by design, so only errors of access are reported.
+# A second build of the package, beside the first one. libstdc++ is loaded early for ASAN to see torch's exceptions; Python
+# and torch leave memory behind at exit, so leaks are not reported. pytest must not capture what ASAN says last.
 asan: $(READY)
 	LOPT_SANITIZE=address LOPT_CUDA=OFF $(PY) setup.py --quiet build --build-lib build/asan
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan $(BIN)/pytest -k sim $(ARGS)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan $(BIN)/pytest --capture=no -k sim $(ARGS)
 
 sass: install
 	$(PY) benchmarks/sass.py $(ARGS)
