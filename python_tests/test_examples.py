@@ -1,0 +1,60 @@
+"""The scripts in examples/ run as they are, and do what they say."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def put_back(set_num_threads: Callable[[int], None]) -> None:
+    """The examples choose one thread."""
+
+
+def test_every_example_is_tested() -> None:
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == ["resume", "train_digits"]
+
+
+def test_train_digits_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    example = load("train_digits")
+    accuracy = example.main(300)
+    assert accuracy > 0.9
+    assert example.main(300) == accuracy  # same seed, same numbers
+    assert example.main(300, seed=1) != accuracy
+    assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", [2, 31])
+def test_resume_is_exact(steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+    example = load("resume")
+    assert example.main(steps) == 0.0
+    model, optimizer = example.make()
+    before = [param.detach().clone() for param in model.parameters()]
+    example.train(model, optimizer, 0, steps)
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert "largest difference 0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["resume", "train_digits"])
+def test_as_a_script(name: str) -> None:
+    script = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "4"]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert re.match("4 steps", done.stdout)
