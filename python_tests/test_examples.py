@@ -37,7 +37,6 @@ def test_train_digits_learns(capsys: pytest.CaptureFixture[str]) -> None:
     accuracy = example.main(300)
     assert accuracy > 0.9
     assert example.main(300) == accuracy  # same seed, same numbers
-    assert example.main(300, seed=1) != accuracy
     assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
 
 
