@@ -38,7 +38,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 existing-environment:
-	@$(PY) -c 'import torch' || { echo 'VENV= uses the environment of PYTHON=$(PYTHON), which has no torch: install it there, or leave VENV out.'; exit 1; }
+	@$(PY) -c 'import torch' 2>/dev/null || { echo 'VENV= uses the environment of PYTHON=$(PYTHON), which has no torch: install it there, or leave VENV out.'; exit 1; }
 	@$(PY) -c 'import importlib.metadata as m; m.version("lopt")' 2>/dev/null || $(PY) -m pip install --no-build-isolation --no-deps -e .
 
 demo: install
