@@ -94,7 +94,8 @@ def _accuracy_axis(axes: Axes, runs: Mapping[str, Sequence[TrainResult]]) -> Non
     """Percent, from a little below the lowest final accuracy upwards: the end of training is what differs."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    lowest = min(result.final.test_accuracy for results in runs.values() for result in results)
-    axes.set_ylim(max(0.0, lowest - max(0.05, 0.5 * (1 - lowest))), 1.0)
+    final = [result.final.test_accuracy for results in runs.values() for result in results]
+    bottom = max(0.0, min(final) - max(0.05, 0.5 * (1 - min(final))))
+    axes.set_ylim(bottom, min(1.0, max(final) + 0.3 * (max(final) - bottom)))
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
