@@ -1,0 +1,475 @@
+"""theta: sizes, statistics of the initialisation, files, and the import of the author's weights."""
+
+import dataclasses
+import json
+import math
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from lopt import Theta, ThetaSpec
+from lopt import theta as theta_module
+from lopt.theta import PRESETS
+
+Arrays = dict[str, np.ndarray]
+
+PAPER_SHAPES = {
+    "initial_from_lstm": (18,),
+    "initial_from_mlp": (16,),
+    "initial_h": (64,),
+    "initial_c": (64,),
+    "lstm.w": (116, 256),
+    "lstm.b": (256,),
+    "lstm_to_mlp.w": (64, 17),
+    "lstm_to_mlp.b": (17,),
+    "lstm_to_lstm.w": (64, 18),
+    "lstm_to_lstm.b": (18,),
+    "mlp.w1": (54, 32),
+    "mlp.b1": (32,),
+    "mlp.w2": (32, 32),
+    "mlp.b2": (32,),
+    "mlp.w3": (32, 18),
+    "mlp.b3": (18,),
+}
+
+# ---- Sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_paper_has_35799_floats() -> None:
+    spec = PRESETS["paper"]
+    assert spec.shapes() == PAPER_SHAPES
+    assert spec.num_floats == 35_799
+    assert Theta.init("paper").flatten().shape == (35_799,)
+    assert sum(math.prod(PAPER_SHAPES[name]) for name in PAPER_SHAPES if name.startswith("mlp")) == 3_410
+    assert (spec.num_time, spec.num_facts, spec.num_constant, spec.num_lstm_input) == (11, 3, 31, 52)
+
+
+def test_paper_has_the_constants_of_the_specification() -> None:
+    spec = PRESETS["paper"]
+    assert (spec.step_multiplier, spec.magnitude_rate) == (1e-3, 1e-3)
+    assert (spec.train_loss_decay, spec.valid_loss_decay) == (0.9, 0.95)
+    assert (spec.clip_decay, spec.clip_multiplier) == (0.99, 10.0)
+    assert (spec.linear_skip, spec.step_control, spec.horizon_input, spec.feature_clip) == (False, False, False, None)
+    assert spec.valid_advances_step
+
+
+@pytest.mark.parametrize("horizon", [True, False])
+def test_compact_sizes_by_hand(horizon: bool) -> None:
+    """12 columns, 2 facts, 4 LSTM values, and 5 or 1 time inputs reach the MLP; 4 + 4 + 15 and the time the LSTM."""
+    time = 5 if horizon else 1
+    spec = dataclasses.replace(PRESETS["compact"], horizon_input=horizon)
+    expected = {
+        "initial": 4 + 4 + 8 + 8,
+        "lstm": (4 + 4 + 15 + time + 8) * 32 + 32,
+        "lstm_to": (8 + 1) * 4 * 2,
+        "mlp": (12 + time + 2 + 4 + 1) * 8 + (8 + 1) * 8 + (8 + 1) * 6,
+        "skip": 12,
+        "step": 8 + time + 2 + 1,
+    }
+    assert spec.num_floats == sum(expected.values())
+    assert Theta.init("compact").flatten().shape == (PRESETS["compact"].num_floats,)
+
+
+# ---- Initialisation -------------------------------------------------------------------------------------------------
+
+
+def truncated_normal_moments(bound: float) -> tuple[float, float]:
+    """Variance and kurtosis of a unit normal truncated at +-bound, in closed form."""
+    density = math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi)
+    mass = math.erf(bound / math.sqrt(2))
+    second = 1 - 2 * bound * density / mass
+    fourth = 3 * second - 2 * bound**3 * density / mass
+    return second, fourth / second**2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_init_statistics(preset: str) -> None:
+    """Mean and standard deviation of every weight matrix within four standard errors of the closed form."""
+    variance, kurtosis = truncated_normal_moments(2.0)
+    assert math.sqrt(variance) == pytest.approx(0.87962566, abs=1e-8)
+    for name, tensor in Theta.init(preset, seed=7).tensors.items():
+        if name.startswith("initial_from"):
+            sigma = math.sqrt(1 / len(tensor)) / math.sqrt(variance)
+        elif tensor.dim() == 2:
+            sigma = 1 / math.sqrt(tensor.shape[0])
+        else:
+            assert not tensor.any(), f"{name} starts at zero"
+            continue
+        count, std = tensor.numel(), sigma * math.sqrt(variance)
+        values = tensor.double()
+        assert abs(float(values.mean())) < 4 * std / math.sqrt(count), name
+        spread = std * math.sqrt((kurtosis - 1) / (4 * count))
+        assert abs(float(values.std(correction=0)) - std) < 4 * spread, name
+        assert float(values.abs().max()) <= 2 * sigma * (1 + 1e-6), name
+
+
+@pytest.mark.parametrize("create", [Theta.init, Theta.init_adam])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_init_is_determined_by_the_seed(preset: str, create: Callable[..., Theta]) -> None:
+    torch.manual_seed(0)
+    first = create(preset, seed=1)
+    torch.manual_seed(1)
+    assert torch.equal(first.flatten(), create(preset, seed=1).flatten())
+    assert not torch.equal(first.flatten(), create(preset, seed=2).flatten())
+    assert first.provenance == {"method": create.__name__, "preset": preset, "seed": 1}
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match=r"preset: expected one of \['compact', 'paper'\], got 'large'"):
+        Theta.init("large")
+
+
+# ---- One vector -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flatten_and_unflatten(preset: str) -> None:
+    theta = Theta.init(preset, seed=3)
+    flat = theta.flatten()
+    again = theta.unflatten(flat)
+    assert (again.spec, again.provenance) == (theta.spec, theta.provenance)
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in theta.tensors.items())
+    offset = 0
+    for name, shape in theta.spec.shapes().items():  # the order of flatten() is the order of shapes()
+        size = math.prod(shape)
+        assert torch.equal(flat[offset : offset + size].reshape(shape), theta.tensors[name])
+        offset += size
+    assert offset == theta.num_floats == flat.numel()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_unflatten_a_population(preset: str) -> None:
+    """Leading dimensions are kept, and entries are views: a perturbation in place reaches the tensors."""
+    spec = PRESETS[preset]
+    flat = torch.randn(2, 3, spec.num_floats, generator=torch.Generator().manual_seed(0))
+    tensors = theta_module.unflatten(spec, flat)
+    for name, shape in spec.shapes().items():
+        assert tensors[name].shape == (2, 3, *shape)
+    for i in range(2):
+        for j in range(3):
+            alone = theta_module.unflatten(spec, flat[i, j])
+            assert all(torch.equal(tensors[name][i, j], alone[name]) for name in alone)
+
+
+def test_unflatten_of_another_length() -> None:
+    theta = Theta.init("compact")
+    with pytest.raises(ValueError, match=rf"flat: expected shape \({theta.num_floats},\), got \(7,\)"):
+        theta.unflatten(torch.zeros(7))
+
+
+def test_to_changes_the_dtype() -> None:
+    theta = Theta.init("compact").to(dtype=torch.float64)
+    assert {tensor.dtype for tensor in theta.tensors.values()} == {torch.float64}
+    assert torch.equal(theta.flatten().float(), Theta.init("compact").flatten())
+
+
+# ---- The spec -------------------------------------------------------------------------------------------------------
+
+
+def test_with_spec_changes_constants() -> None:
+    theta = Theta.init("paper", seed=1)
+    changed = theta.with_spec(step_multiplier=0.01, clip_multiplier=3.0, feature_clip=5.0, mom_decays=(0.1,) * 5)
+    assert (changed.spec.step_multiplier, changed.spec.clip_multiplier) == (0.01, 3.0)
+    assert changed.spec.mom_decays == (0.1,) * 5
+    assert dataclasses.replace(changed.spec, **dataclasses.asdict(theta.spec)) == theta.spec
+    assert torch.equal(changed.flatten(), theta.flatten())
+
+
+SHAPE_CHANGES = [
+    ({"mlp_width": 16}, r"theta\['mlp.w1'\]: expected shape \(54, 16\), got \(54, 32\)"),
+    ({"lstm_width": 8}, r"theta\['initial_h'\]: expected shape \(8,\), got \(64,\)"),
+    ({"from_mlp": 4}, r"theta\['initial_from_mlp'\]: expected shape \(4,\), got \(16,\)"),
+    ({"linear_skip": True}, r"missing tensors \['skip'\], unknown tensors \[\]"),
+    ({"step_control": True}, r"missing tensors \['step.b', 'step.w'\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), SHAPE_CHANGES)
+def test_with_spec_cannot_change_shapes(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Theta.init("paper").with_spec(**change)
+
+
+BAD_SPECS = [
+    ({"feature_set": "large"}, r"feature_set: expected one of \['compact', 'paper'\], got 'large'"),
+    ({"mom_decays": (0.9,)}, r"mom_decays: feature set 'compact' needs 3 decays in \(0, 1\), got \(0.9,\)"),
+    ({"rms_decays": (0.9, 1.0)}, r"rms_decays: feature set 'compact' needs 2 decays in \(0, 1\), got \(0.9, 1.0\)"),
+    ({"mlp_width": 0}, "mlp_width: expected a positive size, got 0"),
+    ({"clip_decay": 1.0}, r"clip_decay: expected a value in \(0, 1\), got 1.0"),
+    ({"step_multiplier": 0.0}, "step_multiplier: expected a positive number, got 0.0"),
+    ({"clip_multiplier": math.inf}, "clip_multiplier: expected a positive number, got inf"),
+    ({"magnitude_rate": math.nan}, "magnitude_rate: expected a finite number, got nan"),
+    ({"feature_clip": -1.0}, "feature_clip: expected None or a positive bound, got -1.0"),
+    ({"tensor_inputs": "all"}, r"tensor_inputs: expected one of \['paper', 'relative'\], got 'all'"),
+    ({"tensor_inputs": "paper"}, "horizon_input: only available with tensor_inputs='relative'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_SPECS)
+def test_spec_names_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ThetaSpec(**change)
+
+
+def test_theta_checks_its_tensors() -> None:
+    theta = Theta.init("compact")
+    without = {name: tensor for name, tensor in theta.tensors.items() if name != "lstm.b"}
+    with pytest.raises(ValueError, match=r"missing tensors \['lstm.b'\], unknown tensors \[\]"):
+        Theta(theta.spec, without)
+    with pytest.raises(ValueError, match=r"missing tensors \[\], unknown tensors \['bias'\]"):
+        Theta(theta.spec, {**theta.tensors, "bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"theta\['lstm.b'\]: expected a floating dtype, got torch.int64"):
+        Theta(theta.spec, {**theta.tensors, "lstm.b": torch.zeros(32, dtype=torch.int64)})
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_save_and_load(preset: str, tmp_path: Path) -> None:
+    """Bits, spec and provenance; one file, nothing left beside it."""
+    theta = Theta.init_adam(preset, seed=5).with_spec(step_multiplier=0.0123456789)
+    theta = Theta(theta.spec, theta.tensors, {"run": "a", "iterations": 7, "tasks": ["x", "y"], "loss": 0.1})
+    path = tmp_path / "theta.safetensors"
+    theta.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["theta.safetensors"]
+    again = Theta.load(path)
+    assert again.spec == theta.spec
+    assert again.provenance == theta.provenance
+    assert list(again.tensors) == list(theta.spec.shapes())
+    assert torch.equal(again.flatten(), theta.flatten())
+    assert Theta.load(str(path)).spec == theta.spec
+
+
+def test_save_replaces_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "theta.safetensors"
+    Theta.init("compact", seed=1).save(path)
+    second = Theta.init("paper", seed=2)
+    second.save(path)
+    assert torch.equal(Theta.load(path).flatten(), second.flatten())
+
+
+def test_saved_as_float32(tmp_path: Path) -> None:
+    theta = Theta.init("compact", seed=1)
+    theta.to(dtype=torch.float64).save(tmp_path / "theta.safetensors")
+    again = Theta.load(tmp_path / "theta.safetensors")
+    assert {tensor.dtype for tensor in again.tensors.values()} == {torch.float32}
+    assert torch.equal(again.flatten(), theta.flatten())
+
+
+def test_shipped_weights_load_by_name() -> None:
+    for name in theta_module.shipped():
+        theta = Theta.load(name)
+        assert theta.provenance
+        assert bool(theta.flatten().isfinite().all())
+
+
+def write(path: Path, header: Any, tensors: dict[str, torch.Tensor] | None = None) -> Path:
+    """A safetensors file with the tensors of ``compact`` and this as its lopt metadata."""
+    tensors = Theta.init("compact").tensors if tensors is None else tensors
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(contiguous, path, {"lopt": header if isinstance(header, str) else json.dumps(header)})
+    return path
+
+
+def header_of(**changes: Any) -> dict[str, Any]:
+    spec = {**PRESETS["compact"].to_json(), **changes}
+    return {"format": theta_module.FORMAT, "spec": spec, "provenance": {}}
+
+
+def test_load_of_a_missing_file_names_the_shipped_weights(tmp_path: Path) -> None:
+    shipped = re.escape(str(theta_module.shipped()))  # ['default']
+    for source in (tmp_path / "absent.safetensors", "no-such-name", tmp_path):
+        with pytest.raises(FileNotFoundError, match=rf"theta: no file .*shipped name: {shipped}"):
+            Theta.load(source)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 2000, -1])
+def test_load_of_a_truncated_file(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "theta.safetensors"
+    Theta.init("compact").save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"is not a readable safetensors file .*; it may be truncated"):
+        Theta.load(path)
+
+
+def test_load_of_random_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "theta.safetensors"
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        Theta.load(path)
+
+
+class Bomb:
+    """Unpickling it is an error."""
+
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.parametrize("protocol", ["pickle", "torch"])
+def test_load_never_unpickles(tmp_path: Path, protocol: str) -> None:
+    path = tmp_path / "theta.safetensors"
+    if protocol == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    else:
+        torch.save({"weights": torch.zeros(3), "bomb": Bomb()}, path)
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        Theta.load(path)
+
+
+WRONG_HEADERS = [
+    ("not json", "has no lopt metadata; it was not written by Theta.save"),
+    ([1, 2], "has no lopt metadata"),
+    ({"format": 1}, "has no lopt metadata"),
+    ({**header_of(), "format": 99}, "has format 99, this version of lopt reads format 1"),
+    ({**header_of(), "spec": [1]}, r"spec: unknown fields \[1\], missing fields"),
+    (header_of(colour="red"), r"spec: unknown fields \['colour'\], missing fields \[\]"),
+    (header_of(mlp_width=16), r"theta\['mlp.w1'\]: expected shape \(23, 16\), got \(23, 8\)"),
+    (header_of(linear_skip=False), r"unknown tensors \['skip'\] for this spec"),
+]
+
+
+@pytest.mark.parametrize(("header", "message"), WRONG_HEADERS)
+def test_load_of_a_wrong_header(tmp_path: Path, header: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Theta.load(write(tmp_path / "theta.safetensors", header))
+
+
+def test_load_of_a_header_without_a_field(tmp_path: Path) -> None:
+    header = header_of()
+    del header["spec"]["lstm_width"]
+    with pytest.raises(ValueError, match=r"spec: unknown fields \[\], missing fields \['lstm_width'\]"):
+        Theta.load(write(tmp_path / "theta.safetensors", header))
+
+
+def test_load_of_a_foreign_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "theta.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="has no lopt metadata; it was not written by"):
+        Theta.load(path)
+
+
+def test_load_of_other_tensors(tmp_path: Path) -> None:
+    tensors = Theta.init("compact").tensors
+    wrong = {**tensors, "mlp.b1": torch.zeros(9)}
+    with pytest.raises(ValueError, match=r"theta\['mlp.b1'\]: expected shape \(8,\), got \(9,\)"):
+        Theta.load(write(tmp_path / "shape.safetensors", header_of(), wrong))
+    renamed = {("mlp.b9" if name == "mlp.b1" else name): tensor for name, tensor in tensors.items()}
+    with pytest.raises(ValueError, match=r"missing tensors \['mlp.b1'\], unknown tensors \['mlp.b9'\]"):
+        Theta.load(write(tmp_path / "name.safetensors", header_of(), renamed))
+
+
+# ---- Weights of the author's port -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def port(golden: Callable[[str], Arrays]) -> Arrays:
+    """Weights of the port by their key names, prefix ``theta|`` included."""
+    return {key: value for key, value in golden("rnn_mlp_lopt_default").items() if key.startswith("theta|")}
+
+
+def nested(flat: Arrays) -> dict[str, Any]:
+    """``a|b|c`` keys as mappings of mappings, without the prefix."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.removeprefix("theta|").split("|")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def flax_bytes(tree: Any, code: int = 1) -> bytes:
+    """What flax.serialization.to_bytes writes: arrays as extension 1, (shape, dtype name, bytes) in msgpack."""
+
+    def pack(value: Any) -> msgpack.ExtType:
+        return msgpack.ExtType(code, msgpack.packb((value.shape, value.dtype.name, value.tobytes()), use_bin_type=True))
+
+    packed: bytes = msgpack.packb(tree, default=pack, use_bin_type=True)
+    return packed
+
+
+def check_imported(theta: Theta, port: Arrays) -> None:
+    assert theta.spec == PRESETS["paper"]
+    assert theta.spec.valid_advances_step
+    assert theta.provenance == {"method": "import_jax"}
+    w, b = "rnn_params|rnn/linear|w", "ffmod_params|mlp/~/linear_2|b"
+    np.testing.assert_array_equal(theta.tensors["lstm.w"].numpy(), port[f"theta|{w}"])
+    np.testing.assert_array_equal(theta.tensors["mlp.b3"].numpy(), port[f"theta|{b}"])
+    np.testing.assert_array_equal(theta.tensors["initial_c"].numpy(), port["theta|lstm_init_state|cell"][0])
+    expected = {key: port[f"theta|{key}"].reshape(-1) for key in theta_module.JAX_NAMES.values()}
+    np.testing.assert_array_equal(theta.flatten().numpy(), np.concatenate(list(expected.values())))
+
+
+def test_import_jax(port: Arrays, tmp_path: Path) -> None:
+    np.savez(tmp_path / "weights.npz", **port)
+    (tmp_path / "theta.state").write_bytes(flax_bytes(nested(port)))
+    without_prefix = {key.removeprefix("theta|"): value for key, value in port.items()}
+    for source in (port, without_prefix, nested(port), {"theta": nested(port)}):
+        check_imported(Theta.import_jax(source), port)
+    for path in (tmp_path / "weights.npz", tmp_path / "theta.state", str(tmp_path / "theta.state")):
+        check_imported(Theta.import_jax(path), port)
+
+
+def test_import_jax_of_a_whole_golden_file(port: Arrays, golden: Callable[[str], Arrays]) -> None:
+    """Other keys beside the weights do not matter."""
+    check_imported(Theta.import_jax(golden("rnn_mlp_lopt_default")), port)
+
+
+def test_import_jax_copies(port: Arrays) -> None:
+    theta = Theta.import_jax(port)
+    theta.tensors["mlp.b3"].add_(1.0)
+    check_imported(Theta.import_jax(port), port)
+
+
+def test_import_jax_of_other_arrays(port: Arrays) -> None:
+    key = "theta|ffmod_params|mlp/~/linear_0|w"
+    without = {name: value for name, value in port.items() if name != key}
+    with pytest.raises(
+        ValueError, match=r"import_jax: no array 'ffmod_params\|mlp/~/linear_0\|w' for theta\['mlp.w1'\]"
+    ):
+        Theta.import_jax(without)
+    for shape in ((54, 16), (32, 54), (54 * 32,)):
+        wrong = {**port, key: np.zeros(shape, np.float32)}
+        with pytest.raises(ValueError, match=rf"linear_0\|w' has shape {re.escape(str(shape))}, expected \(54, 32\)"):
+            Theta.import_jax(wrong)
+
+
+BAD_STATES = [
+    (lambda port: b"", "is not a readable flax theta.state file"),
+    (lambda port: flax_bytes(nested(port))[:-100], "is not a readable flax theta.state file"),
+    (lambda port: np.random.default_rng(0).bytes(3000), "import_jax: .*theta.state"),
+    (lambda port: pickle.dumps(Bomb()), "import_jax: .*theta.state"),
+    (lambda port: flax_bytes([1, 2]), "holds a list, expected a mapping of arrays"),
+    (lambda port: flax_bytes(nested(port), code=3), "holds a flax value of type 3, only arrays are expected"),
+    (lambda port: flax_bytes({"a": 1}), "import_jax: no array 'initial_from_lstm'"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_STATES)
+def test_import_jax_of_a_bad_file(
+    port: Arrays, tmp_path: Path, content: Callable[[Arrays], bytes], message: str
+) -> None:
+    path = tmp_path / "theta.state"
+    path.write_bytes(content(port))
+    with pytest.raises(ValueError, match=message):
+        Theta.import_jax(path)
+
+
+def test_import_jax_of_a_missing_or_pickled_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Theta.import_jax(tmp_path / "absent.npz")
+    np.savez(tmp_path / "objects.npz", initial_from_lstm=np.array([Bomb()], dtype=object))
+    with pytest.raises(ValueError, match="pickle"):
+        Theta.import_jax(tmp_path / "objects.npz")
