@@ -15,17 +15,17 @@ namespace lopt {
 // ThetaSpec (lopt/theta.py) as plain numbers; lopt/meta/engine.py writes it.
 struct Spec {
   int32_t feature_set, width, lstm_width, from_mlp, lstm_to_mlp, from_lstm;
-  int32_t linear_skip, step_control, sinusoid, horizon_input, valid_advances_step, unused;
+  int32_t linear_skip, step_control, paper_inputs, horizon_input, valid_advances_step, unused;
   double train_loss_decay, valid_loss_decay, clip_decay;  // 1 - decay is formed in double, as in Python
   float step_multiplier, magnitude_rate, time_limit, clip_multiplier;
   float feature_clip;  // +inf: none
   float mom_decay[kMaxDecays], rms_decay[kMaxDecays];
   float unused_too;
 
-  LOPT_HD int num_time() const { return sinusoid ? 11 : horizon_input ? 5 : 1; }
-  LOPT_HD int num_facts() const { return sinusoid ? 3 : 2; }
+  LOPT_HD int num_time() const { return paper_inputs ? 11 : horizon_input ? 5 : 1; }
+  LOPT_HD int num_facts() const { return paper_inputs ? 3 : 2; }
   LOPT_HD int num_constant() const { return num_time() + num_facts() + lstm_to_mlp; }
-  LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + 18 + (sinusoid ? 0 : num_time()); }
+  LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + (paper_inputs ? 18 : 15 + num_time()); }
 };
 
 // Where the tensors of theta start in the flat vector, in the order of ThetaSpec.shapes().
@@ -139,7 +139,7 @@ inline float sign_of(float x) { return static_cast<float>((x > 0) - (x < 0)); }
 inline void time_inputs(const Spec& s, int64_t step, float total_steps, float* time) {
   constexpr float kPi = 3.14159265358979f, kScale = 8.0f;  // LOG_TIME_SCALE
   const float steps = static_cast<float>(step);
-  if (s.sinusoid) {
+  if (s.paper_inputs) {
     constexpr float kWaves[] = {1, 3, 10, 30, 100, 300, 1e3f, 3e3f, 1e4f, 3e4f, 1e5f};
     for (int i = 0; i < 11; ++i) time[i] = std::sin(steps / (kWaves[i] * kPi));
     return;
@@ -164,25 +164,60 @@ inline void linear(const float* x, int inputs, const float* w, const float* bias
   }
 }
 
+// Facts about one tensor among the MLP's inputs (lopt.tensor_lstm.tensor_facts).
+inline void tensor_facts(const Spec& s, const TensorLevel& level, int t, const float* stats, float* facts) {
+  const float numel = static_cast<float>(level.shapes[t].numel);
+  if (s.paper_inputs) {
+    facts[0] = std::log(static_cast<float>(level.num_tensors)) - 1.0f;
+    facts[1] = std::log(std::sqrt(stats[kParamSquare] * numel) + 1e-8f);
+    facts[2] = std::log(numel);
+  } else {
+    facts[0] = level.shapes[t].is_matrix;
+    facts[1] = std::log(numel) / 8.0f;  // LOG_TIME_SCALE
+  }
+}
+
+inline float log_ratio(float above, float below) {
+  constexpr float kTiny = 1e-30f;  // TINY
+  return clamp_of(0.5f * std::log((above + kTiny) / (below + kTiny)), -5.0f, 5.0f);
+}
+
 // One row of the LSTM's input (lopt.tensor_lstm.lstm_inputs).
-inline void lstm_input(const Spec& s, const Globals& g, const TensorShape& shape, const float* stats,
-                       const float* feedback, const float* time, float train, float valid, float* x) {
+inline void lstm_input(const Spec& s, const Globals& g, const TensorLevel& level, int t, const float* stats,
+                       const float* time, float train, float valid, float* x) {
+  const TensorShape& shape = level.shapes[t];
   const float numel = static_cast<float>(shape.numel);
   for (int i = 0; i < s.from_lstm; ++i) *x++ = g.from_lstm[i];
-  for (int i = 0; i < s.from_mlp; ++i) *x++ = feedback[i];
-  *x++ = log_magnitude(std::sqrt(stats[kGradSquare] * numel));
-  *x++ = shape.is_scalar ? 1.0f : -1.0f;
-  for (const int mean : {kMomMean, kRmsMean, kParamMean}) {
-    *x++ = log_magnitude(stats[mean]);
-    *x++ = sign_of(stats[mean]);
+  for (int i = 0; i < s.from_mlp; ++i) *x++ = level.feedback[t * s.from_mlp + i];
+  if (s.paper_inputs) {
+    *x++ = log_magnitude(std::sqrt(stats[kGradSquare] * numel));
+    *x++ = shape.is_scalar ? 1.0f : -1.0f;
+    for (const int mean : {kMomMean, kRmsMean, kParamMean}) {
+      *x++ = log_magnitude(stats[mean]);
+      *x++ = sign_of(stats[mean]);
+    }
+    *x++ = log_magnitude(std::sqrt(stats[kParamSquare] * numel));
+  } else {
+    const float mom_square = stats[kMomVar] + stats[kMomMean] * stats[kMomMean];
+    const float scale = level.initial_scale[t], rms_mean = stats[kRmsMean];
+    *x++ = log_ratio(stats[kGradSquare], rms_mean);
+    *x++ = log_ratio(mom_square, rms_mean);
+    *x++ = log_ratio(stats[kRmsVar], rms_mean * rms_mean);
+    *x++ = log_ratio(stats[kParamSquare], scale * scale);
+    *x++ = log_ratio(stats[kGradSquare], g.clip_value * g.clip_value);
+    *x++ = stats[kMomMean] / std::sqrt(mom_square + 1e-30f);
+    *x++ = stats[kParamMean] / std::sqrt(stats[kParamSquare] + 1e-30f);
   }
-  *x++ = log_magnitude(std::sqrt(stats[kParamSquare] * numel));
   for (const float log_dim : shape.log_dims) *x++ = log_dim;
   *x++ = train;
   *x++ = valid;
-  for (const int var : {kMomVar, kRmsVar, kParamVar}) *x++ = log_magnitude(stats[var]);
-  if (!s.sinusoid)
+  if (s.paper_inputs) {
+    for (const int var : {kMomVar, kRmsVar, kParamVar}) *x++ = log_magnitude(stats[var]);
+  } else {
+    tensor_facts(s, level, t, stats, x);
+    x += s.num_facts();
     for (int i = 0; i < s.num_time(); ++i) *x++ = time[i];
+  }
 }
 
 // lopt.tensor_lstm.tensor_scale for all tensors: initial scales are set in the first step, current ones go to `scale`.
@@ -221,16 +256,16 @@ void advance(const Spec& s, const ThetaView& theta, Globals& g, TensorLevel& lev
   g.clip_value = static_cast<float>(s.clip_decay) * g.clip_value + static_cast<float>(1.0 - s.clip_decay) * rms;
   g.clip_count += 1;
 
+  tensor_scale(level, kStats, level.step_size);
   float* const constant = level.constant;
   time_inputs(s, g.step, total_steps, constant);
   const float train = g.train.updates > 0 ? g.train.standardise(g.train.last, s.train_loss_decay) : 0.0f;
   const float valid =
       g.train.updates > 0 ? g.train.standardise(g.valid.corrected_mean(s.valid_loss_decay), s.train_loss_decay) : 0.0f;
   for (int t = 0; t < tensors; ++t)
-    lstm_input(s, g, level.shapes[t], level.stats + int64_t{t} * kStats, level.feedback + int64_t{t} * s.from_mlp,
-               constant, train, valid, level.x + int64_t{t} * inputs);
+    lstm_input(s, g, level, t, level.stats + int64_t{t} * kStats, constant, train, valid,
+               level.x + int64_t{t} * inputs);
   for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] = 0;
-  if (s.step_control) tensor_scale(level, kStats, level.step_size);
   float corrections[Features::kNumMom + Features::kNumRms];
   for (int k = 0; k < Features::kNumMom; ++k) corrections[k] = -std::expm1(level.updates * std::log(s.mom_decay[k]));
   for (int k = 0; k < Features::kNumRms; ++k)
@@ -238,22 +273,13 @@ void advance(const Spec& s, const ThetaView& theta, Globals& g, TensorLevel& lev
 
   for (int t = 0; t < tensors; ++t) {
     const float* stats = level.stats + int64_t{t} * kStats;
-    const TensorShape& shape = level.shapes[t];
-    const float numel = static_cast<float>(shape.numel);
     float* h = level.h + int64_t{t} * hidden;
     lstm(level.x + int64_t{t} * inputs, h, level.c + int64_t{t} * hidden);
     linear(h, hidden, theta.to_lstm_w, theta.to_lstm_b, s.from_lstm, level.gates);
     for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] += level.gates[i] / static_cast<float>(tensors);
 
     float* facts = constant + num_time;
-    if (s.sinusoid) {
-      facts[0] = std::log(static_cast<float>(tensors)) - 1.0f;
-      facts[1] = std::log(std::sqrt(stats[kParamSquare]) * std::sqrt(numel) + 1e-8f);
-      facts[2] = std::log(numel);
-    } else {
-      facts[0] = shape.is_matrix;
-      facts[1] = std::log(numel) / 8.0f;
-    }
+    tensor_facts(s, level, t, stats, facts);
     linear(h, hidden, theta.to_mlp_w, theta.to_mlp_b, s.lstm_to_mlp, facts + s.num_facts());
     linear(constant, s.num_constant(), theta.w1 + kColumns * s.width, theta.b1, s.width,
            level.bias + int64_t{t} * s.width);

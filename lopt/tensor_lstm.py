@@ -24,6 +24,7 @@ LOG_TIME_SCALE = 8.0  # brings ln(steps) into the range of the other inputs
 SMALLEST_SCALE = 0.3  # of a tensor, relative to the mean of all matrices
 EMPTY_SCALE = 0.1  # when every parameter is zero
 MAX_LOG_STEP = 6.0  # bound of the learned log step multiplier
+TINY = 1e-30  # keeps ratios of zeros finite
 
 
 class Globals(NamedTuple):
@@ -42,7 +43,7 @@ class Rows(NamedTuple):
     h: Tensor  # [T, lstm_width]
     c: Tensor  # [T, lstm_width]
     feedback: Tensor  # [T, from_mlp]
-    scale: Tensor  # [T] initial scale, 0 until the first step; only with step_control
+    scale: Tensor  # [T] initial scale of the parameters, 0 until the first step
     updates: Tensor  # [T] how often the accumulators were updated
 
 
@@ -183,7 +184,7 @@ def next_clip(spec: ThetaSpec, globals_: Globals, grad_square: Tensor) -> Global
 def time_inputs(spec: ThetaSpec, step: Tensor, total_steps: Tensor, like: Tensor) -> Tensor:
     """``[num_time]`` inputs from the step before its increment and the number of steps planned (0: unknown)."""
     steps = step.to(like.dtype)
-    if spec.time_input == "sinusoid":
+    if spec.tensor_inputs == "paper":
         waves = torch.tensor(WAVES, dtype=torch.float32, device=like.device)
         period = (waves * torch.tensor(math.pi, dtype=torch.float32)).to(like.dtype)
         return torch.sin(steps / period)
@@ -197,11 +198,12 @@ def time_inputs(spec: ThetaSpec, step: Tensor, total_steps: Tensor, like: Tensor
     return torch.stack(inputs)
 
 
-def tensor_facts(spec: ThetaSpec, shapes: Shapes, param_norm: Tensor) -> Tensor:
+def tensor_facts(spec: ThetaSpec, shapes: Shapes, param_square: Tensor) -> Tensor:
     """``[T, num_facts]``: the paper's ln(T) - 1, ln ||param||, ln numel; otherwise is_matrix and ln numel, scaled."""
     num_tensors = shapes.numel.shape[0]
-    if spec.time_input == "sinusoid":
-        log_count = torch.full_like(param_norm, math.log(num_tensors) - 1.0)
+    if spec.tensor_inputs == "paper":
+        log_count = torch.full_like(param_square, math.log(num_tensors) - 1.0)
+        param_norm = torch.sqrt(param_square * shapes.numel)
         return torch.stack([log_count, torch.log(param_norm + 1e-8), torch.log(shapes.numel)], dim=1)
     return torch.stack([shapes.is_matrix, torch.log(shapes.numel) / LOG_TIME_SCALE], dim=1)
 
@@ -212,16 +214,28 @@ def log_magnitude(x: Tensor) -> Tensor:
 
 
 def lstm_inputs(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, shapes: Shapes, time: Tensor) -> Tensor:
-    """``[T, num_lstm_input]``: shared LSTM output, MLP feedback, 18 scalars of the tensor, and logarithmic time."""
+    """``[T, num_lstm_input]``: shared LSTM output, MLP feedback, scalars of the tensor, and for ``relative`` the time."""
     num_tensors = stats.shape[0]
     stat = dict(zip(STATS, stats.unbind(1)[: len(STATS)], strict=True))
+    train, valid = (loss.expand(num_tensors) for loss in loss_inputs(spec, globals_))
+    parts = [globals_.from_lstm.expand(num_tensors, -1), rows.feedback]
+    if spec.tensor_inputs == "paper":
+        parts.append(torch.stack(_magnitudes_and_signs(stat, shapes, train, valid), dim=1))
+    else:
+        scalars = [*_ratios(stat, globals_, rows), *shapes.log_dims.unbind(1), train, valid]
+        parts += [torch.stack(scalars, dim=1), tensor_facts(spec, shapes, stat["param_square"])]
+        parts.append(time.expand(num_tensors, -1))
+    return torch.cat(parts, dim=1)
+
+
+def _magnitudes_and_signs(stat: dict[str, Tensor], shapes: Shapes, train: Tensor, valid: Tensor) -> list[Tensor]:
+    """The 18 scalars of the paper."""
     norms = torch.sqrt(torch.stack([stat["grad_square"], stat["param_square"]]) * shapes.numel)
     means = torch.stack([stat["mom_mean"], stat["rms_mean"], stat["param_mean"]])
     variances = torch.stack([stat["mom_var"], stat["rms_var"], stat["param_var"]])
     magnitude = log_magnitude(torch.cat([norms, means, variances])).unbind()
     sign = torch.sign(means).unbind()
-    train, valid = loss_inputs(spec, globals_)
-    scalars = [
+    return [
         magnitude[0],  # gradient norm
         shapes.is_scalar,
         magnitude[2],  # mean of mom, rms, param, each as magnitude and sign
@@ -232,14 +246,26 @@ def lstm_inputs(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, s
         sign[2],
         magnitude[1],  # parameter norm
         *shapes.log_dims.unbind(1),
-        train.expand(num_tensors),
-        valid.expand(num_tensors),
+        train,
+        valid,
         *magnitude[5:],  # variance of mom, rms, param
     ]
-    parts = [globals_.from_lstm.expand(num_tensors, -1), rows.feedback, torch.stack(scalars, dim=1)]
-    if spec.time_input == "log":
-        parts.append(time.expand(num_tensors, -1))
-    return torch.cat(parts, dim=1)
+
+
+def _ratios(stat: dict[str, Tensor], globals_: Globals, rows: Rows) -> list[Tensor]:
+    """Seven ratios that keep their value when gradients or parameters are rescaled; logarithms within +-5."""
+    mom_square = stat["mom_var"] + torch.square(stat["mom_mean"])
+    pairs = [
+        (stat["grad_square"], stat["rms_mean"]),  # this gradient among those before
+        (mom_square, stat["rms_mean"]),  # how much of the gradients is signal
+        (stat["rms_var"], torch.square(stat["rms_mean"])),  # how unequal the parameters are
+        (stat["param_square"], torch.square(rows.scale)),  # how far the parameters have grown
+        (stat["grad_square"], torch.square(globals_.clip[1]).expand_as(mom_square)),  # among the tensors
+    ]
+    above, below = (torch.stack(side) + TINY for side in zip(*pairs, strict=True))
+    logs = torch.clamp(0.5 * torch.log(above / below), -5.0, 5.0)
+    means = [stat["mom_mean"] * torch.rsqrt(mom_square + TINY), stat["param_mean"] * torch.rsqrt(above[3])]
+    return [*logs.unbind(), *means]
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,6 +313,9 @@ def advance(
     rows = rows._replace(updates=rows.updates + 1.0)
     globals_ = observe_train(spec, globals_, loss)
     globals_ = next_clip(spec, globals_, stats[:, STATS.index("grad_square")])
+    rms = torch.sqrt(stats[:, STATS.index("param_square")])
+    initial, scale = tensor_scale(rms, shapes, rows.scale)
+    rows = rows._replace(scale=initial)
     time = time_inputs(spec, globals_.step, total_steps, stats)
     x = lstm_inputs(spec, globals_, rows, stats, shapes, time)
     h, c = lstm_cell(x, rows.h, rows.c, weights["lstm.w"], weights["lstm.b"])
@@ -294,16 +323,13 @@ def advance(
     from_lstm = (h @ weights["lstm_to_lstm.w"] + weights["lstm_to_lstm.b"]).mean(dim=0)
     globals_ = globals_._replace(step=globals_.step + 1, from_lstm=from_lstm)
 
-    rms = torch.sqrt(stats[:, STATS.index("param_square")])
     facts = torch.cat(
-        [time.expand(stats.shape[0], -1), tensor_facts(spec, shapes, rms * torch.sqrt(shapes.numel))], dim=1
+        [time.expand(stats.shape[0], -1), tensor_facts(spec, shapes, stats[:, STATS.index("param_square")])], dim=1
     )
     constant = torch.cat([facts, h @ weights["lstm_to_mlp.w"] + weights["lstm_to_mlp.b"]], dim=1)
     multiplier = torch.ones_like(rms)
     if spec.step_control:
-        initial, scale = tensor_scale(rms, shapes, rows.scale)
-        rows = rows._replace(scale=initial)
         log_step = torch.cat([h, facts], dim=1) @ weights["step.w"] + weights["step.b"]
         multiplier = scale * torch.exp(torch.clamp(log_step, -MAX_LOG_STEP, MAX_LOG_STEP))
-    scale, shift = spec.features.column_map(stats, rows.updates, shapes.decays)
-    return globals_, rows, Conditioning(scale, shift, constant, multiplier), x
+    column_scale, column_shift = spec.features.column_map(stats, rows.updates, shapes.decays)
+    return globals_, rows, Conditioning(column_scale, column_shift, constant, multiplier), x

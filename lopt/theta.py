@@ -28,8 +28,8 @@ from lopt.features import FEATURE_SETS, FeatureSet
 FORMAT = 1  # of the safetensors file; raised when old files cannot be read as they are
 WEIGHTS = Path(__file__).parent / "weights"
 
-#: Scalars about one tensor among the inputs of the LSTM (tensor_lstm.py fills them in this order).
-TENSOR_INPUTS = 18
+#: Kinds of inputs at tensor level, with the number of scalars about one tensor that the LSTM sees.
+TENSOR_INPUTS = {"paper": 18, "relative": 15}
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,10 @@ class ThetaSpec:
         linear_skip: adds a linear map of the per-parameter inputs to the direction.
         step_control: multiplies a tensor's update by its scale (root mean square) and by the exponential of a linear
             map of LSTM state and time.
-        time_input: ``"sinusoid"`` (the paper's 11 waves) or ``"log"`` (logarithm of the step, at most ``time_limit``).
-        horizon_input: adds the inputs that need ``total_steps``; only with ``time_input="log"``.
+        tensor_inputs: ``"paper"``: the LSTM sees magnitudes and signs as they are, the MLP 11 sinusoids of the step.
+            ``"relative"``: the LSTM sees ratios that do not depend on the scale of gradients and parameters, and both
+            see the logarithm of the step, at most ``time_limit``.
+        horizon_input: adds the inputs that need ``total_steps``; only with ``tensor_inputs="relative"``.
         time_limit: steps beyond which logarithmic time stands still (the longest run seen in meta-training).
         train_loss_decay, valid_loss_decay: decays of the two loss averages.
         clip_decay, clip_multiplier: of the gradient clipper.
@@ -77,7 +79,7 @@ class ThetaSpec:
     magnitude_rate: float = 0.1
     linear_skip: bool = True
     step_control: bool = True
-    time_input: str = "log"
+    tensor_inputs: str = "relative"
     horizon_input: bool = True
     time_limit: float = 10_000.0
     train_loss_decay: float = 0.9
@@ -111,10 +113,10 @@ class ThetaSpec:
             raise ValueError(f"magnitude_rate: expected a finite number, got {self.magnitude_rate}")
         if self.feature_clip is not None and not self.feature_clip > 0.0:
             raise ValueError(f"feature_clip: expected None or a positive bound, got {self.feature_clip}")
-        if self.time_input not in ("sinusoid", "log"):
-            raise ValueError(f"time_input: expected 'sinusoid' or 'log', got {self.time_input!r}")
-        if self.horizon_input and self.time_input != "log":
-            raise ValueError("horizon_input: only available with time_input='log'")
+        if self.tensor_inputs not in TENSOR_INPUTS:
+            raise ValueError(f"tensor_inputs: expected one of {sorted(TENSOR_INPUTS)}, got {self.tensor_inputs!r}")
+        if self.horizon_input and self.tensor_inputs != "relative":
+            raise ValueError("horizon_input: only available with tensor_inputs='relative'")
 
     @property
     def features(self) -> FeatureSet:
@@ -124,12 +126,12 @@ class ThetaSpec:
     @property
     def num_time(self) -> int:
         """Number of time inputs."""
-        return 11 if self.time_input == "sinusoid" else 5 if self.horizon_input else 1
+        return 11 if self.tensor_inputs == "paper" else 5 if self.horizon_input else 1
 
     @property
     def num_facts(self) -> int:
         """Number of inputs about the tensor itself, beside time (:func:`lopt.tensor_lstm.tensor_facts`)."""
-        return 3 if self.time_input == "sinusoid" else 2
+        return 3 if self.tensor_inputs == "paper" else 2
 
     @property
     def num_constant(self) -> int:
@@ -139,8 +141,8 @@ class ThetaSpec:
     @property
     def num_lstm_input(self) -> int:
         """Number of LSTM inputs per tensor."""
-        time = self.num_time if self.time_input == "log" else 0
-        return self.from_lstm + self.from_mlp + TENSOR_INPUTS + time
+        time = self.num_time if self.tensor_inputs == "relative" else 0
+        return self.from_lstm + self.from_mlp + TENSOR_INPUTS[self.tensor_inputs] + time
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of theta, in the order of :meth:`Theta.flatten`. Weights are ``[in, out]``."""
@@ -206,7 +208,7 @@ PRESETS: dict[str, ThetaSpec] = {
         magnitude_rate=1e-3,
         linear_skip=False,
         step_control=False,
-        time_input="sinusoid",
+        tensor_inputs="paper",
         horizon_input=False,
         feature_clip=None,
         valid_advances_step=True,
@@ -435,7 +437,8 @@ def unflatten(spec: ThetaSpec, flat: Tensor) -> dict[str, Tensor]:
     shapes = spec.shapes()
     parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()], dim=-1)
     return {
-        name: part.reshape((*flat.shape[:-1], *shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        name: part.reshape((*flat.shape[:-1], *shape))
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }
 
 

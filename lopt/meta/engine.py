@@ -25,7 +25,7 @@ MAX_DECAYS = 8
 _SPEC = np.dtype(
     [
         *((name, "i4") for name in ("feature_set", "width", "lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm")),
-        *((name, "i4") for name in ("linear_skip", "step_control", "sinusoid", "horizon_input")),
+        *((name, "i4") for name in ("linear_skip", "step_control", "paper_inputs", "horizon_input")),
         *((name, "i4") for name in ("valid_advances_step", "unused")),
         *((name, "f8") for name in ("train_loss_decay", "valid_loss_decay", "clip_decay")),
         *((name, "f4") for name in ("step_multiplier", "magnitude_rate", "time_limit", "clip_multiplier")),
@@ -158,7 +158,7 @@ def spec_record(spec: ThetaSpec) -> np.ndarray[tuple[()], np.dtype[np.void]]:
     for name in ("magnitude_rate", "time_limit", "clip_multiplier"):
         record[name] = getattr(spec, name)
     record["feature_set"], record["width"] = FEATURE_SET_INDEX[spec.feature_set], spec.mlp_width
-    record["sinusoid"] = spec.time_input == "sinusoid"
+    record["paper_inputs"] = spec.tensor_inputs == "paper"
     record["feature_clip"] = np.inf if spec.feature_clip is None else spec.feature_clip
     record["mom_decay"][: len(spec.mom_decays)] = spec.mom_decays
     record["rms_decay"][: len(spec.rms_decays)] = spec.rms_decays
