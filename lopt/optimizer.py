@@ -4,7 +4,8 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -19,6 +20,20 @@ from lopt.theta import Theta, ThetaSpec
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
 NONFINITE = ("ignore", "raise", "skip")
 GLOBALS = (*Globals._fields, "pending_loss", "nonfinite")  # kept in param_groups[0]
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Arithmetic at tensor level, on the CPU by one thread: BLAS adds in another order for every number of threads."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ReferencePlan:
@@ -88,11 +103,13 @@ class KernelPlan:
         return self.plan.accumulate(self.clip_limit, self.spec.mom_decays, self.spec.rms_decays)
 
     def apply(self, conditioning: Conditioning, step_size: Tensor, keep: Tensor) -> Tensor:
+        with _one_thread(step_size.device):
+            bias = ops.fold_bias(self.spec, self.weights, conditioning.constant)
         hidden = self.plan.apply(
             self.clip_limit,
             conditioning.scale,
             conditioning.shift,
-            ops.fold_bias(self.spec, self.weights, conditioning.constant),
+            bias,
             step_size,
             keep,
             self.packed,
@@ -104,7 +121,8 @@ class KernelPlan:
                 param.copy_(contiguous)
         torch.autograd.graph.increment_version(self.params)  # a backward pass that needs the old values must fail
         self.contiguous, self.plan.grads = [], []  # zero_grad frees their memory
-        return ops.feedback(self.weights, hidden)
+        with _one_thread(hidden.device):
+            return ops.feedback(self.weights, hidden)
 
 
 class _Active(NamedTuple):
@@ -549,9 +567,10 @@ class LearnedOptimizer(Optimizer):
             params = [param.clone() if index in still else param for param, index in pairs]
         active.plan.set_tensors(params, grads)
         stats = active.plan.accumulate(tensor_lstm.clip_limit(spec, globals_))
-        globals_, rows, conditioning, _ = tensor_lstm.advance(
-            spec, weights, globals_, active.rows, stats, active.shapes, loss, horizon
-        )
+        with _one_thread(like.device):
+            globals_, rows, conditioning, _ = tensor_lstm.advance(
+                spec, weights, globals_, active.rows, stats, active.shapes, loss, horizon
+            )
         lr = self._per_tensor("lr", active.groups, like)
         decay = self._per_tensor("weight_decay", active.groups, like)
         step_size = lr * spec.step_multiplier * conditioning.multiplier
