@@ -214,7 +214,7 @@ def log_magnitude(x: Tensor) -> Tensor:
 
 
 def lstm_inputs(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, shapes: Shapes, time: Tensor) -> Tensor:
-    """``[T, num_lstm_input]``: shared LSTM output, MLP feedback, scalars of the tensor, and for ``relative`` the time."""
+    """``[T, num_lstm_input]``: shared LSTM output, MLP feedback, scalars of the tensor; for ``relative`` also time."""
     num_tensors = stats.shape[0]
     stat = dict(zip(STATS, stats.unbind(1)[: len(STATS)], strict=True))
     train, valid = (loss.expand(num_tensors) for loss in loss_inputs(spec, globals_))

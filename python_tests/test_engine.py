@@ -90,8 +90,8 @@ def engine_unroll(theta: Theta, problem: engine.Problem, init: Tensor, windows: 
 def test_equals_the_torch_unroll(preset, activation, loss, hidden, total_steps):
     """Parameters and losses within 1e-5 after 50 steps.
 
-    For `paper` within three times the distance of float32 PyTorch from float64, where that is more: its LSTM sees the sign
-    of a mean, and the mean gradient of a softmax layer's bias is zero but for rounding.
+    For `paper` within three times the distance of float32 PyTorch from float64, where that is more: its LSTM sees the
+    sign of a mean, and the mean gradient of a softmax layer's bias is zero but for rounding.
     """
     theta = Theta.init_adam(preset)
     theta = theta.unflatten(theta.flatten() + 0.01 * torch.randn(theta.num_floats, generator=torch.manual_seed(3)))

@@ -91,7 +91,8 @@ class Problem:
             raise ValueError(f"sizes: expected 2 to {MAX_LAYERS + 1} positive widths, got {self.sizes}")
         if self.activation not in ACTIVATIONS or self.loss not in LOSSES:
             raise ValueError(
-                f"activation, loss: expected one of {ACTIVATIONS} and of {LOSSES}, got {self.activation!r}, {self.loss!r}"
+                f"activation, loss: expected one of {ACTIVATIONS} and one of {LOSSES}, "
+                f"got {self.activation!r} and {self.loss!r}"
             )
         if self.batch < 1 or len(self.data) != len(SPLITS):
             raise ValueError(f"batch, data: expected a positive size and {len(SPLITS)} splits, got {self.batch}")
@@ -101,13 +102,14 @@ class Problem:
             dtype = torch.int64 if self.loss == "softmax" else torch.float32
             if rows < 1 or inputs.dtype != torch.float32 or tuple(inputs.shape) != (rows, self.sizes[0]):
                 raise ValueError(
-                    f"{split} inputs: expected float32 [rows, {self.sizes[0]}], got {inputs.dtype} {tuple(inputs.shape)}"
+                    f"{split} inputs: expected float32 [rows, {self.sizes[0]}], "
+                    f"got {inputs.dtype} {tuple(inputs.shape)}"
                 )
             if targets.dtype != dtype or tuple(targets.shape) != shape:
                 raise ValueError(
                     f"{split} targets: expected {dtype} {shape}, got {targets.dtype} {tuple(targets.shape)}"
                 )
-            if self.loss == "softmax" and not (0 <= int(targets.min()) and int(targets.max()) < self.sizes[-1]):
+            if self.loss == "softmax" and (int(targets.min()) < 0 or int(targets.max()) >= self.sizes[-1]):
                 raise ValueError(f"{split} targets: expected labels from 0 to {self.sizes[-1] - 1}")
         object.__setattr__(self, "data", tuple((x.contiguous(), y.contiguous()) for x, y in self.data))
 
