@@ -101,7 +101,7 @@ def _pack(lane: Lane) -> dict[str, Any]:
     run, optimizer = lane.run, lane.state.optimizer
     return {
         "task": json.dumps(run.task.config),
-        "run": [run.seed, run.horizon, run.total_steps],
+        "run": [run.seed, run.horizon, run.total_steps, run.valid_every],
         "stop": lane.stop,
         "xi": lane.xi,
         "step": lane.state.step,

@@ -32,8 +32,7 @@ def meta_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     axes.plot(*training.T, ".", color=colour, alpha=0.3, markersize=4, markeredgewidth=0, label="one iteration")
     width = min(SMOOTHING, len(training))
     if width > 1:
-        kernel = np.full(width, 1 / width)
-        means = [np.convolve(column, kernel, mode="valid") for column in training.T]
+        means = [running_mean(column, width) for column in training.T]
         axes.plot(*means, color=colour, linewidth=1.8, label=f"mean of {width} iterations")
     axes.plot(*validation.T, "s-", color=COLOURS["validation"], markersize=4, linewidth=1.2, label="validation runs")
     axes.set_title("Meta-loss: held-out loss over the run, 1 = initial loss", loc="left", fontsize=10.5)
@@ -44,3 +43,8 @@ def meta_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_ylim(bottom=0.0)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def running_mean(values: Any, width: int) -> Any:
+    """Means of every ``width`` neighbours; ``width - 1`` fewer than there are values."""
+    return np.convolve(values, np.full(width, 1 / width), mode="valid")

@@ -3,7 +3,7 @@
 All runs of an unroll share task, initial parameters and minibatches (common random numbers); they differ only in theta.
 One inner step of one run is a pure function of tensors, vmapped over the runs::
 
-    every VALID_EVERY steps:  the optimizer observes the loss of an inner_valid minibatch
+    every valid_every steps:  the optimizer observes the loss of an inner_valid minibatch
     loss, grad = value and gradient of the task's loss on a train minibatch
     params     = update of lopt.reference
     meta-loss of the step = clip(L / L_init, 0, loss_limit)     L on an outer_valid minibatch, after the update
@@ -26,8 +26,6 @@ from lopt import reference
 from lopt.tasks.task import Batch, Task
 from lopt.theta import ThetaSpec
 
-VALID_EVERY = 10
-
 
 @dataclass(frozen=True)
 class Run:
@@ -38,12 +36,14 @@ class Run:
         seed: of initial parameters and minibatches.
         horizon: length of the whole run in steps.
         total_steps: the length the optimizer is told, 0 for none.
+        valid_every: steps between two validation losses the optimizer sees, the first before step 0; 0 for none.
     """
 
     task: Task
     seed: int
     horizon: int
     total_steps: int = 0
+    valid_every: int = 10
 
     @cached_property
     def initial_loss(self) -> float:
@@ -137,13 +137,14 @@ def unroll(
     vmapped: Any = torch.vmap(inner_step, in_dims=(0, 0, 0, None))
     train = task.batches(run.seed, "train", state.step)
     outer_valid = task.batches(run.seed, "outer_valid", state.step)
-    inner_valid = task.batches(run.seed, "inner_valid", -(-state.step // VALID_EVERY))
+    valid_every = run.valid_every or run.horizon + 1
+    inner_valid = task.batches(run.seed, "inner_valid", -(-state.step // valid_every))
     params, optimizer = state.params, state.optimizer
     train_losses, outer_losses = [], []
     with torch.no_grad():
         for step in range(state.step, state.step + steps):
             batches = {"train": next(train), "outer_valid": next(outer_valid)}
-            if step % VALID_EVERY == 0:
+            if run.valid_every and step % run.valid_every == 0:
                 batches["inner_valid"] = next(inner_valid)
             params, optimizer, train_loss, outer_loss = vmapped(weights, params, optimizer, batches)
             train_losses.append(train_loss)

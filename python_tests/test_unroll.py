@@ -1,0 +1,220 @@
+"""lopt/meta/unroll.py: against LearnedOptimizer in a plain loop, against the author's recorded run, its promises."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lopt import LearnedOptimizer, Theta
+from lopt.meta.unroll import Run, map_tensors, normalise, start, unroll
+from lopt.tasks import Batch, Task
+from lopt.tasks.synthetic import Perceptron, Quadratic
+from lopt.tasks.task import SplitName
+from lopt.theta import PRESETS, unflatten
+
+# Not a classifier: there the gradients of the last layer sum to zero, and the sign of their mean, an input of the LSTM,
+# is rounding noise.
+TASK = Perceptron(seed=0, data="teacher", regression=True, inputs=6, hidden=(9,), outputs=3, batch_size=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_num_threads: Callable[[int], None]) -> None:
+    """Tiny tensors are quickest on one thread."""
+    set_num_threads(1)
+
+
+def population(preset: str, rows: int, spread: float = 0.02) -> tuple[Theta, Tensor]:
+    """A theta, and ``[rows, P]`` thetas around it."""
+    theta = Theta.init_adam(preset)
+    noise = torch.randn(rows, theta.num_floats, generator=torch.Generator().manual_seed(1))
+    return theta, theta.flatten() + spread * noise
+
+
+@dataclass(frozen=True)
+class Double(Task):
+    """A task in float64."""
+
+    task: Task
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name}-float64"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.task.config
+
+    def init(self, seed: int) -> dict[str, Tensor]:
+        return {name: value.double() for name, value in self.task.init(seed).items()}
+
+    def loss(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return self.task.loss(params, batch)
+
+    def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Batch]:
+        return (Batch(batch.inputs.double(), batch.targets) for batch in self.task.batches(seed, split, start))
+
+
+@pytest.mark.parametrize("preset", ["compact", "paper"])
+@pytest.mark.parametrize("total_steps", [0, 25])
+def test_unroll_is_the_learned_optimizer_in_a_plain_loop(preset: str, total_steps: int) -> None:
+    theta, thetas = population(preset, rows=3)
+    theta, thetas, task = theta.to(dtype=torch.float64), thetas.double(), Double(TASK)
+    run = Run(task, seed=5, horizon=25, total_steps=total_steps)
+    weights = unflatten(theta.spec, thetas)
+    state, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 25, loss_limit=3.0)
+    close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+    for row in range(3):
+        params = {name: value.requires_grad_() for name, value in task.init(5).items()}
+        optimizer = LearnedOptimizer(
+            params.values(), theta.unflatten(thetas[row]), total_steps=total_steps or None, impl="reference"
+        )
+        train, inner, outer = (task.batches(5, split) for split in ("train", "inner_valid", "outer_valid"))
+        for step in range(25):
+            if step % 10 == 0:
+                optimizer.observe(valid_loss=task.loss(params, next(inner)).detach())
+            optimizer.zero_grad()
+            loss = task.loss(params, next(train))
+            loss.backward()
+            optimizer.step(loss=loss.detach())
+            meta = task.loss(params, next(outer)).detach() / task.initial_loss(5)
+            close(losses.train[step, row], loss.detach())
+            close(losses.meta[step, row], meta)
+        for name, value in params.items():
+            close(state.params[name][row], value.detach())
+    assert float(losses.meta[-1].std()) > 1e-4  # the thetas do differ
+
+
+@dataclass(frozen=True)
+class PortQuadratic(Task):
+    """``|a - target_a|^2 + |b - target_b|^2 / 4``, the task of golden/pes_rnn_quadratic.npz (see test_es.py)."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    name = "port-quadratic"
+    config: Any = None
+
+    def init(self, seed: int) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(self.arrays[f"init|{name}"]) for name in "ab"}
+
+    def loss(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        a, b = (torch.square(params[name] - torch.from_numpy(self.arrays[f"target|{name}"])).sum() for name in "ab")
+        return a + b / 4
+
+    def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Batch]:
+        while True:
+            yield Batch(torch.zeros(1), torch.zeros(1))
+
+
+def test_unroll_replays_the_authors_recorded_run(golden: Callable[[str], Any]) -> None:
+    """Pair 2 of the first outer step, positive sign: 5 steps under theta + sigma eps, without validation losses.
+
+    Its optimizer state began under the unperturbed theta (``initial0``), and its step_multiplier is .1.
+    """
+    z = golden("pes_rnn_quadratic")
+    spec = dataclasses.replace(PRESETS["paper"], step_multiplier=0.1)
+    run = Run(PortQuadratic(z), seed=0, horizon=5, valid_every=0)
+    other = Theta.init("paper", seed=3).flatten()
+    theta = torch.from_numpy(z["theta_plus"])
+    first = torch.cat([torch.from_numpy(z["initial0"]), theta[len(z["initial0"]) :]])
+    state = start(spec, unflatten(spec, torch.stack([other, first, other])), run)
+    weights = unflatten(spec, torch.stack([other, theta, other]))
+    for step in range(5):
+        state, losses = unroll(spec, weights, run, state, 1, loss_limit=10.0)
+        assert float(losses.train[0, 1]) == pytest.approx(float(z["loss_plus"][0, step, 2]), rel=1e-6)
+        for name in "ab":
+            error = np.abs(state.params[name][1].numpy() - z[f"params_plus|{name}"][step]).max()
+            assert error < 1e-6
+    moved = np.abs(z["params_plus|a"][-1] - z["init|a"]).max()
+    assert moved > 1e-2  # what an error of 1e-6 is to be compared with
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two states have the same bits."""
+    return torch.equal(flat(a), flat(b))
+
+
+def flat(tree: Any) -> Tensor:
+    leaves: list[Tensor] = []
+    map_tensors(lambda x: leaves.append(x.reshape(-1).double()) or x, tree)
+    return torch.cat(leaves)
+
+
+@pytest.mark.parametrize("windows", [(7, 18), (10, 10, 5), (1,) * 25])
+def test_windows_make_the_same_run_to_the_bit(windows: tuple[int, ...]) -> None:
+    theta, thetas = population("compact", rows=4)
+    weights = unflatten(theta.spec, thetas)
+    run = Run(TASK, seed=2, horizon=25, total_steps=25)
+    whole, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 25, loss_limit=3.0)
+    state, parts = start(theta.spec, weights, run), []
+    for steps in windows:
+        state, part = unroll(theta.spec, weights, run, state, steps, loss_limit=3.0)
+        parts.append(part)
+    assert state.step == 25
+    assert equal(state[1:], whole[1:])
+    assert torch.equal(torch.cat([part.meta for part in parts]), losses.meta)
+
+
+def test_the_same_theta_twice_is_the_same_run_twice() -> None:
+    """Common random numbers: in an antithetic pair with eps = 0 the losses are equal, whatever else is in the batch."""
+    theta, thetas = population("compact", rows=3)
+    weights = unflatten(theta.spec, thetas[[0, 1, 0, 2]])
+    run = Run(TASK, seed=2, horizon=12)
+    state, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 12, loss_limit=3.0)
+    assert torch.equal(losses.meta[:, 0], losses.meta[:, 2])
+    assert not torch.equal(losses.meta[:, 0], losses.meta[:, 1])
+    assert equal(state.select(torch.tensor([0, 0, 3]))[1:], state.select(torch.tensor([2, 0, 3]))[1:])
+    assert state.select(torch.tensor([3, 1])).params["w0"].shape == (2, 6, 9)
+
+
+@pytest.mark.parametrize(("steps", "valid_every", "expected"), [(20, 10, 2), (21, 10, 3), (7, 1, 7), (9, 0, 0)])
+def test_validation_losses_are_observed_every_so_many_steps(steps: int, valid_every: int, expected: int) -> None:
+    theta, thetas = population("compact", rows=1)
+    weights = unflatten(theta.spec, thetas)
+    run = Run(TASK, seed=0, horizon=30, valid_every=valid_every)
+    state, _ = unroll(theta.spec, weights, run, start(theta.spec, weights, run), steps, loss_limit=3.0)
+    assert state.optimizer.globals.valid_loss[0, 2] == expected
+    assert state.optimizer.globals.train_loss[0, 2] == steps
+
+
+def test_normalised_loss_is_clipped_and_never_anything_but_a_number() -> None:
+    loss = torch.tensor([1.0, 4.0, 9.0, -1.0, math.inf, -math.inf, math.nan])
+    assert normalise(loss, 2.0, 3.0).tolist() == [0.5, 2.0, 3.0, 0.0, 3.0, 3.0, 3.0]
+
+
+def test_a_diverging_run_is_counted_and_harms_no_other() -> None:
+    theta, thetas = population("compact", rows=3)
+    thetas[1, -1] = math.nan  # step.b, the last component: every update is NaN
+    run = Run(Quadratic(seed=0), seed=0, horizon=8)
+    weights = unflatten(theta.spec, thetas)
+    _, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 8, loss_limit=3.0)
+    healthy = unflatten(theta.spec, thetas[[0, 0, 2]])
+    _, expected = unroll(theta.spec, healthy, run, start(theta.spec, healthy, run), 8, loss_limit=3.0)
+    assert losses.diverged.tolist() == [False, True, False]
+    assert losses.meta[:, 1].tolist() == [3.0] * 8
+    assert torch.equal(losses.meta[:, [0, 2]], expected.meta[:, [0, 2]])
+
+
+@pytest.mark.parametrize("steps", [0, 7])
+def test_a_window_stays_inside_the_run(steps: int) -> None:
+    theta, thetas = population("compact", rows=1)
+    weights = unflatten(theta.spec, thetas)
+    run = Run(TASK, seed=0, horizon=8)
+    state, _ = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 2, loss_limit=3.0)
+    with pytest.raises(ValueError, match=f"steps: expected 1 to 6, at step 2 of 8, got {steps}"):
+        unroll(theta.spec, weights, run, state, steps, loss_limit=3.0)
+
+
+def test_map_tensors_keeps_the_kinds_of_containers() -> None:
+    tree = {"a": [torch.ones(2), (torch.zeros(1),)], "b": Batch(torch.ones(1), torch.ones(1))}
+    doubled = map_tensors(lambda x: 2 * x, tree)
+    assert doubled["a"][0].tolist() == [2.0, 2.0]
+    assert type(doubled["a"][1]) is tuple
+    assert isinstance(doubled["b"], Batch)
+    assert float(doubled["b"].targets) == 2.0
