@@ -104,7 +104,8 @@ def train(
         if on_record is not None:
             on_record(records[-1])
 
-    with torch.random.fork_rng():
+    device = data.train.inputs.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         record(0)
         interval = math.ceil(steps / num_records)
