@@ -340,10 +340,17 @@ class Theta:
         return cls(ThetaSpec.from_json(spec), tensors, provenance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file; its metadata holds format version, spec and provenance as JSON."""
+        """Write one safetensors file; its metadata holds format version, spec and provenance as JSON.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
         header = {"format": FORMAT, "spec": self.spec.to_json(), "provenance": self.provenance}
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.tensors.items()}
-        partial = Path(path).with_name(Path(path).name + ".partial")
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path: folder {str(path.parent)!r} does not exist; create it first")
+        partial = path.with_name(path.name + ".partial")
         safetensors.torch.save_file(tensors, partial, {"lopt": json.dumps(header)})
         os.replace(partial, path)
 
@@ -401,7 +408,7 @@ class Theta:
         for name, shape in spec.shapes().items():
             key = JAX_NAMES[name]
             if key not in flat:
-                raise ValueError(f"import_jax: no array {key!r} for theta[{name!r}]; found {sorted(flat)[:20]}")
+                raise ValueError(f"import_jax: no array {key!r} for theta[{name!r}]; found {len(flat)} arrays, the first {sorted(flat)[:3]}")
             value = torch.from_numpy(np.array(flat[key], dtype=np.float32))
             if name in ("initial_h", "initial_c"):
                 value = value.reshape(-1)  # [1, lstm_width] in the port
