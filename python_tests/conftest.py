@@ -8,7 +8,7 @@ the tensors ``b conv s sq w``, three ways. Their keys: ``theta|PATH`` the port's
 ``losses``, ``is_valid`` what went in; ``params|T`` after each step; per training update ``lstm_in`` [U, 5, 52],
 ``mlp_in_columns|T`` [U, numel, 23] and ``mlp_in_constant|T`` [U, 31]; after each step ``step``, ``clip``,
 ``train_loss``, ``valid_loss``, ``from_lstm``, ``from_mlp``; after steps 0, 4 and 9 ``mom|stepN|T``, ``rms|stepN|T``,
-``h|stepN`` and ``c|stepN``.
+``h|stepN`` and ``c|stepN``. Other files are described where they are used.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,0 +1,459 @@
+"""Tensor level: losses, clipper, time, statistics, LSTM and scales, against torch, recorded values and plain Python.
+
+golden/tensor_level.npz was recorded from the author's JAX port (float32): ``loss|losses`` a sequence of losses and, for
+the decays .9 and .95, ``loss0.9|mean``, ``var``, ``corrected`` (mean) and ``weight`` (standardised loss) after each;
+``sinusoids`` [steps, 11] at ``sinusoid_steps``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lopt import Theta, tensor_lstm
+from lopt.features import STATS
+from lopt.tensor_lstm import Globals, Rows, Shapes
+from lopt.theta import PRESETS, ThetaSpec
+
+Arrays = dict[str, np.ndarray]
+
+F64 = torch.float64
+PAPER, COMPACT = PRESETS["paper"], PRESETS["compact"]
+SHAPES = ((), (4,), (3, 5), (2, 3, 2, 2), (1, 2, 2, 1, 3))
+
+
+def f64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+def scalar(value: float, dtype: torch.dtype = F64) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
+
+
+def random_theta(preset: str) -> Theta:
+    """Random in every tensor."""
+    theta = Theta.init(preset, seed=1).to(dtype=F64)
+    generator = torch.Generator().manual_seed(2)
+    return theta.unflatten(theta.flatten() + 0.2 * torch.randn(theta.num_floats, generator=generator, dtype=F64))
+
+
+def random_stats(spec: ThetaSpec, count: int, generator: torch.Generator) -> Tensor:
+    """``[T, S]``: positive, except for the means."""
+    stats = torch.rand(count, spec.features.num_stats, generator=generator, dtype=F64)
+    for name in ("param_mean", "mom_mean"):
+        stats[:, STATS.index(name)] -= 0.5
+    return stats
+
+
+def fresh(preset: str) -> tuple[ThetaSpec, Globals]:
+    theta = Theta.init(preset).to(dtype=F64)
+    return theta.spec, tensor_lstm.init_globals(theta.spec, theta.tensors)
+
+
+# ---- LSTM -----------------------------------------------------------------------------------------------------------
+
+
+def test_lstm_cell_is_torchs() -> None:
+    """Gates i g f o here, i f g o in torch; 1 is added to the forget gate here."""
+    inputs, hidden, rows = 7, 5, 4
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=F64)
+
+    w, b, x, h, c = (
+        normal(inputs + hidden, 4 * hidden),
+        normal(4 * hidden),
+        normal(rows, inputs),
+        *normal(2, rows, hidden),
+    )
+    i, g, f, o = w.chunk(4, dim=1)
+    bias_i, bias_g, bias_f, bias_o = b.chunk(4)
+    cell = torch.nn.LSTMCell(inputs, hidden, dtype=F64)
+    ordered = torch.cat([i, f, g, o], dim=1).T
+    with torch.no_grad():
+        cell.weight_ih.copy_(ordered[:, :inputs])
+        cell.weight_hh.copy_(ordered[:, inputs:])
+        cell.bias_ih.copy_(torch.cat([bias_i, bias_f + 1.0, bias_g, bias_o]))
+        cell.bias_hh.zero_()
+        expected = cell(x, (h, c))
+    found = tensor_lstm.lstm_cell(x, h, c, w, b)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_advance_treats_all_tensors_alike(preset: str) -> None:
+    """Tensors in another order give rows in that order, and the same global state."""
+    theta, generator = random_theta(preset), torch.Generator().manual_seed(3)
+    order, count = [3, 0, 4, 2, 1], len(SHAPES)
+    results = []
+    stats = [random_stats(theta.spec, count, generator) for _ in range(3)]
+    for index in (list(range(count)), order):
+        globals_ = tensor_lstm.init_globals(theta.spec, theta.tensors)
+        rows = tensor_lstm.init_rows(theta.spec, theta.tensors, count)
+        shapes = Shapes.of(theta.spec, [SHAPES[i] for i in index], stats[0])
+        for step in range(3):
+            row = stats[step][index]
+            globals_, rows, conditioning, x = tensor_lstm.advance(
+                theta.spec, theta.tensors, globals_, rows, row, shapes, scalar(2.0 - step), scalar(10.0)
+            )
+            rows = rows._replace(feedback=row[:, : theta.spec.from_mlp])
+        results.append((globals_, rows, conditioning, x))
+    (globals_, rows, conditioning, x), other = results
+    torch.testing.assert_close(other[0], globals_, rtol=0, atol=1e-12)
+    for found, expected in zip((*other[1], *other[2], other[3]), (*rows, *conditioning, x), strict=True):
+        torch.testing.assert_close(found, expected[order], rtol=0, atol=1e-12)
+
+
+def test_advance_by_hand() -> None:
+    """What ``advance`` sends on is the documented function of its parts."""
+    theta, generator = random_theta("compact"), torch.Generator().manual_seed(4)
+    spec, weights, count = theta.spec, theta.tensors, len(SHAPES)
+    globals_, rows = tensor_lstm.init_globals(spec, weights), tensor_lstm.init_rows(spec, weights, count)
+    stats = random_stats(spec, count, generator)
+    shapes = Shapes.of(spec, SHAPES, stats)
+    after, new, conditioning, x = tensor_lstm.advance(spec, weights, globals_, rows, stats, shapes, None, scalar(0.0))
+    h, c = tensor_lstm.lstm_cell(x, rows.h, rows.c, weights["lstm.w"], weights["lstm.b"])
+    assert torch.equal(new.h, h)
+    assert torch.equal(new.c, c)
+    assert new.updates.tolist() == [1.0] * count
+    assert int(after.step) == 1
+    mean = (h @ weights["lstm_to_lstm.w"]).mean(dim=0) + weights["lstm_to_lstm.b"]
+    torch.testing.assert_close(after.from_lstm, mean, rtol=0, atol=1e-14)
+    time = tensor_lstm.time_inputs(spec, globals_.step, scalar(0.0), stats)
+    square = stats[:, STATS.index("param_square")]
+    facts = torch.cat([time.expand(count, -1), tensor_lstm.tensor_facts(spec, shapes, square)], dim=1)
+    to_mlp = h @ weights["lstm_to_mlp.w"] + weights["lstm_to_mlp.b"]
+    torch.testing.assert_close(conditioning.constant, torch.cat([facts, to_mlp], dim=1), rtol=0, atol=1e-14)
+    _, scale = tensor_lstm.tensor_scale(square.sqrt(), shapes, rows.scale)
+    log_step = torch.cat([h, facts], dim=1) @ weights["step.w"] + weights["step.b"]
+    torch.testing.assert_close(conditioning.multiplier, scale * torch.exp(log_step), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(("bias", "bounded"), [(1.0, 1.0), (50.0, 6.0), (-50.0, -6.0)])
+def test_log_step_multiplier_is_bounded(bias: float, bounded: float) -> None:
+    theta = Theta.init("compact").to(dtype=F64)
+    theta.tensors["step.b"].fill_(bias)
+    stats = torch.ones(1, theta.spec.features.num_stats, dtype=F64)
+    rows, globals_ = (
+        tensor_lstm.init_rows(theta.spec, theta.tensors, 1),
+        tensor_lstm.init_globals(theta.spec, theta.tensors),
+    )
+    shapes = Shapes.of(theta.spec, [(3, 3)], stats)
+    conditioning = tensor_lstm.advance(theta.spec, theta.tensors, globals_, rows, stats, shapes, None, scalar(0.0))[2]
+    assert conditioning.multiplier.item() == pytest.approx(math.exp(bounded), rel=1e-12)  # the scale is 1
+
+
+# ---- Losses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.95])
+def test_loss_statistics_of_the_port(golden: Callable[[str], Arrays], decay: float) -> None:
+    """In float32; relative to the largest value, except for the standardised loss, which is of order 1."""
+    recorded = golden("tensor_level")
+    expected = {name: recorded[f"loss{decay}|{name}"] for name in ("mean", "var", "corrected", "weight")}
+    state = torch.zeros(4)
+    for i, loss in enumerate(torch.from_numpy(recorded["loss|losses"])):
+        state = tensor_lstm.next_loss(state, loss, decay)
+        found = {
+            "mean": state[0],
+            "var": state[1],
+            "corrected": tensor_lstm.corrected_mean(state, decay),
+            "weight": tensor_lstm.standardise_loss(state, loss, decay),
+        }
+        for name, value in found.items():
+            assert float(value) == pytest.approx(expected[name][i], rel=1e-6, abs=1e-6), (name, i)
+        assert int(state[2]) == i + 1
+
+
+def test_loss_statistics_by_hand() -> None:
+    state = torch.zeros(4, dtype=F64)
+    mean = var = 0.0
+    for count, loss in enumerate((3.0, 1.0, 2.0), start=1):
+        state = tensor_lstm.next_loss(state, scalar(loss), 0.9)
+        mean = 0.9 * mean + 0.1 * loss
+        var = 0.9 * var + 0.1 * (mean - loss) ** 2
+        correction = 1 / (1 - 0.9**count + 1e-8)
+        assert state[:3].tolist() == pytest.approx([mean, var, count], rel=1e-14)
+        assert tensor_lstm.corrected_mean(state, 0.9).item() == pytest.approx(mean * correction, rel=1e-12)
+        standard = (7.0 - mean * correction) / math.sqrt(var * correction + 1e-8)
+        found = tensor_lstm.standardise_loss(state, scalar(7.0), 0.9).item()
+        assert found == pytest.approx(min(5.0, standard), rel=1e-12)
+    assert tensor_lstm.standardise_loss(state, scalar(1e6), 0.9).item() == 5.0
+    assert tensor_lstm.standardise_loss(state, scalar(-1e6), 0.9).item() == -5.0
+
+
+def test_loss_inputs_are_zero_before_any_loss() -> None:
+    """Also the validation input while there is no training loss to compare with, and no loss at all for many steps."""
+    spec, globals_ = fresh("paper")
+    for _ in range(3):
+        globals_ = tensor_lstm.observe_train(spec, globals_, None)
+    assert globals_.train_loss.tolist() == [0.0] * 4
+    assert [float(x) for x in tensor_lstm.loss_inputs(spec, globals_)] == [0.0, 0.0]
+    globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(3.0))
+    assert [float(x) for x in tensor_lstm.loss_inputs(spec, globals_)] == [0.0, 0.0]
+
+
+def test_validation_input_before_any_validation_loss() -> None:
+    """The mean of no validation losses is 0, standardised by the training loss like any other."""
+    spec, globals_ = fresh("paper")
+    assert float(tensor_lstm.corrected_mean(globals_.valid_loss, 0.95)) == 0.0
+    for loss in (3.0, 2.0, 2.5):
+        globals_ = tensor_lstm.observe_train(spec, globals_, scalar(loss))
+    train, valid = tensor_lstm.loss_inputs(spec, globals_)
+    assert float(train) == float(tensor_lstm.standardise_loss(globals_.train_loss, scalar(2.5), 0.9))
+    assert float(valid) == float(tensor_lstm.standardise_loss(globals_.train_loss, scalar(0.0), 0.9))
+    assert float(valid) < -1.0
+
+
+@pytest.mark.parametrize(("loss", "sign"), [(3.5, 1.0), (1.5, -1.0)])
+def test_validation_input_shows_overfitting(loss: float, sign: float) -> None:
+    """In units of the training loss' spread; positive when the validation loss is above the training loss."""
+    spec, globals_ = fresh("paper")
+    for train_loss in (3.0, 2.0, 2.5):
+        globals_ = tensor_lstm.observe_train(spec, globals_, scalar(train_loss))
+    _, valid = tensor_lstm.loss_inputs(spec, tensor_lstm.observe_valid(spec, globals_, scalar(loss)))
+    expected = tensor_lstm.standardise_loss(globals_.train_loss, scalar(loss), 0.9)
+    assert float(valid) == pytest.approx(float(expected), rel=1e-6)
+    assert float(valid) * sign > 0.3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nonfinite_losses_count_as_none(bad: float) -> None:
+    spec, start = fresh("paper")
+    assert same(tensor_lstm.observe_train(spec, start, scalar(bad)), start)  # none before: nothing changes
+    assert same(tensor_lstm.observe_valid(spec, start, scalar(bad)), start)
+    seen = tensor_lstm.observe_train(spec, start, scalar(2.0))
+    repeated = tensor_lstm.observe_train(spec, seen, scalar(2.0))
+    assert same(tensor_lstm.observe_train(spec, seen, scalar(bad)), repeated)  # later: the last one again
+    assert same(tensor_lstm.observe_train(spec, seen, None), repeated)
+    valid = tensor_lstm.observe_valid(spec, seen, scalar(1.0))
+    assert same(tensor_lstm.observe_valid(spec, valid, scalar(bad)), valid)
+
+
+def same(first: Globals, second: Globals) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_validation_advances_the_step_as_the_spec_says() -> None:
+    for preset, step in (("paper", 1), ("compact", 0)):
+        spec, globals_ = fresh(preset)
+        assert spec.valid_advances_step == (step == 1)
+        after = tensor_lstm.observe_valid(spec, globals_, scalar(1.0))
+        assert int(after.step) == step
+        assert after.valid_loss[2] == 1.0
+        assert torch.equal(after.train_loss, globals_.train_loss)
+
+
+# ---- Clipper --------------------------------------------------------------------------------------------------------
+
+
+def test_clip_limit_by_hand() -> None:
+    """The first limit is 10; then ten times the bias-corrected average of root mean squares, one of 1 at the start."""
+    spec, globals_ = fresh("paper")
+    value, count = 1 - 0.99, 1
+    assert tensor_lstm.clip_limit(spec, globals_).item() == pytest.approx(10.0, rel=1e-12)
+    for squares in ([4.0, 0.0], [1e-6, 3e-6], [0.0, 0.0], [100.0, 50.0]):
+        globals_ = tensor_lstm.next_clip(spec, globals_, f64(*squares))
+        value = 0.99 * value + (1 - 0.99) * math.sqrt(
+            1e-8 + sum(squares) / 2
+        )  # tensors count alike, whatever their size
+        count += 1
+        assert globals_.clip.tolist() == pytest.approx([count, value], rel=1e-12)
+        expected = 10 * value / (1 - 0.99**count)
+        assert tensor_lstm.clip_limit(spec, globals_).item() == pytest.approx(expected, rel=1e-12)
+
+
+# ---- Time -----------------------------------------------------------------------------------------------------------
+
+
+def test_sinusoids_of_the_port(golden: Callable[[str], Arrays]) -> None:
+    """In float32, where the argument's rounding counts: at step 199,689 it is 6e4, with a resolution of 4e-3."""
+    recorded = golden("tensor_level")
+    like = torch.zeros(())
+    for step, expected in zip(recorded["sinusoid_steps"], recorded["sinusoids"], strict=True):
+        found = tensor_lstm.time_inputs(PAPER, torch.tensor(int(step)), like, like)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=2e-7)
+
+
+def test_sinusoids_by_hand() -> None:
+    found = tensor_lstm.time_inputs(PAPER, torch.tensor(7), scalar(0.0), scalar(0.0))
+    scales = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)
+    assert found.tolist() == pytest.approx([math.sin(7 / (s * math.pi)) for s in scales], abs=1e-6)
+
+
+LOG_TIME = [
+    # step, total_steps -> ln(1 + step) / 8, known, done, ln(1 - .99 done), ln(1 + total) / 8
+    (0, 0, [0.0, 0.0, 0.0, 0.0, 0.0]),
+    (99, 0, [math.log(100) / 8, 0.0, 0.0, 0.0, 0.0]),
+    (0, 200, [0.0, 1.0, 0.0, 0.0, math.log(201) / 8]),
+    (50, 200, [math.log(51) / 8, 1.0, 0.25, math.log(1 - 0.99 * 0.25), math.log(201) / 8]),
+    (200, 200, [math.log(201) / 8, 1.0, 1.0, math.log(0.01), math.log(201) / 8]),
+    (900, 200, [math.log(901) / 8, 1.0, 1.0, math.log(0.01), math.log(201) / 8]),  # beyond the plan
+    (10**6, 10**7, [math.log(10_001) / 8, 1.0, 0.1, math.log(1 - 0.099), math.log(10_001) / 8]),  # time_limit
+]
+
+
+@pytest.mark.parametrize(("step", "total", "expected"), LOG_TIME)
+def test_log_time_by_hand(step: int, total: int, expected: list[float]) -> None:
+    like = scalar(0.0)
+    found = tensor_lstm.time_inputs(COMPACT, torch.tensor(step), scalar(float(total)), like)
+    assert found.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    without = dataclasses.replace(COMPACT, horizon_input=False)
+    found = tensor_lstm.time_inputs(without, torch.tensor(step), scalar(float(total)), like)
+    assert found.tolist() == pytest.approx(expected[:1], rel=1e-12)
+
+
+# ---- Facts and statistics as inputs ---------------------------------------------------------------------------------
+
+
+def test_shapes_by_hand() -> None:
+    """Dimensions are padded with ones to four; of more, the first four count."""
+    found = Shapes.of(COMPACT, SHAPES, scalar(0.0))
+    assert found.numel.tolist() == [1.0, 4.0, 15.0, 24.0, 12.0]
+    assert found.is_scalar.tolist() == [1.0, -1.0, -1.0, -1.0, -1.0]
+    assert found.is_matrix.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
+    dims = [(1, 1, 1, 1), (4, 1, 1, 1), (3, 5, 1, 1), (2, 3, 2, 2), (1, 2, 2, 1)]
+    expected = [[math.log(dim) - 1 for dim in row] for row in dims]
+    for row, expected_row in zip(found.log_dims.tolist(), expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-14)
+    assert found.decays.tolist() == [float(np.float32(d)) for d in (0.9, 0.99, 0.999, 0.95, 0.999)]
+    assert not Shapes.of(COMPACT, [(), (3,)], scalar(0.0)).any_matrix
+
+
+def test_tensor_facts_by_hand() -> None:
+    square = f64(4.0, 0.25, 0.0, 1.0, 1.0)
+    paper = tensor_lstm.tensor_facts(PAPER, Shapes.of(PAPER, SHAPES, square), square)
+    for t, numel in enumerate((1, 4, 15, 24, 12)):
+        norm = math.sqrt(float(square[t]) * numel)
+        assert paper[t].tolist() == pytest.approx([math.log(5) - 1, math.log(norm + 1e-8), math.log(numel)], rel=1e-12)
+    compact = tensor_lstm.tensor_facts(COMPACT, Shapes.of(COMPACT, SHAPES, square), square)
+    assert compact[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
+    assert compact[:, 1].tolist() == pytest.approx([math.log(n) / 8 for n in (1, 4, 15, 24, 12)], abs=1e-14)
+
+
+STAT = {
+    "grad_square": 0.09,
+    "param_square": 4.0,
+    "nonfinite": 2.0,
+    "param_mean": -0.5,
+    "param_var": 3.75,
+    "mom_mean": 0.02,
+    "mom_var": 0.0021,
+    "rms_mean": 0.04,
+    "rms_var": 0.0001,
+}
+
+
+def magnitude(x: float) -> float:
+    """``clip(ln(1e-8 + |x|), -5, 5)``."""
+    return max(-5.0, min(5.0, math.log(1e-8 + abs(x))))
+
+
+def one_row(preset: str) -> tuple[Theta, Globals, Rows, Tensor]:
+    """A theta, its first state, and statistics of one tensor."""
+    theta = Theta.init(preset).to(dtype=F64)
+    stats = torch.zeros(1, theta.spec.features.num_stats, dtype=F64)
+    stats[0, : len(STATS)] = f64(*(STAT[name] for name in STATS))
+    weights = theta.tensors
+    return theta, tensor_lstm.init_globals(theta.spec, weights), tensor_lstm.init_rows(theta.spec, weights, 1), stats
+
+
+def test_paper_lstm_inputs_by_hand() -> None:
+    theta, globals_, rows, stats = one_row("paper")
+    globals_ = tensor_lstm.observe_train(theta.spec, globals_, scalar(2.0))
+    globals_ = tensor_lstm.observe_train(theta.spec, globals_, scalar(1.0))
+    train, valid = (float(x) for x in tensor_lstm.loss_inputs(theta.spec, globals_))
+    shapes = Shapes.of(theta.spec, [(3, 5)], stats)
+    time = tensor_lstm.time_inputs(theta.spec, globals_.step, scalar(0.0), stats)
+    found = tensor_lstm.lstm_inputs(theta.spec, globals_, rows, stats, shapes, time)
+    assert found.shape == (1, 52)
+    assert torch.equal(found[0, :18], theta.tensors["initial_from_lstm"])
+    assert torch.equal(found[0, 18:34], theta.tensors["initial_from_mlp"])
+    expected = [
+        *(magnitude(math.sqrt(0.09 * 15)), -1.0),  # gradient norm, is_scalar
+        *(magnitude(0.02), 1.0, magnitude(0.04), 1.0, magnitude(-0.5), -1.0),  # mean mom, mean rms, mean param
+        *(magnitude(math.sqrt(4.0 * 15)), math.log(3) - 1, math.log(5) - 1, -1.0, -1.0),  # parameter norm, shape
+        *(train, valid, magnitude(0.0021), magnitude(0.0001), magnitude(3.75)),  # losses, variances
+    ]
+    assert found[0, 34:].tolist() == pytest.approx(expected, rel=1e-12)
+    assert expected[16] == -5.0  # ln .0001 is below the bound
+
+
+def test_compact_lstm_inputs_by_hand() -> None:
+    theta, globals_, rows, stats = one_row("compact")
+    rows = rows._replace(scale=f64(0.8))
+    globals_ = globals_._replace(clip=f64(9.0, 0.6), step=torch.tensor(3))
+    shapes = Shapes.of(theta.spec, [(3, 5)], stats)
+    time = tensor_lstm.time_inputs(theta.spec, globals_.step, scalar(100.0), stats)
+    found = tensor_lstm.lstm_inputs(theta.spec, globals_, rows, stats, shapes, time)
+    mom_square = 0.0021 + 0.02**2
+    expected = [
+        0.5 * math.log(0.09 / 0.04),  # this gradient among those before
+        0.5 * math.log(mom_square / 0.04),  # signal in the gradients
+        math.log(0.01 / 0.04),  # coefficient of variation of the second moments
+        math.log(2.0 / 0.8),  # growth of the parameters
+        math.log(0.3 / 0.6),  # this tensor's gradient among the tensors
+        0.02 / math.sqrt(mom_square),
+        -0.5 / 2.0,
+        *(math.log(3) - 1, math.log(5) - 1, -1.0, -1.0),
+        *(0.0, 0.0),  # no loss yet
+        *(1.0, math.log(15) / 8),
+        *(math.log(4) / 8, 1.0, 0.03, math.log(1 - 0.99 * 0.03), math.log(101) / 8),
+    ]
+    assert found.shape == (1, theta.spec.num_lstm_input)
+    assert found[0, 8:].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-10, 1e15])
+def test_lstm_inputs_are_bounded(preset: str, value: float, dtype: torch.dtype) -> None:
+    """Whatever the scale of gradients and parameters, zeros included."""
+    theta, globals_, rows, stats = one_row(preset)
+    spec = theta.spec
+    mean, square = value, value * value
+    common = {"param_mean": mean, "mom_mean": mean, "rms_mean": square, "rms_var": min(square * square, 1e38)}
+    stats[0, : len(STATS)] = f64(*(common.get(name, square) for name in STATS))
+    globals_, rows = (type(x)(*(v.to(dtype) if v.is_floating_point() else v for v in x)) for x in (globals_, rows))
+    shapes = Shapes.of(spec, [(3, 5)], stats.to(dtype))
+    time = tensor_lstm.time_inputs(spec, globals_.step, scalar(0.0, dtype), stats.to(dtype))
+    found = tensor_lstm.lstm_inputs(spec, globals_, rows, stats.to(dtype), shapes, time)
+    assert bool((found.abs() <= 5.0).all())
+
+
+# ---- Scales of tensors ----------------------------------------------------------------------------------------------
+
+SCALES = [
+    # shapes, root mean squares -> initial scales
+    ([(3, 3), (4, 4)], [1.0, 3.0], [1.0, 3.0]),  # matrices: their own
+    ([(3, 3), (4, 4)], [0.01, 3.99], [0.6, 3.99]),  # at least .3 of the mean of the matrices, 2 here
+    ([(3, 3), (5,)], [2.0, 0.0], [2.0, 0.6]),  # a bias of zeros: .3 of the mean
+    ([(3, 3), (5,)], [2.0, 1.0], [2.0, 1.0]),  # in between: its own
+    ([(3, 3), (5,), ()], [0.1, 1.0, 7.0], [0.1, 0.1, 0.1]),  # gains of ones: the mean
+    ([(3, 3), (2, 2, 3), (5,)], [1.0, 3.0, 9.0], [1.0, 3.0, 2.0]),
+    ([(5,), ()], [1.0, 3.0], [1.0, 2.0]),  # no matrix: the mean of all is 2
+    ([(5,), ()], [0.0, 0.0], [0.03, 0.03]),  # only zeros: .3 of .1
+    ([(3, 3), (5,)], [0.0, 0.0], [0.03, 0.03]),
+]
+
+
+@pytest.mark.parametrize(("shapes", "rms", "expected"), SCALES)
+def test_initial_scales_by_hand(shapes: list[tuple[int, ...]], rms: list[float], expected: list[float]) -> None:
+    facts = Shapes.of(COMPACT, shapes, scalar(0.0))
+    initial, scale = tensor_lstm.tensor_scale(f64(*rms), facts, torch.zeros(len(rms), dtype=F64))
+    assert initial.tolist() == pytest.approx(expected, rel=1e-12)
+    now = [max(min(r, 2 * e), 0.5 * e) for r, e in zip(rms, expected, strict=True)]
+    assert scale.tolist() == pytest.approx(now, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rms", "expected"), [(0.0, 0.5), (0.4, 0.5), (0.7, 0.7), (1.7, 1.7), (9.0, 2.0)])
+def test_later_scales_follow_within_a_factor_of_two(rms: float, expected: float) -> None:
+    facts = Shapes.of(COMPACT, [(3, 3), (3, 3)], scalar(0.0))
+    initial, scale = tensor_lstm.tensor_scale(f64(rms, 100.0), facts, f64(1.0, 100.0))
+    assert initial.tolist() == [1.0, 100.0]
+    assert scale[0].item() == pytest.approx(expected, rel=1e-14)
