@@ -327,11 +327,12 @@ class LearnedOptimizer(Optimizer):
 
     def _init_globals(self) -> dict[str, Tensor]:
         like = self._theta_weights()["initial_h"]
-        return {
-            **tensor_lstm.init_globals(self.theta.spec, self._theta_weights())._asdict(),
-            "pending_loss": like.new_zeros(2),  # sum and number of the losses observed since the last step
-            "nonfinite": torch.zeros((), dtype=torch.int64, device=like.device),
-        }
+        with torch.inference_mode(False), torch.no_grad():  # the first validation loss may come from inference mode
+            return {
+                **tensor_lstm.init_globals(self.theta.spec, self._theta_weights())._asdict(),
+                "pending_loss": like.new_zeros(2),  # sum and number of the losses observed since the last step
+                "nonfinite": torch.zeros((), dtype=torch.int64, device=like.device),
+            }
 
     @property
     def nonfinite_gradients(self) -> Tensor:
@@ -439,7 +440,7 @@ class LearnedOptimizer(Optimizer):
         rows = tensor_lstm.init_rows(spec, weights, 1)._asdict()
         groups = list(zip(state_dict["param_groups"], self.param_groups, strict=False))
         pairs = (pair for theirs, ours in groups for pair in zip(theirs["params"], ours["params"], strict=False))
-        states = [(index, state_dict["state"][index], p) for index, p in pairs if index in state_dict["state"]]
+        states = [(index, state_dict["state"][index], p) for index, p in pairs if state_dict["state"].get(index)]
         for index, state, param in states:
             expected = {
                 "mom": (len(spec.mom_decays), param.numel()),
@@ -540,7 +541,11 @@ class LearnedOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 grad = param.grad
-                if grad is None or param.numel() == 0:
+                if grad is None:
+                    continue
+                if param.numel() == 0:  # nothing to update, but distributed checkpoints look for its state
+                    if "mom" not in self.state[param]:
+                        self._init_state(param)
                     continue
                 name = f"gradient of param_groups[{index}]['params'][{i}] of shape {tuple(param.shape)}"
                 if grad.is_sparse or grad.layout != torch.strided:

@@ -187,6 +187,21 @@ def test_observed_training_losses_are_averaged() -> None:
     assert torch.equal(opt.param_groups[0]["pending_loss"], torch.zeros(2))
 
 
+@pytest.mark.parametrize("before_the_first_step", [False, True])
+def test_losses_computed_in_inference_mode(before_the_first_step: bool) -> None:
+    params, others = make_params(), make_params()
+    opt, other = make_optimizer(params), make_optimizer(others)
+    if not before_the_first_step:
+        run(opt, params, 1)
+        run(other, others, 1)
+    with torch.inference_mode():
+        opt.observe(valid_loss=torch.tensor(1.0) * 2, train_loss=torch.tensor(1.0) * 3)
+    other.observe(valid_loss=2.0, train_loss=3.0)
+    run(opt, params, 2, 1)
+    run(other, others, 2, 1)
+    assert_same_bits(snapshot(opt), snapshot(other))
+
+
 def test_observe_may_get_both_losses_or_none() -> None:
     params, others = make_params(), make_params()
     opt, other = make_optimizer(params), make_optimizer(others)
