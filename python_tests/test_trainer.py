@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,9 @@ def test_an_iteration_is_clipped_adam_on_the_mean_estimate(tmp_path: Path) -> No
     gradient = ((gradients[0] + gradients[1]) / 2).clamp(-0.3, 0.3)
     step = gradient / (gradient.abs() + 1e-8)  # the first step of Adam
     torch.testing.assert_close(trained.flatten(), theta.flatten() - 0.01 * step, rtol=0, atol=1e-6)
+    moments = checkpoint.load(tmp_path / "checkpoint.pt")[2].adam.state_dict()["state"][0]
+    torch.testing.assert_close(moments["exp_avg"], 0.1 * gradient, rtol=1e-5, atol=1e-6)
+    assert 0.1 < float((gradient.abs() == 0.3).double().mean()) < 0.9  # both sides of the clip
     assert metrics(tmp_path)[1]["meta_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
 
 
@@ -231,14 +235,18 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
         file.write(b"half a checkpoint")
         raise Killed
 
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(Killed):
-        train(SMALL, tmp_path, resume=True)
+    state = checkpoint.load(tmp_path / "checkpoint.pt")[2]
+    spec = Theta.init("compact").spec
+    for patched, name, replacement in ((torch, "save", save), (os, "replace", lambda *_: save(None, io.BytesIO()))):
+        with monkeypatch.context() as patch:
+            patch.setattr(patched, name, replacement)
+            with pytest.raises(Killed):
+                checkpoint.save(tmp_path / "checkpoint.pt", SMALL, spec, state)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="to resume from; start the run without resume"):
+    with pytest.raises(FileNotFoundError, match="to resume from; start anew, in an empty folder"):
         train(SMALL, tmp_path, resume=True)
     short = dataclasses.replace(SMALL, iterations=1)
     train(short, tmp_path)

@@ -76,7 +76,7 @@ def load(path: Path) -> tuple[MetaTrainConfig, ThetaSpec, TrainState]:
         ValueError: the file is damaged, or of another version.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file {str(path)!r} to resume from; start the run without resume")
+        raise FileNotFoundError(f"checkpoint: no file {str(path)!r} to resume from; start anew, in an empty folder")
     try:
         content = torch.load(path, weights_only=True)
         version = content["version"]

@@ -74,8 +74,8 @@ def run(
                 _append(out, {**metrics, "cpu_seconds": round(state.cpu_seconds, 2)})
                 reporter.update(metrics)
                 if due:
-                    checkpoint.save(out / "checkpoint.pt", config, spec, state)
                     _theta(config, spec, state).save(out / "theta.safetensors")
+                    checkpoint.save(out / "checkpoint.pt", config, spec, state)  # last: what it covers is complete
     _draw(out, console)
     return _theta(config, spec, state)
 
