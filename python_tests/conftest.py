@@ -11,28 +11,24 @@ the tensors ``b conv s sq w``, three ways. Their keys: ``theta|PATH`` the port's
 ``h|stepN`` and ``c|stepN``. Other files are described where they are used.
 """
 
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+# Read when OpenMP is loaded, with torch. Threads that wait must not spin where processes share few cores.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
 import torch
+from kernel_cases import Backend
 
 from lopt import ops
 
 GOLDEN = Path(__file__).parent / "golden"
 
 Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A back end as ``lopt.ops.Plan`` names it, and where its tensors live."""
-
-    name: str
-    device: torch.device
 
 
 VARIANTS = [f"cpu-{simd}" for simd in ops._C.simd_available()] + ["sim", "sim-reverse", "cuda"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import Backend
+from kernel_cases import Backend
 from torch import Tensor
 
 from lopt import LearnedOptimizer, Theta, reference

@@ -1,0 +1,276 @@
+"""What the tests of the kernels share: problems, their exact solutions, and running a back end on them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lopt import ops, reference
+from lopt.features import STATS
+from lopt.tensor_lstm import Conditioning
+from lopt.theta import PRESETS, ThetaSpec
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+SIZES = ((1,), (31,), (129,), (1134,), (8191,), (8192,), (8193,))
+RANKS = ((), (7,), (5, 4), (3, 3, 2), (3, 3, 2, 4), (2, 3, 5, 4, 3))
+MIXED = (*RANKS, *SIZES)
+SHORT = ((), (31,), (3, 43), (8193,))
+LONG = ((70_001,), (3,))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A back end as ``lopt.ops.Plan`` names it, and where its tensors live."""
+
+    name: str
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of both operations for one list of tensors; ``mom`` and ``rms`` serve each of them as they are."""
+
+    spec: ThetaSpec
+    weights: dict[str, Tensor]
+    params: list[Tensor]
+    grads: list[Tensor]
+    mom: list[Tensor]
+    rms: list[Tensor]
+    clip_limit: Tensor  # [T]
+    conditioning: Conditioning
+    bias: Tensor  # [T, width] first layer, constant inputs folded in
+    step_size: Tensor  # [T]
+    keep: Tensor  # [T]
+
+    def select(self, index: list[int]) -> "Problem":
+        """The same problem for some of its tensors."""
+        lists = {name: [getattr(self, name)[t] for t in index] for name in ("params", "grads", "mom", "rms")}
+        rows = {name: getattr(self, name)[index] for name in ("clip_limit", "bias", "step_size", "keep")}
+        conditioning = Conditioning(*(value[index] for value in self.conditioning))
+        return dataclasses.replace(self, **lists, **rows, conditioning=conditioning)
+
+
+def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """One dimension, in ``dtype``."""
+    return x.reshape(-1).to(dtype)
+
+
+def spec_of(feature_set: str, width: int) -> ThetaSpec:
+    """A spec in which the magnitude output matters."""
+    return dataclasses.replace(PRESETS[feature_set], mlp_width=width, magnitude_rate=0.1)
+
+
+def random_weights(spec: ThetaSpec, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random values for every tensor of theta, biases and skip included."""
+    return {
+        name: torch.randn(shape, generator=generator) / math.sqrt(shape[0] if shape else 1)
+        for name, shape in spec.shapes().items()
+    }
+
+
+TINY = [0.0, -0.0, 1e-45, -1e-40, 1e-30, -1e-10, 1.0]
+
+
+def pick(values: list[float], shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A tensor of random elements of ``values``."""
+    return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
+
+
+def random_problem(
+    feature_set: str,
+    width: int,
+    shapes: Sequence[tuple[int, ...]],
+    param_dtype: torch.dtype = F32,
+    grad_dtype: torch.dtype = F32,
+    extreme: bool = False,
+) -> Problem:
+    """Tensors of different scales, gradients over three orders of magnitude and partly clipped, column maps as in use.
+
+    ``extreme``: values are picked from tables of zeros, subnormal, tiny and huge numbers instead.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def powers(low: float, high: float, *shape: int) -> Tensor:
+        return 10 ** (low + (high - low) * torch.rand(shape, generator=generator))
+
+    spec = spec_of(feature_set, width)
+    weights = random_weights(spec, generator)
+    params = [((normal(*shape) + 0.3) * powers(-1, 1)).to(param_dtype) for shape in shapes]
+    grads = [(normal(*shape) * powers(-2, 1, *shape)).to(grad_dtype) for shape in shapes]
+    mom = [0.1 * normal(len(spec.mom_decays), param.numel()) for param in params]
+    rms = [powers(-4, 0, len(spec.rms_decays), param.numel()) for param in params]
+    if extreme:
+        params = [pick([*TINY, 1e15, -1e15], param.shape, generator) for param in params]
+        grads = [pick([*TINY, 1e30, -1e30, 3e38], grad.shape, generator) for grad in grads]
+        mom = [pick(TINY, m.shape, generator) for m in mom]
+        rms = [pick([0.0, 1e-45, 1e-30, 1e-10, 1.0, 100.0], r.shape, generator) for r in rms]
+    count = len(shapes)
+    clip_limit = 1.0 + torch.rand(count, generator=generator)
+    stats = torch.stack(
+        [
+            reference.accumulate(
+                spec, flat(param, torch.float64), flat(grad, torch.float64), m.double(), r.double(), limit
+            )[3]
+            for param, grad, m, r, limit in zip(params, grads, mom, rms, clip_limit.double(), strict=True)
+        ]
+    )
+    decays = torch.tensor(spec.mom_decays + spec.rms_decays, dtype=torch.float64)
+    scale, shift = spec.features.column_map(stats, torch.full((count,), 7.0, dtype=torch.float64), decays)
+    constant = normal(count, spec.num_constant)
+    return Problem(
+        spec,
+        weights,
+        params,
+        grads,
+        mom,
+        rms,
+        clip_limit,
+        Conditioning(scale.float(), shift.float(), constant, torch.ones(count)),
+        ops.fold_bias(spec, weights, constant),
+        step_size=0.1 * torch.rand(count, generator=generator),
+        keep=1.0 - 0.1 * torch.rand(count, generator=generator),
+    )
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """Results of ``accumulate``."""
+
+    mom: list[Tensor]
+    rms: list[Tensor]
+    stats: Tensor
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Results of ``apply``, parameters not rounded to their dtype."""
+
+    params: list[Tensor]
+    hidden: Tensor
+
+
+def solve_accumulate(problem: Problem, dtype: torch.dtype) -> Accumulated:
+    """By lopt/reference.py in ``dtype``."""
+    operands = zip(problem.params, problem.grads, problem.mom, problem.rms, problem.clip_limit, strict=True)
+    rows = [
+        reference.accumulate(problem.spec, flat(param, dtype), flat(grad, dtype), *(x.to(dtype) for x in rest))
+        for param, grad, *rest in operands
+    ]
+    _, mom, rms, stats = zip(*rows, strict=True)
+    return Accumulated(list(mom), list(rms), torch.stack(stats))
+
+
+def solve_apply(problem: Problem, dtype: torch.dtype) -> Applied:
+    """By lopt/reference.py in ``dtype``; the last hidden layer from its MLP inputs."""
+    weights = {name: value.to(dtype) for name, value in problem.weights.items()}
+    params, hidden = [], []
+    for t in range(len(problem.params)):
+        limit, step_size, keep = (x[t].to(dtype) for x in (problem.clip_limit, problem.step_size, problem.keep))
+        new, _, x, _ = reference.apply(
+            problem.spec,
+            weights,
+            flat(problem.params[t], dtype),
+            reference.clip_gradient(flat(problem.grads[t], dtype), limit),
+            problem.mom[t].to(dtype),
+            problem.rms[t].to(dtype),
+            Conditioning(*(value[t].to(dtype) for value in problem.conditioning)),
+            step_size,
+            keep,
+        )
+        params.append(new)
+        layer = torch.relu(x @ weights["mlp.w1"] + weights["mlp.b1"])
+        hidden.append(torch.relu(layer @ weights["mlp.w2"] + weights["mlp.b2"]).mean(dim=0))
+    return Applied(params, torch.stack(hidden))
+
+
+def stats_scale(problem: Problem, exact: Accumulated) -> Tensor:
+    """``[T, S]`` size of what is added up to make each statistic.
+
+    Sums, means and moments: the same statistic of absolute values, where nothing cancels. Variances: sd * root mean
+    square, their condition (Chan and Lewis 1979). The mean square of a logarithm: plus one, because rounding the
+    argument moves a logarithm by one ulp of 1, however near to 0 it is.
+    """
+    positive = {name: [x.abs() for x in getattr(problem, name)] for name in ("params", "grads", "mom")}
+    scale = solve_accumulate(dataclasses.replace(problem, **positive), torch.float64).stats
+    for name in ("param", "mom", "rms"):
+        mean, var = STATS.index(f"{name}_mean"), STATS.index(f"{name}_var")
+        scale[:, var] = torch.sqrt(exact.stats[:, var] * (scale[:, var] + scale[:, mean] ** 2))
+    for i, name in enumerate(problem.spec.features.moments):
+        if name == "log_param^2":
+            scale[:, len(STATS) + i] += 1.0
+    return scale
+
+
+# Computed once for all back ends.
+problem_of = cache(random_problem)
+accumulated_of = cache(lambda dtype, *key: solve_accumulate(problem_of(*key), dtype))
+applied_of = cache(lambda dtype, *key: solve_apply(problem_of(*key), dtype))
+stats_scale_of = cache(lambda *key: stats_scale(problem_of(*key), accumulated_of(torch.float64, *key)))
+
+
+# ---- Running a kernel -----------------------------------------------------------------------------------------------
+
+GUARD = 3  # elements before and after every tensor, an odd number: addresses are as unaligned as they may be
+SENTINEL = -77.0
+
+
+@dataclass
+class Run:
+    """One plan over guarded copies of a problem's tensors."""
+
+    problem: Problem
+    backend: Backend
+    theta_index: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        problem = self.problem
+        self.buffers: list[Tensor] = []
+        self.params = [self._guarded(x) for x in problem.params]
+        self.grads = [self._guarded(x) for x in problem.grads]
+        self.mom = [self._guarded(x) for x in problem.mom]
+        self.rms = [self._guarded(x) for x in problem.rms]
+        name, spec = self.backend.name, problem.spec
+        self.plan = ops.Plan(name, spec.feature_set, self.params, self.mom, self.rms, self.theta_index)
+        self.plan.set_tensors(self.params, self.grads)
+
+    def _guarded(self, x: Tensor) -> Tensor:
+        buffer = torch.full((x.numel() + 2 * GUARD,), SENTINEL, dtype=x.dtype)
+        buffer[GUARD:-GUARD] = x.reshape(-1)
+        self.buffers.append(buffer.to(self.backend.device))
+        return self.buffers[-1][GUARD:-GUARD].view(x.shape)
+
+    def accumulate(self) -> Tensor:
+        return self.plan.accumulate(self.problem.clip_limit.to(self.backend.device)).cpu()
+
+    def apply(self, weights: Tensor | None = None) -> Tensor:
+        problem, spec = self.problem, self.problem.spec
+        weights = ops.pack_mlp(spec, problem.weights)[None] if weights is None else weights
+        scale, shift = problem.conditioning.scale, problem.conditioning.shift
+        operands = problem.clip_limit, scale, shift, problem.bias, problem.step_size, problem.keep, weights
+        moved = (x.to(self.backend.device) for x in operands)
+        return self.plan.apply(*moved, spec.magnitude_rate, spec.feature_clip).cpu()
+
+    def check_guards(self) -> None:
+        for buffer in self.buffers:
+            edges = torch.cat([buffer[:GUARD], buffer[-GUARD:]]).float().cpu()
+            assert torch.equal(edges, torch.full_like(edges, SENTINEL)), "written outside of a tensor"
+
+
+def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether all bits are the same."""
+    return all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(first, second, strict=True))
+
+
+def outputs(run: Run) -> list[Tensor]:
+    """Everything that both operations write, in sequence."""
+    stats = run.accumulate()
+    hidden = run.apply()
+    return [stats, hidden, *(x.cpu() for x in (*run.params, *run.mom, *run.rms))]
