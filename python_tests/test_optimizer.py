@@ -87,6 +87,22 @@ def test_add_param_group_later(impl: str, preset: str) -> None:
     assert set(opt.state) == set(params)
 
 
+def test_a_parameter_may_change_its_group() -> None:
+    params = make_params()
+    opt, expected = (
+        make_optimizer([{"params": params[:3]}, {"params": params[3:], "lr": 0.5}]),
+        Float64("compact", params),
+    )
+    for step in range(4):
+        if step == 2:
+            first, second = (group["params"] for group in opt.param_groups)
+            second.insert(0, first.pop())
+        set_grads(params, step)
+        opt.step()
+        expected.step(make_grads(params, step), None, [1.0, 1.0, 1.0 if step < 2 else 0.5, 0.5, 0.5, 0.5])
+    expected.assert_close(params)
+
+
 @every_impl
 @every_preset
 def test_no_loss_ever(impl: str, preset: str) -> None:

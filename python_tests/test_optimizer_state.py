@@ -292,7 +292,9 @@ def test_state_that_some_tool_cast_is_brought_back_to_float32() -> None:
         index: {"mom": state["mom"].bfloat16(), "rms": state["rms"].double(), "lstm": state["lstm"]}
         for index, state in state_dict["state"].items()
     }
+    state_dict["param_groups"][0]["from_lstm"] = opt.param_groups[0]["from_lstm"].bfloat16()
     opt.load_state_dict(state_dict)
+    assert opt.param_groups[0]["from_lstm"].dtype == torch.float32
     for param in params:
         assert {opt.state[param][name].dtype for name in ("mom", "rms")} == {torch.float32}
     run(opt, params, 1)
