@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lopt import Theta, reference
 from lopt.meta import engine
+from lopt.tasks.seeds import minibatch_rows
 from lopt.theta import unflatten
 
 STEPS = 50
@@ -59,7 +60,7 @@ def torch_unroll(
 
     def loss(params: list[Tensor], split: int, step: int) -> Tensor:
         inputs, targets = problem.data[split]
-        rows = torch.from_numpy(engine.minibatch_rows(KEYS[split], step, problem.batch, len(inputs)))
+        rows = torch.from_numpy(minibatch_rows(KEYS[split], step, problem.batch, len(inputs)))
         x, y = inputs[rows].to(dtype), targets[rows]
         for layer in range(len(layers)):
             x = x @ params[2 * layer] + params[2 * layer + 1]
@@ -159,14 +160,6 @@ def test_a_diverged_run_ends_and_stays_ended():
     assert torch.isnan(train[0, -1])
     later, _ = engine.unroll(theta.spec, flat[None], [problem], [run], 5)
     assert not torch.isfinite(later).any()
-
-
-def test_minibatch_rows_are_uniform_and_counter_based():
-    rows = torch.from_numpy(engine.minibatch_rows(5, 0, 100_000, 10))
-    counts = torch.bincount(rows, minlength=10).double()
-    chi_square = ((counts - 1e4).square() / 1e4).sum().item()
-    assert chi_square < 27.9  # 99.9% point of 9 degrees of freedom
-    assert engine.minibatch_rows(5, 3, 7, 10).tolist() == rows[21:28].tolist()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lopt.tasks import Batch, sample_task, task_from_config
-from lopt.tasks.seeds import derive, generator
+from lopt.tasks.seeds import derive, generator, minibatch_rows
 from lopt.tasks.synthetic import Perceptron, Quadratic, SyntheticTask
 from lopt.tasks.task import SPLITS
 
@@ -34,6 +34,28 @@ def test_the_streams_of_different_names_differ() -> None:
     assert derive(3, "init", 5) == derive(3, "init", 5)
     with pytest.raises(ValueError, match="seed: expected a non-negative integer, got -1"):
         generator(-1)
+
+
+def test_minibatch_rows_are_uniform_and_counter_based() -> None:
+    rows = torch.from_numpy(minibatch_rows(5, 0, 100_000, 10))
+    counts = torch.bincount(rows, minlength=10).double()
+    chi_square = ((counts - 1e4).square() / 1e4).sum().item()
+    assert chi_square < 27.9  # 99.9% point of 9 degrees of freedom
+    assert minibatch_rows(5, 3, 7, 10).tolist() == rows[21:28].tolist()
+
+
+def test_minibatch_rows_by_hand() -> None:
+    """The same in Python's integers; keys of 64 bits and far steps included."""
+
+    def row(key: int, counter: int, rows: int) -> int:
+        x = (key + counter * 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return ((x ^ (x >> 31)) >> 32) * rows >> 32
+
+    for key, step, batch, rows in ((0, 0, 5, 1), (2**64 - 1, 3, 4, 10), (2**63 + 7, 10**9, 3, 8000)):
+        expected = [row(key, step * batch + i + 1, rows) for i in range(batch)]
+        assert minibatch_rows(key, step, batch, rows).tolist() == expected
 
 
 def test_quadratic_has_the_gradient_and_the_minimum_it_says() -> None:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from lopt import _C
 from lopt.ops import FEATURE_SET_INDEX
+from lopt.tasks.seeds import minibatch_key
+from lopt.tasks.synthetic import Perceptron
+from lopt.tasks.task import SplitName, Task
 from lopt.theta import ThetaSpec
 
-SPLITS = ("train", "inner_valid", "outer_valid")
+SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid")
 ACTIVATIONS = ("relu", "tanh", "gelu")
 LOSSES = ("softmax", "squared_error")
 MAX_LAYERS = 5
@@ -55,16 +58,6 @@ _RUN = np.dtype(
 for _name, _dtype in (("Spec", _SPEC), ("Problem", _PROBLEM), ("Run", _RUN)):
     if _C.struct_sizes()[_name] != _dtype.itemsize:
         raise ImportError(f"lopt._C has another layout of {_name} than lopt/meta/engine.py: rebuild the extension")
-
-
-def minibatch_rows(key: int, step: int, batch: int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Row numbers ``[batch]`` of minibatch ``step`` of a stream, among ``rows``: what csrc/unroll.h draws."""
-    counter = np.arange(step * batch + 1, (step + 1) * batch + 1, dtype=np.uint64)
-    x = np.uint64(key) + counter * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return (((x >> np.uint64(32)) * np.uint64(rows)) >> np.uint64(32)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -129,6 +122,26 @@ class Problem:
         record["inputs"] = [inputs.data_ptr() for inputs, _ in self.data]
         record["targets"] = [targets.data_ptr() for _, targets in self.data]
         return record
+
+
+def problem_of(task: Task) -> Problem | None:
+    """The task as the engine runs it; None for what only the torch unroll can run."""
+    if not isinstance(task, Perceptron) or len(task.sizes) > MAX_LAYERS + 1 or task.activation not in ACTIVATIONS:
+        return None
+    loss = "squared_error" if task.regression else "softmax"
+    data = tuple((task.splits[split].inputs, task.splits[split].targets) for split in SPLITS)
+    return Problem(task.sizes, task.activation, loss, task.batch_size, data)
+
+
+def initial_params(task: Task, seed: int) -> Tensor:
+    """``task.init(seed)`` as one vector ``[num_params]``, in the engine's order."""
+    return torch.cat([value.reshape(-1) for value in task.init(seed).values()])
+
+
+def minibatch_keys(seed: int) -> tuple[int, int, int]:
+    """Keys of the streams of :meth:`lopt.tasks.Task.batches` under ``seed``, for ``EngineRun.keys``."""
+    train, inner_valid, outer_valid = (minibatch_key(seed, split) for split in SPLITS)
+    return train, inner_valid, outer_valid
 
 
 @dataclass(frozen=True)

@@ -28,3 +28,28 @@ def generator(seed: int, *path: int | str) -> np.random.Generator:
 def derive(seed: int, *path: int | str) -> int:
     """A new seed, 63 bits, for what ``path`` names."""
     return int(generator(seed, *path).integers(2**63))
+
+
+def minibatch_key(seed: int, split: str) -> int:
+    """Key of the stream of minibatches of ``split``, for :func:`minibatch_rows`."""
+    return derive(seed, "minibatches", split)
+
+
+def minibatch_rows(key: int, step: int, batch: int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Row numbers ``[batch]`` of minibatch ``step`` of a stream, uniform among ``rows``, with replacement.
+
+    Row ``i`` is ``mix(key + (step batch + i + 1) gamma) >> 32``, times ``rows``, divided by ``2^32``: any minibatch can
+    be had without those before it. The unroll engine computes the same (csrc/unroll.h).
+
+    Source: G. Steele, D. Lea, C. Flood, Fast splittable pseudorandom number generators, OOPSLA 2014 (SplitMix64).
+
+    Example:
+        >>> minibatch_rows(5, 3, 7, 10).tolist() == minibatch_rows(5, 0, 28, 10).tolist()[21:]
+        True
+    """
+    counter = np.arange(step * batch + 1, (step + 1) * batch + 1, dtype=np.uint64)
+    x = np.uint64(key) + counter * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (((x >> np.uint64(32)) * np.uint64(rows)) >> np.uint64(32)).astype(np.int64)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lopt.tasks.seeds import derive, generator
+from lopt.tasks.seeds import derive, generator, minibatch_key, minibatch_rows
 from lopt.tasks.task import SPLITS, Batch, SplitName, Task
 
 Family = Literal["quadratic", "mixture", "teacher"]
@@ -66,11 +66,9 @@ class SyntheticTask(Task):
         return {split: Batch(inputs[start:end], targets[start:end]) for split, start, end in bounds}
 
     def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Batch]:
-        rows, size = self.splits[split], self.batch_size
-        stream = generator(seed, "minibatches", split)
-        stream.integers(len(rows.inputs), size=start * size)
-        while True:
-            index = torch.from_numpy(stream.integers(len(rows.inputs), size=size))
+        rows, key = self.splits[split], minibatch_key(seed, split)
+        for step in itertools.count(start):
+            index = torch.from_numpy(minibatch_rows(key, step, self.batch_size, len(rows.inputs)))
             yield Batch(rows.inputs[index], rows.targets[index])
 
 
