@@ -1,9 +1,11 @@
 """The compiled kernels against float64: errors, bits, hostile values.
 
-The rule for every quantity: ``error <= 2 * error of the float32 reference + one ulp``, where an error is
-``max |value - exact| / scale`` over the elements of a tensor and the worst tensor counts, ``exact`` is the float64
-reference on the same inputs, and one ulp is 2^-23. ``scale`` is the size of what is added up to make the quantity: the
-largest element of an array, and for statistics see :func:`kernel_cases.stats_scale`.
+The rule for every quantity: ``error <= 2 * error of the float32 reference + one ulp``. An error is
+``max |value - exact| / scale`` over the elements of a tensor, and the worst tensor counts; ``exact`` is the float64
+reference on the same inputs; one ulp is 2^-23. ``scale`` is the size of what is added up to make the quantity: the
+largest element of an array, and for statistics see :func:`kernel_cases.stats_scale`; at least 2^-103, where one ulp is
+the smallest normal number. The float32 reference is given half an ulp: below that it was lucky, or, as torch.var,
+added up in float64.
 """
 
 import dataclasses
@@ -37,22 +39,23 @@ from lopt.features import FEATURE_SETS, STATS
 from lopt.tensor_lstm import Conditioning
 from lopt.theta import PRESETS
 
-ULP = 2.0**-23
+ULP, SMALLEST_SCALE = 2.0**-23, 2.0**-103
 SETS = pytest.mark.parametrize("feature_set", FEATURE_SETS)
 WIDTHS = pytest.mark.parametrize("width", ops.WIDTHS)
 
 
 def error(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Largest error of an element, relative to the largest element of its tensor."""
-    return max(
-        float((flat(value.cpu(), x.dtype) - x.reshape(-1)).abs().max() / x.abs().max().clamp(min=1e-300))
+    """Largest error of an element, relative to the largest element of its tensor; NaN if there is one."""
+    errors = [
+        (flat(value.cpu(), x.dtype) - x.reshape(-1)).abs().max() / x.abs().max().clamp(min=SMALLEST_SCALE)
         for value, x in zip(values, exact, strict=True)
-    )
+    ]
+    return float(torch.stack(errors).max())
 
 
 def check_rule(name: str, kernel: float, single: float, ulps: float = 1.0) -> None:
     """The rule of this file."""
-    assert kernel <= 2 * single + ulps * ULP, (
+    assert kernel <= 2 * max(single, ULP / 2) + ulps * ULP, (
         f"{name}: error {kernel / ULP:.2f} ulp, of float32 PyTorch {single / ULP:.2f} ulp"
     )
 
@@ -67,16 +70,14 @@ def check_accumulate(backend: Backend, *key: object, ulps: float = 1.0) -> None:
     assert same(run.grads, problem.grads)
     check_rule("mom", error(run.mom, exact.mom), error(single.mom, exact.mom))
     check_rule("rms", error(run.rms, exact.rms), error(single.rms, exact.rms))
-    scale = stats_scale_of(*key).clamp(min=1e-300)
+    scale = stats_scale_of(*key).clamp(min=SMALLEST_SCALE)
     errors = ((stats - exact.stats).abs() / scale).amax(dim=0)
     singles = ((single.stats.double() - exact.stats).abs() / scale).amax(dim=0)
     for i, name in enumerate((*STATS, *problem.spec.features.moments)):
         if name == "nonfinite":
             assert torch.equal(stats[:, i], exact.stats[:, i])
         else:
-            # torch.var adds up in float64 even of float32 values, kernels partly in float32. Two ulp of a variance are
-            # less than the resolution of its only use, the logarithm in the LSTM's input.
-            check_rule(name, float(errors[i]), float(singles[i]), max(ulps, 2.0) if name.endswith("_var") else ulps)
+            check_rule(name, float(errors[i]), float(singles[i]), ulps)
 
 
 def check_apply(backend: Backend, *key: object) -> None:
@@ -262,8 +263,9 @@ def test_five_steps_agree_with_the_float64_reference(backend: Backend, preset: s
                 opt.observe(valid_loss=1.5)
             opt.step(loss=1.0 / (1 + step))
         results.append([param.detach().cpu().double() for param in params])
-    largest = max(float((new - old).abs().max()) for new, old in zip(results[1], start, strict=True) if new.numel())
-    worst = max(float((x - y).abs().max()) for x, y in zip(*results, strict=True) if x.numel())
+    found, expected = (torch.cat([flat(param, torch.float64) for param in params]) for params in results)
+    largest = float((expected - torch.cat([flat(param, torch.float64) for param in start])).abs().max())
+    worst = float((found - expected).abs().max())
     assert worst <= 1e-4 * largest, f"{worst / largest:.1e} of the largest update"
 
 
