@@ -29,7 +29,8 @@ struct Applier {
 
   // The first `count` parameters; total[width] is the sum of their last hidden layers.
   void run(int64_t count, double* total) const {
-    constexpr int kBlock = 32;  // vectors summed in float
+    constexpr int kBlock = 32;                             // vectors summed in float
+    const bool moves = step_size != 0.0f || keep != 1.0f;  // lr = 0 changes no bit
     for (int j = 0; j < kWidth; ++j) total[j] = 0.0;
     for (int64_t begin = 0; begin < count; begin += kBlock * kLanes) {
       const int64_t end = count - begin < kBlock * kLanes ? count : begin + kBlock * kLanes;
@@ -45,7 +46,7 @@ struct Applier {
         LOPT_UNROLL
         for (int c = 0; c < kColumns; ++c) x[c] = clamp_of(x[c] * scale[c] + shift[c], -feature_clip, feature_clip);
         const MlpOutput<Vec> out = small_mlp<kColumns, kWidth>(x, weights, bias, hidden);
-        store(param + i, next_param(p, out, keep, step_size, magnitude_rate), lanes);
+        if (moves) store(param + i, next_param(p, out, keep, step_size, magnitude_rate), lanes);
         for (int j = 0; j < kWidth; ++j) hidden_sum[j] += hidden[j] * mask;
       }
       for (int j = 0; j < kWidth; ++j) total[j] += sum_lanes(hidden_sum[j]);

@@ -95,6 +95,15 @@ void apply(const std::string& backend, int feature_set, int width, uint64_t tens
     throw std::invalid_argument("back end '" + backend + "' is not part of this build");
 }
 
+void advance(uint64_t params) {
+  const AdvanceParams& p = *pointer<AdvanceParams>(params);
+  check_ran(advance_cpu(p), p.spec->feature_set, p.spec->width);
+}
+
+void begin(uint64_t params) { begin_cpu(*pointer<AdvanceParams>(params)); }
+
+void finish(uint64_t params) { finish_cpu(*pointer<AdvanceParams>(params)); }
+
 int64_t start_run(uint64_t spec, uint64_t problem, uint64_t theta, uint64_t init, uint64_t state) {
   return start_run_cpu(*pointer<Spec>(spec), *pointer<Problem>(problem), pointer<float>(theta), pointer<float>(init),
                        pointer<float>(state));
@@ -112,6 +121,8 @@ py::dict struct_sizes() {
   py::dict sizes;
   sizes["TensorEntry"] = sizeof(TensorEntry);
   sizes["Spec"] = sizeof(Spec);
+  sizes["TensorShape"] = sizeof(TensorShape);
+  sizes["AdvanceParams"] = sizeof(AdvanceParams);
   sizes["Problem"] = sizeof(Problem);
   sizes["Run"] = sizeof(Run);
   return sizes;
@@ -177,6 +188,10 @@ PYBIND11_MODULE(_C, m) {
         "weights"_a, "magnitude_rate"_a, "feature_clip"_a, "partials"_a, "finished"_a, "hidden"_a, "num_threads"_a,
         "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "Features, small MLP, parameter update; see ApplyParams in csrc/kernels.h.");
+  m.def("advance", &lopt::advance, "params"_a,
+        "Tensor level between the two operations; see AdvanceParams in csrc/spec.h.");
+  m.def("begin", &lopt::begin, "params"_a, "Before accumulate: the clip limit of this step.");
+  m.def("finish", &lopt::finish, "params"_a, "After apply: what the next LSTM step sees of the MLP.");
   m.def("struct_sizes", &lopt::struct_sizes, "Bytes of the structs that Python builds as NumPy records.");
   m.def("start_run", &lopt::start_run, "spec"_a, "problem"_a, "theta"_a, "init"_a, "state"_a,
         "Write the state of an inner run before its first step; with state 0 only return its size in floats.");

@@ -8,8 +8,11 @@ namespace lopt {
 
 #define LOPT_DECLARE(isa)                                                                                           \
   namespace isa {                                                                                                   \
+  void begin(const AdvanceParams& params);                                                                          \
   bool accumulate(const AccumulateParams& params, int feature_set, int num_threads);                                \
+  bool advance(const AdvanceParams& params);                                                                        \
   bool apply(const ApplyParams& params, int feature_set, int width, int num_threads);                               \
+  void finish(const AdvanceParams& params);                                                                         \
   int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
   bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,     \
               int64_t theta_stride, int num_threads);                                                               \
@@ -24,18 +27,24 @@ namespace {
 
 struct CpuKernels {
   const char* name;
+  decltype(&baseline::begin) begin;
   decltype(&baseline::accumulate) accumulate;
+  decltype(&baseline::advance) advance;
   decltype(&baseline::apply) apply;
+  decltype(&baseline::finish) finish;
   decltype(&baseline::start_run) start_run;
   decltype(&baseline::unroll) unroll;
 };
 
+#define LOPT_KERNELS(name, isa) \
+  {name, isa::begin, isa::accumulate, isa::advance, isa::apply, isa::finish, isa::start_run, isa::unroll}
+
 constexpr CpuKernels kKernels[] = {
 #if defined(__x86_64__)
-    {"x86-64-v4", v4::accumulate, v4::apply, v4::start_run, v4::unroll},
-    {"x86-64-v3", v3::accumulate, v3::apply, v3::start_run, v3::unroll},
+    LOPT_KERNELS("x86-64-v4", v4),
+    LOPT_KERNELS("x86-64-v3", v3),
 #endif
-    {"baseline", baseline::accumulate, baseline::apply, baseline::start_run, baseline::unroll},
+    LOPT_KERNELS("baseline", baseline),
 };
 
 bool supported([[maybe_unused]] int index) {
@@ -88,6 +97,12 @@ bool accumulate_cpu(const AccumulateParams& params, int feature_set, int num_thr
 bool apply_cpu(const ApplyParams& params, int feature_set, int width, int num_threads) {
   return selected()->apply(params, feature_set, width, num_threads);
 }
+
+void begin_cpu(const AdvanceParams& params) { selected()->begin(params); }
+
+bool advance_cpu(const AdvanceParams& params) { return selected()->advance(params); }
+
+void finish_cpu(const AdvanceParams& params) { selected()->finish(params); }
 
 int64_t start_run_cpu(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state) {
   return selected()->start_run(spec, problem, theta, init, state);

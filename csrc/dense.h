@@ -4,13 +4,12 @@
 
 #include "simd.h"
 // simd.h comes first: see there.
+#include "lstm_cell.h"
 #include "unroll.h"
 
 namespace lopt {
 namespace LOPT_ISA {
 namespace {
-
-inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 // kRows rows of c[m, n] = bias[n] + sum_k a[m row_stride + k column_stride] b[k, n]
 template <int kRows>
@@ -41,8 +40,6 @@ inline void product(int64_t rows, int64_t n_padded, int64_t depth, const float* 
   for (; m < rows; ++m)
     product_rows<1>(n_padded, depth, a + m * row_stride, row_stride, column_stride, b, bias, c + m * n_padded);
 }
-
-LOPT_HD Vec tanh_of(Vec x) { return 1.0f - 2.0f / (exp_of(2.0f * x) + 1.0f); }
 
 // Phi(x), the distribution function of the standard normal.
 LOPT_HD Vec normal_cdf(Vec x) {

@@ -1,32 +1,19 @@
-// Tensor-level state in C++: what lopt/tensor_lstm.py does with torch, over plain arrays, for the unroll engine.
+// Tensor-level state in C++: what lopt/tensor_lstm.py does with torch, over plain arrays, for the optimizer on the CPU and
+// for the unroll engine.
 //
 // One call of `advance` per step, between accumulate and apply: losses and statistics -> LSTM -> what the per-parameter
 // MLP is conditioned on. Function and variable names are those of lopt/tensor_lstm.py, which is the definition;
-// python_tests/test_engine.py compares the two step by step. Scalar code, float32, no allocation.
+// the tests compare the two step by step. Scalar code, float32, no allocation.
 // Source: arXiv:2009.11243, appendix C, and its author's port.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
-#include "kernels.h"
+#include "spec.h"
 
 namespace lopt {
-
-// ThetaSpec (lopt/theta.py) as plain numbers; lopt/meta/engine.py writes it.
-struct Spec {
-  int32_t feature_set, width, lstm_width, from_mlp, lstm_to_mlp, from_lstm;
-  int32_t linear_skip, step_control, paper_inputs, horizon_input, valid_advances_step, unused;
-  double train_loss_decay, valid_loss_decay, clip_decay;  // 1 - decay is formed in double, as in Python
-  float step_multiplier, magnitude_rate, time_limit, clip_multiplier;
-  float feature_clip;  // +inf: none
-  float mom_decay[kMaxDecays], rms_decay[kMaxDecays];
-  float unused_too;
-
-  LOPT_HD int num_time() const { return paper_inputs ? 11 : horizon_input ? 5 : 1; }
-  LOPT_HD int num_facts() const { return paper_inputs ? 3 : 2; }
-  LOPT_HD int num_constant() const { return num_time() + num_facts() + lstm_to_mlp; }
-  LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + (paper_inputs ? 18 : 15 + num_time()); }
-};
+namespace {  // compiled once per instruction set: no function may be shared between them
 
 // Where the tensors of theta start in the flat vector, in the order of ThetaSpec.shapes().
 struct ThetaView {
@@ -64,73 +51,58 @@ struct ThetaView {
   }
 };
 
-// Running mean and variance of a loss (lopt.tensor_lstm.next_loss and its readers).
-struct LossState {
-  float mean = 0, var = 0, updates = 0, last = 0;
+// The averages of a loss, [mean, var, updates] (lopt.tensor_lstm.next_loss and its readers).
+inline void next_loss(float* state, float loss, double decay) {
+  const float keep = static_cast<float>(decay), rest = static_cast<float>(1.0 - decay);
+  state[0] = keep * state[0] + rest * loss;
+  state[1] = keep * state[1] + rest * (state[0] - loss) * (state[0] - loss);
+  state[2] += 1;
+}
 
-  void next(float loss, double decay) {
-    const float keep = static_cast<float>(decay), rest = static_cast<float>(1.0 - decay);
-    mean = keep * mean + rest * loss;
-    var = keep * var + rest * (mean - loss) * (mean - loss);
-    updates += 1;
-    last = loss;
-  }
-  float correction(double decay) const { return 1.0f / (1.0f - std::pow(static_cast<float>(decay), updates) + 1e-8f); }
-  float corrected_mean(double decay) const { return updates > 0 ? mean * correction(decay) : 0.0f; }
-  float standardise(float loss, double decay) const {
-    const float c = correction(decay);
-    return clamp_of((loss - mean * c) / std::sqrt(var * c + 1e-8f), -5.0f, 5.0f);
-  }
-};
+inline float correction(const float* state, double decay) {
+  return 1.0f / (1.0f - std::pow(static_cast<float>(decay), state[2]) + 1e-8f);
+}
 
-// Facts about one tensor that never change.
-struct TensorShape {
-  int64_t numel;
-  float log_dims[4];  // ln(dim) - 1, padded with ones
-  bool is_scalar, is_matrix;
-};
+inline float corrected_mean(const float* state, double decay) {
+  return state[2] > 0 ? state[0] * correction(state, decay) : 0.0f;
+}
 
-// State of the run that all tensors share.
+inline float standardise_loss(const float* state, float loss, double decay) {
+  const float c = correction(state, decay);
+  return clamp_of((loss - state[0] * c) / std::sqrt(state[1] * c + 1e-8f), -5.0f, 5.0f);
+}
+
+// State that all tensors share; see AdvanceParams.
 struct Globals {
-  int64_t step = 0;
-  LossState train, valid;
-  float clip_count = 1, clip_value = 0;
-  float* from_lstm;  // [from_lstm]
+  int64_t* step;
+  float *train_loss, *valid_loss, *clip, *from_lstm;
 
   float clip_limit(const Spec& s) const {
-    return clip_value / (1.0f - std::pow(static_cast<float>(s.clip_decay), clip_count)) * s.clip_multiplier;
+    return clip[1] / (1.0f - std::pow(static_cast<float>(s.clip_decay), clip[0])) * s.clip_multiplier;
   }
-  void observe_train(const Spec& s, float loss) {
-    if (std::isfinite(loss))
-      train.next(loss, s.train_loss_decay);
-    else if (train.updates > 0)
-      train.next(train.last, s.train_loss_decay);
+  void observe_train(const Spec& s, float loss) const {
+    if (std::isfinite(loss)) train_loss[3] = loss;
+    if (std::isfinite(loss) || train_loss[2] > 0) next_loss(train_loss, train_loss[3], s.train_loss_decay);
   }
-  void observe_valid(const Spec& s, float loss) {
+  void observe_valid(const Spec& s, float loss) const {
     if (!std::isfinite(loss)) return;
-    valid.next(loss, s.valid_loss_decay);
-    step += s.valid_advances_step;
+    next_loss(valid_loss, loss, s.valid_loss_decay);
+    *step += s.valid_advances_step;
   }
 };
 
-// Everything `advance` reads and writes; arrays are row-major over the T tensors.
+// What `advance` reads and writes for the T tensors; see AdvanceParams.
 struct TensorLevel {
   int num_tensors;
-  const TensorShape* shapes;  // [T]
-  float *h, *c;               // [T, lstm_width]
-  float* feedback;            // [T, from_mlp]
-  float* initial_scale;       // [T], 0 before the first step
-  float updates = 0;          // the same for all tensors of a run
-  const float* stats;         // [T, S]
-  // Written for apply:
-  float *scale, *shift;  // [T, columns]
-  float* bias;           // [T, width]
-  float* step_size;      // [T]
+  const TensorShape* shapes;
+  float *h, *c, *feedback, *initial_scale, *updates;
+  const float* stats;
+  float *scale, *shift, *bias, *step_size;
   // Scratch:
   float* x;           // [T, num_lstm_input]
-  float* gates;       // [4 lstm_width + padding]
+  float* gates;       // [4 lstm_width, or from_lstm if more, and padding]
   float* constant;    // [num_constant]
-  float* activation;  // [lstm_width + padding]
+  float* activation;  // [lstm_width and padding]
 };
 
 inline float log_magnitude(float x) { return clamp_of(std::log(1e-8f + std::fabs(x)), -5.0f, 5.0f); }
@@ -172,7 +144,7 @@ inline void tensor_facts(const Spec& s, const TensorLevel& level, int t, const f
     facts[1] = std::log(std::sqrt(stats[kParamSquare] * numel) + 1e-8f);
     facts[2] = std::log(numel);
   } else {
-    facts[0] = level.shapes[t].is_matrix;
+    facts[0] = static_cast<float>(level.shapes[t].is_matrix);
     facts[1] = std::log(numel) / 8.0f;  // LOG_TIME_SCALE
   }
 }
@@ -204,7 +176,7 @@ inline void lstm_input(const Spec& s, const Globals& g, const TensorLevel& level
     *x++ = log_ratio(mom_square, rms_mean);
     *x++ = log_ratio(stats[kRmsVar], rms_mean * rms_mean);
     *x++ = log_ratio(stats[kParamSquare], scale * scale);
-    *x++ = log_ratio(stats[kGradSquare], g.clip_value * g.clip_value);
+    *x++ = log_ratio(stats[kGradSquare], g.clip[1] * g.clip[1]);
     *x++ = stats[kMomMean] / std::sqrt(mom_square + 1e-30f);
     *x++ = stats[kParamMean] / std::sqrt(stats[kParamSquare] + 1e-30f);
   }
@@ -243,37 +215,44 @@ inline void tensor_scale(const TensorLevel& level, int num_stats, float* scale) 
 
 // One step of everything at tensor level. `lstm` is the cell: lstm(x, h, c) updates h and c of one tensor in place.
 template <class Features, class Lstm>
-void advance(const Spec& s, const ThetaView& theta, Globals& g, TensorLevel& level, float loss, float total_steps,
-             const Lstm& lstm) {
+void advance(const Spec& s, const ThetaView& theta, const Globals& g, const TensorLevel& level, float loss,
+             float total_steps, const Lstm& lstm) {
   constexpr int kColumns = Features::kNumColumns, kStats = kNumStats<Features>;
   constexpr float kMaxLogStep = 6.0f;  // MAX_LOG_STEP
   const int tensors = level.num_tensors, hidden = s.lstm_width, num_time = s.num_time(), inputs = s.num_lstm_input();
-  level.updates += 1;
   g.observe_train(s, loss);
   double grad_square = 0;
   for (int t = 0; t < tensors; ++t) grad_square += level.stats[int64_t{t} * kStats + kGradSquare];
   const float rms = std::sqrt(1e-8f + static_cast<float>(grad_square / tensors));
-  g.clip_value = static_cast<float>(s.clip_decay) * g.clip_value + static_cast<float>(1.0 - s.clip_decay) * rms;
-  g.clip_count += 1;
+  g.clip[1] = static_cast<float>(s.clip_decay) * g.clip[1] + static_cast<float>(1.0 - s.clip_decay) * rms;
+  g.clip[0] += 1;
 
   tensor_scale(level, kStats, level.step_size);
   float* const constant = level.constant;
-  time_inputs(s, g.step, total_steps, constant);
-  const float train = g.train.updates > 0 ? g.train.standardise(g.train.last, s.train_loss_decay) : 0.0f;
-  const float valid =
-      g.train.updates > 0 ? g.train.standardise(g.valid.corrected_mean(s.valid_loss_decay), s.train_loss_decay) : 0.0f;
+  time_inputs(s, *g.step, total_steps, constant);
+  float train = 0, valid = 0;
+  if (g.train_loss[2] > 0) {
+    const float valid_mean = corrected_mean(g.valid_loss, s.valid_loss_decay);
+    train = standardise_loss(g.train_loss, g.train_loss[3], s.train_loss_decay);
+    valid = standardise_loss(g.train_loss, valid_mean, s.train_loss_decay);
+  }
   for (int t = 0; t < tensors; ++t)
     lstm_input(s, g, level, t, level.stats + int64_t{t} * kStats, constant, train, valid,
                level.x + int64_t{t} * inputs);
   for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] = 0;
-  float corrections[Features::kNumMom + Features::kNumRms];
-  for (int k = 0; k < Features::kNumMom; ++k) corrections[k] = -std::expm1(level.updates * std::log(s.mom_decay[k]));
-  for (int k = 0; k < Features::kNumRms; ++k)
-    corrections[Features::kNumMom + k] = -std::expm1(level.updates * std::log(s.rms_decay[k]));
+  float corrections[Features::kNumMom + Features::kNumRms], corrected_for = 0;
 
   for (int t = 0; t < tensors; ++t) {
     const float* stats = level.stats + int64_t{t} * kStats;
     float* h = level.h + int64_t{t} * hidden;
+    level.updates[t] += 1;
+    if (level.updates[t] != corrected_for) {  // mostly the same for all tensors
+      corrected_for = level.updates[t];
+      for (int k = 0; k < Features::kNumMom; ++k)
+        corrections[k] = -std::expm1(corrected_for * std::log(s.mom_decay[k]));
+      for (int k = 0; k < Features::kNumRms; ++k)
+        corrections[Features::kNumMom + k] = -std::expm1(corrected_for * std::log(s.rms_decay[k]));
+    }
     lstm(level.x + int64_t{t} * inputs, h, level.c + int64_t{t} * hidden);
     linear(h, hidden, theta.to_lstm_w, theta.to_lstm_b, s.from_lstm, level.gates);
     for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] += level.gates[i] / static_cast<float>(tensors);
@@ -294,7 +273,7 @@ void advance(const Spec& s, const ThetaView& theta, Globals& g, TensorLevel& lev
     Features::column_map(stats + kMoments, corrections, level.scale + int64_t{t} * kColumns,
                          level.shift + int64_t{t} * kColumns);
   }
-  g.step += 1;
+  *g.step += 1;
 }
 
 // MLP weights as apply reads them (MlpLayout), from theta.
@@ -321,4 +300,5 @@ inline void next_feedback(const Spec& s, const ThetaView& theta, const float* hi
   }
 }
 
+}  // namespace
 }  // namespace lopt

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "tensor_lstm.h"
+#include "spec.h"
 
 namespace lopt {
 

@@ -11,44 +11,34 @@
 #include "accumulate_block.h"
 #include "apply_block.h"
 #include "dense.h"
+#include "lstm_cell.h"
 
 namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-// Hands out parts of one buffer, each on a 64-byte boundary; with a null buffer it only counts.
-struct Arena {
-  float* base;
-  int64_t used = 0;
-
-  float* take(int64_t count) {
-    float* at = base ? base + used : nullptr;
-    used += (count + 15) / 16 * 16;
-    return at;
-  }
-};
-
-// What a run keeps between calls: counters, then arrays.
+// What a run keeps between calls.
 struct RunState {
-  Globals* globals;
-  float* updates;
-  float *param, *mom, *rms;                             // [P], [num_mom, P], [num_rms, P]
-  float *h, *c, *feedback, *initial_scale, *from_lstm;  // see TensorLevel
+  Globals globals;
+  float *param, *mom, *rms;                           // [P], [num_mom, P], [num_rms, P]
+  float *h, *c, *feedback, *initial_scale, *updates;  // see AdvanceParams
   int64_t size;
 
   RunState(const Spec& s, int num_mom, int num_rms, int64_t num_params, int tensors, float* base) {
-    static_assert(sizeof(Globals) <= 64 * sizeof(float));
     Arena arena{base};
-    globals = reinterpret_cast<Globals*>(arena.take(64));
-    updates = arena.take(1);
-    param = arena.take(num_params);
-    mom = arena.take(num_mom * num_params);
-    rms = arena.take(num_rms * num_params);
+    param = arena.take(num_params);  // first: lopt/meta/engine.py reads it
+    globals.step = reinterpret_cast<int64_t*>(arena.take(2));
+    globals.train_loss = arena.take(4);
+    globals.valid_loss = arena.take(3);
+    globals.clip = arena.take(2);
+    globals.from_lstm = arena.take(s.from_lstm);
     h = arena.take(int64_t{tensors} * s.lstm_width);
     c = arena.take(int64_t{tensors} * s.lstm_width);
     feedback = arena.take(int64_t{tensors} * s.from_mlp);
     initial_scale = arena.take(tensors);
-    from_lstm = arena.take(s.from_lstm);
+    updates = arena.take(tensors);
+    mom = arena.take(num_mom * num_params);
+    rms = arena.take(num_rms * num_params);
     size = arena.used;
   }
 };
@@ -146,35 +136,6 @@ struct Perceptron {
   }
 };
 
-// One LSTM row on vectors: z = [x, h] W + b; gates i, g, f, o.
-struct LstmCell {
-  const ThetaView& theta;
-  int inputs, hidden;
-  float* gates;       // [padded(4 hidden)]
-  float* activation;  // [padded(hidden)]
-
-  void operator()(const float* x, float* h, float* c) const {
-    const int width = 4 * hidden;
-    for (int j = 0; j < width; j += kLanes) {
-      const int lanes = std::min(kLanes, width - j);
-      Vec z = load(theta.lstm_b + j, lanes);
-      const float* w = theta.lstm_w + j;
-      for (int i = 0; i < inputs; ++i, w += width) z += x[i] * load(w, lanes);
-      for (int i = 0; i < hidden; ++i, w += width) z += h[i] * load(w, lanes);
-      store(gates + j, z, kLanes);
-    }
-    for (int j = 2 * hidden; j < 3 * hidden; ++j) gates[j] += 1.0f;
-    for (int j = hidden; j < 2 * hidden; ++j) gates[j] *= 2.0f;  // tanh(g) = 2 sigmoid(2 g) - 1
-    for (int j = 0; j < width; j += kLanes) store(gates + j, 1.0f / (1.0f + exp_of(-load(gates + j, kLanes))), kLanes);
-    for (int j = 0; j < hidden; ++j) {
-      c[j] = gates[2 * hidden + j] * c[j] + gates[j] * (2.0f * gates[hidden + j] - 1.0f);
-      activation[j] = c[j];
-    }
-    for (int j = 0; j < hidden; j += kLanes) store(activation + j, tanh_of(load(activation + j, kLanes)), kLanes);
-    for (int j = 0; j < hidden; ++j) h[j] = gates[3 * hidden + j] * activation[j];
-  }
-};
-
 // Everything one thread needs for a run.
 template <class Features, int kWidth>
 struct Engine {
@@ -206,23 +167,19 @@ struct Engine {
     level.shift = arena.take(int64_t{tensors} * kColumns);
     level.bias = arena.take(int64_t{tensors} * kWidth);
     level.step_size = arena.take(tensors);
-    level.x = arena.take(int64_t{tensors} * s.num_lstm_input());
-    level.gates = arena.take(padded(std::max(4 * s.lstm_width, s.from_lstm)));
-    level.constant = arena.take(s.num_constant());
-    level.activation = arena.take(padded(s.lstm_width));
+    take_scratch(s, level, arena);
     if (!arena.base) return;
     for (int t = 0; t < tensors; ++t) {
       const int64_t in = p.sizes[t / 2], out = p.sizes[t / 2 + 1];
       const bool matrix = t % 2 == 0;
       const float first = std::log(static_cast<float>(matrix ? in : out)) - 1.0f;
       const float second = matrix ? std::log(static_cast<float>(out)) - 1.0f : -1.0f;
-      shapes[t] = {matrix ? in * out : out, {first, second, -1.0f, -1.0f}, false, matrix};
+      shapes[t] = {matrix ? in * out : out, {first, second, -1.0f, -1.0f}, 0, matrix};
     }
   }
 
   void optimizer_step(const ThetaView& theta, const RunState& state, float loss, float total_steps) {
-    Globals& g = *state.globals;
-    const float limit = g.clip_limit(s);
+    const float limit = state.globals.clip_limit(s);
     int64_t offset = 0;
     for (int t = 0; t < tensors; offset += shapes[t].numel, ++t) {
       double total[kStats];
@@ -233,7 +190,7 @@ struct Engine {
       finish_stats<Features, double>(total, static_cast<double>(shapes[t].numel), stats + int64_t{t} * kStats);
     }
     const LstmCell cell{theta, s.num_lstm_input(), s.lstm_width, level.gates, level.activation};
-    advance<Features>(s, theta, g, level, loss, total_steps, cell);
+    advance<Features>(s, theta, state.globals, level, loss, total_steps, cell);
     offset = 0;
     for (int t = 0; t < tensors; offset += shapes[t].numel, ++t) {
       double total[kWidth];
@@ -261,24 +218,22 @@ struct Engine {
   void run(const Run& r, const float* theta_row) {
     const ThetaView theta(s, kColumns, theta_row);
     const RunState state(s, Features::kNumMom, Features::kNumRms, params, tensors, reinterpret_cast<float*>(r.state));
-    Globals& g = *state.globals;
     pack_mlp<Features, kWidth>(s, theta, packed);
-    g.from_lstm = state.from_lstm;
     level.h = state.h;
     level.c = state.c;
     level.feedback = state.feedback;
     level.initial_scale = state.initial_scale;
-    level.updates = *state.updates;
+    level.updates = state.updates;
     float* outer = reinterpret_cast<float*>(r.outer_losses);
     float* train = reinterpret_cast<float*>(r.train_losses);
     bool alive = true;
     for (int64_t i = 0; i < r.steps; ++i) {
-      const int64_t step = static_cast<int64_t>(level.updates);  // training steps so far
+      const int64_t step = static_cast<int64_t>(state.updates[0]);  // training steps so far
       train[i] = NAN;
       if (alive) {
         if (step % r.valid_every == 0) {
           perceptron.gather(kInnerValid, r.keys[kInnerValid], step / r.valid_every);
-          g.observe_valid(s, perceptron.forward(state.param));
+          state.globals.observe_valid(s, perceptron.forward(state.param));
         }
         perceptron.gather(kTrain, r.keys[kTrain], step);
         train[i] = perceptron.forward(state.param);
@@ -298,7 +253,6 @@ struct Engine {
         }
       }
     }
-    *state.updates = level.updates;
     if (!alive) *state.param = NAN;  // a run that diverged stays so
   }
 };
@@ -341,9 +295,9 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
     if (!base) return;
     std::memset(base, 0, static_cast<size_t>(size) * sizeof(float));
     const ThetaView theta(spec, Features::kNumColumns, theta_row);
-    *state.globals = Globals{};
-    state.globals->clip_value = static_cast<float>(1.0 - spec.clip_decay);
-    std::copy_n(theta.initial_from_lstm, spec.from_lstm, state.from_lstm);
+    state.globals.clip[0] = 1.0f;
+    state.globals.clip[1] = static_cast<float>(1.0 - spec.clip_decay);
+    std::copy_n(theta.initial_from_lstm, spec.from_lstm, state.globals.from_lstm);
     std::copy_n(init, params, state.param);
     for (int t = 0; t < tensors; ++t) {
       std::copy_n(theta.initial_h, spec.lstm_width, state.h + t * spec.lstm_width);

@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) 
   const int64_t grads = params.grads[chunk.tensor];
   const float limit = params.clip_limit[chunk.tensor], keep = params.keep[chunk.tensor];
   const float step_size = params.step_size[chunk.tensor];
+  const bool moves = step_size != 0.0f || keep != 1.0f;  // lr = 0 changes no bit
   copy_block(weights, params.weights + tensor.theta * kWeights, kWeights);
   copy_block(bias, params.bias + chunk.tensor * kWidth, kWidth);
   copy_block(scale, params.scale + chunk.tensor * kColumns, kColumns);
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) 
     for (int c = 0; c < kColumns; ++c)
       x[c] = clamp_of(x[c] * scale[c] + shift[c], -params.feature_clip, params.feature_clip);
     const MlpOutput<float> out = small_mlp<kColumns, kWidth>(x, weights, bias, hidden);
-    store_value(tensor.param, tensor.param_dtype, at, next_param(param, out, keep, step_size, params.magnitude_rate));
+    if (moves)
+      store_value(tensor.param, tensor.param_dtype, at, next_param(param, out, keep, step_size, params.magnitude_rate));
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) rows[j][threadIdx.x] += hidden[j];
   }

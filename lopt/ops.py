@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from lopt.features import FEATURE_SETS
-from lopt.theta import ThetaSpec
+from lopt.records import ADVANCE, FEATURE_SET_INDEX, SHAPE, SPEC, check_sizes, shape_records, spec_record
+from lopt.tensor_lstm import Rows
+from lopt.theta import Theta, ThetaSpec
 
 try:
     from lopt import _C
@@ -30,7 +32,6 @@ except ImportError as error:  # pragma: no cover
 
 BACKENDS = ("cpu", "cuda", "sim")
 WIDTHS = (8, 16, 32)
-FEATURE_SET_INDEX = {name: index for index, name in enumerate(FEATURE_SETS)}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 for _facts, _features in zip(_C.feature_sets(), FEATURE_SETS.values(), strict=True):
@@ -44,6 +45,9 @@ for _facts, _features in zip(_C.feature_sets(), FEATURE_SETS.values(), strict=Tr
     }
     if _facts != _expected:
         raise ImportError(f"lopt._C has feature set {_facts}, lopt/features.py {_expected}: rebuild the extension")
+
+
+check_sizes(_C.struct_sizes(), {"Spec": SPEC, "TensorShape": SHAPE, "AdvanceParams": ADVANCE})
 
 
 def has_cuda() -> bool:
@@ -329,6 +333,49 @@ class Plan:
             **self._place(),
         )
         return hidden
+
+
+class TensorLevel:
+    """Everything at tensor level on the CPU, compiled: ``lopt.tensor_lstm.advance`` but for rounding.
+
+    Args:
+        theta: its spec must have compiled kernels.
+        shapes: of the parameter tensors.
+        rows: stacked state of the tensors, float32; written in place.
+    """
+
+    def __init__(self, theta: Theta, shapes: Sequence[Sequence[int]], rows: Rows) -> None:
+        spec, num_tensors = theta.spec, len(shapes)
+        columns = len(spec.features.columns)
+        self.lr, self.decay = torch.empty(num_tensors), torch.empty(num_tensors)
+        self.clip_limit, self.step_size, self.keep = (torch.empty(num_tensors) for _ in range(3))
+        self.scale, self.shift = torch.empty(num_tensors, columns), torch.empty(num_tensors, columns)
+        self.bias = torch.empty(num_tensors, spec.mlp_width)
+        self._inputs = theta.flatten().float().contiguous(), spec_record(spec), shape_records(shapes), rows
+        flat, spec_, shapes_, _ = self._inputs
+        self._record = record = np.zeros((), ADVANCE)
+        record["spec"], record["theta"], record["shapes"] = spec_.ctypes.data, flat.data_ptr(), shapes_.ctypes.data
+        record["num_tensors"] = num_tensors
+        for name in ("lr", "decay", "clip_limit", "scale", "shift", "bias", "step_size", "keep"):
+            record[name] = getattr(self, name).data_ptr()
+        for name, value in zip(("h", "c", "feedback", "initial_scale", "updates"), rows, strict=True):
+            record[name] = value.data_ptr()
+
+    def begin(self, shared: Mapping[str, Tensor]) -> None:
+        """Before accumulate: ``clip_limit``. ``shared`` holds the state of all tensors, which is written in place."""
+        for name in ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite"):
+            self._record[name] = shared[name].data_ptr()
+        _C.begin(self._record.ctypes.data)
+
+    def advance(self, stats: Tensor, total_steps: float) -> None:
+        """Between accumulate and apply: from ``stats``, ``lr`` and ``decay`` the inputs of apply."""
+        self._record["stats"], self._record["total_steps"] = stats.data_ptr(), total_steps
+        _C.advance(self._record.ctypes.data)
+
+    def finish(self, hidden: Tensor) -> None:
+        """After apply: what the next LSTM step sees of ``hidden`` ``[T, width]``."""
+        self._record["hidden"] = hidden.data_ptr()
+        _C.finish(self._record.ctypes.data)
 
 
 def _accumulate(

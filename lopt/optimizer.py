@@ -105,24 +105,20 @@ class KernelPlan:
     def apply(self, conditioning: Conditioning, step_size: Tensor, keep: Tensor) -> Tensor:
         with _one_thread(step_size.device):
             bias = ops.fold_bias(self.spec, self.weights, conditioning.constant)
-        hidden = self.plan.apply(
-            self.clip_limit,
-            conditioning.scale,
-            conditioning.shift,
-            bias,
-            step_size,
-            keep,
-            self.packed,
-            self.spec.magnitude_rate,
-            self.spec.feature_clip,
-        )
+        hidden = self.write_params(conditioning.scale, conditioning.shift, bias, step_size, keep)
+        with _one_thread(hidden.device):
+            return ops.feedback(self.weights, hidden)
+
+    def write_params(self, scale: Tensor, shift: Tensor, bias: Tensor, step_size: Tensor, keep: Tensor) -> Tensor:
+        """The kernel, and what surrounds it; returns the mean hidden vectors."""
+        rate, clip = self.spec.magnitude_rate, self.spec.feature_clip
+        hidden = self.plan.apply(self.clip_limit, scale, shift, bias, step_size, keep, self.packed, rate, clip)
         for param, contiguous in zip(self.params, self.contiguous, strict=True):
             if contiguous is not param:
                 param.copy_(contiguous)
         torch.autograd.graph.increment_version(self.params)  # a backward pass that needs the old values must fail
         self.contiguous, self.plan.grads = [], []  # zero_grad frees their memory
-        with _one_thread(hidden.device):
-            return ops.feedback(self.weights, hidden)
+        return hidden
 
 
 class _Active(NamedTuple):
@@ -134,6 +130,7 @@ class _Active(NamedTuple):
     mom: list[Tensor]
     rows: Rows  # stacked state; state[p]["lstm"] holds views of its rows
     shapes: Shapes
+    level: ops.TensorLevel | None  # the compiled tensor level, on the CPU
 
 
 def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -151,11 +148,6 @@ def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, t
 
 def _remedy(dtype: torch.dtype) -> str:
     return "use impl='reference'" if dtype == torch.float64 else "convert it"
-
-
-def _is_zero(lr: float | Tensor) -> bool:
-    """Whether lr is zero, as far as the host can know without waiting for the device."""
-    return (not isinstance(lr, Tensor) or lr.is_cpu) and float(lr) == 0.0
 
 
 class LearnedOptimizer(Optimizer):
@@ -372,8 +364,10 @@ class LearnedOptimizer(Optimizer):
             plan = ReferencePlan(spec, weights, mom, rms)
         else:
             plan = KernelPlan(self.implementation, spec, weights, params, mom, rms)
-        shapes = Shapes.of(spec, [tuple(param.shape) for param in params], weights["initial_h"])
-        self._active = _Active(params, groups, plan, mom, rows, shapes)
+        dims = [tuple(param.shape) for param in params]
+        level = ops.TensorLevel(self.theta, dims, rows) if self.implementation == "cpu" else None
+        shapes = Shapes.of(spec, dims, weights["initial_h"])
+        self._active = _Active(params, groups, plan, mom, rows, shapes, level)
         return self._active
 
     def __getstate__(self) -> dict[str, Any]:
@@ -560,25 +554,22 @@ class LearnedOptimizer(Optimizer):
     def _update(self, active: _Active, grads: list[Tensor]) -> None:
         spec, weights, group = self.theta.spec, self._theta_weights(), self._globals()
         like = weights["initial_h"]
+        active.plan.set_tensors(active.params, grads)
+        lr = self._per_tensor("lr", active.groups, like)
+        decay = self._per_tensor("weight_decay", active.groups, like)
+        if active.level is not None and isinstance(active.plan, KernelPlan):
+            self._update_compiled(active.plan, active.level, lr, decay)
+            return
         globals_ = Globals(*(group[name] for name in Globals._fields))
         total, count = group["pending_loss"]
         loss = torch.where(count > 0, total / count, torch.full_like(total, float("nan")))
         horizon = torch.full((), float(self.total_steps or 0), dtype=like.dtype, device=like.device)
-
-        still = {i for i, group in enumerate(self.param_groups) if _is_zero(group["lr"])}
-        params = active.params
-        if still:  # lr = 0 changes no bit, whatever the parameters hold: the update goes to copies
-            pairs = zip(params, active.groups, strict=True)
-            params = [param.clone() if index in still else param for param, index in pairs]
-        active.plan.set_tensors(params, grads)
         stats = active.plan.accumulate(tensor_lstm.clip_limit(spec, globals_))
         with _one_thread(like.device):
             globals_, rows, conditioning, _ = tensor_lstm.advance(
                 spec, weights, globals_, active.rows, stats, active.shapes, loss, horizon
             )
-        lr = self._per_tensor("lr", active.groups, like)
-        decay = self._per_tensor("weight_decay", active.groups, like)
-        step_size = lr * spec.step_multiplier * conditioning.multiplier
+        step_size = torch.where(lr > 0, lr * spec.step_multiplier * conditioning.multiplier, 0.0)
         feedback = active.plan.apply(conditioning, step_size, 1.0 - lr * decay)
 
         self._write_globals(globals_)
@@ -586,6 +577,15 @@ class LearnedOptimizer(Optimizer):
             old.copy_(new)
         group["pending_loss"].zero_()
         group["nonfinite"] += stats[:, STATS.index("nonfinite")].sum().to(torch.int64)
+
+    def _update_compiled(self, plan: KernelPlan, level: ops.TensorLevel, lr: Tensor, decay: Tensor) -> None:
+        """The same with everything at tensor level in compiled code, which writes the state in place."""
+        level.lr.copy_(lr)
+        level.decay.copy_(decay)
+        level.begin(self._globals())
+        stats = plan.accumulate(level.clip_limit)
+        level.advance(stats, float(self.total_steps or 0))
+        level.finish(plan.write_params(level.scale, level.shift, level.bias, level.step_size, level.keep))
 
     def _per_tensor(self, name: str, groups: list[int], like: Tensor) -> Tensor:
         """``[T]`` values of a group option; floats are computed with in float64 before they reach the device."""

@@ -148,8 +148,9 @@ def apply(
     direction = out[:, 0]
     if spec.linear_skip:
         direction = direction + columns.T @ weights["skip"]
-    param = keep * param - direction * torch.exp(out[:, 1] * spec.magnitude_rate) * step_size
-    return param, out[:, 2:].mean(dim=0), x, out
+    moved = keep * param - direction * torch.exp(out[:, 1] * spec.magnitude_rate) * step_size
+    still = (torch.as_tensor(step_size) == 0) & (torch.as_tensor(keep) == 1)  # lr = 0 changes no bit
+    return torch.where(still, param, moved), out[:, 2:].mean(dim=0), x, out
 
 
 def observe_valid(spec: ThetaSpec, state: State, loss: Tensor) -> State:

@@ -265,7 +265,7 @@ class Theta:
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for name, shape in spec.shapes().items():
-            tensor = torch.zeros(shape)
+            tensor = torch.zeros(shape, dtype=torch.float32)
             sigma = 0.0
             if name.startswith("initial_from"):
                 sigma = math.sqrt(1 / shape[0]) / 0.87962566103423978
@@ -408,7 +408,8 @@ class Theta:
         for name, shape in spec.shapes().items():
             key = JAX_NAMES[name]
             if key not in flat:
-                raise ValueError(f"import_jax: no array {key!r} for theta[{name!r}]; found {len(flat)} arrays, the first {sorted(flat)[:3]}")
+                found = f"found {len(flat)} arrays, the first {sorted(flat)[:3]}"
+                raise ValueError(f"import_jax: no array {key!r} for theta[{name!r}]; {found}")
             value = torch.from_numpy(np.array(flat[key], dtype=np.float32))
             if name in ("initial_h", "initial_c"):
                 value = value.reshape(-1)  # [1, lstm_width] in the port

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lopt import _C
-from lopt.ops import FEATURE_SET_INDEX
+from lopt.records import SPEC, check_sizes, spec_record
 from lopt.tasks.seeds import minibatch_key
 from lopt.tasks.synthetic import Perceptron
 from lopt.tasks.task import SplitName, Task
@@ -23,21 +23,7 @@ SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid")
 ACTIVATIONS = ("relu", "tanh", "gelu")
 LOSSES = ("softmax", "squared_error")
 MAX_LAYERS = 5
-MAX_DECAYS = 8
 
-_SPEC = np.dtype(
-    [
-        *((name, "i4") for name in ("feature_set", "width", "lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm")),
-        *((name, "i4") for name in ("linear_skip", "step_control", "paper_inputs", "horizon_input")),
-        *((name, "i4") for name in ("valid_advances_step", "unused")),
-        *((name, "f8") for name in ("train_loss_decay", "valid_loss_decay", "clip_decay")),
-        *((name, "f4") for name in ("step_multiplier", "magnitude_rate", "time_limit", "clip_multiplier")),
-        ("feature_clip", "f4"),
-        ("mom_decay", "f4", MAX_DECAYS),
-        ("rms_decay", "f4", MAX_DECAYS),
-        ("unused_too", "f4"),
-    ]
-)
 _PROBLEM = np.dtype(
     [
         ("num_layers", "i8"),
@@ -55,9 +41,7 @@ _RUN = np.dtype(
         *((name, "i8") for name in ("outer_losses", "train_losses")),
     ]
 )
-for _name, _dtype in (("Spec", _SPEC), ("Problem", _PROBLEM), ("Run", _RUN)):
-    if _C.struct_sizes()[_name] != _dtype.itemsize:
-        raise ImportError(f"lopt._C has another layout of {_name} than lopt/meta/engine.py: rebuild the extension")
+check_sizes(_C.struct_sizes(), {"Spec": SPEC, "Problem": _PROBLEM, "Run": _RUN})
 
 
 @dataclass(frozen=True)
@@ -163,23 +147,6 @@ class EngineRun:
     total_steps: int = 0
 
 
-def spec_record(spec: ThetaSpec) -> np.ndarray[tuple[()], np.dtype[np.void]]:
-    """The spec as csrc/tensor_lstm.h reads it."""
-    record = np.zeros((), _SPEC)
-    for name in ("lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm", "linear_skip", "step_control", "horizon_input"):
-        record[name] = getattr(spec, name)
-    for name in ("valid_advances_step", "train_loss_decay", "valid_loss_decay", "clip_decay", "step_multiplier"):
-        record[name] = getattr(spec, name)
-    for name in ("magnitude_rate", "time_limit", "clip_multiplier"):
-        record[name] = getattr(spec, name)
-    record["feature_set"], record["width"] = FEATURE_SET_INDEX[spec.feature_set], spec.mlp_width
-    record["paper_inputs"] = spec.tensor_inputs == "paper"
-    record["feature_clip"] = np.inf if spec.feature_clip is None else spec.feature_clip
-    record["mom_decay"][: len(spec.mom_decays)] = spec.mom_decays
-    record["rms_decay"][: len(spec.rms_decays)] = spec.rms_decays
-    return record
-
-
 def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Tensor:
     """State of a run before its first step.
 
@@ -205,8 +172,7 @@ def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Ten
 
 def params_of(spec: ThetaSpec, problem: Problem, state: Tensor) -> Tensor:
     """The parameters ``[num_params]`` in a run's state, a view."""
-    first = 64 + 16  # counters, then updates
-    return state[first : first + problem.num_params]
+    return state[: problem.num_params]
 
 
 def unroll(

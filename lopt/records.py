@@ -1,0 +1,79 @@
+"""NumPy records of the plain structs in csrc/spec.h: how Python hands numbers and addresses to the compiled code."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lopt.features import FEATURE_SETS
+from lopt.theta import ThetaSpec
+
+MAX_DECAYS = 8
+FEATURE_SET_INDEX = {name: index for index, name in enumerate(FEATURE_SETS)}
+
+Record = np.ndarray[tuple[()], np.dtype[np.void]]
+
+SPEC = np.dtype(
+    [
+        *((name, "i4") for name in ("feature_set", "width", "lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm")),
+        *((name, "i4") for name in ("linear_skip", "step_control", "paper_inputs", "horizon_input")),
+        *((name, "i4") for name in ("valid_advances_step", "unused")),
+        *((name, "f8") for name in ("train_loss_decay", "valid_loss_decay", "clip_decay")),
+        *((name, "f4") for name in ("step_multiplier", "magnitude_rate", "time_limit", "clip_multiplier")),
+        ("feature_clip", "f4"),
+        ("mom_decay", "f4", MAX_DECAYS),
+        ("rms_decay", "f4", MAX_DECAYS),
+        ("unused_too", "f4"),
+    ]
+)
+SHAPE = np.dtype([("numel", "i8"), ("log_dims", "f4", 4), ("is_scalar", "i4"), ("is_matrix", "i4")])
+ADVANCE = np.dtype(
+    [
+        *((name, "i8") for name in ("spec", "theta", "shapes", "num_tensors")),
+        *(
+            (name, "i8")
+            for name in ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite")
+        ),
+        *((name, "i8") for name in ("h", "c", "feedback", "initial_scale", "updates")),
+        *((name, "i8") for name in ("stats", "lr", "decay", "hidden")),
+        *((name, "i8") for name in ("clip_limit", "scale", "shift", "bias", "step_size", "keep")),
+        ("total_steps", "f8"),
+    ]
+)
+
+
+def check_sizes(compiled: dict[str, int], expected: dict[str, np.dtype[Any]]) -> None:
+    """Raise ImportError where a compiled struct has another size than its record."""
+    for name, dtype in expected.items():
+        if compiled[name] != dtype.itemsize:
+            raise ImportError(
+                f"lopt._C has a {name} of {compiled[name]} bytes, Python one of {dtype.itemsize}: rebuild the extension"
+            )
+
+
+def spec_record(spec: ThetaSpec) -> Record:
+    """The spec as csrc/tensor_lstm.h reads it."""
+    record = np.zeros((), SPEC)
+    for name in ("lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm", "linear_skip", "step_control", "horizon_input"):
+        record[name] = getattr(spec, name)
+    for name in ("valid_advances_step", "train_loss_decay", "valid_loss_decay", "clip_decay", "step_multiplier"):
+        record[name] = getattr(spec, name)
+    for name in ("magnitude_rate", "time_limit", "clip_multiplier"):
+        record[name] = getattr(spec, name)
+    record["feature_set"], record["width"] = FEATURE_SET_INDEX[spec.feature_set], spec.mlp_width
+    record["paper_inputs"] = spec.tensor_inputs == "paper"
+    record["feature_clip"] = np.inf if spec.feature_clip is None else spec.feature_clip
+    record["mom_decay"][: len(spec.mom_decays)] = spec.mom_decays
+    record["rms_decay"][: len(spec.rms_decays)] = spec.rms_decays
+    return record
+
+
+def shape_records(shapes: Sequence[Sequence[int]]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    """Facts about tensors of these shapes as csrc/tensor_lstm.h reads them."""
+    records = np.zeros(len(shapes), SHAPE)
+    for record, shape in zip(records, shapes, strict=True):
+        record["numel"] = math.prod(shape)
+        record["log_dims"] = np.log(np.array([*shape[:4], 1, 1, 1, 1][:4], dtype=np.float32)) - np.float32(1.0)
+        record["is_scalar"], record["is_matrix"] = len(shape) == 0, len(shape) >= 2
+    return records
