@@ -124,9 +124,11 @@ def test_apply_names_what_is_wrong(changes: dict[str, Tensor], theta_index: list
         plan.apply(**{**operands, **changes}, magnitude_rate=0.1, feature_clip=None)
 
 
-@pytest.mark.skipif(ops._C.has_cuda, reason="lopt was built with CUDA")
-def test_cuda_needs_a_build_with_cuda() -> None:
-    with pytest.raises(RuntimeError, match="backend 'cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON"):
+def test_cuda_needs_a_build_with_cuda_and_tensors_there() -> None:
+    kind, message = RuntimeError, "backend 'cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON"
+    if ops._C.has_cuda:
+        kind, message = ValueError, r"params\[0\]: on cpu, which back end 'cuda' cannot reach; use impl='auto'"
+    with pytest.raises(kind, match=message):
         plan_of(backend="cuda")
 
 
