@@ -62,7 +62,7 @@ def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def spec_of(feature_set: str, width: int) -> ThetaSpec:
     """A spec in which the magnitude output matters."""
-    return dataclasses.replace(PRESETS[feature_set], mlp_width=width, magnitude_rate=0.1)
+    return dataclasses.replace(PRESETS[feature_set], mlp_width=width, magnitude_rate=1.0)
 
 
 def random_weights(spec: ThetaSpec, generator: torch.Generator) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from kernel_cases import (
     RANKS,
     SHORT,
     Backend,
+    Problem,
     Run,
     accumulated_of,
     applied_of,
@@ -151,6 +152,79 @@ def test_extreme_values(backend: Backend, feature_set: str) -> None:
     check_accumulate(backend, *key, ulps=8.0)
     check_apply(backend, *key)
     assert all(bool(x.isfinite().all()) for x in outputs(Run(problem_of(*key), backend)))
+
+
+# ---- Columns and exponential, one by one ----------------------------------------------------------------------------
+
+
+def transparent(problem: Problem) -> Problem:
+    """The same tensors with an MLP of zeros: ``apply`` then writes the direction times e^magnitude and nothing else."""
+    spec = dataclasses.replace(problem.spec, linear_skip=True, feature_clip=None, magnitude_rate=1.0)
+    scale = torch.ones_like(problem.conditioning.scale)
+    count = len(problem.params)
+    return dataclasses.replace(
+        problem,
+        spec=spec,
+        weights={name: torch.zeros(shape) for name, shape in spec.shapes().items()},
+        conditioning=problem.conditioning._replace(scale=scale, shift=torch.zeros_like(scale)),
+        bias=torch.zeros_like(problem.bias),
+        step_size=-torch.ones(count),
+        keep=torch.zeros(count),
+    )
+
+
+@SETS
+def test_every_column(backend: Backend, feature_set: str) -> None:
+    """Element by element, over many orders of magnitude, through a skip that is one on one column.
+
+    Four roundings of the value are allowed. A logarithm may be off by those of 1, a difference of logarithms by those
+    of its largest term.
+    """
+    problem = transparent(problem_of(feature_set, 8, SHORT))
+    generator = torch.Generator().manual_seed(7)
+
+    def spread(x: Tensor, low: float, high: float) -> Tensor:
+        return x.sign() * 10 ** (low + (high - low) * torch.rand(x.shape, generator=generator))
+
+    params, rms = [spread(x, -12, 6) for x in problem.params], [spread(x, -20, 2) for x in problem.rms]
+    problem = dataclasses.replace(problem, params=params, rms=rms)
+    exact = [
+        reference.raw_columns(
+            problem.spec,
+            reference.clip_gradient(flat(grad, torch.float64), limit.double()),
+            flat(param, torch.float64),
+            mom.double(),
+            rms.double(),
+        )
+        for param, grad, mom, rms, limit in zip(
+            problem.params, problem.grads, problem.mom, problem.rms, problem.clip_limit, strict=True
+        )
+    ]
+    for i, column in enumerate(problem.spec.features.columns):
+        weights = {**problem.weights, "skip": torch.eye(len(problem.weights["skip"]))[i]}
+        run = Run(problem, backend)
+        run.apply(ops.pack_mlp(problem.spec, weights)[None])
+        least = {"log_param": 1.0, "log_slow": 1.0, "log_ratio": -0.5 * math.log(1e-24)}.get(
+            column.name, SMALLEST_SCALE
+        )
+        for param, columns in zip(run.params, exact, strict=True):
+            off = (flat(param.cpu(), torch.float64) - columns[i]).abs() / columns[i].abs().clamp(min=least)
+            assert float(off.max()) <= 4 * ULP, f"{column.name}: {float(off.max()) / ULP:.1f} ulp"
+
+
+def test_exponential(backend: Backend) -> None:
+    """Of the magnitude, through a population of thetas with one magnitude each: two ulp, or an overflow to infinity."""
+    magnitudes = [*torch.linspace(-87.0, 88.0, 71).tolist(), -500.0, 500.0]
+    shapes = tuple((t % 5 + 1,) for t in range(len(magnitudes)))
+    problem = transparent(problem_of("compact", 8, shapes))
+    bias = torch.tensor([[1.0, magnitude, *[0.0] * 4] for magnitude in magnitudes])
+    weights = {name: value.expand(len(magnitudes), *value.shape) for name, value in problem.weights.items()}
+    run = Run(problem, backend, range(len(magnitudes)))
+    run.apply(ops.pack_mlp(problem.spec, {**weights, "mlp.b3": bias}))
+    for param, magnitude in zip(run.params[:-2], magnitudes, strict=False):
+        assert param.tolist() == pytest.approx([math.exp(magnitude)] * len(param), rel=2 * ULP), magnitude
+    assert all(0.0 <= value <= 1e-37 for value in run.params[-2].tolist())
+    assert all(value == math.inf for value in run.params[-1].tolist())
 
 
 # ---- Bits -----------------------------------------------------------------------------------------------------------
