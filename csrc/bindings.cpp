@@ -36,7 +36,7 @@ void check_ran(bool ran, int feature_set, int width) {
 void accumulate(const std::string& backend, int feature_set, uint64_t tensors, uint64_t grads, uint64_t chunks,
                 int64_t num_tensors, int64_t num_chunks, uint64_t clip_limit, const std::vector<float>& mom_decays,
                 const std::vector<float>& rms_decays, uint64_t partials, uint64_t finished, uint64_t stats,
-                int num_threads, int device, uint64_t stream) {
+                int num_threads, [[maybe_unused]] int device, [[maybe_unused]] uint64_t stream) {
   AccumulateParams params{};
   params.tensors = pointer<TensorEntry>(tensors);
   params.grads = pointer<int64_t>(grads);
@@ -64,7 +64,8 @@ void accumulate(const std::string& backend, int feature_set, uint64_t tensors, u
 void apply(const std::string& backend, int feature_set, int width, uint64_t tensors, uint64_t grads, uint64_t chunks,
            int64_t num_tensors, int64_t num_chunks, uint64_t clip_limit, uint64_t scale, uint64_t shift, uint64_t bias,
            uint64_t step_size, uint64_t keep, uint64_t weights, float magnitude_rate, float feature_clip,
-           uint64_t partials, uint64_t finished, uint64_t hidden, int num_threads, int device, uint64_t stream) {
+           uint64_t partials, uint64_t finished, uint64_t hidden, int num_threads, [[maybe_unused]] int device,
+           [[maybe_unused]] uint64_t stream) {
   ApplyParams params{};
   params.tensors = pointer<TensorEntry>(tensors);
   params.grads = pointer<int64_t>(grads);

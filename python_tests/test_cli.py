@@ -18,6 +18,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+pytest.importorskip("tyro", reason="the command line needs tyro, which this environment lacks")
+
 from lopt import LearnedOptimizer, Theta
 from lopt.cli import main
 from lopt.commands import common, doctor
