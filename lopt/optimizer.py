@@ -27,6 +27,7 @@ class _Active(NamedTuple):
 
     params: list[Tensor]
     groups: list[int]  # param group of each
+    group_index: Tensor  # the same on the device
     plan: ReferencePlan | KernelPlan
     mom: list[Tensor]
     rows: Rows  # stacked state; state[p]["lstm"] holds views of its rows
@@ -268,7 +269,8 @@ class LearnedOptimizer(Optimizer):
         dims = [tuple(param.shape) for param in params]
         level = ops.TensorLevel(self.theta, dims, rows) if self.implementation == "cpu" else None
         shapes = Shapes.of(spec, dims, weights["initial_h"])
-        self._active = _Active(params, groups, plan, mom, rows, shapes, level)
+        group_index = torch.tensor(groups, device=params[0].device)
+        self._active = _Active(params, groups, group_index, plan, mom, rows, shapes, level)
         return self._active
 
     def __getstate__(self) -> dict[str, Any]:
@@ -456,8 +458,8 @@ class LearnedOptimizer(Optimizer):
         spec, weights, group = self.theta.spec, self._theta_weights(), self._globals()
         like = weights["initial_h"]
         active.plan.set_tensors(active.params, grads)
-        lr = self._per_tensor("lr", active.groups, like)
-        decay = self._per_tensor("weight_decay", active.groups, like)
+        lr = self._per_tensor("lr", active, like)
+        decay = self._per_tensor("weight_decay", active, like)
         if active.level is not None and isinstance(active.plan, KernelPlan):
             self._update_compiled(active.plan, active.level, lr, decay)
             return
@@ -488,13 +490,12 @@ class LearnedOptimizer(Optimizer):
         level.advance(stats, float(self.total_steps or 0))
         level.finish(plan.write_params(level.scale, level.shift, level.bias, level.step_size, level.keep))
 
-    def _per_tensor(self, name: str, groups: list[int], like: Tensor) -> Tensor:
-        """``[T]`` values of a group option; floats are computed with in float64 before they reach the device."""
-        values = [group[name] for group in self.param_groups]
-        if len(values) == 1:
-            return torch.as_tensor(values[0], dtype=like.dtype, device=like.device).reshape(()).expand(len(groups))
-        if any(isinstance(value, Tensor) for value in values):
-            device, dtype = like.device, like.dtype
-            stacked = torch.stack([torch.as_tensor(v, dtype=dtype, device=device).reshape(()) for v in values])
-            return stacked[torch.tensor(groups, device=like.device)]
-        return like.new_tensor([values[index] for index in groups])
+    def _per_tensor(self, name: str, active: _Active, like: Tensor) -> Tensor:
+        """``[T]`` values of a group option; no value of the host is waited for."""
+
+        def on_device(value: float | Tensor) -> Tensor:
+            if isinstance(value, Tensor):
+                return value.to(like).reshape(())
+            return torch.full((), float(value), dtype=like.dtype, device=like.device)
+
+        return torch.stack([on_device(group[name]) for group in self.param_groups])[active.group_index]
