@@ -10,6 +10,7 @@ from tyro.conf import subcommand
 
 from lopt.commands.common import Command, say, write_json
 from lopt.commands.doctor import Doctor
+from lopt.commands.evaluate import Evaluate
 from lopt.commands.meta_train import MetaTrain
 from lopt.commands.train import Train
 from lopt.commands.weights import Convert, Show
@@ -19,6 +20,7 @@ Weights = Annotated[Show, subcommand("show")] | Annotated[Convert, subcommand("c
 Commands = (
     Annotated[Train, subcommand("train")]
     | Annotated[MetaTrain, subcommand("meta-train")]
+    | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Weights, subcommand("weights", description="Look at meta-parameters, or convert them.")]
 )
