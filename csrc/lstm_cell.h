@@ -34,16 +34,28 @@ struct LstmCell {
   float* gates;       // [padded(4 hidden)]
   float* activation;  // [padded(hidden)]
 
+  // kVectors vectors of z from column `first` on, side by side so that their sums do not wait for each other.
+  template <int kVectors>
+  void gate_block(const float* x, const float* h, int first, int lanes) const {
+    const int width = 4 * hidden;
+    const float* w = theta.lstm_w + first;
+    Vec z[kVectors];
+    LOPT_UNROLL
+    for (int v = 0; v < kVectors; ++v) z[v] = load(theta.lstm_b + first + v * kLanes, lanes);
+    for (int i = 0; i < inputs + hidden; ++i, w += width) {
+      const float value = i < inputs ? x[i] : h[i - inputs];
+      LOPT_UNROLL
+      for (int v = 0; v < kVectors; ++v) z[v] += value * load(w + v * kLanes, lanes);
+    }
+    LOPT_UNROLL
+    for (int v = 0; v < kVectors; ++v) store(gates + first + v * kLanes, z[v], kLanes);
+  }
+
   void operator()(const float* x, float* h, float* c) const {
     const int width = 4 * hidden;
-    for (int j = 0; j < width; j += kLanes) {
-      const int lanes = std::min(kLanes, width - j);
-      Vec z = load(theta.lstm_b + j, lanes);
-      const float* w = theta.lstm_w + j;
-      for (int i = 0; i < inputs; ++i, w += width) z += x[i] * load(w, lanes);
-      for (int i = 0; i < hidden; ++i, w += width) z += h[i] * load(w, lanes);
-      store(gates + j, z, kLanes);
-    }
+    int first = 0;
+    for (; first + 4 * kLanes <= width; first += 4 * kLanes) gate_block<4>(x, h, first, kLanes);
+    for (; first < width; first += kLanes) gate_block<1>(x, h, first, std::min(kLanes, width - first));
     for (int j = 2 * hidden; j < 3 * hidden; ++j) gates[j] += 1.0f;
     for (int j = hidden; j < 2 * hidden; ++j) gates[j] *= 2.0f;  // tanh(g) = 2 sigmoid(2 g) - 1
     for (int j = 0; j < width; j += kLanes) store(gates + j, 1.0f / (1.0f + exp_of(-load(gates + j, kLanes))), kLanes);

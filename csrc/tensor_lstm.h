@@ -240,7 +240,7 @@ void advance(const Spec& s, const ThetaView& theta, const Globals& g, const Tens
     lstm_input(s, g, level, t, level.stats + int64_t{t} * kStats, constant, train, valid,
                level.x + int64_t{t} * inputs);
   for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] = 0;
-  float corrections[Features::kNumMom + Features::kNumRms], corrected_for = 0;
+  float corrections[Features::kNumMom + Features::kNumRms]{}, corrected_for = 0;
 
   for (int t = 0; t < tensors; ++t) {
     const float* stats = level.stats + int64_t{t} * kStats;
