@@ -1,13 +1,12 @@
 """Tiny tasks made from a seed alone: quadratics with known minima, and small perceptrons on generated data.
 
-The data of a task is the same on every machine: it is drawn with NumPy's PCG64 and computed in float64; where
-a matrix product is involved (teacher networks), values are rounded to multiples of 2^-12, so that the order of
-summation on a machine does not show.
+A task is the same on every machine; lopt/tasks/generators.py says how.
 """
 
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lopt.tasks.generators import KINDS, Data, log_uniform
 from lopt.tasks.seeds import derive, generator, minibatch_key, minibatch_rows
 from lopt.tasks.task import SPLITS, Batch, SplitName, Task
 
-Family = Literal["quadratic", "mixture", "teacher"]
-FAMILIES: tuple[Family, ...] = ("quadratic", "mixture", "teacher")
+Family = Literal["quadratic"] | Data
+
+#: Families whose tasks are perceptrons, which the unroll engine can run (lopt/meta/engine.py).
+ENGINE_FAMILIES: tuple[Family, ...] = tuple(KINDS)
+FAMILIES: tuple[Family, ...] = ("quadratic", *ENGINE_FAMILIES)
+
+ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": functional.gelu}
 
 #: Shares of the rows of a data set.
 SHARES: dict[SplitName, float] = {"train": 0.5, "inner_valid": 0.125, "outer_valid": 0.25, "test": 0.125}
@@ -118,33 +123,44 @@ class Perceptron(SyntheticTask):
     """A small multilayer perceptron on generated data.
 
     Args:
-        data: ``mixture`` is Gaussian clouds, one per class; in ``teacher`` a random network says the targets.
+        data: what generates the rows; see lopt/tasks/generators.py.
         inputs, outputs: numbers of inputs and of classes or values.
         hidden: widths of the hidden layers.
         activation: of the hidden layers.
-        regression: targets are the teacher's values (mean squared error), not classes (cross-entropy).
+        regression: targets are values (mean squared error), not classes (cross-entropy).
         noise: share of the labels replaced at random, or standard deviation added to values.
-        input_scale: factor of all inputs.
-        init_gain: weights start as ``N(0, init_gain^2 / fan_in)``, biases as zero.
+        input_scale: factor of all inputs, and of the targets where these are the inputs.
+        init_gain: weights start as ``N(0, init_gain^2 / fan_in)``, biases as zero. None is PyTorch's default: weights
+            and biases uniform in ``+-1 / sqrt(fan_in)``.
     """
 
-    data: Literal["mixture", "teacher"]
+    data: Data
     inputs: int = 8
     outputs: int = 4
     hidden: tuple[int, ...] = (16,)
-    activation: Literal["relu", "tanh"] = "relu"
+    activation: Literal["relu", "tanh", "gelu"] = "relu"
     regression: bool = False
     noise: float = 0.0
     input_scale: float = 1.0
-    init_gain: float = 1.0
+    init_gain: float | None = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        if self.regression and self.data != "teacher":
-            raise ValueError(f"regression: needs data='teacher', got data={self.data!r}")
+        for name, value, known in (("data", self.data, KINDS), ("activation", self.activation, ACTIVATIONS)):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
         if min(self.sizes) < 1:
             raise ValueError(f"sizes: expected positive layer widths, got {self.sizes}")
+        kind = KINDS[self.data]
+        if not (kind.values if self.regression else kind.classes):
+            raise ValueError(f"regression: data={self.data!r} has no targets for regression={self.regression}")
+        if kind.autoencoder and self.outputs != self.inputs:
+            raise ValueError(f"outputs: expected as many as inputs, {self.inputs}, got {self.outputs}")
+        if self.data == "patches" and math.isqrt(self.inputs) ** 2 != self.inputs:
+            raise ValueError(f"inputs: expected a square number for data='patches', got {self.inputs}")
+        if self.data == "sequence" and self.inputs % self.outputs:
+            raise ValueError(f"inputs: expected a multiple of outputs={self.outputs}, got {self.inputs}")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -157,36 +173,32 @@ class Perceptron(SyntheticTask):
 
     def _rows(self) -> Batch:
         random = generator(self.seed, "rows")
-        if self.data == "mixture":
-            centres = random.standard_normal((self.outputs, self.inputs))
-            labels = random.integers(self.outputs, size=self.rows)
-            x = centres[labels] + random.uniform(0.5, 1.5) * random.standard_normal((self.rows, self.inputs))
-        else:
-            x = random.standard_normal((self.rows, self.inputs))
-            first = random.standard_normal((self.inputs, 16)) * 1.5 / np.sqrt(self.inputs)
-            values = np.tanh(x @ first) @ random.standard_normal((16, self.outputs)) / 4.0
-            values = np.round(values * 4096.0) / 4096.0
-            labels = values.argmax(axis=1)
+        x, targets = KINDS[self.data].rows(random, self.rows, self.inputs, self.outputs)
         if self.regression:
-            targets = _float32(values + self.noise * random.standard_normal(values.shape))
-        else:
-            other = random.integers(self.outputs, size=self.rows)
-            targets = torch.from_numpy(np.where(random.random(self.rows) < self.noise, other, labels))
-        return Batch(_float32(x * self.input_scale), targets)
+            scale = self.input_scale if KINDS[self.data].autoencoder else 1.0
+            noise = self.noise * random.standard_normal(targets.shape)
+            return Batch(_float32(x * self.input_scale), _float32(targets * scale + noise))
+        labels = targets if targets.ndim == 1 else targets.argmax(axis=1)
+        other = random.integers(self.outputs, size=self.rows)
+        labels = np.where(random.random(self.rows) < self.noise, other, labels)
+        return Batch(_float32(x * self.input_scale), torch.from_numpy(labels))
 
     def init(self, seed: int) -> dict[str, Tensor]:
         random = generator(seed, "init")
         params = {}
         for layer, (fan_in, fan_out) in enumerate(zip(self.sizes[:-1], self.sizes[1:], strict=True)):
-            weight = random.standard_normal((fan_in, fan_out)) * self.init_gain / np.sqrt(fan_in)
-            params[f"w{layer}"], params[f"b{layer}"] = _float32(weight), torch.zeros(fan_out)
+            shape, scale = (fan_in, fan_out), 1.0 / np.sqrt(fan_in)
+            if self.init_gain is None:
+                weight, bias = random.uniform(-scale, scale, shape), random.uniform(-scale, scale, fan_out)
+            else:
+                weight, bias = random.standard_normal(shape) * self.init_gain * scale, np.zeros(fan_out)
+            params[f"w{layer}"], params[f"b{layer}"] = _float32(weight), _float32(bias)
         return params
 
     def loss(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
         x = batch.inputs
         for layer in range(len(self.hidden)):
-            x = x @ params[f"w{layer}"] + params[f"b{layer}"]
-            x = torch.relu(x) if self.activation == "relu" else torch.tanh(x)
+            x = ACTIVATIONS[self.activation](x @ params[f"w{layer}"] + params[f"b{layer}"])
         last = len(self.hidden)
         x = x @ params[f"w{last}"] + params[f"b{last}"]
         loss = functional.mse_loss if self.regression else functional.cross_entropy
@@ -195,6 +207,9 @@ class Perceptron(SyntheticTask):
 
 def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
     """The task called ``seed``: a family drawn from ``families`` (one given twice counts twice), then sizes.
+
+    Sizes are log-uniform: 2 to 64 inputs, up to 20 outputs, mostly one or two hidden layers (at most four) of 8 to 64,
+    minibatches of 8 to 64 of 200 to 8000 rows. The scales of inputs and of initial weights stand for reparametrisation.
 
     Raises:
         ValueError: an unknown family, or none.
@@ -206,30 +221,50 @@ def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
     unknown = sorted(set(families) - set(FAMILIES))
     if unknown or not families:
         raise ValueError(f"families: expected some of {list(FAMILIES)}, got {list(families)}")
-    random = generator(seed, "task")
-    family = families[int(random.integers(len(families)))]
-    data_seed = derive(seed, "data")
+    family = families[int(generator(seed, "family").integers(len(families)))]
+    random, data_seed = generator(seed, "task", family), derive(seed, "data")
     if family == "quadratic":
         return Quadratic(
             seed=data_seed,
             dim=int(random.integers(2, 33)),
-            noise=_log_uniform(random, 0.01, 0.3),
+            noise=log_uniform(random, 0.01, 0.3),
             decades=float(random.uniform(0.0, 1.0)),
         )
-    regression = family == "teacher" and bool(random.random() < 0.5)
+    kind = KINDS[family]
+    regression = kind.values and (not kind.classes or bool(random.random() < 0.5))
+    inputs, outputs = _size(random, 2, 64), _size(random, 1 if regression else 2, 20)
+    if family == "patches":
+        inputs = int(random.integers(3, 9)) ** 2
+    elif family == "sequence":
+        inputs = outputs * int(random.integers(2, min(64 // outputs, 12) + 1))
     return Perceptron(
         seed=data_seed,
-        batch_size=int(random.choice([16, 32])),
+        rows=_size(random, 200, 8000),
+        batch_size=int(random.choice([8, 16, 32, 64])),
         data=family,
-        inputs=int(random.integers(2, 25)),
-        outputs=int(random.integers(1, 9)) if regression else int(random.integers(2, 11)),
-        hidden=tuple(int(random.integers(8, 25)) for _ in range(int(random.integers(0, 3)))),
-        activation="relu" if random.random() < 0.5 else "tanh",
+        inputs=inputs,
+        outputs=inputs if kind.autoencoder else outputs,
+        hidden=_hidden(random, family),
+        activation=("relu", "tanh", "gelu")[int(random.integers(3))],
         regression=regression,
-        noise=float(random.uniform(0.0, 0.1)),
-        input_scale=_log_uniform(random, 0.5, 2.0),
-        init_gain=_log_uniform(random, 0.5, 1.7),
+        noise=log_uniform(random, 0.01, 0.3) if not kind.autoencoder and random.random() < 0.6 else 0.0,
+        input_scale=log_uniform(random, 0.3, 3.0),
+        init_gain=log_uniform(random, 0.5, 1.6) if random.random() < 0.7 else None,
     )
+
+
+def _size(random: np.random.Generator, low: int, high: int) -> int:
+    """A whole number from ``low`` to ``high``, uniform in its logarithm."""
+    return int(log_uniform(random, low, high + 0.999))
+
+
+def _hidden(random: np.random.Generator, family: Family) -> tuple[int, ...]:
+    """Widths of hidden layers: one for all layers half of the time; none for half of the linear models."""
+    layers = int(random.choice(5, p=[0.1, 0.4, 0.3, 0.12, 0.08]))
+    if family in ("linear", "logistic") and random.random() < 0.5:
+        layers = 0
+    widths = tuple(_size(random, 8, 64) for _ in range(layers))
+    return widths[:1] * layers if random.random() < 0.5 else widths
 
 
 def task_from_config(config: Mapping[str, Any]) -> Task:
@@ -252,7 +287,3 @@ def task_from_config(config: Mapping[str, Any]) -> Task:
 
 def _float32(values: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32))
-
-
-def _log_uniform(random: np.random.Generator, low: float, high: float) -> float:
-    return float(np.exp(random.uniform(np.log(low), np.log(high))))
