@@ -156,7 +156,7 @@ inline float log_ratio(float above, float below) {
 
 // One row of the LSTM's input (lopt.tensor_lstm.lstm_inputs).
 inline void lstm_input(const Spec& s, const Globals& g, const TensorLevel& level, int t, const float* stats,
-                       const float* time, float train, float valid, float* x) {
+                       float mean_grad_square, const float* time, float train, float valid, float* x) {
   const TensorShape& shape = level.shapes[t];
   const float numel = static_cast<float>(shape.numel);
   for (int i = 0; i < s.from_lstm; ++i) *x++ = g.from_lstm[i];
@@ -176,7 +176,7 @@ inline void lstm_input(const Spec& s, const Globals& g, const TensorLevel& level
     *x++ = log_ratio(mom_square, rms_mean);
     *x++ = log_ratio(stats[kRmsVar], rms_mean * rms_mean);
     *x++ = log_ratio(stats[kParamSquare], scale * scale);
-    *x++ = log_ratio(stats[kGradSquare], g.clip[1] * g.clip[1]);
+    *x++ = log_ratio(stats[kGradSquare], mean_grad_square);
     *x++ = stats[kMomMean] / std::sqrt(mom_square + 1e-30f);
     *x++ = stats[kParamMean] / std::sqrt(stats[kParamSquare] + 1e-30f);
   }
@@ -223,7 +223,8 @@ void advance(const Spec& s, const ThetaView& theta, const Globals& g, const Tens
   g.observe_train(s, loss);
   double grad_square = 0;
   for (int t = 0; t < tensors; ++t) grad_square += level.stats[int64_t{t} * kStats + kGradSquare];
-  const float rms = std::sqrt(1e-8f + static_cast<float>(grad_square / tensors));
+  const float mean_grad_square = static_cast<float>(grad_square / tensors);
+  const float rms = std::sqrt(1e-8f + mean_grad_square);
   g.clip[1] = static_cast<float>(s.clip_decay) * g.clip[1] + static_cast<float>(1.0 - s.clip_decay) * rms;
   g.clip[0] += 1;
 
@@ -237,7 +238,7 @@ void advance(const Spec& s, const ThetaView& theta, const Globals& g, const Tens
     valid = standardise_loss(g.train_loss, valid_mean, s.train_loss_decay);
   }
   for (int t = 0; t < tensors; ++t)
-    lstm_input(s, g, level, t, level.stats + int64_t{t} * kStats, constant, train, valid,
+    lstm_input(s, g, level, t, level.stats + int64_t{t} * kStats, mean_grad_square, constant, train, valid,
                level.x + int64_t{t} * inputs);
   for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] = 0;
   float corrections[Features::kNumMom + Features::kNumRms]{}, corrected_for = 0;

@@ -222,7 +222,7 @@ def lstm_inputs(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, s
     if spec.tensor_inputs == "paper":
         parts.append(torch.stack(_magnitudes_and_signs(stat, shapes, train, valid), dim=1))
     else:
-        scalars = [*_ratios(stat, globals_, rows), *shapes.log_dims.unbind(1), train, valid]
+        scalars = [*_ratios(stat, rows), *shapes.log_dims.unbind(1), train, valid]
         parts += [torch.stack(scalars, dim=1), tensor_facts(spec, shapes, stat["param_square"])]
         parts.append(time.expand(num_tensors, -1))
     return torch.cat(parts, dim=1)
@@ -252,7 +252,7 @@ def _magnitudes_and_signs(stat: dict[str, Tensor], shapes: Shapes, train: Tensor
     ]
 
 
-def _ratios(stat: dict[str, Tensor], globals_: Globals, rows: Rows) -> list[Tensor]:
+def _ratios(stat: dict[str, Tensor], rows: Rows) -> list[Tensor]:
     """Seven ratios that keep their value when gradients or parameters are rescaled; logarithms within +-5."""
     mom_square = stat["mom_var"] + torch.square(stat["mom_mean"])
     pairs = [
@@ -260,7 +260,7 @@ def _ratios(stat: dict[str, Tensor], globals_: Globals, rows: Rows) -> list[Tens
         (mom_square, stat["rms_mean"]),  # how much of the gradients is signal
         (stat["rms_var"], torch.square(stat["rms_mean"])),  # how unequal the parameters are
         (stat["param_square"], torch.square(rows.scale)),  # how far the parameters have grown
-        (stat["grad_square"], torch.square(globals_.clip[1]).expand_as(mom_square)),  # among the tensors
+        (stat["grad_square"], stat["grad_square"].mean().expand_as(mom_square)),  # among the tensors
     ]
     above, below = (torch.stack(side) + TINY for side in zip(*pairs, strict=True))
     logs = torch.clamp(0.5 * torch.log(above / below), -5.0, 5.0)
