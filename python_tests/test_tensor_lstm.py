@@ -386,9 +386,11 @@ def test_paper_lstm_inputs_by_hand() -> None:
 
 def test_compact_lstm_inputs_by_hand() -> None:
     theta, globals_, rows, stats = one_row("compact")
-    rows = rows._replace(scale=f64(0.8))
-    globals_ = globals_._replace(clip=f64(9.0, 0.6), step=torch.tensor(3))
-    shapes = Shapes.of(theta.spec, [(3, 5)], stats)
+    rows = type(rows)(*(value.repeat(2, *[1] * (value.dim() - 1)) for value in rows._replace(scale=f64(0.8))))
+    stats = stats.repeat(2, 1)
+    stats[1, 0] = 0.63  # so that the mean square gradient of the two tensors is .36
+    globals_ = globals_._replace(step=torch.tensor(3))
+    shapes = Shapes.of(theta.spec, [(3, 5), (7,)], stats)
     time = tensor_lstm.time_inputs(theta.spec, globals_.step, scalar(100.0), stats)
     found = tensor_lstm.lstm_inputs(theta.spec, globals_, rows, stats, shapes, time)
     mom_square = 0.0021 + 0.02**2
@@ -405,8 +407,9 @@ def test_compact_lstm_inputs_by_hand() -> None:
         *(1.0, math.log(15) / 8),
         *(math.log(4) / 8, 1.0, 0.03, math.log(1 - 0.99 * 0.03), math.log(101) / 8),
     ]
-    assert found.shape == (1, theta.spec.num_lstm_input)
+    assert found.shape == (2, theta.spec.num_lstm_input)
     assert found[0, 8:].tolist() == pytest.approx(expected, rel=1e-12)
+    assert found[1, 12].item() == pytest.approx(0.5 * math.log(0.63 / 0.36), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
