@@ -12,6 +12,7 @@ from lopt.commands.common import Command, say, write_json
 from lopt.commands.doctor import Doctor
 from lopt.commands.evaluate import Evaluate
 from lopt.commands.meta_train import MetaTrain
+from lopt.commands.plot import Plot
 from lopt.commands.train import Train
 from lopt.commands.weights import Convert, Show
 
@@ -20,6 +21,7 @@ Weights = Annotated[Show, subcommand("show")] | Annotated[Convert, subcommand("c
 Commands = (
     Annotated[Train, subcommand("train")]
     | Annotated[MetaTrain, subcommand("meta-train")]
+    | Annotated[Plot, subcommand("plot")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Weights, subcommand("weights", description="Look at meta-parameters, or convert them.")]

@@ -334,28 +334,41 @@ def test_weights_fails_in_one_line(
 # ---- lopt meta-train -------------------------------------------------------------------------------------------------
 
 
-META = ("meta-train", "--pairs", "2", "--tasks-per-iteration", "1", "--horizon", "4", "6", "--validation-runs", "1")
+SETTINGS = ("pairs=2", "validation_tasks=1", "validation_horizons=[5]", 'phases=[{"share": 1, "horizon": [4, 6]}]')
+META = ("meta-train", "--recipe", "tiny", "--workers", "1", "--inner-steps", "40", "--set", *SETTINGS)
 
 
-def test_meta_train_and_resume(run: Run) -> None:
-    first = run(*META, "--iterations", "1", "--out", "two")
-    assert "iteration 1/1" in first["stdout"]
-    numbers = run(*META, "--iterations", "2", "--out", "two", "--resume")
-    whole = run(*META, "--iterations", "2", "--out", "one")
-    assert torch.equal(Theta.load("one/theta.safetensors").flatten(), Theta.load("two/theta.safetensors").flatten())
+def test_meta_train_and_plot(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = run(*META, "--out", "one", "--seed", "3")
+    assert "iteration 2, phase 1: meta-loss" in numbers["stdout"]
+    saved = Theta.load("one/theta.safetensors")
+    assert numbers["provenance"] == json.loads(json.dumps(saved.provenance))
+    assert (saved.provenance["config"]["pairs"], saved.provenance["config"]["seed"]) == (2, 3)
     assert [line["iteration"] for line in numbers["metrics"]] == [0, 1, 2]
-    assert [line.get("meta_loss") for line in numbers["metrics"]] == [
-        line.get("meta_loss") for line in whole["metrics"]
-    ]
-    assert numbers["provenance"] == json.loads(json.dumps(Theta.load("two/theta.safetensors").provenance))
-    assert numbers["provenance"]["config"]["pairs"] == 2
+    again = run("meta-train", "--out", "one", "--resume", "--workers", "1", "--seed", "3", "--set", "pairs=2")
+    assert again["metrics"] == numbers["metrics"]
+    assert "seed: the run in 'one' was begun with 3, cannot go on with 4" in failure(
+        capsys, "meta-train", "--out", "one", "--resume", "--workers", "1", "--seed", "4"
+    )
+    Path("one/meta_loss.png").unlink()
+    assert run("plot", "one")["last"] == numbers["metrics"][-1]
+    assert Path("one/meta_loss.png").stat().st_size > 1000
+    further = run(*META, "--out", "two", "--from", "one/theta.safetensors")
+    assert further["provenance"]["config"]["init"] == "one/theta.safetensors"
+
+
+def test_hours_become_inner_steps(run: Run) -> None:
+    numbers = run("meta-train", "--recipe", "tiny", "--workers", "1", "--hours", "1e-6", "--set", *SETTINGS)
+    steps = numbers["provenance"]["config"]["inner_steps"]
+    assert f" inner steps/s: 1e-06 h are --inner-steps {steps}\n" in numbers["stdout"]
 
 
 def test_meta_train_fails_in_one_line(capsys: pytest.CaptureFixture[str], run: Run) -> None:
-    assert "pairs: expected a multiple of tasks_per_iteration (2), got 3" in failure(
-        capsys, "meta-train", "--pairs", "3"
-    )
-    run(*META, "--iterations", "1")
+    assert "pairs: expected a positive number, got 0" in failure(capsys, *META, "pairs=0")
+    assert "unknown fields ['pair']" in failure(capsys, *META, "pair=1")
+    assert "hours, inner_steps: expected one of them, got both" in failure(capsys, *META, "--hours", "1")
+    assert "metrics: 'absent' holds no metrics.jsonl" in failure(capsys, "plot", "absent")
+    run(*META)
     assert "lopt: out: 'runs/meta-train' holds a meta-training run already" in failure(capsys, *META)
 
 
@@ -381,9 +394,9 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for command in ("train", "meta-train", "doctor", "weights"):
+    for command in ("train", "meta-train", "plot", "evaluate", "doctor", "weights"):
         assert f"• {command} " in text
-    assert "Expected one of {train, meta-train, doctor, weights}" in failure(capsys)
+    assert "Expected one of {train, meta-train, plot, evaluate, doctor, weights}" in failure(capsys)
 
 
 def test_as_a_program(tmp_path: Path) -> None:

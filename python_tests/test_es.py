@@ -23,6 +23,28 @@ def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
 
 
+def window_mean(losses: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean ``[runs]`` of ``losses`` ``[steps, runs]`` over the steps where ``mask`` is true."""
+    return losses.mean(dim=0) if mask is None else (losses * mask).sum(dim=0) / mask.sum(dim=0)
+
+
+def pes_window(
+    eps: Tensor, xi: Tensor, plus: Tensor, minus: Tensor, sigma: float, done: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient and next xi of a window in which runs may end, as the author's code defines them.
+
+    From the step where ``done`` is true on, the losses are of a new run, which has seen ``eps`` only; windows of ours
+    end with a run, so this is two of them.
+    """
+    pes = es.ESTIMATORS["pes"]
+    fresh = torch.cumsum(done, dim=0) > 0
+    delta = (plus - minus) * mask / mask.sum(dim=0)
+    direction = pes.direction(eps, xi)
+    gradient = es.es_gradient(direction, (delta * ~fresh).sum(dim=0), sigma)
+    gradient = gradient + es.es_gradient(pes.direction(eps, None), (delta * fresh).sum(dim=0), sigma)
+    return gradient, torch.where(fresh[-1][:, None], eps, direction)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
@@ -41,8 +63,8 @@ def recorded(golden: Golden) -> dict[str, Tensor]:
 
 def test_es_matches_the_authors_truncated_es(recorded: dict[str, Tensor]) -> None:
     sigma = float(recorded["std"])
-    plus = es.window_mean(recorded["pos_loss"], recorded["mask"])
-    minus = es.window_mean(recorded["neg_loss"], recorded["mask"])
+    plus = window_mean(recorded["pos_loss"], recorded["mask"])
+    minus = window_mean(recorded["neg_loss"], recorded["mask"])
     gradient = es.es_gradient(recorded["vec_pos"] / sigma, plus - minus, sigma)
     assert relative_error(plus - minus, recorded["es|delta_loss"]) < 1e-6
     assert relative_error(gradient, recorded["es|grad"]) < 1e-6
@@ -51,17 +73,15 @@ def test_es_matches_the_authors_truncated_es(recorded: dict[str, Tensor]) -> Non
 
 def test_variants_of_the_loss_difference_compose(recorded: dict[str, Tensor]) -> None:
     sigma, eps = float(recorded["std"]), recorded["vec_pos"] / float(recorded["std"])
-    delta = es.window_mean(recorded["pos_loss"], recorded["mask"]) - es.window_mean(
-        recorded["neg_loss"], recorded["mask"]
-    )
+    delta = window_mean(recorded["pos_loss"], recorded["mask"]) - window_mean(recorded["neg_loss"], recorded["mask"])
     assert relative_error(es.es_gradient(eps, 0.5 * delta.sign(), sigma), recorded["es_sign0.5|grad"]) < 1e-6
-    delta = es.window_mean(recorded["pos_loss"] - recorded["neg_loss"])
+    delta = window_mean(recorded["pos_loss"] - recorded["neg_loss"])
     assert relative_error(es.es_gradient(eps, delta.clamp(-0.1, 0.1), sigma), recorded["full_avg_clip0.1|grad"]) < 1e-6
 
 
 def test_pes_matches_the_authors_truncated_pes(recorded: dict[str, Tensor]) -> None:
     sigma = float(recorded["std"])
-    result = es.pes_gradient(
+    gradient, xi = pes_window(
         recorded["vec_pos"] / sigma,
         recorded["accum"] / sigma,
         recorded["pos_loss"],
@@ -70,8 +90,8 @@ def test_pes_matches_the_authors_truncated_pes(recorded: dict[str, Tensor]) -> N
         recorded["is_done"],
         recorded["mask"],
     )
-    assert relative_error(result.gradient, recorded["pes|grad"]) < 1e-6
-    assert relative_error(result.xi * sigma, recorded["pes|new_accum"]) < 1e-6
+    assert relative_error(gradient, recorded["pes|grad"]) < 1e-6
+    assert relative_error(xi * sigma, recorded["pes|new_accum"]) < 1e-6
 
 
 def test_four_recorded_outer_iterations_of_pes_with_clipped_adam(golden: Golden) -> None:
@@ -83,10 +103,10 @@ def test_four_recorded_outer_iterations_of_pes_with_clipped_adam(golden: Golden)
     for outer in range(4):
         plus, minus, mask = z["loss_plus"][outer], z["loss_minus"][outer], z["mask"][outer]
         eps = z["vec_pos"][outer] / sigma
-        gradient, xi = es.pes_gradient(eps, xi, plus, minus, sigma, z["is_done"][outer], mask)
+        gradient, xi = pes_window(eps, xi, plus, minus, sigma, z["is_done"][outer], mask)
         assert relative_error(gradient, z["grad"][outer]) < 1e-6
         assert relative_error(xi * sigma, z["accumulator"][outer]) < 1e-6
-        mean = (es.window_mean(plus, mask) + es.window_mean(minus, mask)).mean() / 2
+        mean = (window_mean(plus, mask) + window_mean(minus, mask)).mean() / 2
         assert float(mean) == pytest.approx(float(z["mean_loss"][outer]), rel=1e-6)
         theta.grad = gradient.clamp(-3.0, 3.0)
         adam.step()
@@ -131,57 +151,43 @@ def test_es_is_unbiased_on_a_quadratic(generator: torch.Generator) -> None:
     assert float(z_scores.abs().max()) < 4.0
 
 
-def test_pes_is_unbiased_under_truncation_and_es_is_not(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("name", ["pes", "nres", "truncated_es"])
+def test_which_estimators_are_unbiased_under_truncation(name: es.EstimatorName, generator: torch.Generator) -> None:
     """An inner run with a memory: s' = .9 s + theta, loss c . s, four windows of five steps.
 
     The gradient of the mean loss is c mean_t (1 - .9^t) / .1. Truncated ES differentiates each window as if its first
     state did not depend on theta, and so finds c mean over one window instead.
     """
     windows, steps, decay, sigma = 4, 5, 0.9, 0.2
-    slope = torch.tensor([1.0, -2.0])
-    theta = torch.tensor([0.3, 0.1])
-    ages = torch.arange(1, windows * steps + 1)
-    memory = (1 - decay**ages) / (1 - decay)
+    repeats, pairs = 4000, 2
+    estimator = es.ESTIMATORS[name]
+    slope, theta = torch.tensor([1.0, -2.0]), torch.tensor([0.3, 0.1])
+    memory = (1 - decay ** torch.arange(1, windows * steps + 1)) / (1 - decay)
     whole, first = slope * memory.mean(), slope * memory[:steps].mean()
-
-    def window(state: Tensor, thetas: Tensor) -> tuple[Tensor, Tensor]:
-        losses = []
+    total, state = torch.zeros(repeats, 2), torch.zeros(repeats, 2 * pairs, 2)
+    eps = torch.randn(repeats, pairs, 2, generator=generator)
+    direction = None
+    for window in range(windows):
+        if window and not estimator.one_eps_per_run:
+            eps = torch.randn(repeats, pairs, 2, generator=generator)
+        thetas = torch.cat([theta + sigma * eps, theta - sigma * eps], dim=1)
+        losses = torch.zeros(repeats, 2 * pairs)
         for _ in range(steps):
             state = decay * state + thetas
-            losses.append(state @ slope)
-        return state, torch.stack(losses)
-
-    repeats, pairs = 4000, 2
-    pes_sum, es_sum = torch.zeros(2, repeats, 2)
-    state_pes, state_es = torch.zeros(2, repeats, 2 * pairs, 2)
-    xi = torch.zeros(repeats, pairs, 2)
-    for _ in range(windows):
-        eps = torch.randn(repeats, pairs, 2, generator=generator)
-        thetas = torch.cat([theta + sigma * eps, theta - sigma * eps], dim=1)
-        state_pes, losses = window(state_pes, thetas)
-        plus, minus = losses.chunk(2, dim=2)
-        persistent = torch.vmap(es.pes_gradient, in_dims=(0, 0, 1, 1, None))(eps, xi, plus, minus, sigma)
-        pes_sum, xi = pes_sum + persistent.gradient, persistent.xi
-        state_es, losses = window(state_es, thetas)
-        plus, minus = losses.mean(dim=0).chunk(2, dim=1)
-        es_sum = es_sum + torch.vmap(es.es_gradient, in_dims=(0, 0, None))(eps, plus - minus, sigma)
-        state_es = state_es[:, :pairs].repeat(1, 2, 1)
-    pes_z, es_z = (
-        (total.mean(dim=0) / windows - gradient) / (total.std(dim=0) / windows / repeats**0.5)
-        for total, gradient in ((pes_sum, whole), (es_sum, first))
-    )
-    assert float(pes_z.abs().max()) < 4.0
-    assert float(es_z.abs().max()) < 4.0
+            losses += state @ slope / steps
+        plus, minus = losses.chunk(2, dim=1)
+        direction = estimator.direction(eps, direction)
+        total += torch.vmap(es.es_gradient, in_dims=(0, 0, None))(direction, plus - minus, sigma)
+        if estimator.shares_state:
+            state = state[:, :pairs].repeat(1, 2, 1)
+    expected = first if name == "truncated_es" else whole
+    error = total.mean(dim=0) / windows - expected
+    assert float((error / (total.std(dim=0) / windows / repeats**0.5)).abs().max()) < 4.0
     assert float((whole / first).min()) > 1.5  # so the two are told apart
 
 
-def test_pes_starts_afresh_where_a_run_ends(generator: torch.Generator) -> None:
-    """Pair 0 ends at step 1 of 3: step 0 meets xi + eps, steps 1 and 2 meet eps; pair 1 goes on."""
-    eps, xi = torch.randn(2, 2, 5, generator=generator)
-    plus, minus = torch.randn(2, 3, 2, generator=generator)
-    done = torch.tensor([[False, False], [True, False], [False, False]])
-    delta = (plus - minus) / 3
-    expected = delta[0, 0] * (xi[0] + eps[0]) + (delta[1, 0] + delta[2, 0]) * eps[0] + delta[:, 1].sum() * (xi + eps)[1]
-    result = es.pes_gradient(eps, xi, plus, minus, 0.5, done)
-    torch.testing.assert_close(result.gradient, expected / 2)
-    torch.testing.assert_close(result.xi, torch.stack([eps[0], (xi + eps)[1]]))
+def test_directions() -> None:
+    eps, before = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
+    for name, estimator in es.ESTIMATORS.items():
+        assert estimator.direction(eps, None) is eps
+        assert estimator.direction(eps, before).tolist() == ([11.0, 22.0] if name == "pes" else [1.0, 2.0])

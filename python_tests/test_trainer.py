@@ -5,6 +5,10 @@ import io
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +18,28 @@ import torch
 from rich.console import Console
 
 from lopt import Theta
-from lopt.meta import checkpoint, es, lanes, plots, trainer
-from lopt.meta.config import MetaTrainConfig
-from lopt.meta.unroll import Run, map_tensors, start, unroll
-from lopt.theta import unflatten
+from lopt.meta import checkpoint, outer, pairs, plots, progress, trainer
+from lopt.meta.config import MetaTrainConfig, Phase
+from lopt.meta.executors import Executor, LocalProcesses, Serial
+from lopt.meta.pairs import Shared
+from lopt.meta.recipes import RECIPES, recipe
 
+#: Three phases, two iterations each or so; states are carried over in the second, the LSTM joins in the third.
 SMALL = MetaTrainConfig(
-    iterations=7, pairs=4, horizon=(4, 12), truncation=4, validation_runs=1, checkpoint_every=3, seed=11
+    inner_steps=600,
+    phases=(
+        Phase(0.3, (10, 30), "mlp"),
+        Phase(0.4, (20, 40), "mlp", "pes", window=10),
+        Phase(0.3, (20, 40), "all", "nres", window=10),
+    ),
+    tasks=("mixture", "teacher"),
+    pairs=3,
+    warmup=0,
+    validation_tasks=2,
+    validation_horizons=(20,),
+    validate_every=250,
+    checkpoint_every=3,
+    seed=11,
 )
 
 
@@ -30,167 +49,223 @@ def one_thread(set_num_threads: Callable[[int], None]) -> None:
     set_num_threads(1)
 
 
-def train(config: MetaTrainConfig, out: Path, resume: bool = False) -> Theta:
-    return trainer.run(config, out, resume, Console(file=io.StringIO()))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that never stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    train(SMALL, out)
+    return out
+
+
+def train(config: MetaTrainConfig, out: Path, resume: bool = False, executor: Executor | None = None) -> Theta:
+    return trainer.run(config, out, resume=resume, executor=executor, console=Console(file=io.StringIO()))
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the clock."""
+    """The lines of metrics.jsonl without the clocks."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "cpu_seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two runs left the same numbers behind, to the bit."""
+    ends = [checkpoint.load(out / "checkpoint.pt")[2] for out in (a, b)]
+    files = ("theta.safetensors", "theta_last.safetensors")
+    return (
+        metrics(a) == metrics(b)
+        and all(torch.equal(*(Theta.load(out / name).flatten() for out in (a, b))) for name in files)
+        and all(torch.equal(*pair) for pair in zip(ends[0].moments, ends[1].moments, strict=True))
+        and repr(ends[0].carries) == repr(ends[1].carries)
+    )
 
 
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("estimator", ["es", "pes"])
-@pytest.mark.parametrize("stop", [4, 6])
-def test_a_killed_and_resumed_run_is_bit_identical_to_one_that_never_stopped(
-    estimator: Any, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in the second lane of iteration ``stop``, after lines that no checkpoint covers, one of them cut short."""
-    config = dataclasses.replace(SMALL, estimator=estimator)
-    whole = train(config, tmp_path / "whole")
+class KilledAt(Serial):
+    """Ends in the middle of an iteration."""
 
-    def estimate(*args: Any) -> Any:
-        if args[4:] == (1, stop):
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def map(self, function: Any, shared: Any, items: Any) -> Any:
+        if shared.iteration == self.iteration and function is pairs.unroll_pair:
+            super().map(function, shared, items[:2])
             raise Killed
-        return original(*args)
+        return super().map(function, shared, items)
 
-    original = lanes.estimate
-    with monkeypatch.context() as patch:
-        patch.setattr(lanes, "estimate", estimate)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "killed")
-    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+
+@pytest.mark.parametrize("stop", [2, 4, 7])
+def test_a_killed_and_resumed_run_is_bit_identical_to_one_that_never_stopped(
+    stop: int, whole: Path, tmp_path: Path
+) -> None:
+    """In every phase, after lines that no checkpoint covers, one of them cut short."""
+    with pytest.raises(Killed):
+        train(SMALL, tmp_path, executor=KilledAt(stop))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 6, "meta_lo')
-    resumed = train(config, tmp_path / "killed", resume=True)
-
-    assert torch.equal(resumed.flatten(), whole.flatten())
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    assert [line["iteration"] for line in metrics(tmp_path / "whole")] == list(range(8))
-    ends = [checkpoint.load(tmp_path / name / "checkpoint.pt")[2] for name in ("whole", "killed")]
-    for a, b in zip(ends[0].lanes, ends[1].lanes, strict=True):
-        assert a is not None
-        assert b is not None
-        assert (a.run, a.stop, a.state.step) == (b.run, b.stop, b.state.step)
-        assert leaves(a) == leaves(b)
+    resumed = train(SMALL, tmp_path, resume=True)
+    assert same(tmp_path, whole)
+    assert torch.equal(resumed.flatten(), Theta.load(whole / "theta.safetensors").flatten())
 
 
-def leaves(lane: lanes.Lane) -> list[Any]:
-    found: list[Any] = []
-    map_tensors(lambda x: found.append(x.tolist()) or x, [lane.xi, *lane.state[1:]])
-    return found
+def test_sigkill_of_the_program_loses_nothing_but_time(tmp_path: Path) -> None:
+    """``lopt meta-train`` in a process of its own, killed as soon as it has a checkpoint of iteration 3."""
+    config = dataclasses.replace(SMALL, inner_steps=3000, recipe="tiny")
+    train(config, tmp_path / "whole")
+    changes = [f"{k}={json.dumps(v)}" for k, v in config.to_json().items() if k not in ("inner_steps", "seed", "init")]
+    settings = ["--inner-steps", "3000", "--seed", "11", "--set", *changes]
+    command = [sys.executable, "-m", "lopt.cli", "meta-train", "--workers", "1", "--out", str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, env=environment)
+    file = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (file.is_file() and len(file.read_bytes().splitlines()) > 5):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = checkpoint.load(tmp_path / "killed" / "checkpoint.pt")[2].iteration
+    assert reached > 0
+    train(config, tmp_path / "killed", resume=True)
+    assert same(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
-    whole = train(SMALL, tmp_path / "whole")
-    train(dataclasses.replace(SMALL, iterations=5), tmp_path / "longer")
-    longer = train(SMALL, tmp_path / "longer", resume=True)
-    assert torch.equal(longer.flatten(), whole.flatten())
+class Assassin(LocalProcesses):
+    """Kills a worker before every third iteration."""
+
+    armed = False
+
+    def map(self, function: Any, shared: Any, items: Any) -> Any:
+        if self.armed and shared.iteration % 3 == 1:
+            pid = self.workers[0].process.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        return super().map(function, shared, items)
 
 
-def test_an_iteration_is_clipped_adam_on_the_mean_estimate(tmp_path: Path) -> None:
-    """By hand, from the estimators and the unroll: two lanes of two pairs each, full runs."""
-    config = dataclasses.replace(SMALL, iterations=1, truncation=None, gradient_clip=0.3, lr=0.01)
-    trained = train(config, tmp_path)
+def test_executors_and_numbers_of_workers_give_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    """This process, one and two others; the two also while they are killed."""
+    one, two = LocalProcesses(1), Assassin(2)
+    train(SMALL, tmp_path / "one", executor=one)
+    train(SMALL, tmp_path / "two", executor=two)
+    two.armed = True
+    before = two.workers[0].process.pid
+    train(SMALL, tmp_path / "killed", executor=two)
+    assert two.workers[0].process.pid != before
+    for name in ("one", "two", "killed"):
+        assert same(tmp_path / name, whole)
+    one.close()
+    two.close()
+
+
+def test_an_iteration_is_scaled_clipped_adam_on_the_estimate(tmp_path: Path) -> None:
+    """By hand, from the units of work: the first step of Adam is lr times the sign of the gradient."""
+    phase = Phase(1.0, (10, 20), "mlp", lr=0.5)
+    config = dataclasses.replace(SMALL, inner_steps=1, phases=(phase,), gradient_clip=0.05, lr=0.01)
+    train(config, tmp_path)
     theta = Theta.init_adam("compact", seed=config.seed)
-    gradients, losses = [], []
-    for lane in range(2):
-        eps = lanes.perturbations(config, 0, lane, theta.num_floats)
-        weights = unflatten(theta.spec, es.antithetic(theta.flatten(), eps, config.sigma))
-        run = lanes.sample_run(config, 0, lane)
-        _, result = unroll(theta.spec, weights, run, start(theta.spec, weights, run), run.horizon, config.loss_limit)
-        plus, minus = result.meta[:, :2].mean(dim=0), result.meta[:, 2:].mean(dim=0)
-        gradients.append((eps * (plus - minus)[:, None]).sum(dim=0) / (2 * 2 * config.sigma))
-        losses.append(float(result.meta.mean()))
-    gradient = ((gradients[0] + gradients[1]) / 2).clamp(-0.3, 0.3)
-    step = gradient / (gradient.abs() + 1e-8)  # the first step of Adam
-    torch.testing.assert_close(trained.flatten(), theta.flatten() - 0.01 * step, rtol=0, atol=1e-6)
-    moments = checkpoint.load(tmp_path / "checkpoint.pt")[2].adam.state_dict()["state"][0]
-    torch.testing.assert_close(moments["exp_avg"], 0.1 * gradient, rtol=1e-5, atol=1e-6)
-    assert 0.1 < float((gradient.abs() == 0.3).double().mean()) < 0.9  # both sides of the clip
-    assert metrics(tmp_path)[1]["meta_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    scale = outer.scales(theta.spec, "prior", "mlp")
+    shared = Shared(config, theta.spec, theta.flatten(), scale, 0, 0, 0)
+    gradient, losses = torch.zeros(theta.num_floats), []
+    for pair in range(3):
+        result = pairs.unroll_pair(shared, (pair, None))
+        gradient += pairs.perturbation(config, 0, pair, theta.num_floats) * result.delta / (3 * 2 * config.sigma)
+        losses.append(result.meta_loss)
+    gradient = (gradient * (scale > 0)).clamp(-0.05, 0.05)
+    last = Theta.load(tmp_path / "theta_last.safetensors").flatten()
+    expected = theta.flatten() - 0.005 * scale * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(last, expected, rtol=0, atol=1e-6)
+    assert int((last != theta.flatten()).sum()) > 300
+    assert torch.equal(last[scale == 0], theta.flatten()[scale == 0])
+    moments = checkpoint.load(tmp_path / "checkpoint.pt")[2].moments
+    torch.testing.assert_close(moments.mean, 0.1 * gradient, rtol=1e-5, atol=1e-7)
+    assert 0.05 < float((gradient[scale > 0].abs() == 0.05).double().mean()) < 0.95  # both sides of the clip
+    line = metrics(tmp_path)[1]
+    assert line["meta_loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+    assert line["lr"] == 0.005
 
 
-def test_training_lowers_the_meta_loss_on_its_tasks(tmp_path: Path) -> None:
-    """25 iterations on two tasks; before and after on runs of these tasks with other seeds, the same for both."""
-    config = MetaTrainConfig(
-        iterations=25,
-        tasks=("quadratic", "mixture"),
-        num_tasks=2,
-        pairs=16,
-        horizon=(20, 20),
-        lr=5e-3,
-        validation_runs=1,
-    )
-    after, before = train(config, tmp_path), Theta.init_adam("compact", config.seed)
-    tasks = {lanes.sample_run(config, iteration, lane).task for iteration in range(6) for lane in range(2)}
-    assert len(tasks) == 2
-    runs = [[Run(task, seed, 20, 20) for seed in range(1000, 1006)] for task in tasks]
-    thetas = torch.stack([before.flatten(), after.flatten()])
-    losses = torch.stack([lanes.evaluate(before.spec, thetas, of_task, config.loss_limit) for of_task in runs])
-    assert float((losses[..., 1] / losses[..., 0]).max()) < 1.0  # every run
-    before_after = losses.mean(dim=1)  # [tasks, 2]
-    assert float((before_after[:, 1] / before_after[:, 0]).max()) < 0.75
+def test_training_lowers_the_loss_on_tasks_never_trained_on(tmp_path: Path) -> None:
+    phases = (Phase(1.0, (20, 60), "mlp"),)
+    config = recipe("tiny", inner_steps=40_000, phases=phases, validation_horizons=(60,), validate_every=10**9)
+    theta = train(config, tmp_path)
+    first, best = (theta.provenance["validation"][name] for name in ("first", "best"))
+    assert best < first - 0.05
 
 
-def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
-    theta = train(SMALL, tmp_path)
-    saved = Theta.load(tmp_path / "theta.safetensors")
-    assert torch.equal(saved.flatten(), theta.flatten())
-    assert saved.provenance == theta.provenance
-    assert MetaTrainConfig.from_json(saved.provenance["config"]) == SMALL
-    assert saved.provenance["inner_steps"] == 7 * 2 * 4 * 4  # iterations, lanes, runs, steps
-    assert saved.provenance["cpu_seconds"] > 0
-    lines = metrics(tmp_path)
-    assert [line["iteration"] for line in lines if "validation" in line] == [0, 3, 6, 7]
-    assert saved.provenance["validation"] == {"first": lines[0]["validation"], "last": lines[7]["validation"]}
-    runs = lanes.validation_set(SMALL)
-    again = float(lanes.evaluate(theta.spec, theta.flatten()[None], runs, SMALL.loss_limit).mean())
-    assert lines[7]["validation"] == pytest.approx(again, rel=1e-6)
-    assert MetaTrainConfig.from_json(json.loads((tmp_path / "config.json").read_text())["config"]) == SMALL
-    assert (tmp_path / "meta_loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert torch.equal(content["theta"], theta.flatten())
-    assert content["iteration"] == 7
+def test_what_a_run_leaves_behind(whole: Path) -> None:
+    best, last = (Theta.load(whole / f"{name}.safetensors") for name in ("theta", "theta_last"))
+    lines = metrics(whole)
+    scores = {line["iteration"]: line["validation"] for line in lines if "validation" in line}
+    steps = [line["inner_steps"] for line in lines]
+    crossed = [i for i in range(1, len(steps)) if steps[i] // 250 > steps[i - 1] // 250]
+    assert list(scores) == [0, *dict.fromkeys([*crossed, len(lines) - 1])]
+    assert [line["iteration"] for line in lines] == list(range(len(lines)))
+    assert sorted({line["phase"] for line in lines[1:]}) == [0, 1, 2]
+    assert steps[-2] < 600 <= steps[-1]
+    chosen = min(scores, key=lambda iteration: scores[iteration])
+    assert best.provenance["iteration"] == chosen
+    assert best.provenance["validation"] == {"first": scores[0], "best": scores[chosen]}
+    shared = Shared(SMALL, last.spec, last.flatten(), torch.zeros(0), 0, 0, 0)
+    again = [pairs.validate_task(shared, index)[0] for index in range(2)]
+    mean = sum(score.final for found in again for score in found) / 4
+    assert lines[-1]["validation"] == pytest.approx(mean, abs=1e-12)
+    assert lines[-1]["final_20_told"] == pytest.approx((again[0][0].final + again[1][0].final) / 2, abs=1e-12)
+    for theta, name in ((best, "theta"), (last, "theta_last")):
+        assert json.loads((whole / f"{name}.json").read_text()) == theta.provenance
+        assert MetaTrainConfig.from_json(theta.provenance["config"]) == SMALL
+        assert theta.provenance["inner_steps"] == steps[-1]
+        assert theta.provenance["cpu_seconds"] > 0
+    assert MetaTrainConfig.from_json(json.loads((whole / "config.json").read_text())["config"]) == SMALL
+    assert (whole / "meta_loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_starting_from_a_file_warms_up_adam_first(whole: Path, tmp_path: Path) -> None:
+    source = whole / "theta.safetensors"
+    config = dataclasses.replace(SMALL, init=str(source), warmup_from_file=1000)
+    theta = train(config, tmp_path)
+    assert torch.equal(theta.flatten(), Theta.load(source).flatten())
+    moments = checkpoint.load(tmp_path / "checkpoint.pt")[2].moments
+    assert float(moments.gradients.max()) == len(metrics(tmp_path)) - 1
+    assert float(moments.square.min()) > 0
+    assert len(theta.provenance["start_sha256"]) == 64
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(dataclasses.replace(SMALL, iterations=3), tmp_path)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    path = tmp_path / "checkpoint.pt"
+    theta = Theta.init("compact")
+    state = checkpoint.TrainState.begin(SMALL, theta.flatten())
+    checkpoint.save(path, SMALL, theta.spec, state)
+    before = path.read_bytes()
 
     def save(content: Any, file: Any) -> None:
         file.write(b"half a checkpoint")
         raise Killed
 
-    state = checkpoint.load(tmp_path / "checkpoint.pt")[2]
-    spec = Theta.init("compact").spec
     for patched, name, replacement in ((torch, "save", save), (os, "replace", lambda *_: save(None, io.BytesIO()))):
         with monkeypatch.context() as patch:
             patch.setattr(patched, name, replacement)
             with pytest.raises(Killed):
-                checkpoint.save(tmp_path / "checkpoint.pt", SMALL, spec, state)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+                checkpoint.save(path, SMALL, theta.spec, state)
+    assert path.read_bytes() == before
 
 
 def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="to resume from; start anew, in an empty folder"):
         train(SMALL, tmp_path, resume=True)
-    short = dataclasses.replace(SMALL, iterations=1)
+    short = dataclasses.replace(SMALL, inner_steps=1)
     train(short, tmp_path)
     with pytest.raises(FileExistsError, match="holds a meta-training run already; resume it or choose another folder"):
         train(short, tmp_path)
-    with pytest.raises(ValueError, match=r"sigma: the run in .* was begun with 0.01, cannot go on with 0.5"):
-        train(dataclasses.replace(short, sigma=0.5), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"sigma: the run in .* was begun with 0\.05, cannot go on with 0\.1"):
+        train(dataclasses.replace(short, sigma=0.1), tmp_path, resume=True)
     path = tmp_path / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
-    torch.save({**content, "version": 99}, path)
-    with pytest.raises(ValueError, match="has version 99, this version of lopt reads version 1"):
+    torch.save({**content, "version": 1}, path)
+    with pytest.raises(ValueError, match="has version 1, this version of lopt reads version 2"):
         checkpoint.load(path)
-    torch.save({name: value for name, value in content.items() if name != "lanes"}, path)
-    with pytest.raises(ValueError, match=r"has no entries \['lanes'\]"):
+    torch.save({name: value for name, value in content.items() if name != "moments"}, path)
+    with pytest.raises(ValueError, match=r"has no entries \['moments'\]"):
         checkpoint.load(path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="is damaged or no checkpoint of meta-training"):
@@ -201,49 +276,89 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
     ("field", "value", "message"),
     [
         ("preset", "huge", "preset: expected one of .* got 'huge'"),
-        ("estimator", "spsa", "estimator: expected one of .* got 'spsa'"),
-        ("iterations", 0, "iterations: expected a positive number, got 0"),
-        ("truncation", -1, "truncation: expected a positive number, got -1"),
-        ("truncation", 500, "truncation: expected at most the longest horizon 120, got 500"),
+        ("objective", "test", "objective: expected one of .* got 'test'"),
+        ("inner_steps", 0, "inner_steps: expected a positive number, got 0"),
         ("sigma", 0.0, "sigma: expected a positive number, got 0.0"),
         ("lr", math.nan, "lr: expected a positive number, got nan"),
         ("tasks", ("image",), r"tasks: expected some of .* got \['image'\]"),
-        ("pairs", 3, r"pairs: expected a multiple of tasks_per_iteration \(2\), got 3"),
-        ("horizon", (9, 3), r"horizon: expected shortest and longest length .* got \(9, 3\)"),
         ("tell_horizon", 1.5, "tell_horizon: expected a share between 0 and 1, got 1.5"),
         ("seed", -1, "seed: expected a non-negative integer, got -1"),
+        ("betas", (0.9, 1.0), r"betas: expected two decays in \[0, 1\), got \(0.9, 1.0\)"),
+        ("phases", (Phase(0.5, (1, 2)),), r"phases: expected shares that add up to 1, got \[0.5\]"),
+        ("validation_horizons", (), r"validation_horizons: expected positive lengths, got \(\)"),
     ],
 )
 def test_a_bad_setting_is_named(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(MetaTrainConfig(), **{field: value})
+        dataclasses.replace(SMALL, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"estimator": "spsa"}, "estimator: expected one of .* got 'spsa'"),
+        ({"groups": "bias"}, "groups: expected one of .* got 'bias'"),
+        ({"horizon": (9, 3)}, r"horizon: expected shortest and longest length .* got \(9, 3\)"),
+        ({"window": 5}, "window: expected None for es and a number of steps for others, got 5"),
+        ({"estimator": "pes"}, "window: expected None for es and a number of steps for others, got None"),
+        ({"estimator": "pes", "window": 21}, "window: expected 1 to the longest horizon 20, got 21"),
+        ({"share": 0}, "share: expected a positive number, got 0"),
+    ],
+)
+def test_a_bad_phase_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Phase(**{"share": 1.0, "horizon": (10, 20), **settings})
 
 
 def test_config_survives_json_and_refuses_other_fields() -> None:
-    config = dataclasses.replace(SMALL, tasks=("teacher", "teacher", "quadratic"))
-    values = json.loads(json.dumps(config.to_json()))
-    assert MetaTrainConfig.from_json(values) == config
+    values = json.loads(json.dumps(SMALL.to_json()))
+    assert MetaTrainConfig.from_json(values) == SMALL
     with pytest.raises(ValueError, match=r"unknown fields \['sigmas'\], missing fields \['sigma'\]"):
         MetaTrainConfig.from_json({**{k: v for k, v in values.items() if k != "sigma"}, "sigmas": 1})
 
 
-def test_progress_is_plain_off_a_terminal_and_live_on_one(tmp_path: Path) -> None:
+def test_phases_and_learning_rate_follow_the_budget() -> None:
+    assert [SMALL.phase_at(steps) for steps in (0, 179, 180, 419, 420, 600, 700)] == [0, 0, 1, 1, 2, 2, 2]
+    half = dataclasses.replace(SMALL, phases=(Phase(0.5, (1, 2)), Phase(0.5, (1, 2), lr=0.5)), lr=1.0)
+    assert [half.lr_at(steps) for steps in (0, 150, 300, 600)] == pytest.approx([1.0, 0.775, 0.275, 0.05])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_whole(name: str) -> None:
+    config = recipe(name, inner_steps=100)
+    assert (config.recipe, config.inner_steps) == (name, 100)
+    assert config.objective == ("train" if name == "train-loss" else "held_out")
+    assert config.preset == ("paper" if name == "paper" else "compact")
+    with pytest.raises(ValueError, match="recipe: expected one of"):
+        recipe("Default")
+    with pytest.raises(ValueError, match=r"recipe: unknown fields \['pair'\]"):
+        recipe(name, pair=3)
+    if name != "tiny":
+        with pytest.raises(ValueError, match=r"inner_steps: recipe '.*' needs a budget"):
+            recipe(name)
+
+
+def test_progress_is_plain_off_a_terminal_and_live_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     plain, live = io.StringIO(), io.StringIO()
-    trainer.run(dataclasses.replace(SMALL, iterations=3), tmp_path / "a", console=Console(file=plain))
-    lines = plain.getvalue().splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"iteration {i}/3" for i in (1, 2, 3)]
-    last = metrics(tmp_path / "a")[-1]
-    assert f"meta-loss {last['meta_loss']:.4f}, validation {last['validation']:.4f}" in lines[-1]
-    assert lines[-1].endswith("0 diverged, 0 s left")
-    terminal = Console(file=live, force_terminal=True, width=120)
-    trainer.run(dataclasses.replace(SMALL, iterations=3), tmp_path / "b", console=terminal)
-    assert "3/3" in live.getvalue()
-    assert f"meta-loss {last['meta_loss']:.4f}" in live.getvalue()
+    trainer.run(SMALL, tmp_path / "a", console=Console(file=plain))
+    lines, last = plain.getvalue().splitlines(), metrics(tmp_path / "a")[-1]
+    assert len(lines) == last["iteration"]
+    assert lines[-1].startswith(f"100% iteration {last['iteration']}, phase 3: meta-loss ")
+    assert f"validation {last['validation']:.4f}, " in lines[-1]
+    assert lines[-1].endswith(" inner steps/s, 0 diverged, 0:00:00 left")
+    trainer.run(SMALL, tmp_path / "b", console=Console(file=live, force_terminal=True, width=160))
+    assert "100%" in live.getvalue()
+    assert f"validation {last['validation']:.4f}" in live.getvalue()
+
+
+def test_the_speed_is_measured_without_training() -> None:
+    assert trainer.measure_speed(SMALL, Serial(), seconds=0.2) > 100.0
 
 
 def test_threads_are_put_back(tmp_path: Path, set_num_threads: Callable[[int], None]) -> None:
     set_num_threads(2)
-    train(dataclasses.replace(SMALL, iterations=1), tmp_path)
+    train(dataclasses.replace(SMALL, inner_steps=1), tmp_path)
     assert torch.get_num_threads() == 2
 
 

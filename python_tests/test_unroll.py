@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lopt import LearnedOptimizer, Theta
-from lopt.meta.unroll import Run, map_tensors, normalise, start, unroll
+from lopt.meta.unroll import Run, RunState, map_tensors, start, unroll
 from lopt.tasks import Batch, Task
 from lopt.tasks.synthetic import Perceptron, Quadratic
 from lopt.tasks.task import SplitName
@@ -68,7 +68,7 @@ def test_unroll_is_the_learned_optimizer_in_a_plain_loop(preset: str, total_step
     theta, thetas, task = theta.to(dtype=torch.float64), thetas.double(), Double(TASK)
     run = Run(task, seed=5, horizon=25, total_steps=total_steps)
     weights = unflatten(theta.spec, thetas)
-    state, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 25, loss_limit=3.0)
+    state, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 25)
     close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
     for row in range(3):
         params = {name: value.requires_grad_() for name, value in task.init(5).items()}
@@ -83,12 +83,11 @@ def test_unroll_is_the_learned_optimizer_in_a_plain_loop(preset: str, total_step
             loss = task.loss(params, next(train))
             loss.backward()
             optimizer.step(loss=loss.detach())
-            meta = task.loss(params, next(outer)).detach() / task.initial_loss(5)
-            close(losses.train[step, row], loss.detach())
-            close(losses.meta[step, row], meta)
+            close(losses.train[row, step], loss.detach())
+            close(losses.outer[row, step], task.loss(params, next(outer)).detach())
         for name, value in params.items():
             close(state.params[name][row], value.detach())
-    assert float(losses.meta[-1].std()) > 1e-4  # the thetas do differ
+    assert float(losses.outer[:, -1].std()) > 1e-4  # the thetas do differ
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,8 @@ def test_unroll_replays_the_authors_recorded_run(golden: Callable[[str], Any]) -
     state = start(spec, unflatten(spec, torch.stack([other, first, other])), run)
     weights = unflatten(spec, torch.stack([other, theta, other]))
     for step in range(5):
-        state, losses = unroll(spec, weights, run, state, 1, loss_limit=10.0)
-        assert float(losses.train[0, 1]) == pytest.approx(float(z["loss_plus"][0, step, 2]), rel=1e-6)
+        state, losses = unroll(spec, weights, run, state, 1)
+        assert float(losses.train[1, 0]) == pytest.approx(float(z["loss_plus"][0, step, 2]), rel=1e-6)
         for name in "ab":
             error = np.abs(state.params[name][1].numpy() - z[f"params_plus|{name}"][step]).max()
             assert error < 1e-6
@@ -151,14 +150,14 @@ def test_windows_make_the_same_run_to_the_bit(windows: tuple[int, ...]) -> None:
     theta, thetas = population("compact", rows=4)
     weights = unflatten(theta.spec, thetas)
     run = Run(TASK, seed=2, horizon=25, total_steps=25)
-    whole, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 25, loss_limit=3.0)
+    whole, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 25)
     state, parts = start(theta.spec, weights, run), []
     for steps in windows:
-        state, part = unroll(theta.spec, weights, run, state, steps, loss_limit=3.0)
+        state, part = unroll(theta.spec, weights, run, state, steps)
         parts.append(part)
     assert state.step == 25
     assert equal(state[1:], whole[1:])
-    assert torch.equal(torch.cat([part.meta for part in parts]), losses.meta)
+    assert torch.equal(torch.cat([part.outer for part in parts], dim=1), losses.outer)
 
 
 def test_the_same_theta_twice_is_the_same_run_twice() -> None:
@@ -166,11 +165,9 @@ def test_the_same_theta_twice_is_the_same_run_twice() -> None:
     theta, thetas = population("compact", rows=3)
     weights = unflatten(theta.spec, thetas[[0, 1, 0, 2]])
     run = Run(TASK, seed=2, horizon=12)
-    state, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 12, loss_limit=3.0)
-    assert torch.equal(losses.meta[:, 0], losses.meta[:, 2])
-    assert not torch.equal(losses.meta[:, 0], losses.meta[:, 1])
-    assert equal(state.select(torch.tensor([0, 0, 3]))[1:], state.select(torch.tensor([2, 0, 3]))[1:])
-    assert state.select(torch.tensor([3, 1])).params["w0"].shape == (2, 6, 9)
+    _, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 12)
+    assert torch.equal(losses.outer[0], losses.outer[2])
+    assert not torch.equal(losses.outer[0], losses.outer[1])
 
 
 @pytest.mark.parametrize(("steps", "valid_every", "expected"), [(20, 10, 2), (21, 10, 3), (7, 1, 7), (9, 0, 0)])
@@ -178,27 +175,50 @@ def test_validation_losses_are_observed_every_so_many_steps(steps: int, valid_ev
     theta, thetas = population("compact", rows=1)
     weights = unflatten(theta.spec, thetas)
     run = Run(TASK, seed=0, horizon=30, valid_every=valid_every)
-    state, _ = unroll(theta.spec, weights, run, start(theta.spec, weights, run), steps, loss_limit=3.0)
+    state, _ = unroll(theta.spec, weights, run, start(theta.spec, weights, run), steps)
     assert state.optimizer.globals.valid_loss[0, 2] == expected
     assert state.optimizer.globals.train_loss[0, 2] == steps
 
 
-def test_normalised_loss_is_clipped_and_never_anything_but_a_number() -> None:
-    loss = torch.tensor([1.0, 4.0, 9.0, -1.0, math.inf, -math.inf, math.nan])
-    assert normalise(loss, 2.0, 3.0).tolist() == [0.5, 2.0, 3.0, 0.0, 3.0, 3.0, 3.0]
+def test_loss_every_only_thins_out() -> None:
+    theta, thetas = population("compact", rows=2)
+    weights = unflatten(theta.spec, thetas)
+    every, fifth = (Run(TASK, seed=2, horizon=20, loss_every=number) for number in (1, 5))
+    _, dense = unroll(theta.spec, weights, every, start(theta.spec, weights, every), 20)
+    _, thin = unroll(theta.spec, weights, fifth, start(theta.spec, weights, fifth), 20)
+    assert torch.equal(thin.outer, dense.outer[:, 4::5])
+    assert torch.equal(thin.train, dense.train)
+    with pytest.raises(ValueError, match="steps: expected a multiple of loss_every=5, got 7"):
+        unroll(theta.spec, weights, fifth, start(theta.spec, weights, fifth), 7)
 
 
-def test_a_diverging_run_is_counted_and_harms_no_other() -> None:
+def test_a_diverging_run_stays_so_and_harms_no_other() -> None:
     theta, thetas = population("compact", rows=3)
     thetas[1, -1] = math.nan  # step.b, the last component: every update is NaN
-    run = Run(Quadratic(seed=0), seed=0, horizon=8)
+    run = Run(Quadratic(seed=0), seed=0, horizon=9)
     weights = unflatten(theta.spec, thetas)
-    _, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 8, loss_limit=3.0)
+    state, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 8)
     healthy = unflatten(theta.spec, thetas[[0, 0, 2]])
-    _, expected = unroll(theta.spec, healthy, run, start(theta.spec, healthy, run), 8, loss_limit=3.0)
-    assert losses.diverged.tolist() == [False, True, False]
-    assert losses.meta[:, 1].tolist() == [3.0] * 8
-    assert torch.equal(losses.meta[:, [0, 2]], expected.meta[:, [0, 2]])
+    _, expected = unroll(theta.spec, healthy, run, start(theta.spec, healthy, run), 8)
+    assert math.isfinite(losses.train[1, 0])
+    assert bool(losses.train[1, 1:].isnan().all())
+    assert bool(losses.outer[1].isnan().all())
+    assert bool(state.params["x"][1].isnan().all())
+    for name in ("outer", "train"):
+        assert torch.equal(getattr(losses, name)[[0, 2]], getattr(expected, name)[[0, 2]])
+    back = unflatten(theta.spec, thetas[[0, 0, 0]])
+    _, later = unroll(theta.spec, back, run, state, 1)
+    assert later.outer.isfinite().tolist() == [[True], [False], [True]]
+
+
+def test_a_packed_state_is_the_same_state() -> None:
+    theta, thetas = population("compact", rows=2)
+    weights = unflatten(theta.spec, thetas)
+    run = Run(TASK, seed=0, horizon=8)
+    state, _ = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 3)
+    again = RunState.unpack(3, state.pack())
+    assert again.step == 3
+    assert equal(again[1:], state[1:])
 
 
 @pytest.mark.parametrize("steps", [0, 7])
@@ -206,9 +226,9 @@ def test_a_window_stays_inside_the_run(steps: int) -> None:
     theta, thetas = population("compact", rows=1)
     weights = unflatten(theta.spec, thetas)
     run = Run(TASK, seed=0, horizon=8)
-    state, _ = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 2, loss_limit=3.0)
+    state, _ = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 2)
     with pytest.raises(ValueError, match=f"steps: expected 1 to 6, at step 2 of 8, got {steps}"):
-        unroll(theta.spec, weights, run, state, steps, loss_limit=3.0)
+        unroll(theta.spec, weights, run, state, steps)
 
 
 def test_map_tensors_keeps_the_kinds_of_containers() -> None:

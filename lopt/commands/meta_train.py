@@ -1,38 +1,116 @@
 """``lopt meta-train``: meta-train theta on synthetic tasks."""
 
-from dataclasses import dataclass, field
+import json
+import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from lopt.commands.common import Command, Outcome, say
 from lopt.commands.weights import describe_theta
-from lopt.meta.trainer import MetaTrainConfig, read_metrics, run
+from lopt.meta import checkpoint, trainer
+from lopt.meta.config import MetaTrainConfig
+from lopt.meta.executors import Executor, LocalProcesses, Serial, usable_cores
+from lopt.meta.metrics import read_metrics
+from lopt.meta.recipes import recipe
+
+RecipeName = Literal["default", "train-loss", "paper", "tiny"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetaTrain(Command):
     """Meta-train theta by evolution strategies on small synthetic tasks.
 
-    Writes theta.safetensors, metrics.jsonl, meta_loss.png, config.json and checkpoint.pt. lopt train --theta
-    tries the result.
+    Writes theta.safetensors (the best on the validation tasks), theta_last.safetensors, metrics.jsonl, meta_loss.png,
+    config.json and checkpoint.pt. lopt train --theta tries the result.
     """
+
+    recipe: RecipeName | None = None
+    """Settings to begin with; default if none is named."""
 
     out: Path = Path("runs/meta-train")
     """Folder for everything the run leaves behind."""
 
-    resume: bool = False
-    """Go on from the checkpoint in --out; give the same options as before."""
+    hours: float | None = None
+    """Budget in hours of wall time. Converted once, by a short measurement, to a number of inner steps: that is the
+    budget, so results do not depend on a clock. One hour if neither this nor --inner-steps is given."""
 
-    config: Annotated[MetaTrainConfig, tyro.conf.arg(name="")] = field(default_factory=MetaTrainConfig)
+    inner_steps: int | None = None
+    """Budget in inner steps, for a run that can be repeated exactly."""
+
+    resume: bool = False
+    """Go on from the checkpoint in --out, with its settings; settings given as well must agree with them."""
+
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Theta to start from, a file or a shipped name, instead of Adam."""
+
+    seed: int | None = None
+    """Every random number derives from it; 0 if not given."""
+
+    workers: int | None = None
+    """Processes that make inner runs; as many as there are cores if not given. Results do not depend on it."""
+
+    set: tuple[str, ...] = ()
+    """More settings, as NAME=VALUE with the value in JSON, for instance pairs=32 weighting="last"."""
 
     def run(self, console: Console) -> Outcome:
-        theta = run(self.config, self.out, resume=self.resume, console=console)
+        given = self._given()
+        workers = usable_cores() if self.workers is None else self.workers
+        executor: Executor = Serial() if workers == 1 else LocalProcesses(workers)
+        try:
+            config = self._resumed(given) if self.resume else self._begun(given, executor, console)
+            command = shlex.join(["lopt", *sys.argv[1:]])
+            theta = trainer.run(
+                config, self.out, resume=self.resume, executor=executor, console=console, command=command
+            )
+        finally:
+            executor.close()
         path = self.out / "theta.safetensors"
-        before, after = (theta.provenance["validation"][name] for name in ("first", "last"))
-        say(console, f"Validation loss (1 = initial): {before:.4f} at the start, {after:.4f} at the end")
+        before, after = (theta.provenance["validation"][name] for name in ("first", "best"))
+        say(console, f"Validation, log of final loss / initial loss: {before:.4f} at the start, {after:.4f} at best")
         say(console, f"Wrote {describe_theta(str(path), theta)}")
         numbers = {"command": "meta-train", "theta": path, "provenance": theta.provenance}
         return Outcome(0, {**numbers, "metrics": read_metrics(self.out)})
+
+    def _given(self) -> dict[str, Any]:
+        """Fields of the configuration that the command line names."""
+        if self.hours is not None and self.inner_steps is not None:
+            raise ValueError("hours, inner_steps: expected one of them, got both")
+        if self.hours is not None and not self.hours > 0:
+            raise ValueError(f"hours: expected a positive number, got {self.hours}")
+        named = {"recipe": self.recipe, "inner_steps": self.inner_steps, "init": self.from_, "seed": self.seed}
+        given = {name: value for name, value in named.items() if value is not None}
+        for setting in self.set:
+            name, _, text = setting.partition("=")
+            try:
+                given[name] = json.loads(text)
+            except json.JSONDecodeError:
+                given[name] = text
+        return given
+
+    def _begun(self, given: dict[str, Any], executor: Executor, console: Console) -> MetaTrainConfig:
+        name = given.pop("recipe", "default")
+        if "inner_steps" in given or (name == "tiny" and self.hours is None):
+            return recipe(name, **given)
+        hours = self.hours or 1.0
+        seconds = min(10.0, 36.0 * hours)  # at most a hundredth of the budget
+        speed = trainer.measure_speed(recipe(name, **given, inner_steps=1), executor, seconds)
+        steps = max(1, round(speed * hours * 3600.0))
+        say(console, f"{speed:,.0f} inner steps/s: {hours:g} h are --inner-steps {steps}")
+        return recipe(name, **given, inner_steps=steps)
+
+    def _resumed(self, given: dict[str, Any]) -> MetaTrainConfig:
+        config = checkpoint.load(self.out / "checkpoint.pt")[0]
+        begun = config.to_json()
+        for name, value in given.items():
+            if name not in begun:
+                raise ValueError(f"set: unknown setting {name!r}, expected some of {sorted(begun)}")
+            if value != begun[name]:
+                raise ValueError(
+                    f"{name}: the run in {str(self.out)!r} was begun with {begun[name]!r}, cannot go on with {value!r}"
+                )
+        return config

@@ -8,58 +8,54 @@ the pair. A run that continues from a checkpoint is bit-identical to one that ne
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lopt import reference
 from lopt.meta.config import MetaTrainConfig
-from lopt.meta.lanes import Lane
-from lopt.meta.unroll import Run, RunState
-from lopt.tasks.synthetic import task_from_config
-from lopt.tensor_lstm import Globals, Rows
+from lopt.meta.outer import Moments
+from lopt.meta.pairs import Carry
 from lopt.theta import ThetaSpec
 
-VERSION = 1  # raised when old checkpoints cannot be continued as they are
+VERSION = 2  # raised when old checkpoints cannot be continued as they are
 
 
+@dataclass
 class TrainState:
-    """A meta-training run after ``iteration`` iterations.
+    """A meta-training run after ``iteration`` iterations."""
 
-    Args:
-        theta: ``[P]``, copied.
-        lr: learning rate of the outer optimizer.
-        lanes: None for a lane that has not begun.
-    """
+    theta: Tensor  # [P]
+    moments: Moments
+    best: Tensor  # [P] theta with the lowest validation score
+    carries: list[Carry | None]  # of each pair
+    iteration: int = 0
+    phase: int = 0
+    phase_begun: int = 0  # iteration
+    inner_steps: int = 0
+    divergences: int = 0
+    cpu_seconds: float = 0.0
+    validation: dict[int, float] = field(default_factory=dict)  # iteration -> score
 
-    def __init__(self, theta: Tensor, lr: float, lanes: Sequence[Lane | None]) -> None:
-        self.theta = theta.detach().clone().requires_grad_()
-        self.adam = torch.optim.Adam([self.theta], lr=lr)
-        self.lanes = list(lanes)
-        self.iteration = 0
-        self.inner_steps = 0
-        self.divergences = 0
-        self.cpu_seconds = 0.0
-        self.validation: dict[int, float] = {}  # iteration -> meta-loss on the validation runs
+    @classmethod
+    def begin(cls, config: MetaTrainConfig, theta: Tensor) -> "TrainState":
+        """The state before the first iteration."""
+        return cls(theta, Moments.zeros(len(theta)), theta, [None] * config.pairs)
 
-
-COUNTERS = ("iteration", "inner_steps", "divergences", "cpu_seconds", "validation")
+    @property
+    def best_iteration(self) -> int:
+        """The iteration after which theta was ``best``."""
+        return min(self.validation, key=lambda iteration: (self.validation[iteration], iteration))
 
 
 def save(path: Path, config: MetaTrainConfig, spec: ThetaSpec, state: TrainState) -> None:
     """Write a checkpoint; a crash at any moment leaves the old file or the new one."""
-    content = {
-        "version": VERSION,
-        "config": json.dumps(config.to_json()),
-        "spec": json.dumps(spec.to_json()),
-        "theta": state.theta.detach(),
-        "adam": state.adam.state_dict(),
-        **{name: getattr(state, name) for name in COUNTERS},
-        "lanes": [None if lane is None else _pack(lane) for lane in state.lanes],
-    }
+    content = {entry.name: getattr(state, entry.name) for entry in fields(state)}
+    content["moments"] = state.moments._asdict()
+    content["carries"] = [None if carry is None else carry._asdict() for carry in state.carries]
+    content |= {"version": VERSION, "config": json.dumps(config.to_json()), "spec": json.dumps(spec.to_json())}
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         torch.save(content, file)
@@ -78,42 +74,17 @@ def load(path: Path) -> tuple[MetaTrainConfig, ThetaSpec, TrainState]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no file {str(path)!r} to resume from; start anew, in an empty folder")
     try:
-        content = torch.load(path, weights_only=True)
-        version = content["version"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        content: dict[str, Any] = torch.load(path, weights_only=True)
+        version = content.pop("version")
+    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint: {path} is damaged or no checkpoint of meta-training ({error})") from error
     if version != VERSION:
         raise ValueError(f"checkpoint: {path} has version {version}, this version of lopt reads version {VERSION}")
-    missing = sorted({"config", "spec", "theta", "adam", "lanes", *COUNTERS} - content.keys())
+    missing = sorted({"config", "spec", *(entry.name for entry in fields(TrainState))} - content.keys())
     if missing:
         raise ValueError(f"checkpoint: {path} has no entries {missing}; it is damaged")
-    config = MetaTrainConfig.from_json(json.loads(content["config"]))
-    spec = ThetaSpec.from_json(json.loads(content["spec"]))
-    lanes = [None if packed is None else _unpack(packed) for packed in content["lanes"]]
-    state = TrainState(content["theta"], config.lr, lanes)
-    state.adam.load_state_dict(content["adam"])
-    for name in COUNTERS:
-        setattr(state, name, content[name])
-    return config, spec, state
-
-
-def _pack(lane: Lane) -> dict[str, Any]:
-    run, optimizer = lane.run, lane.state.optimizer
-    return {
-        "task": json.dumps(run.task.config),
-        "run": [run.seed, run.horizon, run.total_steps, run.valid_every],
-        "stop": lane.stop,
-        "xi": lane.xi,
-        "step": lane.state.step,
-        "params": lane.state.params,
-        "globals": optimizer.globals._asdict(),
-        "rows": optimizer.rows._asdict(),
-        "mom": optimizer.mom,
-        "rms": optimizer.rms,
-    }
-
-
-def _unpack(packed: dict[str, Any]) -> Lane:
-    run = Run(task_from_config(json.loads(packed["task"])), *packed["run"])
-    optimizer = reference.State(Globals(**packed["globals"]), Rows(**packed["rows"]), packed["mom"], packed["rms"])
-    return Lane(run, packed["stop"], RunState(packed["step"], packed["params"], optimizer), packed["xi"])
+    config = MetaTrainConfig.from_json(json.loads(content.pop("config")))
+    spec = ThetaSpec.from_json(json.loads(content.pop("spec")))
+    content["moments"] = Moments(**content["moments"])
+    content["carries"] = [None if carry is None else Carry(**carry) for carry in content["carries"]]
+    return config, spec, TrainState(**content)

@@ -4,9 +4,55 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from lopt.tasks.synthetic import FAMILIES, Family
+from lopt.meta.es import ESTIMATORS, EstimatorName
+from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
+
+Groups = Literal["mlp", "lstm", "all"]
+Objective = Literal["held_out", "train"]
+Weighting = Literal["mean", "linear", "last"]
+Scaling = Literal["prior", "none"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run: what is trained, on runs of which length, by which estimator.
+
+    Raises:
+        ValueError: a field is out of range, with the bad value.
+    """
+
+    share: float
+    """Share of the budget of inner steps."""
+
+    horizon: tuple[int, int]
+    """Shortest and longest inner run in steps; lengths are drawn log-uniformly in between."""
+
+    groups: Groups = "all"
+    """Tensors of theta that are trained: ``mlp`` (MLP, skip, step control), ``lstm`` (all others) or both."""
+
+    estimator: EstimatorName = "es"
+    """Meta-gradient estimator, see :mod:`lopt.meta.es`; ``es`` looks at whole runs, the others at windows."""
+
+    window: int | None = None
+    """Inner steps between two updates of theta; none for ``es``. Lengths are rounded to whole windows."""
+
+    lr: float = 1.0
+    """Factor of the learning rate."""
+
+    def __post_init__(self) -> None:
+        lengths: tuple[int, ...] = tuple(self.horizon)
+        object.__setattr__(self, "horizon", lengths)
+        _one_of("groups", self.groups, get_args(Groups))
+        _one_of("estimator", self.estimator, tuple(ESTIMATORS))
+        _positive(self, "share", "lr")
+        if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
+            raise ValueError(f"horizon: expected shortest and longest length with 1 <= shortest, got {lengths}")
+        if (self.window is None) != (self.estimator == "es"):
+            raise ValueError(f"window: expected None for es and a number of steps for others, got {self.window}")
+        if self.window is not None and not 1 <= self.window <= lengths[1]:
+            raise ValueError(f"window: expected 1 to the longest horizon {lengths[1]}, got {self.window}")
 
 
 @dataclass(frozen=True)
@@ -17,99 +63,139 @@ class MetaTrainConfig:
         ValueError: a field is out of range, with the bad value.
     """
 
+    inner_steps: int
+    """The budget: the run ends when the inner runs of all perturbed thetas together have made so many steps.
+
+    Phases and learning rate follow the share of it that is used, so that nothing depends on a clock."""
+
+    phases: tuple[Phase, ...]
+    """The curriculum; the shares add up to 1."""
+
+    recipe: str = "custom"
+    """Name of the recipe the settings began as, see :mod:`lopt.meta.recipes`."""
+
     preset: Literal["compact", "paper"] = "compact"
-    """Architecture of the learned optimizer."""
+    """Architecture of the learned optimizer, unless ``init`` is a file."""
 
-    init: Literal["adam", "random"] = "adam"
-    """Where theta starts: as an imitation of Adam, or at random as in the paper."""
+    init: str = "adam"
+    """Where theta starts: ``adam``, an imitation of Adam; ``random``, as in the paper; or a theta file."""
 
-    estimator: Literal["es", "pes"] = "es"
-    """Meta-gradient: antithetic evolution strategies, or their persistent form (unbiased under truncation)."""
+    objective: Objective = "held_out"
+    """Loss that counts: of outer_valid minibatches after an update, or of train minibatches before it."""
 
-    iterations: int = 200
-    """Outer iterations, one update of theta each."""
-
-    tasks: tuple[Family, ...] = FAMILIES
-    """Families to draw tasks from, each equally often; a family named twice is drawn twice as often."""
-
-    num_tasks: int | None = None
-    """Number of different tasks; none: every inner run has a task of its own."""
-
-    tasks_per_iteration: int = 2
-    """Inner tasks unrolled in an iteration; the pairs are divided evenly among them."""
-
-    pairs: int = 32
-    """Antithetic pairs of perturbed thetas in an iteration, on all its tasks together."""
-
-    horizon: tuple[int, int] = (40, 120)
-    """Shortest and longest inner run in steps; lengths are drawn log-uniformly in between."""
-
-    truncation: int | None = None
-    """Inner steps between two updates of theta (lengths are rounded to whole windows); none: the whole run."""
-
-    tell_horizon: float = 0.75
-    """Share of the inner runs in which the optimizer is told the length of the run (total_steps)."""
+    weighting: Weighting = "mean"
+    """Weights of the losses of a run: equal, growing linearly from 0, or its last quarter only."""
 
     loss_limit: float = 3.0
-    """Upper bound of the normalised loss, which is also what a non-finite loss counts as."""
+    """Upper bound of the loss relative to the initial one, which is also what a non-finite loss counts as."""
 
-    sigma: float = 0.01
-    """Standard deviation of the perturbations of theta."""
+    delta_clip: float = 1.0
+    """Bound of the difference of meta-loss between the two runs of a pair."""
 
-    lr: float = 3e-3
-    """Learning rate of Adam on theta."""
+    tasks: tuple[Family, ...] = ENGINE_FAMILIES
+    """Families to draw tasks from, each equally often; a family named twice is drawn twice as often. Those that the
+    unroll engine cannot run are some hundred times as slow."""
 
-    gradient_clip: float = 0.1
-    """Bound of every component of the meta-gradient."""
+    tell_horizon: float = 0.6
+    """Share of the inner runs in which the optimizer is told the length of the run (total_steps)."""
 
-    validation_runs: int = 6
-    """Inner runs of the longest length, on tasks never trained on, by which theta is judged at checkpoints."""
+    pairs: int = 64
+    """Antithetic pairs of perturbed thetas in an iteration; each has a task of its own."""
 
-    seed: int = 0
-    """Every random number derives from it."""
+    scaling: Scaling = "prior"
+    """Units of theta in which perturbations and steps are equal: ``prior``, those of :func:`lopt.meta.outer.scales`."""
+
+    sigma: float = 0.05
+    """Standard deviation of the perturbations, in these units."""
+
+    lr: float = 0.03
+    """Learning rate of Adam at the start, in these units."""
+
+    final_lr: float = 0.1
+    """Learning rate at the end, relative to that at the start; it falls linearly with the share of the budget used."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decays of Adam's moments."""
+
+    gradient_clip: float = 1.0
+    """Bound of every component of the meta-gradient, in units of meta-loss per unit of theta."""
+
+    warmup: int = 10
+    """Gradients that a component of theta gives to Adam's moments before it moves."""
+
+    warmup_from_file: int = 300
+    """The same when theta starts from a file, where the first, noisy steps would undo what was learned."""
+
+    validation_tasks: int = 200
+    """Tasks, never trained on, by which theta is judged; the same for every seed."""
+
+    validation_horizons: tuple[int, ...] = (200, 1000)
+    """Lengths of the validation runs; there is one with and one without total_steps for every task and length."""
+
+    validate_every: int = 10_000_000
+    """Inner steps between two validations. The best theta is kept."""
 
     checkpoint_every: int = 20
     """Iterations between checkpoints."""
 
+    seed: int = 0
+    """Every random number derives from it."""
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
-        object.__setattr__(self, "horizon", tuple(self.horizon))
+        for name in ("tasks", "betas", "validation_horizons", "phases"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        given: tuple[Any, ...] = self.phases  # mappings when they come from JSON
+        phases = tuple(phase if isinstance(phase, Phase) else Phase(**phase) for phase in given)
+        object.__setattr__(self, "phases", phases)
         for name, allowed in (
             ("preset", ("compact", "paper")),
-            ("init", ("adam", "random")),
-            ("estimator", ("es", "pes")),
+            ("objective", get_args(Objective)),
+            ("weighting", get_args(Weighting)),
+            ("scaling", get_args(Scaling)),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(self, name)!r}")
-        positive = ("iterations", "tasks_per_iteration", "pairs", "validation_runs", "checkpoint_every")
-        for name in (*positive, *(name for name in ("num_tasks", "truncation") if getattr(self, name) is not None)):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("loss_limit", "sigma", "lr", "gradient_clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+            _one_of(name, getattr(self, name), allowed)
+        _positive(self, "inner_steps", "pairs", "validation_tasks", "validate_every", "checkpoint_every")
+        _positive(self, "loss_limit", "delta_clip", "sigma", "lr", "final_lr", "gradient_clip")
         if not self.tasks or not set(self.tasks) <= set(FAMILIES):
             raise ValueError(f"tasks: expected some of {list(FAMILIES)}, got {list(self.tasks)}")
-        if self.pairs % self.tasks_per_iteration:
-            raise ValueError(
-                f"pairs: expected a multiple of tasks_per_iteration ({self.tasks_per_iteration}), got {self.pairs}"
-            )
-        lengths: tuple[int, ...] = self.horizon
-        if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
-            raise ValueError(f"horizon: expected shortest and longest length with 1 <= shortest, got {self.horizon}")
-        if self.truncation is not None and self.truncation > self.horizon[1]:
-            raise ValueError(
-                f"truncation: expected at most the longest horizon {self.horizon[1]}, got {self.truncation}"
-            )
+        if not self.phases or abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:
+            shares = [phase.share for phase in self.phases]
+            raise ValueError(f"phases: expected shares that add up to 1, got {shares}")
+        if not self.validation_horizons or min(self.validation_horizons) < 1:
+            raise ValueError(f"validation_horizons: expected positive lengths, got {self.validation_horizons}")
+        betas: tuple[float, ...] = self.betas
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas: expected two decays in [0, 1), got {betas}")
         if not 0.0 <= self.tell_horizon <= 1.0:
             raise ValueError(f"tell_horizon: expected a share between 0 and 1, got {self.tell_horizon}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected a non-negative integer, got {self.seed}")
+        for name in ("seed", "warmup", "warmup_from_file"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a non-negative integer, got {getattr(self, name)}")
+
+    @property
+    def from_file(self) -> bool:
+        """Whether theta starts from a file."""
+        return self.init not in ("adam", "random")
+
+    def phase_at(self, inner_steps: int) -> int:
+        """Number of the phase when ``inner_steps`` of the budget are used."""
+        end = 0.0
+        for number, phase in enumerate(self.phases):
+            end += phase.share
+            if inner_steps < end * self.inner_steps:
+                return number
+        return len(self.phases) - 1
+
+    def lr_at(self, inner_steps: int) -> float:
+        """Learning rate when ``inner_steps`` of the budget are used."""
+        used = min(1.0, inner_steps / self.inner_steps)
+        return self.lr * (1.0 + (self.final_lr - 1.0) * used) * self.phases[self.phase_at(inner_steps)].lr
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        fields = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        values = dataclasses.asdict(self)
+        values["phases"] = [{**phase, "horizon": list(phase["horizon"])} for phase in values["phases"]]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "MetaTrainConfig":
@@ -121,3 +207,15 @@ class MetaTrainConfig:
                 "it was written by another version of lopt"
             )
         return cls(**values)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}: expected a positive number, got {value}")

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-COLOURS = {"training": "#0072b2", "validation": "#d55e00"}  # Okabe and Ito
-SMOOTHING = 20  # iterations averaged in the line
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
+SMOOTHING = 50  # iterations averaged in the line
 
 
 def meta_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the meta-loss against the iteration into the PNG file ``path``.
+    """Draw meta-loss and validation against the inner steps into the PNG file ``path``.
 
-    Dots are iterations (each on tasks of its own, hence the scatter), the line is their running mean, squares are the
-    same validation runs every time.
+    Above, dots are iterations (each on tasks of its own, hence the scatter), the line is their running mean, vertical
+    lines begin phases. Below, the loss at the end of the same validation runs every time.
 
     Args:
         metrics: the lines of metrics.jsonl.
@@ -24,27 +24,40 @@ def meta_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    training = np.array([(m["iteration"], m["meta_loss"]) for m in metrics if "meta_loss" in m]).reshape(-1, 2)
-    validation = np.array([(m["iteration"], m["validation"]) for m in metrics if "validation" in m]).reshape(-1, 2)
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    colour = COLOURS["training"]
-    axes.plot(*training.T, ".", color=colour, alpha=0.3, markersize=4, markeredgewidth=0, label="one iteration")
+    training = [m for m in metrics if "meta_loss" in m]
+    validation = [m for m in metrics if "validation" in m]
+    figure = Figure(figsize=(7.2, 6.4), dpi=150, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    steps, losses = _column(training, "inner_steps") / 1e6, _column(training, "meta_loss")
+    above.plot(steps, losses, ".", color=COLOURS[0], alpha=0.2, markersize=3, markeredgewidth=0, label="one iteration")
     width = min(SMOOTHING, len(training))
     if width > 1:
-        means = [running_mean(column, width) for column in training.T]
-        axes.plot(*means, color=colour, linewidth=1.8, label=f"mean of {width} iterations")
-    axes.plot(*validation.T, "s-", color=COLOURS["validation"], markersize=4, linewidth=1.2, label="validation runs")
-    axes.set_title("Meta-loss: held-out loss over the run, 1 = initial loss", loc="left", fontsize=10.5)
-    axes.set_xlabel("outer iteration")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(bottom=0.0)
-    axes.legend(frameon=False)
+        means = (running_mean(column, width) for column in (steps, losses))
+        above.plot(*means, color=COLOURS[0], linewidth=1.8, label=f"mean of {width} iterations")
+    for line, before in zip(training[1:], training, strict=False):
+        if line["phase"] != before["phase"]:
+            above.axvline(before["inner_steps"] / 1e6, color="0.6", linewidth=1.0)
+    above.set_title("Meta-loss: mean over a run of log(loss / initial loss + .01)", loc="left", fontsize=10.5)
+    names = [name for name in (validation[0] if validation else {}) if name.startswith("final_")]
+    for colour, name in zip(COLOURS * len(names), names, strict=False):
+        _, horizon, told = name.split("_")
+        values = _column(validation, "inner_steps") / 1e6, _column(validation, name)
+        below.plot(*values, "s-", color=colour, markersize=3.5, linewidth=1.2, label=f"{horizon} steps, {told}")
+    below.set_title("Validation: the same at the end of a run, on tasks never trained on", loc="left", fontsize=10.5)
+    below.set_xlabel("million inner steps")
+    for axes in (above, below):
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=9)
     figure.savefig(path)
 
 
 def running_mean(values: Any, width: int) -> Any:
     """Means of every ``width`` neighbours; ``width - 1`` fewer than there are values."""
     return np.convolve(values, np.full(width, 1 / width), mode="valid")
+
+
+def _column(lines: Sequence[dict[str, Any]], name: str) -> Any:
+    return np.array([line[name] for line in lines], dtype=float)

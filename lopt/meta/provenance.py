@@ -1,5 +1,6 @@
 """Which code made a theta."""
 
+import hashlib
 import platform
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 import lopt
+from lopt.theta import WEIGHTS
 
 
 def versions() -> dict[str, str]:
@@ -30,3 +32,10 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip()
+
+
+def file_checksum(path: str | Path) -> str:
+    """SHA-256 of a file, or of the shipped theta of that name."""
+    named = WEIGHTS / f"{path}.safetensors"
+    file = named if named.is_file() else Path(path)
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -2,11 +2,12 @@
 
 One iteration::
 
-    gradient = mean over lanes of the estimates (lopt.meta.lanes, lopt.meta.es)
-    theta    = Adam(theta, clamp(gradient, -gradient_clip, gradient_clip))
+    delta_i  = difference of meta-loss between the runs of pair i          (lopt.meta.pairs, anywhere)
+    gradient = mean over pairs of direction_i delta_i / (2 sigma)          (lopt.meta.es, here)
+    theta   -= lr scale Adam(clamp(gradient, -gradient_clip, gradient_clip))   (lopt.meta.outer)
 
-Everything runs in one thread: the tensors are so small that more threads cost time, and sums are then the same
-whatever the number of cores.
+Everything runs on one thread per process: the tensors are so small that more threads cost time, and sums are then the
+same whatever the number of cores. Results depend on the configuration alone, not on the executor.
 
 Source: arXiv:2009.11243, section 3 and appendix B (Adam, and a clip of every component of the meta-gradient).
 """
@@ -22,31 +23,40 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lopt.meta import checkpoint, lanes, plots
+from lopt.meta import checkpoint, es, outer, pairs, plots
 from lopt.meta.checkpoint import TrainState
 from lopt.meta.config import MetaTrainConfig
+from lopt.meta.executors import Executor, Serial
+from lopt.meta.metrics import append, read_metrics, truncate
+from lopt.meta.pairs import Shared
 from lopt.meta.progress import Reporter, say
-from lopt.meta.provenance import commit, versions
+from lopt.meta.provenance import commit, file_checksum, versions
 from lopt.theta import Theta, ThetaSpec, unflatten
 
-__all__ = ["MetaTrainConfig", "run"]
-
-#: Settings that may differ between a run and its continuation.
-EXTENSIBLE = ("iterations", "checkpoint_every")
+__all__ = ["MetaTrainConfig", "measure_speed", "run"]
 
 
 def run(
-    config: MetaTrainConfig, out: str | os.PathLike[str], resume: bool = False, console: Console | None = None
+    config: MetaTrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    executor: Executor | None = None,
+    console: Console | None = None,
+    command: str = "",
 ) -> Theta:
     """Meta-train and leave everything about it in a folder.
 
     Args:
-        out: gets theta.safetensors, metrics.jsonl, meta_loss.png, config.json and checkpoint.pt; made if missing.
-        resume: go on from the checkpoint in ``out``; ``iterations`` and ``checkpoint_every`` may differ from before.
+        out: gets theta.safetensors (the best by validation) and theta_last.safetensors, each with its provenance as
+            JSON beside it, metrics.jsonl, meta_loss.png, config.json and checkpoint.pt; made if missing.
+        resume: go on from the checkpoint in ``out``, whose configuration must be the same.
+        executor: where inner runs are made; in this process by default. It is not closed.
         console: where progress is shown; standard error by default.
+        command: the command line, for the provenance.
 
     Returns:
-        theta after the last iteration; its provenance holds the configuration and what the run cost.
+        The best theta; its provenance holds the configuration and what the run cost.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is off.
@@ -55,42 +65,46 @@ def run(
 
     Example:
         >>> import io, tempfile
-        >>> config = MetaTrainConfig(iterations=1, pairs=2, horizon=(3, 3), validation_runs=1)
+        >>> from lopt.meta.recipes import recipe
+        >>> config = recipe("tiny", inner_steps=100, pairs=2, validation_tasks=1, validation_horizons=(10,))
         >>> theta = run(config, tempfile.mkdtemp(), console=Console(file=io.StringIO()))
-        >>> theta.provenance["inner_steps"]
-        12
+        >>> theta.provenance["iterations"]
+        1
     """
-    out, console = Path(out), console or Console(stderr=True)
-    with _one_thread():
-        spec, state = _continue(config, out) if resume else _begin(config, out)
-        with Reporter(console, state.iteration, state.inner_steps, config.iterations) as reporter:
-            while state.iteration < config.iterations:
-                clock = time.process_time()
-                metrics = _iterate(config, spec, state)
-                due = state.iteration % config.checkpoint_every == 0 or state.iteration == config.iterations
-                if due:
-                    metrics["validation"] = _validate(config, spec, state)
-                state.cpu_seconds += time.process_time() - clock
-                _append(out, {**metrics, "cpu_seconds": round(state.cpu_seconds, 2)})
+    out, console, executor = Path(out), console or Console(stderr=True), executor or Serial()
+    with one_thread():
+        spec, state = _continue(config, out) if resume else _begin(config, out, executor)
+        with Reporter(console, state.inner_steps, config.inner_steps) as reporter:
+            while state.inner_steps < config.inner_steps:
+                clock, begun = time.process_time(), time.monotonic()
+                before, counted = state.inner_steps, state.cpu_seconds
+                metrics = _iterate(config, spec, state, executor)
+                done = state.inner_steps >= config.inner_steps
+                if done or state.inner_steps // config.validate_every > before // config.validate_every:
+                    metrics |= _validate(config, spec, state, executor)
+                own = time.process_time() - clock  # of this process; units have counted theirs
+                state.cpu_seconds = counted + own if isinstance(executor, Serial) else state.cpu_seconds + own
+                metrics["cpu_seconds"] = round(state.cpu_seconds, 2)
+                metrics["seconds"] = round(time.monotonic() - begun, 3)
+                append(out, metrics)
                 reporter.update(metrics)
-                if due:
-                    _theta(config, spec, state).save(out / "theta.safetensors")
-                    checkpoint.save(out / "checkpoint.pt", config, spec, state)  # last: what it covers is complete
-    _draw(out, console)
-    return _theta(config, spec, state)
+                if done or "validation" in metrics or state.iteration % config.checkpoint_every == 0:
+                    _save(config, spec, state, out, command)
+    draw(out, console)
+    return _theta(config, spec, state, best=True, command=command)
 
 
-def _begin(config: MetaTrainConfig, out: Path) -> tuple[ThetaSpec, TrainState]:
+def _begin(config: MetaTrainConfig, out: Path, executor: Executor) -> tuple[ThetaSpec, TrainState]:
     if (out / "checkpoint.pt").exists() or (out / "metrics.jsonl").exists():
         raise FileExistsError(
             f"out: {str(out)!r} holds a meta-training run already; resume it or choose another folder"
         )
+    theta = start_theta(config)
     out.mkdir(parents=True, exist_ok=True)
-    theta = (Theta.init_adam if config.init == "adam" else Theta.init)(config.preset, config.seed)
-    state = TrainState(theta.flatten(), config.lr, [None] * config.tasks_per_iteration)
-    header = {"config": config.to_json(), "spec": theta.spec.to_json(), "versions": versions()}
+    state = TrainState.begin(config, theta.flatten())
+    header = {"config": config.to_json(), "spec": theta.spec.to_json(), "versions": versions(), "commit": commit()}
     (out / "config.json").write_text(json.dumps(header, indent=1) + "\n")
-    _append(out, {"iteration": 0, "validation": _validate(config, theta.spec, state)})
+    append(out, {"iteration": 0, "inner_steps": 0, **_validate(config, theta.spec, state, executor)})
     checkpoint.save(out / "checkpoint.pt", config, theta.spec, state)
     return theta.spec, state
 
@@ -99,80 +113,131 @@ def _continue(config: MetaTrainConfig, out: Path) -> tuple[ThetaSpec, TrainState
     before, spec, state = checkpoint.load(out / "checkpoint.pt")
     old, new = before.to_json(), config.to_json()
     for name in old:
-        if old[name] != new[name] and name not in EXTENSIBLE:
+        if old[name] != new[name]:
             raise ValueError(
                 f"{name}: the run in {str(out)!r} was begun with {old[name]!r}, cannot go on with {new[name]!r}"
             )
-    metrics = [line for line in read_metrics(out) if line["iteration"] <= state.iteration]
-    partial = out / "metrics.jsonl.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    os.replace(partial, out / "metrics.jsonl")
+    truncate(out, state.iteration)
     return spec, state
 
 
-def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState) -> dict[str, Any]:
+def start_theta(config: MetaTrainConfig) -> Theta:
+    """theta before the first iteration."""
+    if config.from_file:
+        return Theta.load(config.init)
+    return (Theta.init_adam if config.init == "adam" else Theta.init)(config.preset, config.seed)
+
+
+def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, executor: Executor) -> dict[str, Any]:
     """One outer iteration: advances ``state`` and returns its line of metrics."""
-    theta = state.theta.detach()
-    results = [lanes.estimate(config, spec, theta, lane, i, state.iteration) for i, lane in enumerate(state.lanes)]
-    estimates = [result[1] for result in results]
-    gradient = torch.stack([estimate.gradient for estimate in estimates]).mean(dim=0)
-    state.theta.grad = torch.clamp(gradient, -config.gradient_clip, config.gradient_clip)
-    state.adam.step()
-    state.lanes = [result[0] for result in results]
+    number = config.phase_at(state.inner_steps)
+    if number != state.phase:  # runs of another kind begin
+        state.phase, state.phase_begun, state.carries = number, state.iteration, [None] * config.pairs
+    scale = outer.scales(spec, config.scaling, config.phases[number].groups)
+    shared = Shared(config, spec, state.theta, scale, number, state.phase_begun, state.iteration)
+    results = _unroll_pairs(shared, state, executor)
+
+    chosen = [pairs.eps_and_direction(shared, pair, carry)[1] for pair, carry in enumerate(state.carries)]
+    delta = torch.tensor([result.delta for result in results])
+    trained = scale > 0
+    gradient = es.es_gradient(torch.stack(chosen), delta, config.sigma) * trained
+    clipped = torch.clamp(gradient, -config.gradient_clip, config.gradient_clip)
+    warmup = config.warmup_from_file if config.from_file else config.warmup
+    state.moments, direction = outer.adam(state.moments, clipped, trained, config.betas, warmup)
+    lr = config.lr_at(state.inner_steps)
+    state.theta = state.theta - lr * scale * direction
+
+    state.carries = [result.carry for result in results]
     state.iteration += 1
-    state.inner_steps += sum(estimate.inner_steps for estimate in estimates)
-    state.divergences += sum(estimate.divergences for estimate in estimates)
+    state.inner_steps += sum(result.inner_steps for result in results)
+    state.divergences += sum(result.divergences for result in results)
+    state.cpu_seconds += sum(result.cpu_seconds for result in results)
     return {
         "iteration": state.iteration,
-        "meta_loss": sum(estimate.meta_loss for estimate in estimates) / len(estimates),
+        "phase": number,
+        "lr": lr,
+        "meta_loss": sum(result.meta_loss for result in results) / len(results),
         "gradient_norm": float(gradient.norm()),
-        "gradient_clipped": float((gradient.abs() > config.gradient_clip).float().mean()),
+        "gradient_clipped": float((clipped != gradient).sum() / trained.sum()),
         "inner_steps": state.inner_steps,
         "divergences": state.divergences,
     }
 
 
-def _validate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState) -> float:
-    """Mean meta-loss on the validation runs."""
-    thetas = state.theta.detach()[None]
-    loss = float(lanes.evaluate(spec, thetas, lanes.validation_set(config), config.loss_limit).double().mean())
-    state.validation[state.iteration] = loss
-    return loss
+def _unroll_pairs(shared: Shared, state: TrainState, executor: Executor) -> list[pairs.Result]:
+    """Results of all pairs; the longest runs are begun first, so that no worker waits long for another."""
+    order = list(range(len(state.carries)))
+    if shared.config.phases[shared.phase].window is None:
+        lengths = [pairs.horizon_of(shared.config, shared.phase, shared.iteration, pair) for pair in order]
+        order.sort(key=lambda pair: -lengths[pair])
+    results = executor.map(pairs.unroll_pair, shared, [(pair, state.carries[pair]) for pair in order])
+    return [result for _, result in sorted(zip(order, results, strict=True), key=lambda entry: entry[0])]
 
 
-def _theta(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState) -> Theta:
-    first, last = min(state.validation), max(state.validation)
+def _validate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, executor: Executor) -> dict[str, Any]:
+    """Scores of theta on the validation runs, as metrics; keeps theta where it is the best so far.
+
+    ``validation`` is the mean over all runs of the meta-loss over the last tenth of a run.
+    """
+    shared = Shared(config, spec, state.theta, torch.zeros(0), 0, 0, state.iteration)
+    found = executor.map(pairs.validate_task, shared, range(config.validation_tasks))
+    state.cpu_seconds += sum(seconds for _, seconds in found)
+    metrics: dict[str, Any] = {}
+    for position, (horizon, told) in enumerate(pairs.settings(config)):
+        finals = [scores[position].final for scores, _ in found]
+        metrics[f"final_{horizon}_{'told' if told else 'untold'}"] = sum(finals) / len(finals)
+    score = sum(metrics.values()) / len(metrics)
+    state.validation[state.iteration] = score
+    if state.best_iteration == state.iteration:
+        state.best = state.theta
+    return {"validation": score, **metrics}
+
+
+def _save(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, out: Path, command: str) -> None:
+    for name, best in (("theta", True), ("theta_last", False)):
+        theta = _theta(config, spec, state, best, command)
+        theta.save(out / f"{name}.safetensors")
+        (out / f"{name}.json").write_text(json.dumps(theta.provenance, indent=1) + "\n")
+    checkpoint.save(out / "checkpoint.pt", config, spec, state)  # last: what it covers is complete
+
+
+def _theta(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, best: bool, command: str) -> Theta:
+    of = state.best_iteration
     provenance = {
         "method": "meta_train",
+        "command": command,
         "config": config.to_json(),
+        "start_sha256": file_checksum(config.init) if config.from_file else None,
+        "iteration": of if best else state.iteration,
         "iterations": state.iteration,
         "inner_steps": state.inner_steps,
         "divergences": state.divergences,
         "cpu_seconds": round(state.cpu_seconds, 1),
-        "validation": {"first": state.validation[first], "last": state.validation[last]},
+        "validation": {"first": state.validation[0], "best": state.validation[of]},
         "versions": versions(),
         "commit": commit(),
     }
-    return Theta(spec, unflatten(spec, state.theta.detach().clone()), provenance)
+    flat = state.best if best else state.theta
+    return Theta(spec, unflatten(spec, flat.clone()), provenance)
 
 
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to the first that is not whole."""
-    lines: list[dict[str, Any]] = []
-    for text in (out / "metrics.jsonl").read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+def measure_speed(config: MetaTrainConfig, executor: Executor, seconds: float = 10.0) -> float:
+    """Inner steps per second of this executor on the first iterations of ``config``; nothing is trained."""
+    with one_thread():
+        theta = start_theta(config)
+        scale = outer.scales(theta.spec, config.scaling, config.phases[0].groups)
+        shared = Shared(config, theta.spec, theta.flatten(), scale, 0, 0, 0)
+        items = [(pair, None) for pair in range(config.pairs)]
+        executor.map(pairs.unroll_pair, shared, items[:1] * 8)  # processes start
+        begun, steps, iteration = time.monotonic(), 0, 0
+        while time.monotonic() < begun + seconds:
+            results = executor.map(pairs.unroll_pair, shared._replace(iteration=iteration), items)
+            steps, iteration = steps + sum(result.inner_steps for result in results), iteration + 1
+        return steps / (time.monotonic() - begun)
 
 
-def _append(out: Path, metrics: dict[str, Any]) -> None:
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
-
-
-def _draw(out: Path, console: Console) -> None:
+def draw(out: Path, console: Console) -> None:
+    """Draw meta_loss.png from metrics.jsonl."""
     try:
         plots.meta_loss(read_metrics(out), out / "meta_loss.png")
     except ModuleNotFoundError as error:
@@ -180,7 +245,8 @@ def _draw(out: Path, console: Console) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """torch on one thread, and back."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Unroll: inner training runs of one task under a batch of thetas at once.
+"""Unroll: inner training runs of one task under a batch of thetas at once, in PyTorch.
 
 All runs of an unroll share task, initial parameters and minibatches (common random numbers); they differ only in theta.
 One inner step of one run is a pure function of tensors, vmapped over the runs::
@@ -6,10 +6,10 @@ One inner step of one run is a pure function of tensors, vmapped over the runs::
     every valid_every steps:  the optimizer observes the loss of an inner_valid minibatch
     loss, grad = value and gradient of the task's loss on a train minibatch
     params     = update of lopt.reference
-    meta-loss of the step = clip(L / L_init, 0, loss_limit)     L on an outer_valid minibatch, after the update
+    every loss_every steps:   the loss of an outer_valid minibatch is recorded
 
-``L_init`` is the task's initial loss. A non-finite ``L`` counts as ``loss_limit``, the worst value, and its run is
-reported as diverged; the meta-loss of a window is the mean over its steps.
+A run ends at its first train or outer_valid loss that is not finite: its later losses are NaN, and so are its
+parameters after the window. This runs any task; perceptrons have a faster engine of the same meaning.
 
 Source: arXiv:2009.11243, section 3.2 (what each split is for).
 """
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from lopt import reference
+from lopt.meta.objective import Losses
 from lopt.tasks.task import Batch, Task
+from lopt.tensor_lstm import Globals, Rows
 from lopt.theta import ThetaSpec
 
 
@@ -37,6 +39,7 @@ class Run:
         horizon: length of the whole run in steps.
         total_steps: the length the optimizer is told, 0 for none.
         valid_every: steps between two validation losses the optimizer sees, the first before step 0; 0 for none.
+        loss_every: steps between two outer_valid losses; divides every window.
     """
 
     task: Task
@@ -44,10 +47,11 @@ class Run:
     horizon: int
     total_steps: int = 0
     valid_every: int = 10
+    loss_every: int = 1
 
     @cached_property
     def initial_loss(self) -> float:
-        """``L_init``, by which the meta-loss is normalised."""
+        """``L_init``, by which the losses are normalised."""
         return max(self.task.initial_loss(self.seed), 1e-6)
 
 
@@ -58,18 +62,16 @@ class RunState(NamedTuple):
     params: dict[str, Tensor]
     optimizer: reference.State
 
-    def select(self, rows: Tensor) -> "RunState":
-        """The state of the runs ``rows``, in that order; a run may be taken twice."""
-        params, optimizer = map_tensors(lambda x: x[rows], (self.params, self.optimizer))
-        return RunState(self.step, params, optimizer)
+    def pack(self) -> dict[str, Any]:
+        """Parameters and optimizer state as dicts and lists of tensors."""
+        plain = {name: getattr(self.optimizer, name)._asdict() for name in ("globals", "rows")}
+        return {"params": self.params, **plain, "mom": self.optimizer.mom, "rms": self.optimizer.rms}
 
-
-class Losses(NamedTuple):
-    """What a window of steps gave."""
-
-    meta: Tensor  # [steps, runs] normalised and clipped outer_valid losses, always finite
-    train: Tensor  # [steps, runs] raw train losses before each update
-    diverged: Tensor  # [runs] whether any outer_valid loss was not finite
+    @classmethod
+    def unpack(cls, step: int, packed: Mapping[str, Any]) -> "RunState":
+        """The inverse of :meth:`pack`."""
+        globals_, rows = Globals(**packed["globals"]), Rows(**packed["rows"])
+        return cls(step, packed["params"], reference.State(globals_, rows, packed["mom"], packed["rms"]))
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -94,31 +96,27 @@ def start(spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
 
 
 def unroll(
-    spec: ThetaSpec,
-    weights: Mapping[str, Tensor],
-    run: Run,
-    state: RunState,
-    steps: int,
-    loss_limit: float,
+    spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState, steps: int
 ) -> tuple[RunState, Losses]:
     """Continue the runs of ``state`` by ``steps`` steps.
 
     Args:
         weights: tensors of theta with a leading dimension of runs, as :func:`lopt.theta.unflatten` makes them.
-        loss_limit: largest normalised loss.
 
     Raises:
-        ValueError: the window passes the horizon of the run.
+        ValueError: the window passes the horizon of the run, or is no multiple of ``loss_every``.
     """
     if not 0 < steps <= run.horizon - state.step:
         raise ValueError(
             f"steps: expected 1 to {run.horizon - state.step}, at step {state.step} of {run.horizon}, got {steps}"
         )
+    if steps % run.loss_every:
+        raise ValueError(f"steps: expected a multiple of loss_every={run.loss_every}, got {steps}")
     task, names = run.task, list(state.params)
 
     def inner_step(
         weights: Mapping[str, Tensor], params: dict[str, Tensor], optimizer: reference.State, batches: dict[str, Batch]
-    ) -> tuple[dict[str, Tensor], reference.State, Tensor, Tensor]:
+    ) -> tuple[dict[str, Tensor], reference.State, Tensor]:
         if "inner_valid" in batches:
             optimizer = reference.observe_valid(spec, optimizer, task.loss(params, batches["inner_valid"]))
         grads, loss = torch.func.grad_and_value(task.loss)(params, batches["train"])
@@ -131,34 +129,34 @@ def unroll(
             loss,
             total_steps=float(run.total_steps),
         )
-        params = dict(zip(names, values, strict=True))
-        return params, optimizer, loss, task.loss(params, batches["outer_valid"])
+        return dict(zip(names, values, strict=True)), optimizer, loss
 
     vmapped: Any = torch.vmap(inner_step, in_dims=(0, 0, 0, None))
+    loss_of: Any = torch.vmap(task.loss, in_dims=(0, None))
     train = task.batches(run.seed, "train", state.step)
     outer_valid = task.batches(run.seed, "outer_valid", state.step)
     valid_every = run.valid_every or run.horizon + 1
     inner_valid = task.batches(run.seed, "inner_valid", -(-state.step // valid_every))
     params, optimizer = state.params, state.optimizer
     train_losses, outer_losses = [], []
+    ended = torch.zeros(len(weights["initial_h"]), dtype=torch.bool)
+    nan = weights["initial_h"].new_full((), torch.nan)
     with torch.no_grad():
         for step in range(state.step, state.step + steps):
-            batches = {"train": next(train), "outer_valid": next(outer_valid)}
+            batches = {"train": next(train)}
             if run.valid_every and step % run.valid_every == 0:
                 batches["inner_valid"] = next(inner_valid)
-            params, optimizer, train_loss, outer_loss = vmapped(weights, params, optimizer, batches)
-            train_losses.append(train_loss)
-            outer_losses.append(outer_loss)
-    outer = torch.stack(outer_losses)
-    losses = Losses(
-        meta=normalise(outer, run.initial_loss, loss_limit),
-        train=torch.stack(train_losses),
-        diverged=torch.logical_not(torch.isfinite(outer)).any(dim=0),
-    )
+            params, optimizer, loss = vmapped(weights, params, optimizer, batches)
+            train_losses.append(torch.where(ended, nan, loss))
+            ended = ended | ~torch.isfinite(loss)
+            outer_batch = next(outer_valid)
+            if (step + 1) % run.loss_every == 0:
+                loss = loss_of(params, outer_batch)
+                outer_losses.append(torch.where(ended, nan, loss))
+                ended = ended | ~torch.isfinite(loss)
+    if bool(ended.any()):
+        params = {
+            name: torch.where(ended.reshape(-1, *[1] * (value.dim() - 1)), nan, value) for name, value in params.items()
+        }
+    losses = Losses(torch.stack(outer_losses, dim=1), torch.stack(train_losses, dim=1))
     return RunState(state.step + steps, params, optimizer), losses
-
-
-def normalise(loss: Tensor, initial_loss: float, loss_limit: float) -> Tensor:
-    """``clip(loss / initial_loss, 0, loss_limit)``; a non-finite loss becomes ``loss_limit``."""
-    ratio = torch.clamp(loss / initial_loss, 0.0, loss_limit)
-    return torch.where(torch.isfinite(loss), ratio, torch.full_like(ratio, loss_limit))

@@ -1,0 +1,178 @@
+"""Where units of work run: in this process, or in local processes.
+
+A unit is a pure function of what it is given, so an executor may run it anywhere and, after losing a process, again;
+the results are the same bits. Another executor (a cluster) needs the two methods of :class:`Executor`.
+"""
+
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+S = TypeVar("S")
+T = TypeVar("T")
+R = TypeVar("R")
+
+MAX_LOSSES = 5  # processes that may die without finishing a unit in between
+
+
+class Executor(Protocol):
+    """Runs units of work."""
+
+    def map(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> list[R]:
+        """``[function(shared, item) for item in items]``; function, shared and items can be pickled."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the executor holds."""
+        ...
+
+
+class Serial:
+    """Runs units one after the other in this process."""
+
+    def map(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> list[R]:
+        """See :class:`Executor`."""
+        return [function(shared, item) for item in items]
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class LocalProcesses:
+    """Runs units in processes of this machine, each on one thread; a process that dies is replaced.
+
+    Its unit is computed again by another, so a killed process loses nothing but its unit's work.
+
+    Args:
+        workers: number of processes.
+
+    Raises:
+        ValueError: not a positive number.
+    """
+
+    def __init__(self, workers: int) -> None:
+        if workers < 1:
+            raise ValueError(f"workers: expected a positive number, got {workers}")
+        self.workers = [_Worker() for _ in range(workers)]
+
+    def map(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> list[R]:
+        """See :class:`Executor`.
+
+        Raises:
+            RuntimeError: a unit raised an error, which the message holds, or processes keep dying.
+        """
+        common = pickle.dumps((function, shared))
+        messages = [pickle.dumps((index, item)) for index, item in enumerate(items)]
+        results: dict[int, R] = {}
+        waiting = list(range(len(items)))[::-1]
+        losses = 0
+        for worker in self.workers:
+            worker.assign(common, None)
+        while len(results) < len(items):
+            for place, worker in enumerate(self.workers):
+                if worker.lost:
+                    losses += 1
+                    if losses > MAX_LOSSES:
+                        raise RuntimeError(
+                            f"workers: {losses} processes died and no unit was finished in between; "
+                            "is there enough memory for so many?"
+                        )
+                    waiting += [] if worker.unit is None else [worker.unit]
+                    worker = self.workers[place] = worker.replace()
+                    worker.assign(common, None)
+                if worker.unit is None and waiting:
+                    worker.assign(messages[waiting[-1]], waiting.pop())
+            busy = {worker.connection: worker for worker in self.workers if worker.unit is not None and not worker.lost}
+            for connection in wait(list(busy)) if busy else ():
+                worker = busy[connection]  # type: ignore[index]
+                answer = worker.receive()
+                if answer is not None:
+                    index, result, error = answer
+                    if error is not None:
+                        self.close()
+                        raise RuntimeError(f"a unit of work failed in a worker process:\n{error}")
+                    results[index], losses = result, 0
+        return [results[index] for index in range(len(items))]
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self.workers:
+            worker.end()
+
+
+class _Worker:
+    """A process and the unit it works on."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the death of the process is the end of the file
+        self.unit: int | None = None
+        self.lost = False
+
+    def assign(self, message: bytes, unit: int | None) -> None:
+        """Send a message; ``unit`` is what must be given to another if the process dies."""
+        self.unit = unit
+        try:
+            self.connection.send_bytes(message)
+        except OSError:
+            self.lost = True
+
+    def receive(self) -> Any:
+        """The next answer, or None if the process has died."""
+        try:
+            answer = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            self.lost = True
+            return None
+        self.unit = None
+        return answer
+
+    def end(self) -> None:
+        """Close the connection, on which the process ends; kill it if it does not."""
+        self.connection.close()
+        self.process.join(timeout=1.0)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.process.close()
+
+    def replace(self) -> "_Worker":
+        """A new process in place of this one."""
+        self.end()
+        return _Worker()
+
+
+def _serve(connection: Connection) -> None:
+    """What a process does: ``(function, shared)``, then ``(index, item)`` until the next of the former."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    torch.set_num_threads(1)
+    function: Any = None
+    shared: Any = None
+    with suppress(EOFError, OSError):
+        while True:
+            first, second = pickle.loads(connection.recv_bytes())
+            if callable(first):
+                function, shared = first, second
+                continue
+            answer: tuple[int, Any, str | None]
+            try:
+                answer = (first, function(shared, second), None)
+            except Exception:
+                answer = (first, None, traceback.format_exc())
+            connection.send_bytes(pickle.dumps(answer))
+
+
+def usable_cores() -> int:
+    """Number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,59 @@
+"""Inner runs of one task under several thetas: in the fused engine where it can run the task, in PyTorch elsewhere.
+
+Both give the same losses (but for rounding). A state is plain data with a leading dimension of runs, so that it can be
+pickled and checkpointed: a tensor for the engine, a dict of tensors otherwise.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt.meta import engine
+from lopt.meta import unroll as torch_unroll
+from lopt.meta.objective import Losses
+from lopt.meta.unroll import Run, RunState, map_tensors
+from lopt.tasks.synthetic import sample_task
+from lopt.tasks.task import Task
+from lopt.theta import ThetaSpec, unflatten
+
+State = Any
+NEVER = 2**62  # steps between validation losses when there are none
+
+_problem = lru_cache(maxsize=256)(engine.problem_of)  # generating data takes about a millisecond
+cached_task = lru_cache(maxsize=256)(sample_task)
+
+
+def uses_engine(task: Task) -> bool:
+    """Whether the fused engine runs this task."""
+    return _problem(task) is not None
+
+
+def start(spec: ThetaSpec, thetas: Tensor, run: Run) -> State:
+    """State before the first step, under every theta of ``thetas`` ``[R, P]``."""
+    problem = _problem(run.task)
+    if problem is None:
+        return torch_unroll.start(spec, unflatten(spec, thetas), run).pack()
+    init = engine.initial_params(run.task, run.seed)
+    return torch.stack([engine.start(spec, problem, theta, init) for theta in thetas])
+
+
+def unroll(spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, steps: int) -> tuple[State, Losses]:
+    """Continue the runs from ``step`` by ``steps`` steps; the given state is left as it is."""
+    problem = _problem(run.task)
+    if problem is None:
+        after, losses = torch_unroll.unroll(spec, unflatten(spec, thetas), run, RunState.unpack(step, state), steps)
+        return after.pack(), losses
+    state = state.clone()
+    keys = engine.minibatch_keys(run.seed)
+    runs = [engine.EngineRun(0, row, state[row], keys, run.total_steps) for row in range(len(thetas))]
+    outer, train = engine.unroll(
+        spec, thetas, [problem], runs, steps, valid_every=run.valid_every or NEVER, loss_every=run.loss_every
+    )
+    return state, Losses(outer, train)
+
+
+def select(state: State, rows: list[int]) -> State:
+    """The state of the runs ``rows``, in that order; a run may be taken twice."""
+    return map_tensors(lambda x: x[rows], state)

@@ -1,0 +1,185 @@
+"""lopt/meta/pairs.py and inner.py: units of work from seed, iteration and pair; two engines, one meaning."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lopt import Theta
+from lopt.meta import inner, objective, outer, pairs
+from lopt.meta.config import MetaTrainConfig, Phase
+from lopt.meta.es import EstimatorName
+from lopt.meta.pairs import Carry, Shared
+from lopt.tasks.synthetic import FAMILIES, Family
+
+CONFIG = MetaTrainConfig(10_000, (Phase(1.0, (10, 40)),), pairs=4, seed=11, tasks=("mixture", "teacher"))
+THETA = Theta.init_adam("compact")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_num_threads: Callable[[int], None]) -> None:
+    """Tiny tensors are quickest on one thread."""
+    set_num_threads(1)
+
+
+def shared(config: MetaTrainConfig = CONFIG, iteration: int = 0, begun: int = -1) -> Shared:
+    scale = outer.scales(THETA.spec, config.scaling, config.phases[0].groups)
+    return Shared(config, THETA.spec, THETA.flatten(), scale, 0, begun, iteration)
+
+
+def windows(estimator: EstimatorName, window: int, horizon: int, **changes: Any) -> MetaTrainConfig:
+    phase = Phase(1.0, (horizon, horizon), "all", estimator, window)
+    return dataclasses.replace(CONFIG, phases=(phase,), **changes)
+
+
+def test_a_pair_is_the_mean_log_loss_difference_of_two_runs_by_hand() -> None:
+    """Every part from its definition: eps, theta +- sigma scale eps, two unrolls, clip(L / L_init), log, mean."""
+    item = shared(iteration=3)
+    result = pairs.unroll_pair(item, (2, None))
+    eps = pairs.perturbation(CONFIG, 3, 2, THETA.num_floats)
+    run = pairs.sample_run(CONFIG, 0, 3, 2)
+    thetas = torch.stack([item.theta + sign * CONFIG.sigma * item.scale * eps for sign in (1.0, -1.0)])
+    _, losses = inner.unroll(THETA.spec, thetas, run, inner.start(THETA.spec, thetas, run), 0, run.horizon)
+    means = torch.log(torch.clamp(losses.outer / run.initial_loss, max=3.0) + 0.01).double().mean(dim=1)
+    assert result.delta == pytest.approx(float(means[0] - means[1]), abs=1e-6)
+    assert result.meta_loss == pytest.approx(float(means.mean()), abs=1e-6)
+    assert (result.inner_steps, result.divergences, result.carry) == (2 * run.horizon, 0, None)
+    assert abs(result.delta) > 1e-4
+
+
+def test_runs_are_log_uniform_and_told_as_often_as_asked() -> None:
+    config = dataclasses.replace(CONFIG, phases=(Phase(1.0, (10, 1000)),), tell_horizon=0.25)
+    runs = [pairs.sample_run(config, 0, iteration, 0) for iteration in range(800)]
+    logs = torch.tensor([math.log10(run.horizon) for run in runs], dtype=torch.float64)
+    assert float(logs.mean()) == pytest.approx(2.0, abs=4 * 2 / math.sqrt(12 * 800))
+    told = [run.total_steps for run in runs if run.total_steps]
+    assert told == [run.horizon for run in runs if run.total_steps]
+    assert len(told) / 800 == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 800))
+    assert all(100 <= run.horizon // run.loss_every <= 112 for run in runs if run.horizon > 900)
+    assert all(run.horizon % run.loss_every == 0 for run in runs)
+    in_windows = windows("nres", 30, 100)
+    assert {pairs.sample_run(in_windows, 0, iteration, 0).horizon for iteration in range(9)} == {90}
+    assert len({run.seed for run in runs} | {run.task.config["seed"] for run in runs}) == 1600
+
+
+def test_perturbations_are_unit_normal_and_all_different() -> None:
+    rows = torch.stack([pairs.perturbation(CONFIG, i, pair, 500) for i in range(4) for pair in range(4)])
+    assert float(rows.std()) == pytest.approx(1.0, abs=4 / math.sqrt(2 * 8000))
+    gram = rows @ rows.T / 500 - torch.eye(16)
+    assert float(gram.abs().max()) < 0.3
+
+
+def drive(config: MetaTrainConfig, count: int, pair: int = 3) -> list[tuple[Shared, Carry | None, pairs.Result]]:
+    carry: Carry | None = None
+    found = []
+    for iteration in range(count):
+        common = shared(config, iteration, begun=0)
+        result = pairs.unroll_pair(common, (pair, carry))
+        found.append((common, carry, result))
+        carry = result.carry
+    return found
+
+
+@pytest.mark.parametrize("estimator", ["truncated_es", "pes", "nres"])
+def test_windows_of_a_pair(estimator: EstimatorName) -> None:
+    """Runs of three windows; the last pair is not cut short at first. Directions and states as the table says."""
+    config = windows(estimator, 4, 12)
+    total = torch.zeros(THETA.num_floats)
+    for iteration, (common, carry, result) in enumerate(drive(config, 5)):
+        eps, direction = pairs.eps_and_direction(common, 3, carry)
+        begun = iteration - iteration % 3
+        of = begun if estimator == "nres" else iteration
+        assert torch.equal(eps, pairs.perturbation(config, of, 3, THETA.num_floats))
+        total = eps if iteration == begun else total + eps
+        assert torch.equal(direction, total if estimator == "pes" else eps)
+        assert result.inner_steps == 8
+        if iteration % 3 == 2:
+            assert result.carry is None
+        else:
+            assert result.carry is not None
+            assert (result.carry.begun, result.carry.step) == (begun, 4 * (iteration % 3 + 1))
+            plus, minus = result.carry.state
+            assert torch.equal(plus, minus) == (estimator == "truncated_es")
+
+
+def test_first_runs_of_a_phase_are_spread_over_their_windows() -> None:
+    config = windows("nres", 4, 12)
+    lengths = [[r.carry is None for *_, r in drive(config, 3, pair)].index(True) + 1 for pair in range(4)]
+    assert lengths == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("weighting", ["mean", "linear", "last"])
+@pytest.mark.parametrize("which", ["held_out", "train"])
+def test_windows_of_nres_add_up_to_the_whole_run(weighting: Any, which: Any) -> None:
+    """With one eps for the run, the mean over windows of delta is the delta of the whole run."""
+    changes = {"weighting": weighting, "objective": which, "tell_horizon": 1.0}
+    parts = [result.delta for *_, result in drive(windows("nres", 10, 40, **changes), 4)]
+    whole = pairs.unroll_pair(shared(windows("nres", 40, 40, **changes), 0, begun=0), (3, None)).delta
+    assert sum(parts) / 4 == pytest.approx(whole, abs=1e-6)
+    assert abs(whole) > 1e-5
+
+
+def forbid(*_: Any) -> None:
+    return None
+
+
+@pytest.mark.parametrize("objective_name", ["held_out", "train"])
+def test_the_fused_engine_and_torch_mean_the_same(objective_name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same units in both: losses within 1e-5, delta too; 24 steps in two windows."""
+    config = windows("nres", 12, 24, objective=objective_name)
+    fused = drive(config, 2)
+    task = pairs.sample_run(config, 0, 0, 3).task
+    assert inner.uses_engine(task)
+    monkeypatch.setattr(inner, "_problem", forbid)
+    assert not inner.uses_engine(task)
+    for (*_, ours), (*_, torchs) in zip(fused, drive(config, 2), strict=True):
+        assert ours.delta == pytest.approx(torchs.delta, abs=1e-5)
+        assert ours.meta_loss == pytest.approx(torchs.meta_loss, abs=1e-5)
+        assert ours[2:4] == torchs[2:4]
+    thetas, run = shared().theta[None], pairs.sample_run(config, 0, 5, 1)
+    of_torch, of_engine = (losses_of(thetas, run, monkeypatch, torch_only) for torch_only in (True, False))
+    for a, b in zip(of_torch, of_engine, strict=True):
+        assert float((a - b).abs().max()) < 1e-5
+
+
+def losses_of(thetas: Tensor, run: Any, monkeypatch: pytest.MonkeyPatch, torch_only: bool) -> objective.Losses:
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, "_problem", forbid if torch_only else inner.engine.problem_of)
+        _, losses = inner.unroll(THETA.spec, thetas, run, inner.start(THETA.spec, thetas, run), 0, 12)
+    return losses
+
+
+@pytest.mark.parametrize("family", ["mixture", "quadratic"])
+def test_divergence_is_the_worst_loss_and_counted(family: Family) -> None:
+    config = dataclasses.replace(CONFIG, tasks=(family,))
+    spec = dataclasses.replace(THETA.spec, step_multiplier=1e38)
+    result = pairs.unroll_pair(shared(config)._replace(spec=spec), (0, None))
+    assert result.divergences == 2
+    assert result.delta == 0.0
+    assert result.meta_loss == pytest.approx(math.log(3.01), abs=1e-6)
+
+
+def test_delta_is_clipped() -> None:
+    clipped = dataclasses.replace(CONFIG, delta_clip=1e-5, sigma=0.2)
+    assert abs(pairs.unroll_pair(shared(clipped), (1, None)).delta) == 1e-5
+
+
+def test_validation_does_not_depend_on_the_seed_and_repeats() -> None:
+    config = dataclasses.replace(CONFIG, validation_horizons=(20,), validation_tasks=2)
+    scores, _ = pairs.validate_task(shared(config), 1)
+    again, _ = pairs.validate_task(shared(dataclasses.replace(config, seed=99)), 1)
+    assert scores == again
+    assert pairs.settings(config) == [(20, True), (20, False)]
+    other, _ = pairs.validate_task(shared(config), 0)
+    assert scores != other
+    assert all(score.final < score.mean for score in scores)
+
+
+def test_every_family_can_be_trained_on() -> None:
+    for family in FAMILIES:
+        config = dataclasses.replace(CONFIG, tasks=(family,), phases=(Phase(1.0, (4, 4)),))
+        assert math.isfinite(pairs.unroll_pair(shared(config), (0, None)).delta)
