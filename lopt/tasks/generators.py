@@ -35,8 +35,8 @@ def teacher(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array
     width = int(random.integers(4, 33))
     for _ in range(int(random.integers(1, 3))):
         fan_in = hidden.shape[1]
-        hidden = np.tanh(hidden @ random.standard_normal((fan_in, width)) * 1.5 / math.sqrt(fan_in))
-    return x, _round(hidden @ random.standard_normal((width, outputs)) * 1.5 / math.sqrt(width))
+        hidden = np.tanh(_product(hidden, random.standard_normal((fan_in, width))) * 1.5 / math.sqrt(fan_in))
+    return x, _round(_product(hidden, random.standard_normal((width, outputs))) * 1.5 / math.sqrt(width))
 
 
 def low_rank(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, Array]:
@@ -44,7 +44,7 @@ def low_rank(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Arra
     rank = int(random.integers(1, max(inputs // 2, 1) + 1))
     scales = log_uniform(random, 0.5, 1.0) ** np.arange(rank)
     basis = random.standard_normal((rank, inputs)) / math.sqrt(np.square(scales).sum())
-    x = (random.standard_normal((rows, rank)) * scales) @ basis
+    x = _product(random.standard_normal((rows, rank)) * scales, basis)
     if random.random() < 0.5:
         x = np.tanh(1.5 * x)
     x = _round(x + log_uniform(random, 0.01, 0.3) * random.standard_normal((rows, inputs)))
@@ -70,11 +70,11 @@ def linear(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array,
     scales = 10.0 ** -random.uniform(0.0, random.uniform(0.0, 1.5), inputs)
     x = random.standard_normal((rows, inputs)) * scales / math.sqrt(np.square(scales).mean())
     axis = random.standard_normal(inputs)
-    x = _round(x - (x @ axis)[:, None] * axis * 2.0 / np.square(axis).sum())
+    x = _round(x - _product(x, axis[:, None]) * axis * 2.0 / np.square(axis).sum())
     used = random.random(inputs) < random.uniform(0.2, 1.0)
     used[random.integers(inputs)] = True
     coefficients = random.standard_normal((inputs, outputs)) * used[:, None] / math.sqrt(used.sum())
-    return x, _round(x @ coefficients)
+    return x, _round(_product(x, coefficients))
 
 
 def logistic(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, Array]:
@@ -88,7 +88,7 @@ def index(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, 
     """Values that depend on one to three directions of the inputs only: each bent in its way, and their product."""
     x = random.standard_normal((rows, inputs))
     directions = random.standard_normal((inputs, int(random.integers(1, 4))))
-    z = (x @ (directions / np.sqrt(np.square(directions).sum(axis=0)))).T
+    z = _product(x, directions / np.sqrt(np.square(directions).sum(axis=0))).T
     bends: tuple[Callable[[Array], Array], ...] = (
         np.abs,
         np.square,
@@ -97,7 +97,7 @@ def index(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, 
     )
     terms = [bends[int(random.integers(len(bends)))](row) for row in z] + [z.prod(axis=0)]
     values = np.stack([term - term.mean() for term in terms], axis=1)
-    return x, _round(values @ random.standard_normal((len(terms), outputs)) / math.sqrt(len(terms)))
+    return x, _round(_product(values, random.standard_normal((len(terms), outputs))) / math.sqrt(len(terms)))
 
 
 def sequence(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, Array]:
@@ -144,6 +144,11 @@ KINDS: dict[Data, Kind] = {
 def log_uniform(random: Random, low: float, high: float) -> float:
     """A number between ``low`` and ``high``, uniform in its logarithm, to four digits."""
     return float(f"{math.exp(random.uniform(math.log(low), math.log(high))):.4g}")
+
+
+def _product(a: Array, b: Array) -> Array:
+    """``a @ b`` without BLAS, whose threads cost more than products of this size."""
+    return np.asarray(np.einsum("ij,kj->ik", a, np.ascontiguousarray(b.T)))
 
 
 def _round(values: Array) -> Array:
