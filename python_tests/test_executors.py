@@ -36,6 +36,10 @@ def die_always(shared: None, item: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def setting(shared: str, item: int) -> str | None:
+    return os.environ.get(shared)
+
+
 def divide(shared: float, item: float) -> float:
     return shared / item
 
@@ -46,6 +50,12 @@ def test_results_come_in_order_from_both_processes(two: LocalProcesses) -> None:
         assert [value for value, _ in results] == [value for value, _ in Serial().map(square_plus, shared, range(40))]
         assert os.getpid() not in {process for _, process in results}
     assert two.map(square_plus, 0, []) == []
+
+
+def test_processes_are_told_to_use_one_thread_and_this_one_is_not(two: LocalProcesses) -> None:
+    name, mine = "OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS")
+    assert two.map(setting, name, [0]) == ["1"]
+    assert os.environ.get(name) == mine
 
 
 def test_a_killed_process_loses_only_its_unit(two: LocalProcesses, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class TrainState:
     moments: Moments
     best: Tensor  # [P] theta with the lowest validation score
     carries: list[Carry | None]  # of each pair
+    start_sha256: str | None  # of the file that theta started from
     iteration: int = 0
     phase: int = 0
     phase_begun: int = 0  # iteration
@@ -40,9 +41,9 @@ class TrainState:
     validation: dict[int, float] = field(default_factory=dict)  # iteration -> score
 
     @classmethod
-    def begin(cls, config: MetaTrainConfig, theta: Tensor) -> "TrainState":
+    def begin(cls, config: MetaTrainConfig, theta: Tensor, start_sha256: str | None = None) -> "TrainState":
         """The state before the first iteration."""
-        return cls(theta, Moments.zeros(len(theta)), theta, [None] * config.pairs)
+        return cls(theta, Moments.zeros(len(theta)), theta, [None] * config.pairs, start_sha256)
 
     @property
     def best_iteration(self) -> int:

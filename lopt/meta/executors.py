@@ -8,8 +8,8 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
@@ -19,6 +19,9 @@ import torch
 S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
+
+#: What NumPy's matrix products read when they are loaded; more threads than cores cost time.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 MAX_LOSSES = 5  # processes that may die without finishing a unit in between
 
@@ -115,7 +118,8 @@ class _Worker:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        with _environment(ONE_THREAD):
+            self.process.start()
         theirs.close()  # so that the death of the process is the end of the file
         self.unit: int | None = None
         self.lost = False
@@ -151,6 +155,18 @@ class _Worker:
         """A new process in place of this one."""
         self.end()
         return _Worker()
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
 
 
 def _serve(connection: Connection) -> None:

@@ -101,7 +101,8 @@ def _begin(config: MetaTrainConfig, out: Path, executor: Executor) -> tuple[Thet
         )
     theta = start_theta(config)
     out.mkdir(parents=True, exist_ok=True)
-    state = TrainState.begin(config, theta.flatten())
+    checksum = file_checksum(config.init) if config.from_file else None
+    state = TrainState.begin(config, theta.flatten(), checksum)
     header = {"config": config.to_json(), "spec": theta.spec.to_json(), "versions": versions(), "commit": commit()}
     (out / "config.json").write_text(json.dumps(header, indent=1) + "\n")
     append(out, {"iteration": 0, "inner_steps": 0, **_validate(config, theta.spec, state, executor)})
@@ -207,7 +208,7 @@ def _theta(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, best: bo
         "method": "meta_train",
         "command": command,
         "config": config.to_json(),
-        "start_sha256": file_checksum(config.init) if config.from_file else None,
+        "start_sha256": state.start_sha256,
         "iteration": of if best else state.iteration,
         "iterations": state.iteration,
         "inner_steps": state.inner_steps,
