@@ -174,6 +174,7 @@ def test_fingerprint_is_that_of_data_and_task() -> None:
     ]
     assert same.fingerprint == WINE.fingerprint
     assert len({task.fingerprint for task in (WINE, *others)}) == 4
+    assert {task.data_sha256 for task in others} == {WINE.data_sha256} != {FRIEDMAN.data_sha256}
 
 
 def test_fashion_mnist_from_idx_files(tmp_path: Path) -> None:

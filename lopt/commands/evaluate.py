@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +97,14 @@ class Evaluate(Command):
             say(console, "This theta has no horizon input: it is run once, without the hint")
         for name, reason in skipped.items():
             say(console, f"Skipped {name}: {reason}")
-        rows = {task.name: sum(len(split.targets) for split in task.splits.values()) for task in tasks}
+        for task in tasks:
+            if task.data == "characters":
+                text = f"help topics of Python {platform.python_version()}"
+                say(console, f"Text of {task.name}: {text}, sha256 of its rows {task.data_sha256}")
         table = RunTable(self.out / "runs.csv")
         runs = self._execute(console, plan, table)
 
-        large = [name for name, count in rows.items() if count >= LARGE]
+        large = [task.name for task in tasks if _rows(task) >= LARGE]
         groups = {"all": runs} | ({"large": [run for run in runs if run.task in large]} if large else {})
         found = {name: scores(group) for name, group in groups.items()}
         for horizon in self.horizons:
@@ -138,9 +142,7 @@ class Evaluate(Command):
                     "implementation": learned.impl,
                     "provenance": learned.theta.provenance,
                 },
-                "tasks": {
-                    task.name: {**task.config, "rows": rows[task.name], "sha256": task.fingerprint} for task in tasks
-                },
+                "tasks": {task.name: _facts(task) for task in tasks},
                 "skipped": skipped,
                 "learning_rates": LRS,
                 "scores": {
@@ -188,6 +190,14 @@ class Evaluate(Command):
                     say(console, f"{done}/{total}")
 
             return execute(plan, table, workers, on_done)
+
+
+def _rows(task: HeldOutTask) -> int:
+    return sum(len(split.targets) for split in task.splits.values())
+
+
+def _facts(task: HeldOutTask) -> dict[str, Any]:
+    return {**task.config, "rows": _rows(task), "sha256": task.fingerprint, "data_sha256": task.data_sha256}
 
 
 def _hint(hint: bool) -> str:

@@ -125,6 +125,14 @@ class HeldOutTask(Task):
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
+    @property
+    def data_sha256(self) -> str:
+        """SHA-256 of all rows: which text, which edition of a data set."""
+        tensors = itertools.chain(*(self.splits[name] for name in SPLITS))
+        return hashlib.sha256(
+            b"".join(hashlib.sha256(rows.contiguous().numpy().data).digest() for rows in tensors)
+        ).hexdigest()
+
     def init(self, seed: int) -> dict[str, Tensor]:
         random = generator(seed, "init")
         params = {}
