@@ -8,6 +8,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
+from lopt.commands.bench import Bench
 from lopt.commands.common import Command, say, write_json
 from lopt.commands.doctor import Doctor
 from lopt.commands.evaluate import Evaluate
@@ -23,6 +24,7 @@ Commands = (
     | Annotated[MetaTrain, subcommand("meta-train")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Bench, subcommand("bench")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Weights, subcommand("weights", description="Look at meta-parameters, or convert them.")]
 )

@@ -55,6 +55,11 @@ def has_cuda() -> bool:
     return _C.has_cuda
 
 
+def simd_selected() -> str:
+    """Instruction set the CPU kernels use."""
+    return _C.simd_selected()
+
+
 def is_compiled(spec: ThetaSpec) -> bool:
     """Whether kernels exist for this feature set and MLP width."""
     return _C.packed_weights(FEATURE_SET_INDEX[spec.feature_set], spec.mlp_width) > 0
