@@ -161,7 +161,7 @@ def test_executors_and_numbers_of_workers_give_the_same_bits(whole: Path, tmp_pa
 def test_an_iteration_is_scaled_clipped_adam_on_the_estimate(tmp_path: Path) -> None:
     """By hand, from the units of work: the first step of Adam is lr times the sign of the gradient."""
     phase = Phase(1.0, (10, 20), "mlp", lr=0.5)
-    config = dataclasses.replace(SMALL, inner_steps=1, phases=(phase,), gradient_clip=0.05, lr=0.01)
+    config = dataclasses.replace(SMALL, inner_steps=1, phases=(phase,), gradient_clip=0.05, lr=0.01, average=0.75)
     train(config, tmp_path)
     theta = Theta.init_adam("compact", seed=config.seed)
     scale = outer.scales(theta.spec, "prior", "mlp")
@@ -172,13 +172,14 @@ def test_an_iteration_is_scaled_clipped_adam_on_the_estimate(tmp_path: Path) -> 
         gradient += pairs.perturbation(config, 0, pair, theta.num_floats) * result.delta / (3 * 2 * config.sigma)
         losses.append(result.meta_loss)
     gradient = (gradient * (scale > 0)).clamp(-0.05, 0.05)
-    last = Theta.load(tmp_path / "theta_last.safetensors").flatten()
+    state = checkpoint.load(tmp_path / "checkpoint.pt")[2]
+    last, mean = state.theta, Theta.load(tmp_path / "theta_last.safetensors").flatten()
     expected = theta.flatten() - 0.005 * scale * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(last, expected, rtol=0, atol=1e-6)
     assert int((last != theta.flatten()).sum()) > 300
     assert torch.equal(last[scale == 0], theta.flatten()[scale == 0])
-    moments = checkpoint.load(tmp_path / "checkpoint.pt")[2].moments
-    torch.testing.assert_close(moments.mean, 0.1 * gradient, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(mean, 0.75 * theta.flatten() + 0.25 * last, rtol=0, atol=1e-7)
+    torch.testing.assert_close(state.moments.mean, 0.1 * gradient, rtol=1e-5, atol=1e-7)
     assert 0.05 < float((gradient[scale > 0].abs() == 0.05).double().mean()) < 0.95  # both sides of the clip
     line = metrics(tmp_path)[1]
     assert line["meta_loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
@@ -210,6 +211,8 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
     again = [pairs.validate_task(shared, index)[0] for index in range(2)]
     mean = sum(score.final for found in again for score in found) / 4
     assert lines[-1]["validation"] == pytest.approx(mean, abs=1e-12)
+    mean = sum(score.mean for found in again for score in found) / 4
+    assert lines[-1]["validation_mean"] == pytest.approx(mean, abs=1e-12)
     assert lines[-1]["final_20_told"] == pytest.approx((again[0][0].final + again[1][0].final) / 2, abs=1e-12)
     for theta, name in ((best, "theta"), (last, "theta_last")):
         assert json.loads((whole / f"{name}.json").read_text()) == theta.provenance
@@ -282,6 +285,7 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
         ("lr", math.nan, "lr: expected a positive number, got nan"),
         ("tasks", ("image",), r"tasks: expected some of .* got \['image'\]"),
         ("tell_horizon", 1.5, "tell_horizon: expected a share between 0 and 1, got 1.5"),
+        ("average", 1.0, r"average: expected a decay in \[0, 1\), got 1.0"),
         ("seed", -1, "seed: expected a non-negative integer, got -1"),
         ("betas", (0.9, 1.0), r"betas: expected two decays in \[0, 1\), got \(0.9, 1.0\)"),
         ("phases", (Phase(0.5, (1, 2)),), r"phases: expected shares that add up to 1, got \[0.5\]"),

@@ -28,8 +28,9 @@ class TrainState:
     """A meta-training run after ``iteration`` iterations."""
 
     theta: Tensor  # [P]
+    average: Tensor  # [P] running mean of theta
     moments: Moments
-    best: Tensor  # [P] theta with the lowest validation score
+    best: Tensor  # [P] mean with the lowest validation score
     carries: list[Carry | None]  # of each pair
     start_sha256: str | None  # of the file that theta started from
     iteration: int = 0
@@ -43,7 +44,7 @@ class TrainState:
     @classmethod
     def begin(cls, config: MetaTrainConfig, theta: Tensor, start_sha256: str | None = None) -> "TrainState":
         """The state before the first iteration."""
-        return cls(theta, Moments.zeros(len(theta)), theta, [None] * config.pairs, start_sha256)
+        return cls(theta, theta, Moments.zeros(len(theta)), theta, [None] * config.pairs, start_sha256)
 
     @property
     def best_iteration(self) -> int:

@@ -117,6 +117,11 @@ class MetaTrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     """Decays of Adam's moments."""
 
+    average: float = 0.95
+    """Decay per iteration of the running mean of theta, which is what is validated and kept; 0 for theta itself.
+
+    The steps of theta are mostly noise of the meta-gradient, and the mean is rid of much of it."""
+
     gradient_clip: float = 1.0
     """Bound of every component of the meta-gradient, in units of meta-loss per unit of theta."""
 
@@ -166,6 +171,8 @@ class MetaTrainConfig:
         betas: tuple[float, ...] = self.betas
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas: expected two decays in [0, 1), got {betas}")
+        if not 0.0 <= self.average < 1.0:
+            raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
         if not 0.0 <= self.tell_horizon <= 1.0:
             raise ValueError(f"tell_horizon: expected a share between 0 and 1, got {self.tell_horizon}")
         for name in ("seed", "warmup", "warmup_from_file"):

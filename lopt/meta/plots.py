@@ -29,7 +29,7 @@ def meta_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7.2, 6.4), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     steps, losses = _column(training, "inner_steps") / 1e6, _column(training, "meta_loss")
-    above.plot(steps, losses, ".", color=COLOURS[0], alpha=0.2, markersize=3, markeredgewidth=0, label="one iteration")
+    above.plot(steps, losses, ".", color=COLOURS[0], alpha=0.4, markersize=4, markeredgewidth=0, label="one iteration")
     width = min(SMOOTHING, len(training))
     if width > 1:
         means = (running_mean(column, width) for column in (steps, losses))

@@ -22,6 +22,7 @@ TINY: dict[str, Any] = {
     "inner_steps": 150_000,
     "phases": (Phase(1.0, (20, 100), "mlp"),),
     "pairs": 16,
+    "average": 0.8,
     "warmup": 2,
     "validation_tasks": 16,
     "validation_horizons": (100,),

@@ -147,6 +147,7 @@ def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, execut
     state.moments, direction = outer.adam(state.moments, clipped, trained, config.betas, warmup)
     lr = config.lr_at(state.inner_steps)
     state.theta = state.theta - lr * scale * direction
+    state.average = torch.lerp(state.average, state.theta, 1.0 - config.average)
 
     state.carries = [result.carry for result in results]
     state.iteration += 1
@@ -176,11 +177,12 @@ def _unroll_pairs(shared: Shared, state: TrainState, executor: Executor) -> list
 
 
 def _validate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, executor: Executor) -> dict[str, Any]:
-    """Scores of theta on the validation runs, as metrics; keeps theta where it is the best so far.
+    """Scores of the mean theta on the validation runs, as metrics; keeps it where it is the best so far.
 
-    ``validation`` is the mean over all runs of the meta-loss over the last tenth of a run.
+    ``validation`` is the mean over all runs of the meta-loss over the last tenth of a run, ``validation_mean`` that
+    over the whole run.
     """
-    shared = Shared(config, spec, state.theta, torch.zeros(0), 0, 0, state.iteration)
+    shared = Shared(config, spec, state.average, torch.zeros(0), 0, 0, state.iteration)
     found = executor.map(pairs.validate_task, shared, range(config.validation_tasks))
     state.cpu_seconds += sum(seconds for _, seconds in found)
     metrics: dict[str, Any] = {}
@@ -190,8 +192,9 @@ def _validate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, execu
     score = sum(metrics.values()) / len(metrics)
     state.validation[state.iteration] = score
     if state.best_iteration == state.iteration:
-        state.best = state.theta
-    return {"validation": score, **metrics}
+        state.best = state.average
+    means = [entry.mean for scores, _ in found for entry in scores]
+    return {"validation": score, "validation_mean": sum(means) / len(means), **metrics}
 
 
 def _save(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, out: Path, command: str) -> None:
@@ -218,7 +221,7 @@ def _theta(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, best: bo
         "versions": versions(),
         "commit": commit(),
     }
-    flat = state.best if best else state.theta
+    flat = state.best if best else state.average
     return Theta(spec, unflatten(spec, flat.clone()), provenance)
 
 
