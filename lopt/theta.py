@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -337,7 +338,10 @@ class Theta:
             raise ValueError(f"theta: {path} has no lopt metadata; it was not written by Theta.save") from error
         if version != FORMAT:
             raise ValueError(f"theta: {path} has format {version}, this version of lopt reads format {FORMAT}")
-        return cls(ThetaSpec.from_json(spec), tensors, provenance)
+        try:
+            return cls(ThetaSpec.from_json(spec), tensors, provenance)
+        except TypeError as error:
+            raise ValueError(f"theta: {path} has a spec with a value of the wrong type ({error})") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; its metadata holds format version, spec and provenance as JSON.
@@ -396,8 +400,11 @@ class Theta:
         if not isinstance(source, Mapping):
             path, source = Path(source), {}
             if path.suffix == ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
-                    source = {name: arrays[name] for name in arrays.files}
+                try:
+                    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                        source = {name: arrays[name] for name in arrays.files}
+                except (ValueError, EOFError, zipfile.BadZipFile) as error:
+                    raise ValueError(f"import_jax: {path} is not a readable .npz file ({error})") from error
             else:
                 source = _read_flax(path)
         flat = _flatten_mapping(source)

@@ -473,3 +473,19 @@ def test_import_jax_of_a_missing_or_pickled_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "objects.npz", initial_from_lstm=np.array([Bomb()], dtype=object))
     with pytest.raises(ValueError, match="pickle"):
         Theta.import_jax(tmp_path / "objects.npz")
+
+
+def test_a_spec_value_of_the_wrong_type_is_a_value_error(tmp_path):
+    path = tmp_path / "theta.safetensors"
+    theta = Theta.init("compact")
+    header = {"format": 1, "spec": {**theta.spec.to_json(), "mlp_width": "8"}, "provenance": {}}
+    safetensors.torch.save_file(theta.tensors, path, {"lopt": json.dumps(header)})
+    with pytest.raises(ValueError, match="wrong type"):
+        Theta.load(path)
+
+
+def test_a_corrupt_npz_is_named(tmp_path):
+    path = tmp_path / "theta.npz"
+    path.write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(ValueError, match=r"theta\.npz is not a readable \.npz"):
+        Theta.import_jax(path)
