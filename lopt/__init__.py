@@ -1,5 +1,6 @@
 """A hierarchical learned optimizer for PyTorch."""
 
+import lopt.registration  # noqa: F401  torch.ops.lopt
 from lopt.optimizer import LearnedOptimizer
 from lopt.theta import PRESETS, Theta, ThetaSpec
 

@@ -1,10 +1,9 @@
-"""The two device operations, and the only door to the compiled kernels.
+"""The two device operations: the door to the compiled kernels (lopt/meta/engine.py is that to the unroll engine).
 
 ``accumulate`` updates the accumulators of every parameter of every tensor and reduces per-tensor statistics;
 ``apply`` computes features and the small MLP, writes the parameters and reduces the mean of the last hidden layer. Each
 is one call, and on a GPU one launch, for any number of tensors. A :class:`Plan` keeps the tables of addresses between
-steps. ``torch.ops.lopt.accumulate`` and ``torch.ops.lopt.apply`` are the same operations for torch.compile and
-torch.library users.
+steps.
 
 Equivalent to ``lopt.reference.accumulate`` and ``lopt.reference.apply`` for each tensor, with two exact rewrites:
 MLP inputs that are constant in a tensor are folded into a bias per tensor, and the MLP outputs that only feed the LSTM
@@ -12,7 +11,6 @@ are computed once per tensor from the mean hidden vector.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -381,86 +379,3 @@ class TensorLevel:
         """After apply: what the next LSTM step sees of ``hidden`` ``[T, width]``."""
         self._record["hidden"] = hidden.data_ptr()
         _C.finish(self._record.ctypes.data)
-
-
-def _accumulate(
-    feature_set: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    mom: Sequence[Tensor],
-    rms: Sequence[Tensor],
-    clip_limit: Tensor,
-) -> Tensor:
-    plan = Plan("cuda" if params[0].is_cuda else "cpu", feature_set, params, mom, rms)
-    plan.set_tensors(params, grads)
-    return plan.accumulate(clip_limit)
-
-
-def _accumulate_fake(
-    feature_set: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    mom: Sequence[Tensor],
-    rms: Sequence[Tensor],
-    clip_limit: Tensor,
-) -> Tensor:
-    return clip_limit.new_empty(len(params), FEATURE_SETS[feature_set].num_stats)
-
-
-def _apply(
-    feature_set: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    mom: Sequence[Tensor],
-    rms: Sequence[Tensor],
-    clip_limit: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    bias: Tensor,
-    step_size: Tensor,
-    keep: Tensor,
-    weights: Tensor,
-    theta_index: Sequence[int] | None,
-    magnitude_rate: float,
-    feature_clip: float | None,
-) -> Tensor:
-    plan = Plan("cuda" if params[0].is_cuda else "cpu", feature_set, params, mom, rms, theta_index)
-    plan.set_tensors(params, grads)
-    return plan.apply(clip_limit, scale, shift, bias, step_size, keep, weights, magnitude_rate, feature_clip)
-
-
-def _apply_fake(
-    feature_set: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    mom: Sequence[Tensor],
-    rms: Sequence[Tensor],
-    clip_limit: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    bias: Tensor,
-    step_size: Tensor,
-    keep: Tensor,
-    weights: Tensor,
-    theta_index: Sequence[int] | None,
-    magnitude_rate: float,
-    feature_clip: float | None,
-) -> Tensor:
-    return torch.empty_like(bias)
-
-
-_library: Any = torch.library.Library("lopt", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
-    "accumulate(str feature_set, Tensor[] params, Tensor[] grads, Tensor(a!)[] mom, Tensor(b!)[] rms, "
-    "Tensor clip_limit) -> Tensor"
-)
-_library.define(
-    "apply(str feature_set, Tensor(a!)[] params, Tensor[] grads, Tensor[] mom, Tensor[] rms, Tensor clip_limit, "
-    "Tensor scale, Tensor shift, Tensor bias, Tensor step_size, Tensor keep, Tensor weights, int[]? theta_index, "
-    "float magnitude_rate, float? feature_clip) -> Tensor"
-)
-for _key in ("CPU", "CUDA"):
-    _library.impl("accumulate", _accumulate, _key)
-    _library.impl("apply", _apply, _key)
-torch.library.register_fake("lopt::accumulate", _accumulate_fake, lib=_library)
-torch.library.register_fake("lopt::apply", _apply_fake, lib=_library)
