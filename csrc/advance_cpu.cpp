@@ -21,8 +21,8 @@ bool advance(const AdvanceParams& p) {
     const int tensors = static_cast<int>(p.num_tensors);
     const ThetaView theta(s, Features::kNumColumns, p.theta);
     const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
-    TensorLevel level{tensors, p.shapes, p.h,    p.c,         p.feedback, p.initial_scale, p.updates, p.stats,
-                      p.scale, p.shift,  p.bias, p.step_size, nullptr,    nullptr,         nullptr,   nullptr};
+    TensorLevel level{tensors, p.shapes, p.h,         p.c,     p.feedback, p.initial_scale, p.updates, p.stats, p.scale,
+                      p.shift, p.bias,   p.step_size, nullptr, nullptr,    nullptr,         nullptr,   nullptr};
     Arena count{nullptr};
     take_scratch(s, level, count);
     std::vector<float> memory(static_cast<size_t>(count.used));

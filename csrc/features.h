@@ -19,6 +19,7 @@ struct PaperFeatures {
   static constexpr const char* kName = "paper";
   static constexpr int kNumMom = 5;  // decays .5 .9 .99 .999 .9999
   static constexpr int kNumRms = 5;  // the same decays, paired by index
+  static constexpr int kSlow = -1;   // no second moment is a Moment
   enum Column {
     kGrad,
     kParam,
@@ -68,6 +69,7 @@ struct CompactFeatures {
   static constexpr const char* kName = "compact";
   static constexpr int kNumMom = 3;  // decays .9 .99 .999
   static constexpr int kNumRms = 2;  // decays .95 .999
+  static constexpr int kSlow = 1;    // the second moment whose mean is a Moment
   enum Column {
     kMomOverSlow,                            // [3] mom_k * rsqrt(rms_1 + tiny)
     kGradOverSlow = kMomOverSlow + kNumMom,  // grad * rsqrt(rms_1 + tiny)
@@ -79,7 +81,7 @@ struct CompactFeatures {
     kLogRatio,                  // ln((rms_0 + tiny) / (rms_1 + tiny)) / 2
     kNumColumns
   };
-  enum Moment { kParamSquare, kGradSquare, kMomSquare, kSlow = kMomSquare + kNumMom, kNumMoments };
+  enum Moment { kParamSquare, kGradSquare, kMomSquare, kSlowMean = kMomSquare + kNumMom, kNumMoments };
   static constexpr float kTiny = 1e-24f;  // small enough to keep every column independent of the gradient's scale
 
   template <class V>
@@ -104,7 +106,7 @@ struct CompactFeatures {
     q[kGradSquare] = grad * grad;
     LOPT_UNROLL
     for (int k = 0; k < kNumMom; ++k) q[kMomSquare + k] = mom[k] * mom[k];
-    q[kSlow] = rms[1];
+    q[kSlowMean] = rms[kSlow];
   }
 
   LOPT_HD static void column_map(const float* means, const float* corrections, float* scale, float* shift) {
@@ -120,7 +122,7 @@ struct CompactFeatures {
     scale[kParam] = rsqrt_of(means[kParamSquare] + kTiny);
     scale[kGrad] = rsqrt_of(means[kGradSquare] + kTiny);
     scale[kLogSlow] = scale[kLogRatio] = 1.0f;
-    shift[kLogSlow] = -0.5f * ::logf(means[kSlow] + kTiny);
+    shift[kLogSlow] = -0.5f * ::logf(means[kSlowMean] + kTiny);
     shift[kLogRatio] = 0.5f * ::logf(rms[1] / rms[0]);
   }
 };

@@ -69,7 +69,8 @@ struct LstmCell {
 };
 
 inline void take_scratch(const Spec& s, TensorLevel& level, Arena& arena) {
-  level.x = arena.take(int64_t{level.num_tensors} * s.num_lstm_input());
+  level.x = arena.take(s.num_lstm_input());
+  level.from_lstm = arena.take(s.from_lstm);
   level.gates = arena.take(padded(std::max(4 * s.lstm_width, s.from_lstm)));
   level.constant = arena.take(s.num_constant());
   level.activation = arena.take(padded(s.lstm_width));

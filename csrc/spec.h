@@ -17,7 +17,7 @@ struct Spec {
   float mom_decay[kMaxDecays], rms_decay[kMaxDecays];
   float unused_too;
 
-  LOPT_HD int num_time() const { return paper_inputs ? 11 : horizon_input ? 5 : 1; }
+  LOPT_HD int num_time() const { return paper_inputs ? 11 : horizon_input ? 6 : 1; }
   LOPT_HD int num_facts() const { return paper_inputs ? 3 : 2; }
   LOPT_HD int num_constant() const { return num_time() + num_facts() + lstm_to_mlp; }
   LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + (paper_inputs ? 18 : 15 + num_time()); }

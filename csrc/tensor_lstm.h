@@ -46,7 +46,7 @@ struct ThetaView {
     w3 = take(s.width * outputs);
     b3 = take(outputs);
     skip = take(s.linear_skip ? columns : 0);
-    step_w = take(s.step_control ? hidden + s.num_time() + s.num_facts() : 0);
+    step_w = take(s.step_control ? hidden + s.num_lstm_input() : 0);
     step_b = take(s.step_control ? 1 : 0);
   }
 };
@@ -99,7 +99,8 @@ struct TensorLevel {
   const float* stats;
   float *scale, *shift, *bias, *step_size;
   // Scratch:
-  float* x;           // [T, num_lstm_input]
+  float* x;           // [num_lstm_input]
+  float* from_lstm;   // [from_lstm]
   float* gates;       // [4 lstm_width, or from_lstm if more, and padding]
   float* constant;    // [num_constant]
   float* activation;  // [lstm_width and padding]
@@ -124,6 +125,7 @@ inline void time_inputs(const Spec& s, int64_t step, float total_steps, float* t
   time[2] = done;
   time[3] = std::log(1.0f - 0.99f * done);
   time[4] = std::log1p(std::fmin(total_steps, s.time_limit)) / kScale;
+  time[5] = known ? time[0] : 0.0f;
 }
 
 // out[j] = bias[j] + sum_i x[i] w[i, j]
@@ -154,9 +156,11 @@ inline float log_ratio(float above, float below) {
   return clamp_of(0.5f * std::log((above + kTiny) / (below + kTiny)), -5.0f, 5.0f);
 }
 
-// One row of the LSTM's input (lopt.tensor_lstm.lstm_inputs).
-inline void lstm_input(const Spec& s, const Globals& g, const TensorLevel& level, int t, const float* stats,
-                       float mean_grad_square, const float* time, float train, float valid, float* x) {
+// One row of the LSTM's input (lopt.tensor_lstm.lstm_inputs); corrections[k] = 1 - decay_k^updates of mom, then rms.
+template <class Features>
+void lstm_input(const Spec& s, const Globals& g, const TensorLevel& level, int t, const float* stats,
+                const float* corrections, float mean_grad_square, const float* time, float train, float valid,
+                float* x) {
   const TensorShape& shape = level.shapes[t];
   const float numel = static_cast<float>(shape.numel);
   for (int i = 0; i < s.from_lstm; ++i) *x++ = g.from_lstm[i];
@@ -169,16 +173,16 @@ inline void lstm_input(const Spec& s, const Globals& g, const TensorLevel& level
       *x++ = sign_of(stats[mean]);
     }
     *x++ = log_magnitude(std::sqrt(stats[kParamSquare] * numel));
-  } else {
-    const float mom_square = stats[kMomVar] + stats[kMomMean] * stats[kMomMean];
+  } else if constexpr (Features::kSlow >= 0) {
+    const float* moments = stats + kMoments;
     const float scale = level.initial_scale[t], rms_mean = stats[kRmsMean];
-    *x++ = log_ratio(stats[kGradSquare], rms_mean);
-    *x++ = log_ratio(mom_square, rms_mean);
+    const float slow = moments[Features::kSlowMean] / corrections[Features::kNumMom + Features::kSlow];
+    *x++ = log_ratio(stats[kGradSquare], slow);
+    for (int k = 0; k < Features::kNumMom; ++k)
+      *x++ = log_ratio(moments[Features::kMomSquare + k] / (corrections[k] * corrections[k]), slow);
     *x++ = log_ratio(stats[kRmsVar], rms_mean * rms_mean);
     *x++ = log_ratio(stats[kParamSquare], scale * scale);
     *x++ = log_ratio(stats[kGradSquare], mean_grad_square);
-    *x++ = stats[kMomMean] / std::sqrt(mom_square + 1e-30f);
-    *x++ = stats[kParamMean] / std::sqrt(stats[kParamSquare] + 1e-30f);
   }
   for (const float log_dim : shape.log_dims) *x++ = log_dim;
   *x++ = train;
@@ -237,10 +241,7 @@ void advance(const Spec& s, const ThetaView& theta, const Globals& g, const Tens
     train = standardise_loss(g.train_loss, g.train_loss[3], s.train_loss_decay);
     valid = standardise_loss(g.train_loss, valid_mean, s.train_loss_decay);
   }
-  for (int t = 0; t < tensors; ++t)
-    lstm_input(s, g, level, t, level.stats + int64_t{t} * kStats, mean_grad_square, constant, train, valid,
-               level.x + int64_t{t} * inputs);
-  for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] = 0;
+  for (int i = 0; i < s.from_lstm; ++i) level.from_lstm[i] = 0;
   float corrections[Features::kNumMom + Features::kNumRms]{}, corrected_for = 0;
 
   for (int t = 0; t < tensors; ++t) {
@@ -254,9 +255,10 @@ void advance(const Spec& s, const ThetaView& theta, const Globals& g, const Tens
       for (int k = 0; k < Features::kNumRms; ++k)
         corrections[Features::kNumMom + k] = -std::expm1(corrected_for * std::log(s.rms_decay[k]));
     }
-    lstm(level.x + int64_t{t} * inputs, h, level.c + int64_t{t} * hidden);
+    lstm_input<Features>(s, g, level, t, stats, corrections, mean_grad_square, constant, train, valid, level.x);
+    lstm(level.x, h, level.c + int64_t{t} * hidden);
     linear(h, hidden, theta.to_lstm_w, theta.to_lstm_b, s.from_lstm, level.gates);
-    for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] += level.gates[i] / static_cast<float>(tensors);
+    for (int i = 0; i < s.from_lstm; ++i) level.from_lstm[i] += level.gates[i] / static_cast<float>(tensors);
 
     float* facts = constant + num_time;
     tensor_facts(s, level, t, stats, facts);
@@ -267,13 +269,14 @@ void advance(const Spec& s, const ThetaView& theta, const Globals& g, const Tens
     if (s.step_control) {
       float log_step = theta.step_b[0];
       for (int i = 0; i < hidden; ++i) log_step += h[i] * theta.step_w[i];
-      for (int i = 0; i < num_time + s.num_facts(); ++i) log_step += constant[i] * theta.step_w[hidden + i];
+      for (int i = 0; i < inputs; ++i) log_step += level.x[i] * theta.step_w[hidden + i];
       multiplier = level.step_size[t] * std::exp(clamp_of(log_step, -kMaxLogStep, kMaxLogStep));
     }
     level.step_size[t] = s.step_multiplier * multiplier;
     Features::column_map(stats + kMoments, corrections, level.scale + int64_t{t} * kColumns,
                          level.shift + int64_t{t} * kColumns);
   }
+  for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] = level.from_lstm[i];
   *g.step += 1;
 }
 

@@ -61,6 +61,11 @@ class FeatureSet:
         return len(STATS) + len(self.moments)
 
     @property
+    def slow(self) -> int | None:
+        """Position among the second moments of the one whose tensor mean is a moment, None where there is none."""
+        return next((k for k in range(len(self.rms_decays)) if f"rms{k}" in self.moments), None)
+
+    @property
     def debiased(self) -> bool:
         """Whether any column is corrected for the accumulators' bias."""
         return any(column.debias for column in self.columns)
@@ -85,10 +90,20 @@ class FeatureSet:
         scale = torch.where(table.normalised, torch.rsqrt(means), 1.0)
         shift = torch.where(table.centred, -0.5 * torch.log(means), 0.0)
         if self.debiased:  # logarithms of the corrections, products of (1 - decay^updates)^-exponent
-            corrections = -torch.log(-torch.expm1(updates[:, None] * torch.log(decays)))
+            corrections = -torch.log(bias_corrections(updates, decays))
             scale = scale * torch.exp(corrections @ table.linear_exponents)
             shift = shift + corrections @ table.log_exponents
         return scale, shift
+
+
+def bias_corrections(updates: Tensor, decays: Tensor) -> Tensor:
+    """``1 - decay^updates`` ``[T, accumulators]``: an accumulator that starts at zero, divided by it, has no bias.
+
+    Args:
+        updates: ``[T]`` how often each tensor's accumulators were updated, at least once.
+        decays: ``[num_mom + num_rms]``.
+    """
+    return -torch.expm1(updates[:, None] * torch.log(decays))
 
 
 class _ColumnTable(NamedTuple):

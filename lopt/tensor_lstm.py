@@ -7,14 +7,14 @@ Source: arXiv:2009.11243, appendix C.2 to C.4, with the constants of the author'
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lopt.features import STATS
+from lopt.features import STATS, bias_corrections
 from lopt.theta import ThetaSpec
 
 Weights = Mapping[str, Tensor]
@@ -194,7 +194,7 @@ def time_inputs(spec: ThetaSpec, step: Tensor, total_steps: Tensor, like: Tensor
         known = (total > 0).to(like.dtype)
         done = known * torch.clamp(steps / torch.clamp(total, min=1.0), max=1.0)
         log_total = torch.log1p(torch.clamp(total, max=spec.time_limit)) / LOG_TIME_SCALE
-        inputs += [known, done, torch.log(1.0 - 0.99 * done), log_total]
+        inputs += [known, done, torch.log(1.0 - 0.99 * done), log_total, known * inputs[0]]
     return torch.stack(inputs)
 
 
@@ -222,7 +222,7 @@ def lstm_inputs(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, s
     if spec.tensor_inputs == "paper":
         parts.append(torch.stack(_magnitudes_and_signs(stat, shapes, train, valid), dim=1))
     else:
-        scalars = [*_ratios(stat, rows), *shapes.log_dims.unbind(1), train, valid]
+        scalars = [*_ratios(spec, stats, rows, shapes), *shapes.log_dims.unbind(1), train, valid]
         parts += [torch.stack(scalars, dim=1), tensor_facts(spec, shapes, stat["param_square"])]
         parts.append(time.expand(num_tensors, -1))
     return torch.cat(parts, dim=1)
@@ -252,20 +252,27 @@ def _magnitudes_and_signs(stat: dict[str, Tensor], shapes: Shapes, train: Tensor
     ]
 
 
-def _ratios(stat: dict[str, Tensor], rows: Rows) -> list[Tensor]:
-    """Seven ratios that keep their value when gradients or parameters are rescaled; logarithms within +-5."""
-    mom_square = stat["mom_var"] + torch.square(stat["mom_mean"])
+def _ratios(spec: ThetaSpec, stats: Tensor, rows: Rows, shapes: Shapes) -> Iterable[Tensor]:
+    """Logarithms of ratios of root mean squares, within +-5, unchanged when gradients or parameters are rescaled.
+
+    Momenta and the slow second moment are without bias. For gradients that are all noise, momentum ``k`` over slow is
+    ``sqrt((1 - decay_k) / (1 + decay_k))``; for gradients that never change it is 1.
+    """
+    features, num_mom = spec.features, len(spec.mom_decays)
+    assert features.slow is not None  # by ThetaSpec
+    corrections = bias_corrections(rows.updates, shapes.decays)
+    stat = dict(zip((*STATS, *features.moments), stats.unbind(1), strict=True))
+    slow = stat[f"rms{features.slow}"] / corrections[:, num_mom + features.slow]
+    grad = stat["grad_square"]
     pairs = [
-        (stat["grad_square"], stat["rms_mean"]),  # this gradient among those before
-        (mom_square, stat["rms_mean"]),  # how much of the gradients is signal
+        (grad, slow),  # this gradient among those before
+        *((stat[f"mom{k}^2"] / torch.square(corrections[:, k]), slow) for k in range(num_mom)),  # share of signal
         (stat["rms_var"], torch.square(stat["rms_mean"])),  # how unequal the parameters are
         (stat["param_square"], torch.square(rows.scale)),  # how far the parameters have grown
-        (stat["grad_square"], stat["grad_square"].mean().expand_as(mom_square)),  # among the tensors
+        (grad, grad.mean().expand_as(grad)),  # among the tensors
     ]
     above, below = (torch.stack(side) + TINY for side in zip(*pairs, strict=True))
-    logs = torch.clamp(0.5 * torch.log(above / below), -5.0, 5.0)
-    means = [stat["mom_mean"] * torch.rsqrt(mom_square + TINY), stat["param_mean"] * torch.rsqrt(above[3])]
-    return [*logs.unbind(), *means]
+    return torch.clamp(0.5 * torch.log(above / below), -5.0, 5.0).unbind()
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,7 +336,7 @@ def advance(
     constant = torch.cat([facts, h @ weights["lstm_to_mlp.w"] + weights["lstm_to_mlp.b"]], dim=1)
     multiplier = torch.ones_like(rms)
     if spec.step_control:
-        log_step = torch.cat([h, facts], dim=1) @ weights["step.w"] + weights["step.b"]
+        log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
         multiplier = scale * torch.exp(torch.clamp(log_step, -MAX_LOG_STEP, MAX_LOG_STEP))
     column_scale, column_shift = spec.features.column_map(stats, rows.updates, shapes.decays)
     return globals_, rows, Conditioning(column_scale, column_shift, constant, multiplier), x

@@ -49,10 +49,10 @@ class ThetaSpec:
         magnitude_rate: ``c`` in ``update = direction * exp(c * magnitude)``.
         linear_skip: adds a linear map of the per-parameter inputs to the direction.
         step_control: multiplies a tensor's update by its scale (root mean square) and by the exponential of a linear
-            map of LSTM state and time.
+            map of the LSTM's state and inputs.
         tensor_inputs: ``"paper"``: the LSTM sees magnitudes and signs as they are, the MLP 11 sinusoids of the step.
             ``"relative"``: the LSTM sees ratios that do not depend on the scale of gradients and parameters, and both
-            see the logarithm of the step, at most ``time_limit``.
+            see the logarithm of the step, at most ``time_limit``. Needs a feature set with a slow second moment.
         horizon_input: adds the inputs that need ``total_steps``; only with ``tensor_inputs="relative"``.
         time_limit: steps beyond which logarithmic time stands still (the longest run seen in meta-training).
         train_loss_decay, valid_loss_decay: decays of the two loss averages.
@@ -116,6 +116,8 @@ class ThetaSpec:
             raise ValueError(f"feature_clip: expected None or a positive bound, got {self.feature_clip}")
         if self.tensor_inputs not in TENSOR_INPUTS:
             raise ValueError(f"tensor_inputs: expected one of {sorted(TENSOR_INPUTS)}, got {self.tensor_inputs!r}")
+        if self.tensor_inputs == "relative" and self.features.slow is None:
+            raise ValueError(f"tensor_inputs: 'relative' is not available with feature set {self.feature_set!r}")
         if self.horizon_input and self.tensor_inputs != "relative":
             raise ValueError("horizon_input: only available with tensor_inputs='relative'")
 
@@ -127,7 +129,7 @@ class ThetaSpec:
     @property
     def num_time(self) -> int:
         """Number of time inputs."""
-        return 11 if self.tensor_inputs == "paper" else 5 if self.horizon_input else 1
+        return 11 if self.tensor_inputs == "paper" else 6 if self.horizon_input else 1
 
     @property
     def num_facts(self) -> int:
@@ -169,7 +171,7 @@ class ThetaSpec:
         if self.linear_skip:
             shapes["skip"] = (len(self.features.columns),)
         if self.step_control:
-            shapes["step.w"] = (lstm + self.num_time + self.num_facts,)
+            shapes["step.w"] = (lstm + self.num_lstm_input,)
             shapes["step.b"] = ()
         return shapes
 
@@ -297,8 +299,9 @@ class Theta:
         tensors["mlp.w3"][:, :2] = 0.0
         if spec.linear_skip:
             tensors["skip"][spec.features.column_index("mom0_over_slow")] = 1.0
-            tensors["step.w"][spec.lstm_width + 1] = math.log(2.0)  # when total_steps is known
-            tensors["step.w"][spec.lstm_width + 3] = 1.0  # ln(1 - .99 step / total_steps)
+            time = tensors["step.w"][-spec.num_time :]
+            time[1] = math.log(2.0)  # when total_steps is known
+            time[3] = 1.0  # ln(1 - .99 step / total_steps)
         else:
             for unit, sign in ((0, 1.0), (1, -1.0)):
                 for name in ("mlp.w1", "mlp.w2"):

@@ -130,7 +130,7 @@ def test_advance_by_hand() -> None:
     to_mlp = h @ weights["lstm_to_mlp.w"] + weights["lstm_to_mlp.b"]
     torch.testing.assert_close(conditioning.constant, torch.cat([facts, to_mlp], dim=1), rtol=0, atol=1e-14)
     _, scale = tensor_lstm.tensor_scale(square.sqrt(), shapes, rows.scale)
-    log_step = torch.cat([h, facts], dim=1) @ weights["step.w"] + weights["step.b"]
+    log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
     torch.testing.assert_close(conditioning.multiplier, scale * torch.exp(log_step), rtol=1e-13, atol=0)
 
 
@@ -287,7 +287,7 @@ def test_sinusoids_by_hand() -> None:
 
 
 LOG_TIME = [
-    # step, total_steps -> ln(1 + step) / 8, known, done, ln(1 - .99 done), ln(1 + total) / 8
+    # step, total_steps -> ln(1 + step) / 8, known, done, ln(1 - .99 done), ln(1 + total) / 8 [known times the first]
     (0, 0, [0.0, 0.0, 0.0, 0.0, 0.0]),
     (99, 0, [math.log(100) / 8, 0.0, 0.0, 0.0, 0.0]),
     (0, 200, [0.0, 1.0, 0.0, 0.0, math.log(201) / 8]),
@@ -302,7 +302,7 @@ LOG_TIME = [
 def test_log_time_by_hand(step: int, total: int, expected: list[float]) -> None:
     like = scalar(0.0)
     found = tensor_lstm.time_inputs(COMPACT, torch.tensor(step), scalar(float(total)), like)
-    assert found.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert found.tolist() == pytest.approx([*expected, expected[1] * expected[0]], rel=1e-12, abs=1e-12)
     without = dataclasses.replace(COMPACT, horizon_input=False)
     found = tensor_lstm.time_inputs(without, torch.tensor(step), scalar(float(total)), like)
     assert found.tolist() == pytest.approx(expected[:1], rel=1e-12)
@@ -386,30 +386,34 @@ def test_paper_lstm_inputs_by_hand() -> None:
 
 def test_compact_lstm_inputs_by_hand() -> None:
     theta, globals_, rows, stats = one_row("compact")
-    rows = type(rows)(*(value.repeat(2, *[1] * (value.dim() - 1)) for value in rows._replace(scale=f64(0.8))))
+    rows = rows._replace(scale=f64(0.8), updates=f64(20.0))
+    rows = type(rows)(*(value.repeat(2, *[1] * (value.dim() - 1)) for value in rows))
+    moments = {"mom0^2": 0.02, "mom1^2": 0.003, "mom2^2": 4e-6, "rms1": 0.001}
+    for name, value in moments.items():
+        stats[0, len(STATS) + theta.spec.features.moments.index(name)] = value
     stats = stats.repeat(2, 1)
     stats[1, 0] = 0.63  # so that the mean square gradient of the two tensors is .36
     globals_ = globals_._replace(step=torch.tensor(3))
     shapes = Shapes.of(theta.spec, [(3, 5), (7,)], stats)
     time = tensor_lstm.time_inputs(theta.spec, globals_.step, scalar(100.0), stats)
     found = tensor_lstm.lstm_inputs(theta.spec, globals_, rows, stats, shapes, time)
-    mom_square = 0.0021 + 0.02**2
+    slow = 0.001 / (1 - 0.999**20)
     expected = [
-        0.5 * math.log(0.09 / 0.04),  # this gradient among those before
-        0.5 * math.log(mom_square / 0.04),  # signal in the gradients
+        0.5 * math.log(0.09 / slow),  # this gradient among those before
+        0.5 * math.log(0.02 / (1 - 0.9**20) ** 2 / slow),  # share of signal in the gradients
+        0.5 * math.log(0.003 / (1 - 0.99**20) ** 2 / slow),
+        0.5 * math.log(4e-6 / (1 - 0.999**20) ** 2 / slow),
         math.log(0.01 / 0.04),  # coefficient of variation of the second moments
         math.log(2.0 / 0.8),  # growth of the parameters
         math.log(0.3 / 0.6),  # this tensor's gradient among the tensors
-        0.02 / math.sqrt(mom_square),
-        -0.5 / 2.0,
         *(math.log(3) - 1, math.log(5) - 1, -1.0, -1.0),
         *(0.0, 0.0),  # no loss yet
         *(1.0, math.log(15) / 8),
-        *(math.log(4) / 8, 1.0, 0.03, math.log(1 - 0.99 * 0.03), math.log(101) / 8),
+        *(math.log(4) / 8, 1.0, 0.03, math.log(1 - 0.99 * 0.03), math.log(101) / 8, math.log(4) / 8),
     ]
     assert found.shape == (2, theta.spec.num_lstm_input)
-    assert found[0, 8:].tolist() == pytest.approx(expected, rel=1e-12)
-    assert found[1, 12].item() == pytest.approx(0.5 * math.log(0.63 / 0.36), rel=1e-12)
+    assert found[0, 8:].tolist() == pytest.approx(expected, rel=1e-4)  # the decays are those of float32
+    assert found[1, 14].item() == pytest.approx(0.5 * math.log(0.63 / 0.36), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -421,7 +425,9 @@ def test_lstm_inputs_are_bounded(preset: str, value: float, dtype: torch.dtype) 
     spec = theta.spec
     mean, square = value, value * value
     common = {"param_mean": mean, "mom_mean": mean, "rms_mean": square, "rms_var": min(square * square, 1e38)}
+    stats[0] = square  # moments, too
     stats[0, : len(STATS)] = f64(*(common.get(name, square) for name in STATS))
+    rows = rows._replace(updates=rows.updates + 1.0)
     globals_, rows = (type(x)(*(v.to(dtype) if v.is_floating_point() else v for v in x)) for x in (globals_, rows))
     shapes = Shapes.of(spec, [(3, 5)], stats.to(dtype))
     time = tensor_lstm.time_inputs(spec, globals_.step, scalar(0.0, dtype), stats.to(dtype))

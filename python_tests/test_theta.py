@@ -64,8 +64,8 @@ def test_paper_has_the_constants_of_the_specification() -> None:
 
 @pytest.mark.parametrize("horizon", [True, False])
 def test_compact_sizes_by_hand(horizon: bool) -> None:
-    """12 columns, 2 facts, 4 LSTM values, and 5 or 1 time inputs reach the MLP; 4 + 4 + 15 and the time the LSTM."""
-    time = 5 if horizon else 1
+    """12 columns, 2 facts, 4 LSTM values, and 6 or 1 time inputs reach the MLP; 4 + 4 + 15 and the time the LSTM."""
+    time = 6 if horizon else 1
     spec = dataclasses.replace(PRESETS["compact"], horizon_input=horizon)
     expected = {
         "initial": 4 + 4 + 8 + 8,
@@ -73,7 +73,7 @@ def test_compact_sizes_by_hand(horizon: bool) -> None:
         "lstm_to": (8 + 1) * 4 * 2,
         "mlp": (12 + time + 2 + 4 + 1) * 8 + (8 + 1) * 8 + (8 + 1) * 6,
         "skip": 12,
-        "step": 8 + time + 2 + 1,
+        "step": 8 + (4 + 4 + 15 + time) + 1,
     }
     assert spec.num_floats == sum(expected.values())
     assert Theta.init("compact").flatten().shape == (PRESETS["compact"].num_floats,)
@@ -210,6 +210,7 @@ BAD_SPECS = [
     ({"magnitude_rate": math.nan}, "magnitude_rate: expected a finite number, got nan"),
     ({"feature_clip": -1.0}, "feature_clip: expected None or a positive bound, got -1.0"),
     ({"tensor_inputs": "all"}, r"tensor_inputs: expected one of \['paper', 'relative'\], got 'all'"),
+    ({"feature_set": "paper", "mom_decays": (0.9,) * 5, "rms_decays": (0.9,) * 5}, "'relative' is not available"),
     ({"tensor_inputs": "paper"}, "horizon_input: only available with tensor_inputs='relative'"),
 ]
 
@@ -334,7 +335,7 @@ WRONG_HEADERS = [
     ({**header_of(), "format": 99}, "has format 99, this version of lopt reads format 1"),
     ({**header_of(), "spec": [1]}, r"spec: unknown fields \[1\], missing fields"),
     (header_of(colour="red"), r"spec: unknown fields \['colour'\], missing fields \[\]"),
-    (header_of(mlp_width=16), r"theta\['mlp.w1'\]: expected shape \(23, 16\), got \(23, 8\)"),
+    (header_of(mlp_width=16), r"theta\['mlp.w1'\]: expected shape \(24, 16\), got \(24, 8\)"),
     (header_of(linear_skip=False), r"unknown tensors \['skip'\] for this spec"),
 ]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from lopt.meta.es import ESTIMATORS, EstimatorName
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 
-Groups = Literal["mlp", "lstm", "all"]
+Groups = Literal["linear", "mlp", "lstm", "all"]
 Objective = Literal["held_out", "train"]
 Weighting = Literal["mean", "linear", "last"]
 Scaling = Literal["prior", "none"]
@@ -30,7 +30,8 @@ class Phase:
     """Shortest and longest inner run in steps; lengths are drawn log-uniformly in between."""
 
     groups: Groups = "all"
-    """Tensors of theta that are trained: ``mlp`` (MLP, skip, step control), ``lstm`` (all others) or both."""
+    """Tensors of theta that are trained: ``linear`` (skip and step control), ``mlp`` (these and the MLP), ``lstm`` (all
+    others) or ``all``."""
 
     estimator: EstimatorName = "es"
     """Meta-gradient estimator, see :mod:`lopt.meta.es`; ``es`` looks at whole runs, the others at windows."""

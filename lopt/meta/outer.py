@@ -14,7 +14,8 @@ from torch import Tensor
 from lopt.meta.config import Groups, Scaling
 from lopt.theta import ThetaSpec
 
-MLP = ("mlp.", "skip", "step.")  # the other tensors belong to the LSTM
+LINEAR = ("skip", "step.")
+MLP = ("mlp.", *LINEAR)  # the other tensors belong to the LSTM
 SMALL = 0.3  # scale of what is no weight matrix, and factor of the MLP's last layer
 
 
@@ -29,7 +30,12 @@ def scales(spec: ThetaSpec, scaling: Scaling, groups: Groups) -> Tensor:
         if scaling == "prior":
             fan_in = shape[0] if len(shape) == 2 else 1
             scale = (SMALL if len(shape) < 2 or name == "mlp.w3" else 1.0) / math.sqrt(fan_in)
-        trained = groups == "all" or (groups == "mlp") == name.startswith(MLP)
+        trained = {
+            "all": True,
+            "linear": name.startswith(LINEAR),
+            "mlp": name.startswith(MLP),
+            "lstm": not name.startswith(MLP),
+        }[groups]
         parts.append(torch.full((math.prod(shape),), scale if trained else 0.0))
     return torch.cat(parts)
 
