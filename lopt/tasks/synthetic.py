@@ -209,7 +209,7 @@ def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
     """The task called ``seed``: a family drawn from ``families`` (one given twice counts twice), then sizes.
 
     Sizes are log-uniform: 2 to 64 inputs, up to 20 outputs, mostly one or two hidden layers (at most four) of 8 to 64,
-    minibatches of 8 to 64 of 200 to 8000 rows. The scales of inputs and of initial weights stand for reparametrisation.
+    minibatches of 8 to 64 of 200 to 30,000 rows. The scales of inputs and of initial weights stand for reparametrisation.
 
     Raises:
         ValueError: an unknown family, or none.
@@ -239,7 +239,7 @@ def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
         inputs = outputs * int(random.integers(2, min(64 // outputs, 12) + 1))
     return Perceptron(
         seed=data_seed,
-        rows=_size(random, 200, 8000),
+        rows=_size(random, 200, 30_000),
         batch_size=int(random.choice([8, 16, 32, 64])),
         data=family,
         inputs=inputs,
