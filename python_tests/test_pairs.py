@@ -14,7 +14,7 @@ from lopt.meta import inner, objective, outer, pairs
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.es import EstimatorName
 from lopt.meta.pairs import Carry, Shared
-from lopt.tasks.synthetic import FAMILIES, Family
+from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 
 CONFIG = MetaTrainConfig(10_000, (Phase(1.0, (10, 40)),), pairs=4, seed=11, tasks=("mixture", "teacher"))
 THETA = Theta.init_adam("compact")
@@ -177,6 +177,20 @@ def test_validation_does_not_depend_on_the_seed_and_repeats() -> None:
     other, _ = pairs.validate_task(shared(config), 0)
     assert scores != other
     assert all(score.final < score.mean for score in scores)
+
+
+def test_tasks_are_no_larger_than_the_phase_allows() -> None:
+    """And the others are the same as without a bound."""
+    free = dataclasses.replace(CONFIG, tasks=ENGINE_FAMILIES)
+    small = dataclasses.replace(free, phases=(Phase(1.0, (10, 40), max_params=500),))
+    tasks = [[pairs.sample_run(config, 0, i, 0).task for i in range(60)] for config in (free, small)]
+    assert max(task.num_params for task in tasks[1]) <= 500
+    assert sum(task.num_params > 500 for task in tasks[0]) > 20
+    for before, after in zip(*tasks, strict=True):
+        assert (before == after) == (before.num_params <= 500)
+    none = dataclasses.replace(free, phases=(Phase(1.0, (10, 40), max_params=1),))
+    with pytest.raises(ValueError, match=r"max_params: 1000 tasks of .* all have more than 1 parameters"):
+        pairs.sample_run(none, 0, 0, 0)
 
 
 def test_every_family_can_be_trained_on() -> None:

@@ -307,6 +307,7 @@ def test_a_bad_setting_is_named(field: str, value: Any, message: str) -> None:
         ({"estimator": "pes"}, "window: expected None for es and a number of steps for others, got None"),
         ({"estimator": "pes", "window": 21}, "window: expected 1 to the longest horizon 20, got 21"),
         ({"share": 0}, "share: expected a positive number, got 0"),
+        ({"max_params": 0}, "max_params: expected a positive number, got 0"),
     ],
 )
 def test_a_bad_phase_is_named(settings: dict[str, Any], message: str) -> None:

@@ -42,12 +42,16 @@ class Phase:
     lr: float = 1.0
     """Factor of the learning rate."""
 
+    max_params: int | None = None
+    """Tasks with more parameters are drawn again; None for no bound. Small ones give more meta-gradients for the same
+    time, and what is learned from them carries over, as the inputs of the optimizer do not depend on size."""
+
     def __post_init__(self) -> None:
         lengths: tuple[int, ...] = tuple(self.horizon)
         object.__setattr__(self, "horizon", lengths)
         _one_of("groups", self.groups, get_args(Groups))
         _one_of("estimator", self.estimator, tuple(ESTIMATORS))
-        _positive(self, "share", "lr")
+        _positive(self, "share", "lr", *(() if self.max_params is None else ("max_params",)))
         if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
             raise ValueError(f"horizon: expected shortest and longest length with 1 <= shortest, got {lengths}")
         if (self.window is None) != (self.estimator == "es"):

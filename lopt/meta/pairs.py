@@ -9,6 +9,7 @@ import math
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,10 @@ from lopt.meta.config import MetaTrainConfig
 from lopt.meta.es import ESTIMATORS
 from lopt.meta.unroll import Run
 from lopt.tasks.seeds import derive, generator
+from lopt.tasks.task import Task
 from lopt.theta import ThetaSpec
+
+DRAWS = 1000  # of a task, until one is small enough
 
 
 class Carry(NamedTuple):
@@ -72,10 +76,18 @@ def sample_run(config: MetaTrainConfig, phase: int, iteration: int, pair: int) -
     """The inner run that ``pair`` begins at ``iteration``."""
     horizon = horizon_of(config, phase, iteration, pair)
     random = generator(config.seed, "run", iteration, pair)
-    task = inner.cached_task(int(random.integers(2**63)), config.tasks)
+    task = _task(config, random, config.phases[phase].max_params)
     told = random.random() < config.tell_horizon
     spacing = objective.spacing(horizon, config.phases[phase].window or horizon)
     return Run(task, int(random.integers(2**63)), horizon, horizon if told else 0, loss_every=spacing)
+
+
+def _task(config: MetaTrainConfig, random: np.random.Generator, max_params: int | None) -> Task:
+    for _ in range(DRAWS):
+        task = inner.cached_task(int(random.integers(2**63)), config.tasks)
+        if max_params is None or task.num_params <= max_params:
+            return task
+    raise ValueError(f"max_params: {DRAWS} tasks of {list(config.tasks)} all have more than {max_params} parameters")
 
 
 def eps_and_direction(shared: Shared, pair: int, carry: Carry | None) -> tuple[Tensor, Tensor]:
