@@ -153,7 +153,7 @@ def losses_of(thetas: Tensor, run: Any, monkeypatch: pytest.MonkeyPatch, torch_o
     return losses
 
 
-@pytest.mark.parametrize("family", ["mixture", "quadratic"])
+@pytest.mark.parametrize("family", ["mixture", "noisy_quadratic"])
 def test_divergence_is_the_worst_loss_and_counted(family: Family) -> None:
     config = dataclasses.replace(CONFIG, tasks=(family,))
     spec = dataclasses.replace(THETA.spec, step_multiplier=1e38)

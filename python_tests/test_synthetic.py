@@ -268,7 +268,7 @@ def test_adam_makes_progress(family: Family) -> None:
 
 # Name, and CRC-32 of the train split and of the initial parameters.
 CHECKSUMS: dict[Family, tuple[str, int, int]] = {
-    "quadratic": ("quadratic-29", 0xA3993B5F, 0x85B5630C),
+    "noisy_quadratic": ("quadratic-29", 0xA3993B5F, 0x85B5630C),
     "mixture": ("mixture-classes-4x63x63x63x6", 0x77DDD737, 0xECE9B60E),
     "teacher": ("teacher-classes-34x11x16", 0x57D3A9B5, 0x9AC29B3C),
     "low_rank": ("low_rank-values-11x29x11", 0x947F24A7, 0x4DD3923C),

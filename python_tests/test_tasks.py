@@ -165,18 +165,18 @@ def test_a_seed_is_a_task_and_its_config_rebuilds_it(seed: int) -> None:
 
 def test_families_are_drawn_evenly_and_twice_as_often_when_named_twice() -> None:
     def kind(task: object) -> str:
-        return "quadratic" if isinstance(task, Quadratic) else getattr(task, "data", "")
+        return "noisy_quadratic" if isinstance(task, Quadratic) else getattr(task, "data", "")
 
     every = Counter(kind(sample_task(seed)) for seed in range(900))
     assert set(every) == set(FAMILIES)
     for count in every.values():
         assert count == pytest.approx(100, abs=4.5 * math.sqrt(900 / 9 * 8 / 9))
     for families, expected in (
-        (("quadratic", "mixture", "teacher"), (1 / 3, 1 / 3, 1 / 3)),
+        (("noisy_quadratic", "mixture", "teacher"), (1 / 3, 1 / 3, 1 / 3)),
         (("mixture", "mixture", "teacher"), (0, 2 / 3, 1 / 3)),
     ):
         counts = Counter(kind(sample_task(seed, families)) for seed in range(600))
-        for family, share in zip(("quadratic", "mixture", "teacher"), expected, strict=True):
+        for family, share in zip(("noisy_quadratic", "mixture", "teacher"), expected, strict=True):
             assert counts[family] == pytest.approx(600 * share, abs=4 * math.sqrt(600 * share * (1 - share)))
 
 

@@ -1,6 +1,16 @@
 """Tasks: what an optimizer is trained on and judged by (data sets, models, losses)."""
 
-from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, sample_task, task_from_config
-from lopt.tasks.task import Batch, Task
+from lopt.tasks.families import SAMPLED_FAMILIES, sample_task, task_from_config
+from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES
+from lopt.tasks.task import Batch, NoisyBatch, Task
 
-__all__ = ["ENGINE_FAMILIES", "FAMILIES", "Batch", "Task", "sample_task", "task_from_config"]
+__all__ = [
+    "ENGINE_FAMILIES",
+    "FAMILIES",
+    "SAMPLED_FAMILIES",
+    "Batch",
+    "NoisyBatch",
+    "Task",
+    "sample_task",
+    "task_from_config",
+]

@@ -21,11 +21,11 @@ from lopt.tasks.generators import KINDS, Data, log_uniform
 from lopt.tasks.seeds import derive, generator, minibatch_key, minibatch_rows
 from lopt.tasks.task import SPLITS, Batch, SplitName, Task
 
-Family = Literal["quadratic"] | Data
+Family = Literal["noisy_quadratic"] | Data
 
 #: Families whose tasks are perceptrons, which the unroll engine can run (lopt/meta/engine.py).
 ENGINE_FAMILIES: tuple[Family, ...] = tuple(KINDS)
-FAMILIES: tuple[Family, ...] = ("quadratic", *ENGINE_FAMILIES)
+FAMILIES: tuple[Family, ...] = ("noisy_quadratic", *ENGINE_FAMILIES)
 
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": functional.gelu}
 
@@ -205,6 +205,9 @@ class Perceptron(SyntheticTask):
         return loss(x, batch.targets)
 
 
+TYPES: dict[str, type[SyntheticTask]] = {"Quadratic": Quadratic, "Perceptron": Perceptron}
+
+
 def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
     """The task called ``seed``: a family drawn from ``families`` (one given twice counts twice), then sizes.
 
@@ -223,8 +226,9 @@ def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
     if unknown or not families:
         raise ValueError(f"families: expected some of {list(FAMILIES)}, got {list(families)}")
     family = families[int(generator(seed, "family").integers(len(families)))]
-    random, data_seed = generator(seed, "task", family), derive(seed, "data")
-    if family == "quadratic":
+    stream = "quadratic" if family == "noisy_quadratic" else family  # what the family was called when seeds were fixed
+    random, data_seed = generator(seed, "task", stream), derive(seed, "data")
+    if family == "noisy_quadratic":
         return Quadratic(
             seed=data_seed,
             dim=int(random.integers(2, 33)),
@@ -274,16 +278,15 @@ def task_from_config(config: Mapping[str, Any]) -> Task:
     Raises:
         ValueError: another type of task, or fields that do not belong to it.
     """
-    types: dict[str, type[SyntheticTask]] = {"Quadratic": Quadratic, "Perceptron": Perceptron}
     fields = dict(config)
     name = fields.pop("type", None)
-    if name not in types:
-        raise ValueError(f"config: expected the type to be one of {sorted(types)}, got {name!r}")
-    known = {field.name for field in dataclasses.fields(types[name])}
+    if name not in TYPES:
+        raise ValueError(f"config: expected the type to be one of {sorted(TYPES)}, got {name!r}")
+    known = {field.name for field in dataclasses.fields(TYPES[name])}
     if not set(fields) <= known:
         unknown = sorted(set(fields) - known)
         raise ValueError(f"config: unknown fields {unknown} of {name}, expected some of {sorted(known)}")
-    return types[name](**fields)
+    return TYPES[name](**fields)
 
 
 def _float32(values: np.ndarray[Any, Any]) -> Tensor:

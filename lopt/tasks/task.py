@@ -25,8 +25,20 @@ class Batch(NamedTuple):
     targets: Tensor  # [rows, ...]
 
 
+class NoisyBatch(NamedTuple):
+    """Some rows, and the random numbers that a stochastic loss uses: with them, the loss is a pure function."""
+
+    inputs: Tensor  # [rows, ...]
+    targets: Tensor  # [rows, ...]
+    noise: Tensor  # of a shape that the task knows
+
+
 class Task(ABC):
     """An inner problem.
+
+    A minibatch is a named tuple of tensors, made by ``batches`` and understood by ``loss`` of the same task: a
+    :class:`Batch`, or a :class:`NoisyBatch` where the loss is stochastic. Losses can be vmapped over parameters, over
+    minibatches (stacked tensor by tensor) and over both.
 
     Example:
         >>> from lopt.tasks import sample_task
@@ -51,12 +63,22 @@ class Task(ABC):
         """Initial parameters, in a fixed order."""
 
     @abstractmethod
-    def loss(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    def loss(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Mean loss ``[]`` over the rows of a minibatch; a pure function, differentiable and vmappable."""
 
     @abstractmethod
-    def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Batch]:
+    def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Any]:
         """Endless minibatches of a split, from number ``start`` on; the same for the same seed."""
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, all tensors together."""
+        return sum(value.numel() for value in self.init(0).values())
+
+    @property
+    def loss_floor(self) -> float | None:
+        """A value below which no loss can fall; None when none is known."""
+        return None
 
     def initial_loss(self, seed: int, num_batches: int = 8) -> float:
         """Mean ``outer_valid`` loss of ``init(seed)`` over the first minibatches of ``seed``."""

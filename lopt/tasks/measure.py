@@ -1,0 +1,119 @@
+"""What can be measured of a task: whether its loss and gradients are finite, whether Adam gets anywhere, time per step.
+
+Runs of several learning rates go side by side, vmapped, on the same minibatches.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt.tasks.task import Task
+
+#: The two learning rates of :func:`check`, and the length of its runs.
+LEARNING_RATES = (1e-3, 1e-1)
+STEPS = 50
+
+#: Progress is a fall of the loss by this part of its distance to the floor (of its size, where no floor is known).
+PROGRESS = 0.01
+
+
+@dataclass(frozen=True)
+class Check:
+    """Loss on fixed training minibatches at the start and after ``STEPS`` of Adam, for each of ``LEARNING_RATES``."""
+
+    name: str
+    num_params: int
+    finite_loss: bool
+    finite_gradient: bool
+    start: float
+    ends: tuple[float, ...]
+    progress: bool
+    seconds_per_step: float
+
+    @property
+    def diverged(self) -> bool:
+        """Whether every run ended at a loss that is not finite or more than ten times that of the start."""
+        limit = self.start + 9 * abs(self.start)
+        return not any(math.isfinite(end) and end <= limit for end in self.ends)
+
+
+def adam_losses(
+    task: Task, learning_rates: Sequence[float], steps: int, seed: int = 0, points: int = 1
+) -> tuple[list[int], Tensor]:
+    """Steps ``[points + 1]`` and the losses there ``[learning rates, points + 1]`` of runs with Adam.
+
+    Losses are means over four fixed training minibatches; gradients are clipped to nothing and noisy as they come.
+
+    Example:
+        >>> from lopt.tasks import sample_task
+        >>> steps, losses = adam_losses(sample_task(0, ["mlp"]), [1e-3, 1e-2], steps=20, points=2)
+        >>> steps, losses.shape
+        ([0, 10, 20], torch.Size([2, 3]))
+    """
+    evaluation = list(islice(task.batches(seed, "train"), 4))
+    train = task.batches(seed, "train", start=len(evaluation))
+    rates = torch.tensor(list(learning_rates))
+    count = len(rates)
+    params = {name: value.expand(count, *value.shape) for name, value in task.init(seed).items()}
+    mom = {name: torch.zeros_like(value) for name, value in params.items()}
+    rms = {name: torch.zeros_like(value) for name, value in params.items()}
+    losses_of: Any = torch.vmap(task.loss, in_dims=(0, None))
+    gradients_of: Any = torch.vmap(torch.func.grad(task.loss), in_dims=(0, None))
+    at = sorted({round(steps * point / points) for point in range(points + 1)})
+    recorded = []
+    with torch.no_grad():
+        for step in range(steps + 1):
+            if step in at:
+                recorded.append(torch.stack([losses_of(params, batch) for batch in evaluation]).mean(dim=0))
+            if step == steps:
+                break
+            grads = gradients_of(params, next(train))
+            scale = math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+            for name, grad in grads.items():
+                mom[name] = mom[name].lerp(grad, 0.1)
+                rms[name] = rms[name].lerp(grad.square(), 0.001)
+                rate = (rates * scale).reshape(count, *[1] * (grad.ndim - 1))
+                params[name] = params[name] - rate * mom[name] / (rms[name].sqrt() + 1e-8)
+    return at, torch.stack(recorded, dim=1)
+
+
+def check(task: Task, seed: int = 0) -> Check:
+    """Losses and gradients at the start, and two short runs with Adam."""
+    params, batch = task.init(seed), next(task.batches(seed, "train"))
+    gradients: Any = torch.func.grad_and_value(task.loss)
+    grads, loss = gradients(params, batch)
+    began = time.perf_counter()
+    _, losses = adam_losses(task, LEARNING_RATES, STEPS, seed)
+    seconds = (time.perf_counter() - began) / STEPS
+    start, ends = float(losses[0, 0]), tuple(losses[:, -1].tolist())
+    floor = task.loss_floor
+    needed = PROGRESS * (abs(start) if floor is None else start - floor)
+    return Check(
+        name=task.name,
+        num_params=task.num_params,
+        finite_loss=bool(torch.isfinite(loss)),
+        finite_gradient=all(bool(torch.isfinite(grad).all()) for grad in grads.values()),
+        start=start,
+        ends=ends,
+        progress=any(math.isfinite(end) and start - end > needed for end in ends),
+        seconds_per_step=seconds,
+    )
+
+
+def seconds_per_step(task: Task, seed: int = 0, steps: int = 10) -> float:
+    """Smallest time of one minibatch, loss and gradient, of ``steps`` after one that does not count."""
+    params, batches = task.init(seed), task.batches(seed, "train")
+    gradients: Any = torch.func.grad_and_value(task.loss)
+    times = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        _, loss = gradients(params, next(batches))
+        float(loss)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
