@@ -6,7 +6,7 @@ twelve families with two of transformers, which PyTorch runs.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lopt.tasks import attention, convolutions, flows, losg, perceptrons, quadratics, recurrent, synthetic
 from lopt.tasks.data import catalogue
@@ -93,8 +93,8 @@ def sample_task(
         raise ValueError(f"families: expected some of {known}, got {list(families)}")
     family = families[int(generator(seed, "family").integers(len(families)))]
     if family in SAMPLERS:
-        return SAMPLERS[family](generator(seed, "task", family), tuple(data))  # type: ignore[index]
-    return synthetic.sample_task(seed, (family,))
+        return SAMPLERS[cast(SampledFamily, family)](generator(seed, "task", family), tuple(data))
+    return synthetic.sample_task(seed, (cast(synthetic.Family, family),))
 
 
 def task_from_config(config: Mapping[str, Any]) -> Task:

@@ -127,7 +127,7 @@ class Norm(Quadratic):
 
     def objective(self, params: Params, constants: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         difference = torch.abs(constants["W"] @ params["x"] - constants["y"]) + EPSILON
-        return torch.pow(torch.pow(difference, self.power).sum(), 1 / self.power)
+        return torch.pow(difference, self.power).sum().pow(1 / self.power)
 
 
 @dataclass(frozen=True)

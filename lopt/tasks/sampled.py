@@ -22,7 +22,6 @@ from lopt.tasks.pieces import Layout, initial_values
 from lopt.tasks.seeds import generator
 from lopt.tasks.task import Batch, NoisyBatch, Task
 
-
 T = TypeVar("T")
 
 
