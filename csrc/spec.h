@@ -20,7 +20,7 @@ struct Spec {
   LOPT_HD int num_time() const { return paper_inputs ? 11 : horizon_input ? 6 : 1; }
   LOPT_HD int num_facts() const { return paper_inputs ? 3 : 2; }
   LOPT_HD int num_constant() const { return num_time() + num_facts() + lstm_to_mlp; }
-  LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + (paper_inputs ? 18 : 15 + num_time()); }
+  LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + (paper_inputs ? 18 : 17 + num_time()); }
 };
 
 // Facts about one tensor that never change.
@@ -39,8 +39,8 @@ struct AdvanceParams {
   int64_t num_tensors;
   // Global state, read and written (lopt.tensor_lstm.Globals).
   int64_t* step;
-  float* train_loss;    // [4] mean, var, updates, last
-  float* valid_loss;    // [3] mean, var, updates
+  float* train_loss;    // [6] mean, var, updates, last, first and lowest mean
+  float* valid_loss;    // [6] the same
   float* clip;          // [2] count, running root mean square of gradients
   float* from_lstm;     // [from_lstm]
   float* pending_loss;  // [2] sum and number of losses observed since the last step; zero afterwards

@@ -51,20 +51,31 @@ struct ThetaView {
   }
 };
 
-// The averages of a loss, [mean, var, updates] (lopt.tensor_lstm.next_loss and its readers).
-inline void next_loss(float* state, float loss, double decay) {
-  const float keep = static_cast<float>(decay), rest = static_cast<float>(1.0 - decay);
-  state[0] = keep * state[0] + rest * loss;
-  state[1] = keep * state[1] + rest * (state[0] - loss) * (state[0] - loss);
-  state[2] += 1;
-}
-
+// State of a loss, [mean, var, updates, last, first, lowest] (lopt.tensor_lstm.next_loss and its readers).
 inline float correction(const float* state, double decay) {
   return 1.0f / (1.0f - std::pow(static_cast<float>(decay), state[2]) + 1e-8f);
 }
 
 inline float corrected_mean(const float* state, double decay) {
   return state[2] > 0 ? state[0] * correction(state, decay) : 0.0f;
+}
+
+inline void next_loss(float* state, float loss, double decay) {
+  const float keep = static_cast<float>(decay), rest = static_cast<float>(1.0 - decay);
+  state[0] = keep * state[0] + rest * loss;
+  state[1] = keep * state[1] + rest * (state[0] - loss) * (state[0] - loss);
+  state[2] += 1;
+  state[3] = loss;
+  const float now = corrected_mean(state, decay);
+  if (state[2] == 1) state[4] = state[5] = now;
+  state[5] = std::fmin(state[5], now);
+}
+
+// How much of what was gained is lost again, as a logarithm.
+inline float loss_rise(const float* state, double decay) {
+  constexpr float kTiny = 1e-30f;  // TINY
+  const float above = corrected_mean(state, decay) - state[5], gained = state[4] - state[5];
+  return std::fmin(std::log1p(100.0f * above / (gained + kTiny)), 5.0f);
 }
 
 inline float standardise_loss(const float* state, float loss, double decay) {
@@ -81,8 +92,8 @@ struct Globals {
     return clip[1] / (1.0f - std::pow(static_cast<float>(s.clip_decay), clip[0])) * s.clip_multiplier;
   }
   void observe_train(const Spec& s, float loss) const {
-    if (std::isfinite(loss)) train_loss[3] = loss;
-    if (std::isfinite(loss) || train_loss[2] > 0) next_loss(train_loss, train_loss[3], s.train_loss_decay);
+    const bool given = std::isfinite(loss);
+    if (given || train_loss[2] > 0) next_loss(train_loss, given ? loss : train_loss[3], s.train_loss_decay);
   }
   void observe_valid(const Spec& s, float loss) const {
     if (!std::isfinite(loss)) return;
@@ -105,6 +116,17 @@ struct TensorLevel {
   float* constant;    // [num_constant]
   float* activation;  // [lstm_width and padding]
 };
+
+// lopt.tensor_lstm.loss_inputs
+inline void loss_inputs(const Spec& s, const Globals& g, float* x) {
+  for (int i = 0; i < 4; ++i) x[i] = 0;
+  if (!(g.train_loss[2] > 0)) return;
+  x[0] = standardise_loss(g.train_loss, g.train_loss[3], s.train_loss_decay);
+  x[2] = loss_rise(g.train_loss, s.train_loss_decay);
+  if (!s.paper_inputs && !(g.valid_loss[2] > 0)) return;
+  x[1] = standardise_loss(g.train_loss, corrected_mean(g.valid_loss, s.valid_loss_decay), s.train_loss_decay);
+  x[3] = loss_rise(g.valid_loss, s.valid_loss_decay);
+}
 
 inline float log_magnitude(float x) { return clamp_of(std::log(1e-8f + std::fabs(x)), -5.0f, 5.0f); }
 inline float sign_of(float x) { return static_cast<float>((x > 0) - (x < 0)); }
@@ -159,8 +181,7 @@ inline float log_ratio(float above, float below) {
 // One row of the LSTM's input (lopt.tensor_lstm.lstm_inputs); corrections[k] = 1 - decay_k^updates of mom, then rms.
 template <class Features>
 void lstm_input(const Spec& s, const Globals& g, const TensorLevel& level, int t, const float* stats,
-                const float* corrections, float mean_grad_square, const float* time, float train, float valid,
-                float* x) {
+                const float* corrections, float mean_grad_square, const float* time, const float* losses, float* x) {
   const TensorShape& shape = level.shapes[t];
   const float numel = static_cast<float>(shape.numel);
   for (int i = 0; i < s.from_lstm; ++i) *x++ = g.from_lstm[i];
@@ -185,8 +206,7 @@ void lstm_input(const Spec& s, const Globals& g, const TensorLevel& level, int t
     *x++ = log_ratio(stats[kGradSquare], mean_grad_square);
   }
   for (const float log_dim : shape.log_dims) *x++ = log_dim;
-  *x++ = train;
-  *x++ = valid;
+  for (int i = 0; i < (s.paper_inputs ? 2 : 4); ++i) *x++ = losses[i];
   if (s.paper_inputs) {
     for (const int var : {kMomVar, kRmsVar, kParamVar}) *x++ = log_magnitude(stats[var]);
   } else {
@@ -235,12 +255,8 @@ void advance(const Spec& s, const ThetaView& theta, const Globals& g, const Tens
   tensor_scale(level, kStats, level.step_size);
   float* const constant = level.constant;
   time_inputs(s, *g.step, total_steps, constant);
-  float train = 0, valid = 0;
-  if (g.train_loss[2] > 0) {
-    const float valid_mean = corrected_mean(g.valid_loss, s.valid_loss_decay);
-    train = standardise_loss(g.train_loss, g.train_loss[3], s.train_loss_decay);
-    valid = standardise_loss(g.train_loss, valid_mean, s.train_loss_decay);
-  }
+  float losses[4];
+  loss_inputs(s, g, losses);
   for (int i = 0; i < s.from_lstm; ++i) level.from_lstm[i] = 0;
   float corrections[Features::kNumMom + Features::kNumRms]{}, corrected_for = 0;
 
@@ -255,7 +271,7 @@ void advance(const Spec& s, const ThetaView& theta, const Globals& g, const Tens
       for (int k = 0; k < Features::kNumRms; ++k)
         corrections[Features::kNumMom + k] = -std::expm1(corrected_for * std::log(s.rms_decay[k]));
     }
-    lstm_input<Features>(s, g, level, t, stats, corrections, mean_grad_square, constant, train, valid, level.x);
+    lstm_input<Features>(s, g, level, t, stats, corrections, mean_grad_square, constant, losses, level.x);
     lstm(level.x, h, level.c + int64_t{t} * hidden);
     linear(h, hidden, theta.to_lstm_w, theta.to_lstm_b, s.from_lstm, level.gates);
     for (int i = 0; i < s.from_lstm; ++i) level.from_lstm[i] += level.gates[i] / static_cast<float>(tensors);

@@ -28,8 +28,8 @@ struct RunState {
     Arena arena{base};
     param = arena.take(num_params);  // first: lopt/meta/engine.py reads it
     globals.step = reinterpret_cast<int64_t*>(arena.take(2));
-    globals.train_loss = arena.take(4);
-    globals.valid_loss = arena.take(3);
+    globals.train_loss = arena.take(6);
+    globals.valid_loss = arena.take(6);
     globals.clip = arena.take(2);
     globals.from_lstm = arena.take(s.from_lstm);
     h = arena.take(int64_t{tensors} * s.lstm_width);

@@ -31,8 +31,8 @@ class Globals(NamedTuple):
     """State that all tensors share."""
 
     step: Tensor  # [] number of updates so far
-    train_loss: Tensor  # [4] mean, var, updates, last loss given
-    valid_loss: Tensor  # [3] mean, var, updates
+    train_loss: Tensor  # [6] mean, var, updates, last loss, first and lowest mean without bias
+    valid_loss: Tensor  # [6] the same
     clip: Tensor  # [2] count (starts at 1), running root mean square of gradients
     from_lstm: Tensor  # [from_lstm]
 
@@ -91,8 +91,8 @@ def init_globals(spec: ThetaSpec, weights: Weights) -> Globals:
     like = weights["initial_from_lstm"]
     return Globals(
         step=torch.zeros((), dtype=torch.int64, device=like.device),
-        train_loss=like.new_zeros(4),
-        valid_loss=like.new_zeros(3),
+        train_loss=like.new_zeros(6),
+        valid_loss=like.new_zeros(6),
         clip=like.new_tensor([1.0, 1.0 - spec.clip_decay]),
         from_lstm=like.clone(),
     )
@@ -111,10 +111,13 @@ def init_rows(spec: ThetaSpec, weights: Weights, num_tensors: int) -> Rows:
 
 
 def next_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
-    """``[mean, var, updates, ...]`` after one more loss; ``var`` uses the new, uncorrected mean."""
+    """State of a loss after one more; ``var`` uses the new, uncorrected mean."""
     mean = decay * state[0] + (1.0 - decay) * loss
     var = decay * state[1] + (1.0 - decay) * torch.square(mean - loss)
-    return torch.stack([mean, var, state[2] + 1.0, *state[3:]])
+    state = torch.stack([mean, var, state[2] + 1.0, loss, state[4], state[5]])
+    now, only = corrected_mean(state, decay), state[2] == 1.0
+    first, lowest = torch.where(only, now, state[4]), torch.where(only, now, torch.minimum(state[5], now))
+    return torch.stack([*state[:4], first, lowest])
 
 
 def _correction(state: Tensor, decay: float) -> Tensor:
@@ -132,6 +135,16 @@ def standardise_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
     return torch.clamp((loss - state[0] * correction) * torch.rsqrt(state[1] * correction + 1e-8), -5.0, 5.0)
 
 
+def loss_rise(state: Tensor, decay: float) -> Tensor:
+    """``ln(1 + 100 (mean - lowest) / (first - lowest))``, at most 5: how much of what was gained is lost again.
+
+    0 while the mean of the losses falls, .7 when a hundredth of the way down is lost, 4.6 at the first loss. A rising
+    validation loss is overfitting, a rising training loss too large a step. Does not depend on the loss' scale or zero.
+    """
+    above, gained = corrected_mean(state, decay) - state[5], state[4] - state[5]
+    return torch.clamp(torch.log1p(100.0 * above / (gained + TINY)), max=5.0)
+
+
 def observe_train(spec: ThetaSpec, globals_: Globals, loss: Tensor | None) -> Globals:
     """Global state after a training loss. None or a non-finite one repeats the last; before any, nothing changes."""
     state = globals_.train_loss
@@ -142,7 +155,7 @@ def observe_train(spec: ThetaSpec, globals_: Globals, loss: Tensor | None) -> Gl
         loss = loss.to(state)
         given = torch.isfinite(loss)
         current, usable = torch.where(given, loss, last), given | seen
-    updated = next_loss(torch.cat([state[:3], current[None]]), current, spec.train_loss_decay)
+    updated = next_loss(state, current, spec.train_loss_decay)
     return globals_._replace(train_loss=torch.where(usable, updated, state))
 
 
@@ -156,15 +169,17 @@ def observe_valid(spec: ThetaSpec, globals_: Globals, loss: Tensor) -> Globals:
     return globals_._replace(valid_loss=updated, step=step)
 
 
-def loss_inputs(spec: ThetaSpec, globals_: Globals) -> tuple[Tensor, Tensor]:
-    """Training and validation loss as LSTM inputs, both standardised by the training loss; 0 before any loss."""
+def loss_inputs(spec: ThetaSpec, globals_: Globals) -> list[Tensor]:
+    """Training and validation loss as LSTM inputs, both standardised by the training loss; for ``relative`` also their
+    rises. 0 before any loss; in the paper, no validation loss is a validation loss of 0."""
     train, seen = globals_.train_loss, globals_.train_loss[2] > 0
     valid = corrected_mean(globals_.valid_loss, spec.valid_loss_decay)
-    zero = torch.zeros_like(valid)
-    return (
-        torch.where(seen, standardise_loss(train, train[3], spec.train_loss_decay), zero),
-        torch.where(seen, standardise_loss(train, valid, spec.train_loss_decay), zero),
-    )
+    inputs = [standardise_loss(train, loss, spec.train_loss_decay) for loss in (train[3], valid)]
+    if spec.tensor_inputs == "paper":
+        return [torch.where(seen, x, torch.zeros_like(x)) for x in inputs]
+    known = seen & (globals_.valid_loss[2] > 0)
+    inputs += [loss_rise(train, spec.train_loss_decay), loss_rise(globals_.valid_loss, spec.valid_loss_decay)]
+    return [torch.where(known if i % 2 else seen, x, torch.zeros_like(x)) for i, x in enumerate(inputs)]
 
 
 def clip_limit(spec: ThetaSpec, globals_: Globals) -> Tensor:
@@ -217,12 +232,12 @@ def lstm_inputs(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, s
     """``[T, num_lstm_input]``: shared LSTM output, MLP feedback, scalars of the tensor; for ``relative`` also time."""
     num_tensors = stats.shape[0]
     stat = dict(zip(STATS, stats.unbind(1)[: len(STATS)], strict=True))
-    train, valid = (loss.expand(num_tensors) for loss in loss_inputs(spec, globals_))
+    losses = [loss.expand(num_tensors) for loss in loss_inputs(spec, globals_)]
     parts = [globals_.from_lstm.expand(num_tensors, -1), rows.feedback]
     if spec.tensor_inputs == "paper":
-        parts.append(torch.stack(_magnitudes_and_signs(stat, shapes, train, valid), dim=1))
+        parts.append(torch.stack(_magnitudes_and_signs(stat, shapes, *losses), dim=1))
     else:
-        scalars = [*_ratios(spec, stats, rows, shapes), *shapes.log_dims.unbind(1), train, valid]
+        scalars = [*_ratios(spec, stats, rows, shapes), *shapes.log_dims.unbind(1), *losses]
         parts += [torch.stack(scalars, dim=1), tensor_facts(spec, shapes, stat["param_square"])]
         parts.append(time.expand(num_tensors, -1))
     return torch.cat(parts, dim=1)

@@ -30,7 +30,7 @@ FORMAT = 1  # of the safetensors file; raised when old files cannot be read as t
 WEIGHTS = Path(__file__).parent / "weights"
 
 #: Kinds of inputs at tensor level, with the number of scalars about one tensor that the LSTM sees.
-TENSOR_INPUTS = {"paper": 18, "relative": 15}
+TENSOR_INPUTS = {"paper": 18, "relative": 17}
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def test_scales_are_those_of_the_initialisation() -> None:
     for name in ("skip", "mlp.b1", "step.w", "step.b", "initial_h"):
         assert every[name].unique().item() == pytest.approx(0.3)
     linear, mlp, lstm = (outer.scales(spec, "prior", groups) for groups in ("linear", "mlp", "lstm"))
-    assert int((linear > 0).sum()) == 12 + 38
-    assert int((mlp > 0).sum()) == 24 * 8 + 8 + 8 * 8 + 8 + 8 * 6 + 6 + 12 + 38
+    assert int((linear > 0).sum()) == 12 + 40
+    assert int((mlp > 0).sum()) == 24 * 8 + 8 + 8 * 8 + 8 + 8 * 6 + 6 + 12 + 40
     assert torch.equal(linear[mlp == 0], torch.zeros(int((mlp == 0).sum())))
     assert torch.equal(mlp + lstm, outer.scales(spec, "prior", "all"))
     assert bool((mlp * lstm == 0).all())

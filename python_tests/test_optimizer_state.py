@@ -105,8 +105,8 @@ def test_layout(impl: str, preset: str) -> None:
     assert set(second_group) == {"params", "lr", "weight_decay"}
     assert {name: tuple(first_group[name].shape) for name in SHARED} == {
         "step": (),
-        "train_loss": (4,),
-        "valid_loss": (3,),
+        "train_loss": (6,),
+        "valid_loss": (6,),
         "clip": (2,),
         "from_lstm": (spec.from_lstm,),
         "pending_loss": (2,),

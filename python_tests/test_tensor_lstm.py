@@ -156,7 +156,7 @@ def test_loss_statistics_of_the_port(golden: Callable[[str], Arrays], decay: flo
     """In float32; relative to the largest value, except for the standardised loss, which is of order 1."""
     recorded = golden("tensor_level")
     expected = {name: recorded[f"loss{decay}|{name}"] for name in ("mean", "var", "corrected", "weight")}
-    state = torch.zeros(4)
+    state = torch.zeros(6)
     for i, loss in enumerate(torch.from_numpy(recorded["loss|losses"])):
         state = tensor_lstm.next_loss(state, loss, decay)
         found = {
@@ -171,7 +171,7 @@ def test_loss_statistics_of_the_port(golden: Callable[[str], Arrays], decay: flo
 
 
 def test_loss_statistics_by_hand() -> None:
-    state = torch.zeros(4, dtype=F64)
+    state = torch.zeros(6, dtype=F64)
     mean = var = 0.0
     for count, loss in enumerate((3.0, 1.0, 2.0), start=1):
         state = tensor_lstm.next_loss(state, scalar(loss), 0.9)
@@ -192,7 +192,7 @@ def test_loss_inputs_are_zero_before_any_loss() -> None:
     spec, globals_ = fresh("paper")
     for _ in range(3):
         globals_ = tensor_lstm.observe_train(spec, globals_, None)
-    assert globals_.train_loss.tolist() == [0.0] * 4
+    assert globals_.train_loss.tolist() == [0.0] * 6
     assert [float(x) for x in tensor_lstm.loss_inputs(spec, globals_)] == [0.0, 0.0]
     globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(3.0))
     assert [float(x) for x in tensor_lstm.loss_inputs(spec, globals_)] == [0.0, 0.0]
@@ -220,6 +220,34 @@ def test_validation_input_shows_overfitting(loss: float, sign: float) -> None:
     expected = tensor_lstm.standardise_loss(globals_.train_loss, scalar(loss), 0.9)
     assert float(valid) == pytest.approx(float(expected), rel=1e-6)
     assert float(valid) * sign > 0.3
+
+
+def test_rise_of_a_loss_by_hand() -> None:
+    """The share of the way from the first to the lowest mean that is lost, as ln(1 + 100 share), at most 5."""
+    state, decay, mean, means = torch.zeros(6, dtype=F64), 0.9, 0.0, []
+    for i, loss in enumerate((8.0, 5.0, 1.0, 0.5, 3.0, 0.1, 7.0)):
+        state = tensor_lstm.next_loss(state, scalar(loss), decay)
+        mean = decay * mean + (1 - decay) * loss
+        means.append(mean / (1 - decay ** (i + 1) + 1e-8))
+        share = (means[-1] - min(means)) / max(means[0] - min(means), 1e-30)
+        assert state[3:].tolist() == pytest.approx([loss, means[0], min(means)], rel=1e-12)
+        assert tensor_lstm.loss_rise(state, decay).item() == pytest.approx(math.log1p(100 * share), abs=1e-9)
+    for _ in range(9):
+        state = tensor_lstm.next_loss(state, scalar(100.0), decay)
+    assert tensor_lstm.loss_rise(state, decay).item() == 5.0
+
+
+def test_losses_of_compact_are_zero_until_known() -> None:
+    spec, globals_ = fresh("compact")
+    assert [float(x) for x in tensor_lstm.loss_inputs(spec, globals_)] == [0.0] * 4
+    for loss in (3.0, 2.0, 2.9):
+        globals_ = tensor_lstm.observe_train(spec, globals_, scalar(loss))
+    train, valid, train_rise, valid_rise = (float(x) for x in tensor_lstm.loss_inputs(spec, globals_))
+    assert (valid, valid_rise) == (0.0, 0.0)
+    assert min(abs(train), train_rise) > 0.1
+    for loss in (3.0, 1.0, 2.5):
+        globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(loss))
+    assert all(abs(float(x)) > 0.1 for x in tensor_lstm.loss_inputs(spec, globals_))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -407,7 +435,7 @@ def test_compact_lstm_inputs_by_hand() -> None:
         math.log(2.0 / 0.8),  # growth of the parameters
         math.log(0.3 / 0.6),  # this tensor's gradient among the tensors
         *(math.log(3) - 1, math.log(5) - 1, -1.0, -1.0),
-        *(0.0, 0.0),  # no loss yet
+        *(0.0, 0.0, 0.0, 0.0),  # no loss yet
         *(1.0, math.log(15) / 8),
         *(math.log(4) / 8, 1.0, 0.03, math.log(1 - 0.99 * 0.03), math.log(101) / 8, math.log(4) / 8),
     ]

@@ -64,16 +64,16 @@ def test_paper_has_the_constants_of_the_specification() -> None:
 
 @pytest.mark.parametrize("horizon", [True, False])
 def test_compact_sizes_by_hand(horizon: bool) -> None:
-    """12 columns, 2 facts, 4 LSTM values, and 6 or 1 time inputs reach the MLP; 4 + 4 + 15 and the time the LSTM."""
+    """12 columns, 2 facts, 4 LSTM values, and 6 or 1 time inputs reach the MLP; 4 + 4 + 17 and the time the LSTM."""
     time = 6 if horizon else 1
     spec = dataclasses.replace(PRESETS["compact"], horizon_input=horizon)
     expected = {
         "initial": 4 + 4 + 8 + 8,
-        "lstm": (4 + 4 + 15 + time + 8) * 32 + 32,
+        "lstm": (4 + 4 + 17 + time + 8) * 32 + 32,
         "lstm_to": (8 + 1) * 4 * 2,
         "mlp": (12 + time + 2 + 4 + 1) * 8 + (8 + 1) * 8 + (8 + 1) * 6,
         "skip": 12,
-        "step": 8 + (4 + 4 + 15 + time) + 1,
+        "step": 8 + (4 + 4 + 17 + time) + 1,
     }
     assert spec.num_floats == sum(expected.values())
     assert Theta.init("compact").flatten().shape == (PRESETS["compact"].num_floats,)
