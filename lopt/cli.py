@@ -14,10 +14,20 @@ from lopt.commands.doctor import Doctor
 from lopt.commands.evaluate import Evaluate
 from lopt.commands.meta_train import MetaTrain
 from lopt.commands.plot import Plot
+from lopt.commands.tasks import CheckTasks, Gallery, List, ShowTask, Time, TrainTask
 from lopt.commands.train import Train
 from lopt.commands.weights import Convert, Show
 
 Weights = Annotated[Show, subcommand("show")] | Annotated[Convert, subcommand("convert")]
+
+Tasks = (
+    Annotated[List, subcommand("list")]
+    | Annotated[ShowTask, subcommand("show")]
+    | Annotated[Time, subcommand("time")]
+    | Annotated[TrainTask, subcommand("train")]
+    | Annotated[CheckTasks, subcommand("check")]
+    | Annotated[Gallery, subcommand("gallery")]
+)
 
 Commands = (
     Annotated[Train, subcommand("train")]
@@ -26,6 +36,7 @@ Commands = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Tasks, subcommand("tasks", description="Look at the tasks, time, train and check them.")]
     | Annotated[Weights, subcommand("weights", description="Look at meta-parameters, or convert them.")]
 )
 

@@ -109,7 +109,7 @@ def _norm_layout(prefix: str, width: int) -> Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerLanguageModel(LanguageModel):
-    """Embeddings of bytes and of positions, causal blocks, and a dense layer to the next byte."""
+    """A transformer language model: embeddings of bytes and positions, causal blocks, a layer to the next byte."""
 
     family: ClassVar[str] = "transformer_language_model"
 
@@ -145,7 +145,9 @@ def sample_transformer_language_model(random: Random, names: tuple[str, ...]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class VisionTransformer(ImageTask):
-    """Squares of an image (its middle, where they do not cover it) as positions, blocks, mean, a dense layer.
+    """A vision transformer: squares of an image as positions, blocks, their mean, a dense layer to the classes.
+
+    Where squares do not cover an image, its middle is used.
 
     Args:
         grid: squares along each side.

@@ -115,7 +115,7 @@ class Convolutional(ImageTask):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvPooling(Convolutional):
-    """Convolutions, then mean, largest value or mean square of every channel, then one dense layer."""
+    """A classifier of images: convolutions, then mean, largest value or mean square of every channel, a dense layer."""
 
     family: ClassVar[str] = "conv_pooling"
 
@@ -133,7 +133,7 @@ class ConvPooling(Convolutional):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvFC(Convolutional):
-    """Convolutions, then dense layers of these widths and one for the classes."""
+    """A classifier of images: convolutions, then dense layers of these widths and one for the classes."""
 
     family: ClassVar[str] = "conv_fc"
 

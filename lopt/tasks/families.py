@@ -93,7 +93,7 @@ def sample_task(
         raise ValueError(f"families: expected some of {known}, got {list(families)}")
     family = families[int(generator(seed, "family").integers(len(families)))]
     if family in SAMPLERS:
-        return SAMPLERS[cast(SampledFamily, family)](generator(seed, "task", family), tuple(data))
+        return SAMPLERS[family](generator(seed, "task", family), tuple(data))
     return synthetic.sample_task(seed, (cast(synthetic.Family, family),))
 
 

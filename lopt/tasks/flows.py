@@ -85,7 +85,7 @@ class Flow(ImageTask):
 
 @dataclass(frozen=True, kw_only=True)
 class RealNVP(Flow):
-    """Coupling layers."""
+    """A real NVP flow of images: coupling layers."""
 
     family: ClassVar[str] = "nvp"
 
@@ -104,7 +104,10 @@ class RealNVP(Flow):
 
 @dataclass(frozen=True, kw_only=True)
 class MAF(Flow):
-    """Autoregressive layers: dense layers whose weights are masked so that output i depends on inputs before i only."""
+    """A masked autoregressive flow of images.
+
+    Its networks are dense layers whose weights are masked so that output i depends on inputs before i only.
+    """
 
     family: ClassVar[str] = "maf"
 

@@ -44,7 +44,7 @@ from lopt.tasks.task import Batch, NoisyBatch, SplitName
 
 @dataclass(frozen=True, kw_only=True)
 class LosgTask(SampledTask):
-    """A problem, perhaps changed.
+    """A function of few parameters, perhaps with noisy or sparse gradients, rescaled or logged.
 
     Args:
         seed: of constants and rows.

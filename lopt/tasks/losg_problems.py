@@ -143,7 +143,7 @@ class Bowl(Problem):
 
     def objective(self, params: Params, constants: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         (x, y), cos, sin = params["x"], math.cos(self.angle), math.sin(self.angle)
-        return (self.condition * (cos * x - sin * y) ** 2 + (sin * x + cos * y) ** 2) / 2
+        return (self.condition * torch.square(cos * x - sin * y) + torch.square(sin * x + cos * y)) / 2
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class MinMaxWell(Problem):
 
 @dataclass(frozen=True)
 class DependencyChain(Problem):
-    """``x_0^2 + sum x_i^2 / (x_{i-1}^2 + eps)``: each can be brought to zero only after the one before."""
+    """``dim x_0^2 + sum_i x_i^2 / (x_{i-1}^2 + eps)``: each can be brought to zero only after the one before."""
 
     dim: int
 

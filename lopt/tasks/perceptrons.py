@@ -34,7 +34,7 @@ PIXELS = ("images", "tables")
 
 @dataclass(frozen=True, kw_only=True)
 class MLP(ImageTask):
-    """A classifier with softmax cross-entropy: hidden layers of these widths and one activation.
+    """A classifier of images or table rows: hidden layers of these widths with one activation, softmax cross-entropy.
 
     Args:
         center: images from -1 to 1 instead of from 0 to 1.
@@ -82,7 +82,7 @@ def sample_mlp(random: Random, names: tuple[str, ...]) -> MLP:
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder(ImageTask):
-    """A perceptron whose targets are its inputs.
+    """An autoencoder of images or table rows: a perceptron whose targets are its inputs.
 
     Args:
         output: what is done to the last layer; tanh and linear_center work on images from -1 to 1.

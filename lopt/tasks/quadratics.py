@@ -45,10 +45,11 @@ class Distribution(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class QuadraticForm(SampledTask):
-    """``scale |A x|^2``, or ``scale log(|A x|^2 + 1e-8)``, of ``x`` [dim]; A is another one, A + E, in every step.
+    """A quadratic form: ``scale |A x|^2`` or ``scale log(|A x|^2 + 1e-8)``, with another A + E in every step.
 
     Args:
         seed: of A.
+        dim: length of x.
         matrix, noise: distributions of A and of E; None for E = 0.
         start: distribution of the initial x.
     """

@@ -120,7 +120,7 @@ def sample_core(random: Random) -> Core:
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentLanguageModel(LanguageModel):
-    """Embedding, core, and a dense layer to the next symbol."""
+    """A recurrent language model: embedding, core, and a dense layer to the next byte or word."""
 
     embedding: int
     core: Core
@@ -176,7 +176,11 @@ def _language_model(
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentClassifier(SampledTask):
-    """Embedding, core, one vector from all states (the last, their mean or their largest values), a dense layer."""
+    """A recurrent classifier of text: embedding, core, one vector from all states, a dense layer.
+
+    Args:
+        readout: the vector is the last state, the mean of all or the largest value of each unit.
+    """
 
     family: ClassVar[str] = "rnn_text_classification"
 

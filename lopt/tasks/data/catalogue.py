@@ -123,13 +123,14 @@ def provide(name: str, data: Splits | Corpus) -> None:
     _PROVIDED[name] = data
 
 
-def available(name: str) -> bool:
-    """Whether the data can be read here; reads it."""
+def missing(name: str) -> str | None:
+    """How to get a data set that cannot be read here; None if it can. Reads it, unless it is generated."""
     try:
-        corpus(name) if _is_text(name) else load(name)
-    except (FileNotFoundError, ModuleNotFoundError):
-        return False
-    return True
+        if name not in CORE:
+            corpus(name) if _is_text(name) else load(name)
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        return SOURCES[name].remedy if name in SOURCES else str(error)
+    return None
 
 
 def variants(name: str) -> int:

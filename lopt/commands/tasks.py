@@ -1,0 +1,338 @@
+"""``lopt tasks``: what tasks there are, one in words and as a curve, their time per step, whether they train."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from lopt.commands.common import Command, Outcome, say, show_table, write_json
+from lopt.evaluation.plots import require_matplotlib
+from lopt.meta.provenance import commit, versions
+from lopt.optimizer import LearnedOptimizer
+from lopt.tasks import FAMILIES, SAMPLED_FAMILIES, Task, measure, plots, sample_task
+from lopt.tasks.data import catalogue
+from lopt.tasks.families import Family, with_batch_size
+from lopt.tasks.measure import Check
+from lopt.tasks.text_tasks import TextData
+
+#: Groups of data sets that --data knows besides their names.
+GROUPS = {"core": catalogue.CORE, "meta-train": catalogue.META_TRAIN, "held-out": catalogue.HELD_OUT}
+
+FamilyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAMILY")]
+SeedNumber = Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="[SEED]")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksCommand(Command):
+    """What all commands about tasks have."""
+
+    data: tuple[str, ...] = ("core",)
+    """Data sets to sample from: core (made of numbers, needs nothing), meta-train, held-out, or names (tasks list)."""
+
+    batch_size: int | None = None
+    """Take at most so many rows into a minibatch."""
+
+    length: int | None = None
+    """Take at most so many symbols of a text at once."""
+
+    threads: int = 1
+    """Processor threads. One is quickest for small models, and the quickest by far on a busy machine."""
+
+    def task(self, family: str, seed: int) -> Task:
+        """The sampled task, with the options applied."""
+        names = tuple(name for group in self.data for name in GROUPS.get(group, (group,)))
+        usable = tuple(name for name in names if name not in catalogue.ALSO_HELD_OUT)
+        task = sample_task(seed, [_family(family)], usable)
+        if self.batch_size is None and self.length is None:
+            return task
+        return with_batch_size(task, self.batch_size or 2**31, self.length)
+
+    def run(self, console: Console) -> Outcome:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return self.work(console)
+        finally:
+            torch.set_num_threads(threads)
+
+    def work(self, console: Console) -> Outcome:
+        """What the command does."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Command):
+    """List the families of tasks and the data sets, with what is held out from meta-training and what is missing."""
+
+    def run(self, console: Console) -> Outcome:
+        families: dict[str, str] = {name: _first_line(type(sample_task(0, [name]))) for name in SAMPLED_FAMILIES}
+        say(console, "Families (lopt tasks show FAMILY SEED describes a task):")
+        for family, kind in families.items():
+            say(console, f"  {family:27}{kind}")
+        say(console, f"Small synthetic tasks, for the fused engine: {', '.join(FAMILIES)}")
+        say(console, "Data (core: made of numbers, the same everywhere):")
+        numbers = {}
+        for name, source in catalogue.SOURCES.items():
+            remedy = catalogue.missing(name)
+            role = "held out" if source.held_out else "core" if name in catalogue.CORE else "meta-train"
+            say(console, f"  {name:15}{source.kind:8}{role:12}{'here' if remedy is None else 'missing: ' + remedy}")
+            numbers[name] = {"kind": source.kind, "role": role, "missing": remedy}
+        return Outcome(0, {"command": "tasks list", "families": families, "data": numbers})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowTask(TasksCommand):
+    """Describe one task, and draw its loss curve under Adam at three learning rates."""
+
+    family: FamilyName
+    """Which family."""
+
+    seed: SeedNumber = 0
+    """Which task of it."""
+
+    steps: int = 200
+    """Length of the runs."""
+
+    out: Path = Path("runs/tasks")
+    """Folder for the figure and task.json."""
+
+    plot: bool = True
+    """Draw the figure; needs matplotlib."""
+
+    def work(self, console: Console) -> Outcome:
+        if self.plot:
+            require_matplotlib()
+        task = self.task(self.family, self.seed)
+        facts = task_facts(task)
+        say(console, f"{task.name}: {_first_line(type(task))}")
+        show_table(console, ["", "value"], [[name, _text(value)] for name, value in facts.items() if name != "config"])
+        show_table(console, ["config", "value"], [[name, _text(value)] for name, value in facts["config"].items()])
+        rates = (1e-4, 1e-3, 1e-2)
+        steps, losses = measure.adam_losses(task, rates, self.steps, points=min(self.steps, 50))
+        lines = {f"Adam {rate:g}": (steps, row.tolist()) for rate, row in zip(rates, losses, strict=True)}
+        numbers = {"command": "tasks show", "seed": self.seed, **facts, "steps": steps, "curves": losses.tolist()}
+        write_json(self.out / f"{self.family}-{self.seed}.json", numbers)
+        if self.plot:
+            path = self.out / f"{self.family}-{self.seed}.png"
+            plots.curves(lines, f"{task.name}: training loss", path)
+            say(console, f"Wrote {path}")
+        return Outcome(0, numbers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Time(TasksCommand):
+    """Measure the time of a step (a minibatch, its loss and gradient) of tasks of each family."""
+
+    families: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FAMILY ...]")] = SAMPLED_FAMILIES
+    """Which families."""
+
+    seeds: int = 5
+    """Tasks of each family."""
+
+    def work(self, console: Console) -> Outcome:
+        rows, numbers = [], []
+        for family in self.families:
+            times, sizes = [], []
+            for seed in range(self.seeds):
+                task = self.task(family, seed)
+                times.append(measure.seconds_per_step(task, steps=3))
+                sizes.append(task.num_params)
+                numbers.append({"family": family, "seed": seed, "seconds": times[-1], "num_params": sizes[-1]})
+            cells = [f"{1e3 * value:.2f}" for value in (min(times), statistics.median(times), max(times))]
+            slow = sum(value > 0.1 for value in times) / len(times)
+            rows.append([family, *cells, f"{slow:.0%}", f"{statistics.median(sizes):,.0f}"])
+        show_table(console, ["family", "min ms", "median ms", "max ms", "over 100 ms", "median parameters"], rows)
+        return Outcome(0, {"command": "tasks time", "versions": versions(), "commit": commit(), "tasks": numbers})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTask(TasksCommand):
+    """Train one task with any optimizer of torch.optim, by name, or with the learned one."""
+
+    family: FamilyName
+    """Which family."""
+
+    seed: SeedNumber = 0
+    """Which task of it."""
+
+    optimizer: str = "lopt"
+    """lopt, or a class of torch.optim: Adam, AdamW, SGD, RMSprop, ..."""
+
+    lr: float | None = None
+    """Learning rate; the optimizer's own default when left out."""
+
+    theta: str = "default"
+    """Meta-parameters of the learned optimizer: a shipped name or a file."""
+
+    steps: int = 1000
+    """Length of the run."""
+
+    run_seed: int = 0
+    """Decides initial weights and minibatches."""
+
+    out: Path = Path("runs/tasks")
+    """Folder for the figure and the JSON file."""
+
+    plot: bool = True
+    """Draw the figure; needs matplotlib."""
+
+    def work(self, console: Console) -> Outcome:
+        if self.plot:
+            require_matplotlib()
+        task = self.task(self.family, self.seed)
+        curve = measure.train(
+            task, self._maker(), steps=self.steps, seed=self.run_seed, splits=("train", "outer_valid", "test")
+        )
+        say(console, f"{task.name}, {task.num_params:,} parameters, {self.optimizer}, {self.steps} steps")
+        shown = sorted({0, len(curve.steps) // 4, len(curve.steps) // 2, len(curve.steps) - 1})
+        show_table(
+            console,
+            ["loss", *(f"step {curve.steps[at]}" for at in shown)],
+            [[name, *(f"{losses[at]:.4g}" for at in shown)] for name, losses in curve.losses.items()],
+        )
+        say(console, f"{1e3 * curve.seconds / self.steps:.2f} ms per step")
+        numbers: dict[str, Any] = {"command": "tasks train", "config": task.config}
+        numbers |= {"options": dataclasses.asdict(self), "versions": versions(), "commit": commit()}
+        numbers |= dataclasses.asdict(curve)
+        stem = f"{self.family}-{self.seed}-{self.optimizer}"
+        write_json(self.out / f"{stem}.json", numbers)
+        if self.plot:
+            path = self.out / f"{stem}.png"
+            lines: dict[str, plots.Line] = {name: (curve.steps, losses) for name, losses in curve.losses.items()}
+            plots.curves(lines, f"{task.name}, {self.optimizer}", path)
+            say(console, f"Wrote {path}")
+        return Outcome(0, numbers)
+
+    def _maker(self) -> measure.MakeOptimizer:
+        options: dict[str, Any] = {} if self.lr is None else {"lr": self.lr}
+        if self.optimizer == "lopt":
+            return lambda params, steps: LearnedOptimizer(params, self.theta, total_steps=steps, **options)
+        kind = getattr(torch.optim, self.optimizer, None)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            known = [name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)]
+            raise ValueError(f"optimizer: expected lopt or one of {', '.join(known)}, got {self.optimizer!r}")
+        make: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = kind
+        return lambda params, _: make(params, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckTasks(TasksCommand):
+    """Build many tasks of each family and see whether loss and gradient are finite and Adam makes progress.
+
+    Progress is a fall of the training loss by 1% of its distance to the floor, within 30 or else 300 steps, at the
+    better of the learning rates .001 and .01. Prints the shares, and every task that diverged.
+    """
+
+    families: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FAMILY ...]")] = SAMPLED_FAMILIES
+    """Which families."""
+
+    seeds: int = 20
+    """Tasks of each family."""
+
+    limit: float = math.inf
+    """Leave out tasks that take more seconds per step than this."""
+
+    batch_size: int | None = 8
+    """Take at most so many rows into a minibatch: this is about whether, not how well."""
+
+    length: int | None = 12
+    """Take at most so many symbols of a text at once."""
+
+    def work(self, console: Console) -> Outcome:
+        rows, numbers = [], []
+        for family in self.families:
+            checks: dict[int, Check] = {}
+            for seed in range(self.seeds):
+                task = self.task(family, seed)
+                if math.isfinite(self.limit) and measure.seconds_per_step(task, steps=1) > self.limit:
+                    continue
+                checks[seed] = measure.check(task)
+                numbers.append({"family": family, "seed": seed, **dataclasses.asdict(checks[seed])})
+            diverged = [seed for seed, check in checks.items() if check.diverged]
+            finite = sum(check.finite_loss and check.finite_gradient for check in checks.values())
+            progress = sum(check.progress for check in checks.values())
+            shares = [f"{count / max(len(checks), 1):.1%}" for count in (finite, progress)]
+            left_out = self.seeds - len(checks)
+            rows.append([family, str(len(checks)), str(left_out), *shares, " ".join(map(str, diverged)) or "none"])
+        show_table(console, ["family", "tasks", "too slow", "finite at start", "progress", "diverged seeds"], rows)
+        return Outcome(0, {"command": "tasks check", "versions": versions(), "commit": commit(), "checks": numbers})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery(TasksCommand):
+    """Draw one figure with a loss curve of one task per family, under Adam at three learning rates."""
+
+    seed: SeedNumber = 0
+    """Which task of each family."""
+
+    steps: int = 200
+    """Length of the runs."""
+
+    batch_size: int | None = 16
+    """Take at most so many rows into a minibatch."""
+
+    length: int | None = 24
+    """Take at most so many symbols of a text at once."""
+
+    out: Path = Path("runs/tasks/gallery.png")
+    """The figure."""
+
+    families: tuple[str, ...] = field(default_factory=lambda: SAMPLED_FAMILIES)
+    """Which families."""
+
+    def work(self, console: Console) -> Outcome:
+        require_matplotlib()
+        rates, panels = (1e-4, 1e-3, 1e-2), {}
+        for family in self.families:
+            task = self.task(family, self.seed)
+            steps, losses = measure.adam_losses(task, rates, self.steps, points=min(self.steps, 40))
+            lines = {f"Adam {rate:g}": (steps, row.tolist()) for rate, row in zip(rates, losses, strict=True)}
+            panels[f"{family}\n{task.name}"[:90]] = lines
+        plots.gallery(panels, self.out)
+        say(console, f"Wrote {self.out}")
+        return Outcome(0, {"command": "tasks gallery", "figure": self.out})
+
+
+def task_facts(task: Task) -> dict[str, Any]:
+    """What can be said of a task: sizes, initial loss, floor, time per step, the hash of its text."""
+    data = getattr(task, "data", None)
+    sha = {"text_sha256": catalogue.corpus(data.name, data.variant).sha256} if isinstance(data, TextData) else {}
+    return {
+        "name": task.name,
+        "num_params": task.num_params,
+        "tensors": len(task.init(0)),
+        "initial_loss": task.initial_loss(0),
+        "loss_floor": task.loss_floor,
+        "ms_per_step": 1e3 * measure.seconds_per_step(task),
+        **sha,
+        "config": task.config,
+    }
+
+
+def _family(name: str) -> Family:
+    known: tuple[Family, ...] = (*SAMPLED_FAMILIES, *FAMILIES)
+    for family in known:
+        if family == name:
+            return family
+    raise ValueError(f"family: expected one of {', '.join(known)}, got {name!r}")
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0].rstrip(":")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (str, bool)):
+        return str(value)
+    if isinstance(value, (int, float)):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return json.dumps(value)
