@@ -6,18 +6,18 @@ namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-template <class Features, class Param, class Grad>
+template <class Features>
 void run_chunk(const AccumulateParams& params, int64_t index) {
   const Chunk chunk = params.chunks[index];
   const TensorEntry& tensor = params.tensors[chunk.tensor];
   const int64_t left = tensor.numel - chunk.begin;
-  const Accumulator<Features, Param, Grad> accumulator{
+  const Accumulator<Features> accumulator{
       params.mom_decay,
       params.rms_decay,
       params.clip_limit[chunk.tensor],
       tensor.stride,
-      reinterpret_cast<const Param*>(tensor.param) + chunk.begin,
-      reinterpret_cast<const Grad*>(params.grads[chunk.tensor]) + chunk.begin,
+      Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
+      Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype == kBFloat16, chunk.begin),
       reinterpret_cast<float*>(tensor.mom) + chunk.begin,
       reinterpret_cast<float*>(tensor.rms) + chunk.begin,
   };
@@ -43,15 +43,8 @@ bool accumulate(const AccumulateParams& params, int feature_set, int num_threads
     using Features = decltype(features);
 #pragma omp parallel num_threads(num_threads)
     {
-#pragma omp for schedule(dynamic, 4)
-      for (int64_t i = 0; i < params.num_chunks; ++i) {
-        const TensorEntry& tensor = params.tensors[params.chunks[i].tensor];
-        const bool half_param = tensor.param_dtype == kBFloat16, half_grad = tensor.grad_dtype == kBFloat16;
-        if (half_param && half_grad) run_chunk<Features, uint16_t, uint16_t>(params, i);
-        if (half_param && !half_grad) run_chunk<Features, uint16_t, float>(params, i);
-        if (!half_param && half_grad) run_chunk<Features, float, uint16_t>(params, i);
-        if (!half_param && !half_grad) run_chunk<Features, float, float>(params, i);
-      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < params.num_chunks; ++i) run_chunk<Features>(params, i);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < params.num_tensors; ++t) merge_tensor<Features>(params, t);
     }

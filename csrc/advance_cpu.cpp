@@ -25,7 +25,8 @@ bool advance(const AdvanceParams& p) {
                       p.shift, p.bias,   p.step_size, nullptr, nullptr,    nullptr,         nullptr,   nullptr};
     Arena count{nullptr};
     take_scratch(s, level, count);
-    std::vector<float> memory(static_cast<size_t>(count.used));
+    static thread_local std::vector<float> memory;  // kept between steps
+    memory.resize(std::max(memory.size(), static_cast<size_t>(count.used)));
     Arena arena{memory.data()};
     take_scratch(s, level, arena);
 

@@ -13,11 +13,13 @@ namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-template <class Features, int kWidth, class Param, class Grad>
+template <class Features, int kWidth>
 struct Applier {
   static constexpr int kColumns = Features::kNumColumns;
-  Param* param;
-  const Grad* grad;
+  static constexpr int kBlock = 32 * kLanes;  // parameters per block, hidden layers summed in float
+  // Vectors of parameters that share a weight, and outputs at a time: as many sums as the registers hold.
+  static constexpr int kRows = kRegisters == 32 ? 2 : 3, kOutputs = kRegisters == 32 ? 8 : 4;
+  Numbers param, grad;
   const float* mom;  // [kNumMom, stride]
   const float* rms;  // [kNumRms, stride]
   const int64_t stride;
@@ -29,27 +31,59 @@ struct Applier {
 
   // The first `count` parameters; total[width] is the sum of their last hidden layers.
   void run(int64_t count, double* total) const {
-    constexpr int kBlock = 32;                             // vectors summed in float
-    const bool moves = step_size != 0.0f || keep != 1.0f;  // lr = 0 changes no bit
+    alignas(64) float param_buffer[kBlock], grad_buffer[kBlock];
     for (int j = 0; j < kWidth; ++j) total[j] = 0.0;
-    for (int64_t begin = 0; begin < count; begin += kBlock * kLanes) {
-      const int64_t end = count - begin < kBlock * kLanes ? count : begin + kBlock * kLanes;
-      Vec hidden_sum[kWidth]{};
-      for (int64_t i = begin; i < end; i += kLanes) {
-        const int lanes = end - i < kLanes ? static_cast<int>(end - i) : kLanes;
-        const Vec mask = lane_mask(lanes);
-        const Vec g = clip_gradient(load(grad + i, lanes), limit), p = load(param + i, lanes);
-        Vec m[Features::kNumMom], r[Features::kNumRms], x[kColumns], hidden[kWidth];
-        for (int k = 0; k < Features::kNumMom; ++k) m[k] = load(mom + k * stride + i, lanes);
-        for (int k = 0; k < Features::kNumRms; ++k) r[k] = load(rms + k * stride + i, lanes);
-        Features::columns(g, p, m, r, x);
-        LOPT_UNROLL
-        for (int c = 0; c < kColumns; ++c) x[c] = clamp_of(x[c] * scale[c] + shift[c], -feature_clip, feature_clip);
-        const MlpOutput<Vec> out = small_mlp<kColumns, kWidth>(x, weights, bias, hidden);
-        if (moves) store(param + i, next_param(p, out, keep, step_size, magnitude_rate), lanes);
-        for (int j = 0; j < kWidth; ++j) hidden_sum[j] += hidden[j] * mask;
-      }
-      for (int j = 0; j < kWidth; ++j) total[j] += sum_lanes(hidden_sum[j]);
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+      const int64_t size = count - begin < kBlock ? count - begin : kBlock;
+      float* p = param.read(begin, size, param_buffer);
+      const float* g = grad.read(begin, size, grad_buffer);
+      block(p, g, mom + begin, rms + begin, size, total);
+      if (moves()) param.write(begin, size, p);
+    }
+  }
+
+  bool moves() const { return step_size != 0.0f || keep != 1.0f; }  // lr = 0 changes no bit
+
+  void block(float* p, const float* g, const float* m, const float* r, int64_t count, double* total) const {
+    Vec hidden_sum[kWidth]{};
+    int64_t i = 0;
+    for (; i + kRows * kLanes <= count; i += kRows * kLanes)
+      rows<kRows>(p + i, g + i, m + i, r + i, kLanes, hidden_sum);
+    for (; i < count; i += kLanes)
+      rows<1>(p + i, g + i, m + i, r + i, count - i < kLanes ? static_cast<int>(count - i) : kLanes, hidden_sum);
+    for (int j = 0; j < kWidth; ++j) total[j] += sum_lanes(hidden_sum[j]);
+  }
+
+  // kVectors vectors, of `lanes` parameters each.
+  template <int kVectors>
+  LOPT_INLINE void rows(float* p_at, const float* g_at, const float* mom_at, const float* rms_at, int lanes,
+                        Vec* hidden_sum) const {
+    Vec p[kVectors], x[kColumns * kVectors], hidden[kWidth * kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const int i = v * kLanes;
+      const Vec g = clip_gradient(load(g_at + i, lanes), limit);
+      p[v] = load(p_at + i, lanes);
+      Vec m[Features::kNumMom], r[Features::kNumRms], raw[kColumns];
+      LOPT_UNROLL
+      for (int k = 0; k < Features::kNumMom; ++k) m[k] = load(mom_at + k * stride + i, lanes);
+      LOPT_UNROLL
+      for (int k = 0; k < Features::kNumRms; ++k) r[k] = load(rms_at + k * stride + i, lanes);
+      Features::columns(g, p[v], m, r, raw);
+      LOPT_UNROLL
+      for (int c = 0; c < kColumns; ++c)
+        x[c * kVectors + v] = clamp_of(raw[c] * scale[c] + shift[c], -feature_clip, feature_clip);
+    }
+    MlpOutput<Vec> out[kVectors];
+    small_mlp_rows<kColumns, kWidth, kVectors,
+                   kVectors == 1 ? (2 * kOutputs < kWidth ? 2 * kOutputs : kWidth) : kOutputs>(x, weights, bias, hidden,
+                                                                                               out);
+    if (moves())
+      for (int v = 0; v < kVectors; ++v)
+        store(p_at + v * kLanes, next_param(p[v], out[v], keep, step_size, magnitude_rate), lanes);
+    const Vec mask = lane_mask(lanes);
+    for (int j = 0; j < kWidth; ++j) {
+      LOPT_UNROLL
+      for (int v = 0; v < kVectors; ++v) hidden_sum[j] += hidden[j * kVectors + v] * mask;
     }
   }
 };

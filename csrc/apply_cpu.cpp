@@ -6,16 +6,16 @@ namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-template <class Features, int kWidth, class Param, class Grad>
+template <class Features, int kWidth>
 void run_chunk(const ApplyParams& params, int64_t index) {
   constexpr int kColumns = Features::kNumColumns;
   const Chunk chunk = params.chunks[index];
   const int64_t t = chunk.tensor;
   const TensorEntry& tensor = params.tensors[t];
   const int64_t left = tensor.numel - chunk.begin;
-  const Applier<Features, kWidth, Param, Grad> applier{
-      reinterpret_cast<Param*>(tensor.param) + chunk.begin,
-      reinterpret_cast<const Grad*>(params.grads[t]) + chunk.begin,
+  const Applier<Features, kWidth> applier{
+      Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
+      Numbers::at(params.grads[t], tensor.grad_dtype == kBFloat16, chunk.begin),
       reinterpret_cast<const float*>(tensor.mom) + chunk.begin,
       reinterpret_cast<const float*>(tensor.rms) + chunk.begin,
       tensor.stride,
@@ -51,15 +51,8 @@ bool apply(const ApplyParams& params, int feature_set, int width, int num_thread
     constexpr int kWidth = decltype(width_constant)::value;
 #pragma omp parallel num_threads(num_threads)
     {
-#pragma omp for schedule(dynamic, 4)
-      for (int64_t i = 0; i < params.num_chunks; ++i) {
-        const TensorEntry& tensor = params.tensors[params.chunks[i].tensor];
-        const bool half_param = tensor.param_dtype == kBFloat16, half_grad = tensor.grad_dtype == kBFloat16;
-        if (half_param && half_grad) run_chunk<Features, kWidth, uint16_t, uint16_t>(params, i);
-        if (half_param && !half_grad) run_chunk<Features, kWidth, uint16_t, float>(params, i);
-        if (!half_param && half_grad) run_chunk<Features, kWidth, float, uint16_t>(params, i);
-        if (!half_param && !half_grad) run_chunk<Features, kWidth, float, float>(params, i);
-      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < params.num_chunks; ++i) run_chunk<Features, kWidth>(params, i);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < params.num_tensors; ++t) merge_tensor<kWidth>(params, t);
     }

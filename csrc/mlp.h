@@ -25,22 +25,33 @@ struct MlpLayout {
   static constexpr int kSize = (kSkip + kColumns + 3) / 4 * 4;  // padded to 16 bytes
 };
 
-// out_j = relu(bias_j + sum_i w[i, j] x_i), in blocks of outputs small enough to stay in registers.
-template <int kIn, int kOut, class V>
-LOPT_HD void relu_layer(const V* x, const float* w, const float* bias, V* out) {
-  constexpr int kBlock = kOut < 16 ? kOut : 16;
+// relu(bias_j + sum_i w[i, j] x_i) for kRows rows of x [kIn, kRows] at once, so that a weight once loaded serves them all,
+// and in blocks of kBlock outputs, whose kRows * kBlock sums stay in registers. finish(j, [kRows] values) takes them.
+template <int kIn, int kOut, int kRows, int kBlock, class V, class Finish>
+LOPT_HD void relu_layer(const V* x, const float* w, const float* bias, const Finish& finish) {
+  static_assert(kOut % kBlock == 0, "outputs come in whole blocks");
   LOPT_UNROLL_ON_DEVICE
   for (int first = 0; first < kOut; first += kBlock) {
-    V sum[kBlock];
+    V sum[kBlock][kRows];
     LOPT_UNROLL
-    for (int j = 0; j < kBlock; ++j) sum[j] = V{} + bias[first + j];
+    for (int j = 0; j < kBlock; ++j) {
+      LOPT_UNROLL
+      for (int r = 0; r < kRows; ++r) sum[j][r] = V{} + bias[first + j];
+    }
     LOPT_UNROLL_ON_DEVICE
     for (int i = 0; i < kIn; ++i) {
       LOPT_UNROLL
-      for (int j = 0; j < kBlock; ++j) sum[j] += x[i] * w[i * kOut + first + j];
+      for (int j = 0; j < kBlock; ++j) {
+        LOPT_UNROLL
+        for (int r = 0; r < kRows; ++r) sum[j][r] += x[i * kRows + r] * w[i * kOut + first + j];
+      }
     }
     LOPT_UNROLL
-    for (int j = 0; j < kBlock; ++j) out[first + j] = max_of(sum[j], V{});
+    for (int j = 0; j < kBlock; ++j) {
+      LOPT_UNROLL
+      for (int r = 0; r < kRows; ++r) sum[j][r] = max_of(sum[j][r], V{});
+      finish(first + j, sum[j]);
+    }
   }
 }
 
@@ -49,21 +60,38 @@ struct MlpOutput {
   V direction, magnitude;
 };
 
-// x: [columns]; weights: one row in MlpLayout; bias: [width]; hidden2: [width], written.
+// x: [columns, kRows]; weights: one row in MlpLayout; bias: [width]; written: hidden2 [width, kRows], out [kRows].
+template <int kColumns, int kWidth, int kRows, int kBlock, class V>
+LOPT_HD void small_mlp_rows(const V* x, const float* weights, const float* bias, V* hidden2, MlpOutput<V>* out) {
+  using Layout = MlpLayout<kColumns, kWidth>;
+  V hidden1[kWidth * kRows];
+  relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, bias, [&](int j, const V* value) {
+    LOPT_UNROLL
+    for (int r = 0; r < kRows; ++r) hidden1[j * kRows + r] = value[r];
+  });
+  LOPT_UNROLL
+  for (int r = 0; r < kRows; ++r) out[r] = {V{} + weights[Layout::kB3], V{} + weights[Layout::kB3 + 1]};
+  LOPT_UNROLL_ON_DEVICE
+  for (int c = 0; c < kColumns; ++c) {
+    LOPT_UNROLL
+    for (int r = 0; r < kRows; ++r) out[r].direction += x[c * kRows + r] * weights[Layout::kSkip + c];
+  }
+  relu_layer<kWidth, kWidth, kRows, kBlock>(hidden1, weights + Layout::kW2, weights + Layout::kB2,
+                                            [&](int j, const V* value) {
+                                              LOPT_UNROLL
+                                              for (int r = 0; r < kRows; ++r) {
+                                                hidden2[j * kRows + r] = value[r];
+                                                out[r].direction += value[r] * weights[Layout::kW3 + j];
+                                                out[r].magnitude += value[r] * weights[Layout::kW3 + kWidth + j];
+                                              }
+                                            });
+}
+
+// One row.
 template <int kColumns, int kWidth, class V>
 LOPT_HD MlpOutput<V> small_mlp(const V* x, const float* weights, const float* bias, V* hidden2) {
-  using Layout = MlpLayout<kColumns, kWidth>;
-  V hidden1[kWidth];
-  relu_layer<kColumns, kWidth>(x, weights + Layout::kW1, bias, hidden1);
-  relu_layer<kWidth, kWidth>(hidden1, weights + Layout::kW2, weights + Layout::kB2, hidden2);
-  MlpOutput<V> out{V{} + weights[Layout::kB3], V{} + weights[Layout::kB3 + 1]};
-  LOPT_UNROLL
-  for (int j = 0; j < kWidth; ++j) {
-    out.direction += hidden2[j] * weights[Layout::kW3 + j];
-    out.magnitude += hidden2[j] * weights[Layout::kW3 + kWidth + j];
-  }
-  LOPT_UNROLL
-  for (int c = 0; c < kColumns; ++c) out.direction += x[c] * weights[Layout::kSkip + c];
+  MlpOutput<V> out;
+  small_mlp_rows < kColumns, kWidth, 1, kWidth<16 ? kWidth : 16>(x, weights, bias, hidden2, &out);
   return out;
 }
 

@@ -14,11 +14,11 @@
 namespace lopt {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
+constexpr int kLanes = 16, kRegisters = 32;
 #elif defined(__AVX__)
-constexpr int kLanes = 8;
+constexpr int kLanes = 8, kRegisters = 16;
 #else
-constexpr int kLanes = 4;
+constexpr int kLanes = 4, kRegisters = 16;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -26,27 +26,39 @@ typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 
 LOPT_HD Vec splat(float x) { return Vec{} + x; }
 
-LOPT_HD Vec sqrt_of(Vec x) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);  // the plain one warns in g++ 12
+// max_of and min_of return x where x is NaN.
+#if defined(__AVX512F__)  // the forms without a mask warn in g++ 12
+LOPT_HD Vec sqrt_of(Vec x) { return (Vec)_mm512_maskz_sqrt_ps(0xffff, (__m512)x); }
+LOPT_HD Vec max_of(Vec x, Vec y) { return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)y, (__m512)x); }
+LOPT_HD Vec min_of(Vec x, Vec y) { return (Vec)_mm512_maskz_min_ps(0xffff, (__m512)y, (__m512)x); }
 #elif defined(__AVX__)
-  return (Vec)_mm256_sqrt_ps((__m256)x);
+LOPT_HD Vec sqrt_of(Vec x) { return (Vec)_mm256_sqrt_ps((__m256)x); }
+LOPT_HD Vec max_of(Vec x, Vec y) { return (Vec)_mm256_max_ps((__m256)y, (__m256)x); }
+LOPT_HD Vec min_of(Vec x, Vec y) { return (Vec)_mm256_min_ps((__m256)y, (__m256)x); }
 #elif defined(__SSE2__)
-  return (Vec)_mm_sqrt_ps((__m128)x);
+LOPT_HD Vec sqrt_of(Vec x) { return (Vec)_mm_sqrt_ps((__m128)x); }
+LOPT_HD Vec max_of(Vec x, Vec y) { return (Vec)_mm_max_ps((__m128)y, (__m128)x); }
+LOPT_HD Vec min_of(Vec x, Vec y) { return (Vec)_mm_min_ps((__m128)y, (__m128)x); }
 #else
+LOPT_HD Vec sqrt_of(Vec x) {
   for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
+}
+LOPT_HD Vec max_of(Vec x, Vec y) { return x < y ? y : x; }
+LOPT_HD Vec min_of(Vec x, Vec y) { return x > y ? y : x; }
+#endif
+
+LOPT_HD Vec rsqrt_of(Vec x) {
+#if defined(__AVX512F__)  // an estimate with an error below 2^-14, and one step of Newton's method; 0 of infinity
+  const Vec y = (Vec)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
+  const Vec error = 1.0f - (x * y) * y;
+  return error == error ? y + 0.5f * y * error : y;
+#else
+  return 1.0f / sqrt_of(x);
 #endif
 }
-
-LOPT_HD Vec rsqrt_of(Vec x) { return 1.0f / sqrt_of(x); }
 LOPT_HD Vec abs_of(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
-LOPT_HD Vec max_of(Vec x, Vec y) { return x < y ? y : x; }
-LOPT_HD Vec clamp_of(Vec x, float low, float high) {
-  const Vec lowest = splat(low), highest = splat(high);
-  x = x < lowest ? lowest : x;
-  return x > highest ? highest : x;
-}
+LOPT_HD Vec clamp_of(Vec x, float low, float high) { return min_of(max_of(x, splat(low)), splat(high)); }
 LOPT_HD Vec clip_gradient(Vec grad, float limit) { return clamp_of(grad != grad ? Vec{} : grad, -limit, limit); }
 
 // ln(x) for normal x > 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)), ln(1 + f) by a polynomial in f = m - 1.
@@ -89,51 +101,98 @@ LOPT_HD Vec exp_of(Vec x) {
   return x == x ? p * low * high : x;
 }
 
-// Loads and stores of `count` (1 .. kLanes) values; the lanes beyond read as zero.
-LOPT_HD Vec load(const float* source, int count) {
-  Vec x{};
-  if (count == kLanes)
-    std::memcpy(&x, source, sizeof x);
-  else
-    for (int i = 0; i < kLanes && i < count; ++i) x[i] = source[i];
+LOPT_HD Vec load(const float* source) {
+  Vec x;
+  std::memcpy(&x, source, sizeof x);
   return x;
 }
 
+LOPT_HD void store(float* target, Vec x) { std::memcpy(target, &x, sizeof x); }
+
+// The first `count` (1 .. kLanes) values; the lanes beyond read as zero.
+LOPT_HD Vec load(const float* source, int count) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>(0xffff >> (kLanes - count)), source);
+#else
+  if (count == kLanes) return load(source);
+  Vec x{};
+  for (int i = 0; i < kLanes && i < count; ++i) x[i] = source[i];
+  return x;
+#endif
+}
+
 LOPT_HD void store(float* target, Vec x, int count) {
-  if (count == kLanes)
-    std::memcpy(target, &x, sizeof x);
-  else
-    for (int i = 0; i < kLanes && i < count; ++i) target[i] = x[i];
-}
-
-// bfloat16 is the upper half of a float32.
-LOPT_HD Vec load(const uint16_t* source, int count) {
-  IntVec x{};
-  for (int i = 0; i < kLanes && i < count; ++i) x[i] = int32_t{source[i]} << 16;
-  return (Vec)x;
-}
-
-LOPT_HD void store(uint16_t* target, Vec x, int count) {
-  for (int i = 0; i < kLanes && i < count; ++i) {
-    float value = x[i];
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    // Round to nearest even; NaN stays NaN.
-    target[i] = value == value ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
-  }
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(target, static_cast<__mmask16>(0xffff >> (kLanes - count)), (__m512)x);
+#else
+  if (count == kLanes) return store(target, x);
+  for (int i = 0; i < kLanes && i < count; ++i) target[i] = x[i];
+#endif
 }
 
 // 1 in the first `count` lanes, else 0.
 LOPT_HD Vec lane_mask(int count) {
-  Vec mask{};
-  for (int i = 0; i < kLanes; ++i) mask[i] = i < count ? 1.0f : 0.0f;
-  return mask;
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < count ? splat(1.0f) : Vec{};
 }
 
-LOPT_HD double sum_lanes(Vec x) {
-  double sum = 0.0;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
+// f(begin, lanes) for all vectors of `count` values; `lanes` is kLanes but for a rest at the end.
+#define LOPT_INLINE __attribute__((always_inline))
+template <class Function>
+LOPT_HD void for_vectors(int64_t count, const Function& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(i, kLanes);
+  if (i < count) f(i, static_cast<int>(count - i));
 }
+
+template <int kCount>
+struct Doubles {
+  typedef double Type __attribute__((vector_size(8 * kCount)));
+};
+
+LOPT_HD double sum_of(const Doubles<2>::Type& x) { return x[0] + x[1]; }
+
+template <class V>
+LOPT_HD double sum_of(const V& x) {
+  typename Doubles<sizeof(V) / 16>::Type half[2];
+  std::memcpy(half, &x, sizeof x);
+  return sum_of(half[0] + half[1]);
+}
+
+LOPT_HD double sum_lanes(Vec x) { return sum_of(__builtin_convertvector(x, Doubles<kLanes>::Type)); }
+
+// Numbers in memory, float or bfloat16 (the upper half of a float), that the kernels see as floats.
+struct Numbers {
+  void* address;
+  bool is_bfloat16 = false;
+
+  static Numbers at(int64_t address, bool is_bfloat16, int64_t begin) {
+    return {reinterpret_cast<void*>(address + begin * (is_bfloat16 ? 2 : 4)), is_bfloat16};
+  }
+
+  // From `begin` on: where they are, or a copy in `buffer`.
+  float* read(int64_t begin, int64_t count, float* buffer) const {
+    if (!is_bfloat16) return static_cast<float*>(address) + begin;
+    const uint16_t* source = static_cast<const uint16_t*>(address) + begin;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = uint32_t{source[i]} << 16;
+      std::memcpy(buffer + i, &bits, sizeof bits);
+    }
+    return buffer;
+  }
+
+  // Puts back what `read` returned: rounded to nearest even; NaN stays NaN.
+  void write(int64_t begin, int64_t count, const float* buffer) const {
+    if (!is_bfloat16) return;
+    uint16_t* target = static_cast<uint16_t*>(address) + begin;
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, buffer + i, sizeof bits);
+      const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+      target[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    }
+  }
+};
 
 }  // namespace lopt

@@ -183,8 +183,8 @@ struct Engine {
     int64_t offset = 0;
     for (int t = 0; t < tensors; offset += shapes[t].numel, ++t) {
       double total[kStats];
-      const Accumulator<Features, float, float> accumulator{
-          s.mom_decay,        s.rms_decay,       limit, params, state.param + offset, grad + offset,
+      const Accumulator<Features> accumulator{
+          s.mom_decay,        s.rms_decay,       limit, params, {state.param + offset}, {grad + offset},
           state.mom + offset, state.rms + offset};
       accumulator.run(shapes[t].numel, total);
       finish_stats<Features, double>(total, static_cast<double>(shapes[t].numel), stats + int64_t{t} * kStats);
@@ -195,20 +195,20 @@ struct Engine {
     for (int t = 0; t < tensors; offset += shapes[t].numel, ++t) {
       double total[kWidth];
       float hidden[kWidth];
-      const Applier<Features, kWidth, float, float> applier{state.param + offset,
-                                                            grad + offset,
-                                                            state.mom + offset,
-                                                            state.rms + offset,
-                                                            params,
-                                                            level.scale + t * kColumns,
-                                                            level.shift + t * kColumns,
-                                                            level.bias + t * kWidth,
-                                                            packed,
-                                                            limit,
-                                                            1.0f,
-                                                            level.step_size[t],
-                                                            s.magnitude_rate,
-                                                            s.feature_clip};
+      const Applier<Features, kWidth> applier{{state.param + offset},
+                                              {grad + offset},
+                                              state.mom + offset,
+                                              state.rms + offset,
+                                              params,
+                                              level.scale + t * kColumns,
+                                              level.shift + t * kColumns,
+                                              level.bias + t * kWidth,
+                                              packed,
+                                              limit,
+                                              1.0f,
+                                              level.step_size[t],
+                                              s.magnitude_rate,
+                                              s.feature_clip};
       applier.run(shapes[t].numel, total);
       for (int j = 0; j < kWidth; ++j) hidden[j] = static_cast<float>(total[j] / static_cast<double>(shapes[t].numel));
       next_feedback(s, theta, hidden, level.feedback + int64_t{t} * s.from_mlp);
