@@ -17,8 +17,7 @@ template <class Features, int kWidth>
 struct Applier {
   static constexpr int kColumns = Features::kNumColumns;
   static constexpr int kBlock = 32 * kLanes;  // parameters per block, hidden layers summed in float
-  // Vectors of parameters that share a weight, and outputs at a time: as many sums as the registers hold.
-  static constexpr int kRows = kRegisters == 32 ? 2 : 3, kOutputs = kRegisters == 32 ? 8 : 4;
+  static constexpr int kSums = kWidth < kRegisters / 2 ? kWidth : kRegisters / 2;  // of a layer, in registers
   Numbers param, grad;
   const float* mom;  // [kNumMom, stride]
   const float* rms;  // [kNumRms, stride]
@@ -47,14 +46,13 @@ struct Applier {
   void block(float* p, const float* g, const float* m, const float* r, int64_t count, double* total) const {
     Vec hidden_sum[kWidth]{};
     int64_t i = 0;
-    for (; i + kRows * kLanes <= count; i += kRows * kLanes)
-      rows<kRows>(p + i, g + i, m + i, r + i, kLanes, hidden_sum);
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) rows<2>(p + i, g + i, m + i, r + i, kLanes, hidden_sum);
     for (; i < count; i += kLanes)
       rows<1>(p + i, g + i, m + i, r + i, count - i < kLanes ? static_cast<int>(count - i) : kLanes, hidden_sum);
     for (int j = 0; j < kWidth; ++j) total[j] += sum_lanes(hidden_sum[j]);
   }
 
-  // kVectors vectors, of `lanes` parameters each.
+  // kVectors vectors of `lanes` parameters each, which share the loads of weights.
   template <int kVectors>
   LOPT_INLINE void rows(float* p_at, const float* g_at, const float* mom_at, const float* rms_at, int lanes,
                         Vec* hidden_sum) const {
@@ -74,9 +72,7 @@ struct Applier {
         x[c * kVectors + v] = clamp_of(raw[c] * scale[c] + shift[c], -feature_clip, feature_clip);
     }
     MlpOutput<Vec> out[kVectors];
-    small_mlp_rows<kColumns, kWidth, kVectors,
-                   kVectors == 1 ? (2 * kOutputs < kWidth ? 2 * kOutputs : kWidth) : kOutputs>(x, weights, bias, hidden,
-                                                                                               out);
+    small_mlp_rows<kColumns, kWidth, kVectors, kSums / kVectors>(x, weights, bias, hidden, out);
     if (moves())
       for (int v = 0; v < kVectors; ++v)
         store(p_at + v * kLanes, next_param(p[v], out[v], keep, step_size, magnitude_rate), lanes);

@@ -13,6 +13,8 @@
 #define LOPT_HD inline
 #endif
 
+#define LOPT_INLINE __attribute__((always_inline))  // of a lambda, after its parameters
+
 #if defined(__CUDACC__)
 #define LOPT_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__) && !defined(__clang__)

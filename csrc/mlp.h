@@ -9,6 +9,8 @@
 // are linear in hidden2 and only their tensor mean is used, so kernels reduce hidden2 and never compute them.
 #pragma once
 
+#include <utility>
+
 #include "maths.h"
 
 namespace lopt {
@@ -25,33 +27,42 @@ struct MlpLayout {
   static constexpr int kSize = (kSkip + kColumns + 3) / 4 * 4;  // padded to 16 bytes
 };
 
+// f(0), f(1), .. f(kCount - 1) with indices known to the compiler before it decides which arrays live in registers; a
+// loop that it unrolls comes too late for that.
+template <int kValue>
+struct Index {
+  LOPT_HD constexpr operator int() const { return kValue; }
+};
+
+template <class Function, int... kValues>
+LOPT_HD void for_each_index(std::integer_sequence<int, kValues...>, const Function& f) {
+  (f(Index<kValues>{}), ...);
+}
+
+template <int kCount, class Function>
+LOPT_HD void unrolled(const Function& f) {
+  for_each_index(std::make_integer_sequence<int, kCount>{}, f);
+}
+
 // relu(bias_j + sum_i w[i, j] x_i) for kRows rows of x [kIn, kRows] at once, so that a weight once loaded serves them all,
-// and in blocks of kBlock outputs, whose kRows * kBlock sums stay in registers. finish(j, [kRows] values) takes them.
+// and in blocks of kBlock outputs, whose kRows * kBlock sums stay in registers. finish(j, row, value) takes each of them.
 template <int kIn, int kOut, int kRows, int kBlock, class V, class Finish>
 LOPT_HD void relu_layer(const V* x, const float* w, const float* bias, const Finish& finish) {
   static_assert(kOut % kBlock == 0, "outputs come in whole blocks");
   LOPT_UNROLL_ON_DEVICE
   for (int first = 0; first < kOut; first += kBlock) {
-    V sum[kBlock][kRows];
-    LOPT_UNROLL
-    for (int j = 0; j < kBlock; ++j) {
-      LOPT_UNROLL
-      for (int r = 0; r < kRows; ++r) sum[j][r] = V{} + bias[first + j];
-    }
+    V sum[kBlock * kRows];
+    unrolled<kBlock * kRows>([&](auto k) LOPT_INLINE { sum[k] = bias[first + k / kRows] - V{}; });
     LOPT_UNROLL_ON_DEVICE
     for (int i = 0; i < kIn; ++i) {
-      LOPT_UNROLL
-      for (int j = 0; j < kBlock; ++j) {
-        LOPT_UNROLL
-        for (int r = 0; r < kRows; ++r) sum[j][r] += x[i * kRows + r] * w[i * kOut + first + j];
-      }
+      V row[kRows];
+      unrolled<kRows>([&](auto r) LOPT_INLINE { row[r] = x[i * kRows + r]; });
+      unrolled<kBlock>([&](auto j) LOPT_INLINE {
+        const float weight = w[i * kOut + first + j];
+        unrolled<kRows>([&](auto r) LOPT_INLINE { sum[j * kRows + r] += row[r] * weight; });
+      });
     }
-    LOPT_UNROLL
-    for (int j = 0; j < kBlock; ++j) {
-      LOPT_UNROLL
-      for (int r = 0; r < kRows; ++r) sum[j][r] = max_of(sum[j][r], V{});
-      finish(first + j, sum[j]);
-    }
+    unrolled<kBlock * kRows>([&](auto k) LOPT_INLINE { finish(first + k / kRows, k % kRows, max_of(sum[k], V{})); });
   }
 }
 
@@ -64,27 +75,24 @@ struct MlpOutput {
 template <int kColumns, int kWidth, int kRows, int kBlock, class V>
 LOPT_HD void small_mlp_rows(const V* x, const float* weights, const float* bias, V* hidden2, MlpOutput<V>* out) {
   using Layout = MlpLayout<kColumns, kWidth>;
-  V hidden1[kWidth * kRows];
-  relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, bias, [&](int j, const V* value) {
-    LOPT_UNROLL
-    for (int r = 0; r < kRows; ++r) hidden1[j * kRows + r] = value[r];
+  V hidden1[kWidth * kRows], direction[kRows], magnitude[kRows];
+  relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, bias,
+                                              [&](int j, int r, const V& value)
+                                                  LOPT_INLINE { hidden1[j * kRows + r] = value; });
+  unrolled<kRows>([&](auto r) LOPT_INLINE {
+    direction[r] = weights[Layout::kB3] - V{};
+    magnitude[r] = weights[Layout::kB3 + 1] - V{};
   });
-  LOPT_UNROLL
-  for (int r = 0; r < kRows; ++r) out[r] = {V{} + weights[Layout::kB3], V{} + weights[Layout::kB3 + 1]};
-  LOPT_UNROLL_ON_DEVICE
-  for (int c = 0; c < kColumns; ++c) {
-    LOPT_UNROLL
-    for (int r = 0; r < kRows; ++r) out[r].direction += x[c * kRows + r] * weights[Layout::kSkip + c];
-  }
   relu_layer<kWidth, kWidth, kRows, kBlock>(hidden1, weights + Layout::kW2, weights + Layout::kB2,
-                                            [&](int j, const V* value) {
-                                              LOPT_UNROLL
-                                              for (int r = 0; r < kRows; ++r) {
-                                                hidden2[j * kRows + r] = value[r];
-                                                out[r].direction += value[r] * weights[Layout::kW3 + j];
-                                                out[r].magnitude += value[r] * weights[Layout::kW3 + kWidth + j];
-                                              }
+                                            [&](int j, int r, const V& value) LOPT_INLINE {
+                                              hidden2[j * kRows + r] = value;
+                                              direction[r] += value * weights[Layout::kW3 + j];
+                                              magnitude[r] += value * weights[Layout::kW3 + kWidth + j];
                                             });
+  LOPT_UNROLL_ON_DEVICE
+  for (int c = 0; c < kColumns; ++c)
+    unrolled<kRows>([&](auto r) LOPT_INLINE { direction[r] += x[c * kRows + r] * weights[Layout::kSkip + c]; });
+  unrolled<kRows>([&](auto r) LOPT_INLINE { out[r] = {direction[r], magnitude[r]}; });
 }
 
 // One row.

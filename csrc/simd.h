@@ -24,7 +24,7 @@ constexpr int kLanes = 4, kRegisters = 16;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 
-LOPT_HD Vec splat(float x) { return Vec{} + x; }
+LOPT_HD Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: it changes -0
 
 // max_of and min_of return x where x is NaN.
 #if defined(__AVX512F__)  // the forms without a mask warn in g++ 12
@@ -138,7 +138,6 @@ LOPT_HD Vec lane_mask(int count) {
 }
 
 // f(begin, lanes) for all vectors of `count` values; `lanes` is kLanes but for a rest at the end.
-#define LOPT_INLINE __attribute__((always_inline))
 template <class Function>
 LOPT_HD void for_vectors(int64_t count, const Function& f) {
   int64_t i = 0;
