@@ -147,6 +147,11 @@ class ThetaSpec:
         time = self.num_time if self.tensor_inputs == "relative" else 0
         return self.from_lstm + self.from_mlp + TENSOR_INPUTS[self.tensor_inputs] + time
 
+    @property
+    def valid_rise(self) -> int:
+        """Position of the rise of the validation loss among the LSTM's inputs; only with relative inputs."""
+        return self.num_lstm_input - self.num_time - self.num_facts - 1
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of theta, in the order of :meth:`Theta.flatten`. Weights are ``[in, out]``."""
         lstm, width = self.lstm_width, self.mlp_width
@@ -280,14 +285,16 @@ class Theta:
         return cls(spec, tensors, {"method": "init", "preset": preset, "seed": seed})
 
     @classmethod
-    def init_adam(cls, preset: str = "compact", seed: int = 0) -> "Theta":
+    def init_adam(cls, preset: str = "compact", seed: int = 0, stop_early: float = 1.0) -> "Theta":
         """Meta-parameters that start as Adam; hidden units without influence on the update stay random.
 
         ``compact``: the skip is 1 on bias-corrected ``mom0 / sqrt(rms1)`` and the MLP's direction is 0, so within a
         tensor the update is Adam's with betas (.9, .999). A tensor's step is ``step_multiplier`` (.04) of its root mean
         square (bounded, see :func:`lopt.tensor_lstm.tensor_scale`); given ``total_steps`` it starts at twice that and
         falls linearly to 1%. Both factors were set on synthetic tasks (benchmarks/step_size.py): final training loss
-        .99 and .85 times that of constant Adam with the best of five learning rates for each task.
+        .99 and .85 times that of constant Adam with the best of five learning rates for each task. Where the optimizer
+        sees a validation loss, a rise of it (:func:`lopt.tensor_lstm.loss_rise`) lowers the logarithm of the step by
+        ``stop_early`` times that input: to half once a hundredth of what was gained is lost, to a hundredth in the end.
 
         ``paper``: no column has Adam's pair of decays. Two hidden units carry ``+-x`` of the column nearest to Adam's
         direction, ``mom1 / sqrt(rms1)`` with decays .9 and .9: cosine .990 on random gradients, and a fitted
@@ -302,6 +309,7 @@ class Theta:
             time = tensors["step.w"][-spec.num_time :]
             time[1] = math.log(2.0)  # when total_steps is known
             time[3] = 1.0  # ln(1 - .99 step / total_steps)
+            tensors["step.w"][spec.lstm_width + spec.valid_rise] = -stop_early
         else:
             for unit, sign in ((0, 1.0), (1, -1.0)):
                 for name in ("mlp.w1", "mlp.w2"):
@@ -309,7 +317,8 @@ class Theta:
                 tensors["mlp.w1"][spec.features.column_index("mom1_over_rms1"), unit] = sign
                 tensors["mlp.w2"][unit, unit] = 1.0
                 tensors["mlp.w3"][unit, 0] = sign
-        return cls(spec, tensors, {"method": "init_adam", "preset": preset, "seed": seed})
+        provenance = {"method": "init_adam", "preset": preset, "seed": seed, "stop_early": stop_early}
+        return cls(spec, tensors, provenance)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> "Theta":

@@ -148,6 +148,27 @@ def test_log_step_multiplier_is_bounded(bias: float, bounded: float) -> None:
     assert conditioning.multiplier.item() == pytest.approx(math.exp(bounded), rel=1e-12)  # the scale is 1
 
 
+@pytest.mark.parametrize("stop_early", [0.0, 0.7])
+def test_a_rising_validation_loss_lowers_the_step_of_init_adam(stop_early: float) -> None:
+    theta = Theta.init_adam("compact", stop_early=stop_early).to(dtype=F64)
+    spec, weights = theta.spec, theta.tensors
+    stats = random_stats(spec, len(SHAPES), torch.Generator().manual_seed(5))
+    shapes, rows = Shapes.of(spec, SHAPES, stats), tensor_lstm.init_rows(spec, weights, len(SHAPES))
+    globals_ = tensor_lstm.observe_train(spec, tensor_lstm.init_globals(spec, weights), scalar(1.0))
+    falling = globals_
+    for loss in (2.0, 1.0):
+        falling = tensor_lstm.observe_valid(spec, falling, scalar(loss))
+    rising = tensor_lstm.observe_valid(spec, falling, scalar(1.6))
+    steps = [
+        tensor_lstm.advance(spec, weights, state, rows, stats, shapes, None, scalar(0.0))[2].multiplier
+        for state in (globals_, falling, rising)
+    ]
+    assert torch.equal(steps[0], steps[1])
+    rise = tensor_lstm.loss_rise(rising.valid_loss, spec.valid_loss_decay)
+    assert rise > 1.0
+    torch.testing.assert_close(steps[2], steps[0] * torch.exp(-stop_early * rise), rtol=1e-6, atol=0)
+
+
 # ---- Losses ---------------------------------------------------------------------------------------------------------
 
 

@@ -16,20 +16,21 @@ from lopt.theta import ThetaSpec
 
 LINEAR = ("skip", "step.")
 MLP = ("mlp.", *LINEAR)  # the other tensors belong to the LSTM
-SMALL = 0.3  # scale of what is no weight matrix, and factor of the MLP's last layer
+VECTOR = 0.3  # scale of what is no weight matrix
+DIRECT = 0.1  # of skip and step control, which change the meta-loss ten times as much as other components
 
 
 def scales(spec: ThetaSpec, scaling: Scaling, groups: Groups) -> Tensor:
     """Scale ``[P]`` of every component of theta; 0 for those that are not trained.
 
-    ``prior``: ``1 / sqrt(fan_in)`` in matrices, .3 of that in the MLP's last, .3 elsewhere. ``none``: 1.
+    ``prior``: ``1 / sqrt(fan_in)`` in matrices, .1 in skip and step control, .3 elsewhere. ``none``: 1.
     """
     parts = []
     for name, shape in spec.shapes().items():
         scale = 1.0
         if scaling == "prior":
-            fan_in = shape[0] if len(shape) == 2 else 1
-            scale = (SMALL if len(shape) < 2 or name == "mlp.w3" else 1.0) / math.sqrt(fan_in)
+            direct = name.startswith(LINEAR)
+            scale = 1 / math.sqrt(shape[0]) if len(shape) == 2 else DIRECT if direct else VECTOR
         trained = {
             "all": True,
             "linear": name.startswith(LINEAR),

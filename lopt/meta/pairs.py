@@ -79,7 +79,8 @@ def sample_run(config: MetaTrainConfig, phase: int, iteration: int, pair: int) -
     task = _task(config, random, config.phases[phase].max_params)
     told = random.random() < config.tell_horizon
     spacing = objective.spacing(horizon, config.phases[phase].window or horizon)
-    return Run(task, int(random.integers(2**63)), horizon, horizon if told else 0, loss_every=spacing)
+    seed, shown = int(random.integers(2**63)), random.random() < config.show_valid
+    return Run(task, seed, horizon, horizon if told else 0, valid_every=10 if shown else 0, loss_every=spacing)
 
 
 def _task(config: MetaTrainConfig, random: np.random.Generator, max_params: int | None) -> Task:

@@ -1,8 +1,9 @@
 """Recipes: the settings that made, or would make, a theta worth having.
 
-The phases follow what small experiments showed: start from Adam; train the per-parameter MLP first, as the noise of
-the meta-gradient grows with the number of trained components; horizons log-uniform from the start, since fixed ones do
-not extrapolate; the LSTM once the MLP stands; long horizons last, in windows with one perturbation per run (NRES).
+The phases follow what small experiments showed: start from Adam; train what acts directly on the update first, then the
+MLP, as the noise of the meta-gradient grows with the number of trained components; small tasks, as there is time for
+more of them; horizons log-uniform from the start, since fixed ones do not extrapolate; the LSTM once the MLP stands;
+long horizons and large tasks last, in windows with one perturbation per run (NRES).
 """
 
 import dataclasses
@@ -11,10 +12,11 @@ from typing import Any
 from lopt.meta.config import MetaTrainConfig, Phase
 
 CURRICULUM = (
-    Phase(0.10, (100, 1000), "mlp"),
-    Phase(0.35, (100, 2000), "mlp"),
-    Phase(0.25, (100, 2000), "all"),
-    Phase(0.30, (200, 10_000), "all", "nres", window=500),
+    Phase(0.10, (100, 1000), "linear", lr=3.0, max_params=1000),
+    Phase(0.30, (100, 1000), "mlp", max_params=1000),
+    Phase(0.15, (100, 2000), "lstm", max_params=2000),
+    Phase(0.15, (100, 2000), "all", max_params=2000),
+    Phase(0.30, (500, 10_000), "all", "nres", window=500, lr=0.5),
 )
 
 #: The small run of the README: seconds, and a gain that can be seen.

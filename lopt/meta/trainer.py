@@ -126,7 +126,9 @@ def start_theta(config: MetaTrainConfig) -> Theta:
     """theta before the first iteration."""
     if config.from_file:
         return Theta.load(config.init)
-    return (Theta.init_adam if config.init == "adam" else Theta.init)(config.preset, config.seed)
+    if config.init == "random":
+        return Theta.init(config.preset, config.seed)
+    return Theta.init_adam(config.preset, config.seed, stop_early=float(config.objective == "held_out"))
 
 
 def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, executor: Executor) -> dict[str, Any]:
