@@ -95,7 +95,7 @@ class MetaTrainConfig:
     """Upper bound of the loss relative to the initial one, which is also what a non-finite loss counts as."""
 
     delta_clip: float = 0.05
-    """Bound of the difference of meta-loss between the two runs of a pair. The differences have long tails: their median
+    """Bound of the difference of meta-loss between the two runs of a pair. The differences have long tails: the median
     is some .01, and with a bound of 1 a few pairs drown the others, so that the same gradient takes twice to ten times
     as many."""
 
