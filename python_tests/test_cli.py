@@ -396,7 +396,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for command in ("train", "meta-train", "plot", "evaluate", "bench", "doctor", "weights"):
         assert f"• {command} " in text
-    assert "Expected one of {train, meta-train, plot, evaluate, bench, doctor, weights}" in failure(capsys)
+    assert "Expected one of {train, meta-train, plot, evaluate, bench, doctor, tasks, weights}" in failure(capsys)
 
 
 def test_as_a_program(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ class Gallery(TasksCommand):
             task = self.task(family, self.seed)
             steps, losses = measure.adam_losses(task, rates, self.steps, points=min(self.steps, 40))
             lines = {f"Adam {rate:g}": (steps, row.tolist()) for rate, row in zip(rates, losses, strict=True)}
-            panels[f"{family}\n{task.name}"[:90]] = lines
+            panels[task.name] = lines
         plots.gallery(panels, self.out)
         say(console, f"Wrote {self.out}")
         return Outcome(0, {"command": "tasks gallery", "figure": self.out})

@@ -68,7 +68,7 @@ FUNCTIONS: dict[str, TestFunction] = {
     "branin": TestFunction(_branin, (-5.0, 0.0), (10.0, 15.0), 5 / (4 * math.pi)),
     "logsumexp": TestFunction(_logsumexp, None, None, math.log(1 + 2 * math.sqrt(2) * math.exp(-0.1))),
     "matyas": TestFunction(lambda x, y: 0.26 * (x**2 + y**2) - 0.48 * x * y, *_square(-10.0, 10.0), 0.0),
-    "michalewicz": TestFunction(_michalewicz, *_square(0.0, math.pi), 0.178828),
+    "michalewicz": TestFunction(_michalewicz, *_square(0.0, math.pi), 0.1933771146528),
     "rosenbrock": TestFunction(lambda x, y: (1 - x) ** 2 + 100 * (y - x**2) ** 2, *_square(-5.0, 10.0), 0.0),
     "styblinski_tang": TestFunction(_styblinski_tang, *_square(-5.0, 5.0), 80 - 2 * 39.16616570377142),
 }

@@ -57,7 +57,7 @@ def _panel(axes: Axes, title: str, lines: Mapping[str, Line]) -> None:
         axes.set_yscale("log")
     axes.set_title(title, loc="left", fontsize=8.5)
     axes.set_xlabel("step", fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(which="both", labelsize=7)
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

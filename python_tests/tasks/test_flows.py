@@ -58,7 +58,7 @@ def test_log_scales_are_the_logarithm_of_the_jacobian(kind: type[Flow]) -> None:
     torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, -log_scale[0])
     if kind is MAF:
         assert float(jacobian.triu(1).abs().max()) == 0.0  # output i sees inputs before i only
-        assert float(jacobian.tril(-1).abs().min()) > 0.0  # and all of them
+        assert bool((jacobian != 0).tril(-1).sum() == 10)  # and all of them
 
 
 def test_loss_is_the_mean_over_noisy_images() -> None:
