@@ -7,7 +7,8 @@ A flow of ``k`` steps turns an image x into z of the same size; its loss is, in 
 
 Real NVP: the second half of x sees the first half, which stays. Masked autoregressive: x_i sees x_1 ... x_{i-1}.
 Between steps the pixels change places by a fixed permutation. As in TaskSet, images get noise of deviation .01, without
-which densities have no bound; log scales stay between -5 and 3 (in TaskSet only the autoregressive ones).
+which densities have no bound. Unlike there, shifts and log scales are squashed, ``y = x / (1 + |x| / bound)``, with
+bounds 100 and 5: otherwise some wide initial weights give losses or gradients that are infinite.
 
 Source: TaskSet (arXiv:2002.11887), families nvp and maf; arXiv:1605.08803; arXiv:1705.07057; arXiv:1502.03509 (masks).
 """
@@ -28,7 +29,6 @@ from lopt.tasks.pieces import (
     Params,
     Random,
     activation,
-    bounded,
     dense,
     dense_layout,
     log_int,
@@ -39,7 +39,7 @@ from lopt.tasks.seeds import generator
 from lopt.tasks.task import NoisyBatch
 
 NOISE = 0.01
-LOG_SCALES = (-5.0, 3.0)
+SHIFT, LOG_SCALE = 100.0, 5.0  # bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ class RealNVP(Flow):
 
     def step(self, params: Params, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, moved = x.tensor_split([x.shape[1] // 2], dim=1)
-        shift, log_scale = dense(params, f"step{number}.", kept, activation(self.activation)).chunk(2, dim=1)
-        log_scale = bounded(log_scale, *LOG_SCALES)
+        output = dense(params, f"step{number}.", kept, activation(self.activation))
+        shift, log_scale = shift_and_log_scale(output)
         return torch.cat([kept, (moved - shift) * torch.exp(-log_scale)], dim=1), log_scale.sum(dim=1)
 
 
@@ -133,9 +133,14 @@ class MAF(Flow):
         for layer, mask in enumerate(self.masks):
             masked[f"w{layer}"] = params[f"step{number}.w{layer}"] * mask
             masked[f"b{layer}"] = params[f"step{number}.b{layer}"]
-        shift, log_scale = dense(masked, "", x, activation(self.activation)).chunk(2, dim=1)
-        log_scale = bounded(log_scale, *LOG_SCALES)
+        shift, log_scale = shift_and_log_scale(dense(masked, "", x, activation(self.activation)))
         return (x - shift) * torch.exp(-log_scale), log_scale.sum(dim=1)
+
+
+def shift_and_log_scale(output: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of a network's output ``[rows, 2 D]``, squashed."""
+    shift, log_scale = output.chunk(2, dim=1)
+    return shift / (1 + shift.abs() / SHIFT), log_scale / (1 + log_scale.abs() / LOG_SCALE)
 
 
 def sample_nvp(random: Random, names: tuple[str, ...]) -> RealNVP:

@@ -160,11 +160,6 @@ def dense(params: Params, prefix: str, x: Tensor, function: Callable[[Tensor], T
     return x
 
 
-def bounded(x: Tensor, low: float, high: float) -> Tensor:
-    """``x`` clipped to an interval, with the gradient of ``x`` itself, so that values outside come back."""
-    return x + (x.clamp(low, high) - x).detach()
-
-
 def _weighted(random: Random, weights: Mapping[str, int]) -> str:
     names = [name for name, weight in weights.items() for _ in range(weight)]
     return str(pick(random, names))

@@ -19,6 +19,12 @@ from lopt.tasks.losg import LosgTask
 from lopt.tasks.losg_problems import Bowl, Quadratic
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Default output folders are relative: keep them out of the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(tmp_path: Path, *arguments: str) -> Any:
     path = tmp_path / "numbers.json"
     assert main([*arguments, "--json", str(path)]) == 0
@@ -45,9 +51,8 @@ def test_show_says_what_the_task_is(tmp_path: Path) -> None:
     assert numbers["initial_loss"] == task.initial_loss(0)
     assert numbers["num_params"] == task.num_params
     assert (tmp_path / "out" / "losg_tasks-2.png").read_bytes()[:4] == b"\x89PNG"
-    text = run(
-        tmp_path, "tasks", "show", "char_rnn_language_model", "1", "--steps", "1", "--no-plot", "--batch-size", "4"
-    )
+    small = ("--steps", "1", "--no-plot", "--batch-size", "4", "--length", "10")
+    text = run(tmp_path, "tasks", "show", "char_rnn_language_model", "1", *small)
     data = sample_task(1, ["char_rnn_language_model"]).data  # type: ignore[attr-defined]
     assert text["text_sha256"] == catalogue.corpus(data.name, data.variant).sha256
 

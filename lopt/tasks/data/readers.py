@@ -136,7 +136,7 @@ def mlbench_table(name: str, label: str, folder: Path | None = None) -> Splits:
     path = (folder or MLBENCH_FOLDER) / f"{name}.rda"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    frame = rdata.read_rda(path)[name]
+    frame = rdata.read_rda(path, default_encoding="latin_1")[name]
     values = [column.cat.codes if hasattr(column, "cat") else column for key, column in frame.items() if key != label]
     classes = np.array(frame[label].cat.codes, np.int64)
     return table(np.stack([np.array(column, np.float32) for column in values], axis=1), torch.from_numpy(classes))
