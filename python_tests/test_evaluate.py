@@ -456,6 +456,18 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert again["runs"] == numbers["runs"]
 
 
+def test_command_without_references(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the learned optimizer runs; shown are final losses relative to the initial ones."""
+    assert main([*evaluate("wine-16-3"), "--no-references", "--json", "numbers.json"]) == 0
+    shown = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert {run["optimizer"] for run in numbers["runs"]} == {"lopt"}
+    assert numbers["scores"] == {}
+    for run in numbers["runs"]:
+        assert f"{run['test_loss'] / run['initial_test_loss']:.4f}" in shown
+    assert "Diverged, learned optimizer without hint: 0 of 1 runs" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,6 +1,7 @@
 """``lopt evaluate``: the learned optimizer against Adam on a suite of tasks that meta-training never saw."""
 
 import dataclasses
+import itertools
 import math
 import os
 import platform
@@ -51,6 +52,9 @@ class Evaluate(Command):
     hint: Literal["both", "with", "without"] = "both"
     """Whether the learned optimizer is told the number of steps (total_steps); both runs it both ways."""
 
+    references: bool = True
+    """Also run Adam. Without, final losses are shown relative to the initial ones: enough to see what diverges."""
+
     tasks: tuple[str, ...] = ()
     """Names of some tasks of the suite; all that are available if none is given."""
 
@@ -90,6 +94,7 @@ class Evaluate(Command):
             seeds=self.seeds,
             hints=hints,
             learned=learned,
+            references=self.references,
         )
         say(console, describe_theta(self.theta, learned.theta))
         say(console, f"sha256 {learned.theta_sha256}, implementation {learned.impl}")
@@ -106,20 +111,24 @@ class Evaluate(Command):
 
         large = [task.name for task in tasks if _rows(task) >= LARGE]
         groups = {"all": runs} | ({"large": [run for run in runs if run.task in large]} if large else {})
-        found = {name: scores(group) for name, group in groups.items()}
+        found = {name: scores(group) for name, group in groups.items()} if self.references else {}
         for horizon in self.horizons:
             say(console, "")
             say(console, f"{horizon} steps, {len(tasks)} tasks ({len(large)} large: {LARGE:,} rows or more)")
+            if not self.references:
+                _show_losses(console, [run for run in runs if run.horizon == horizon])
+                continue
             _show_scores(console, {name: [s for s in group if s.horizon == horizon] for name, group in found.items()})
             if self.per_task:
                 _show_tasks(console, [s for s in found["all"] if s.horizon == horizon])
         diverged = _diverged(runs)
         say(console, "")
-        say(
-            console,
-            f"Ratio: geometric mean over tasks ± standard deviation over {len(self.seeds)} seeds. "
-            f"No worse: share of tasks up to {NO_WORSE}.",
-        )
+        if self.references:
+            say(
+                console,
+                f"Ratio: geometric mean over tasks ± standard deviation over {len(self.seeds)} seeds. "
+                f"No worse: share of tasks up to {NO_WORSE}.",
+            )
         for hint in hints:
             count, total = diverged[f"lopt {_hint(hint)}"]
             say(
@@ -232,6 +241,21 @@ def _show_scores(console: Console, groups: dict[str, list[Score]]) -> None:
                     worst = f"{s.ratios[s.summary.worst]:.2f} {s.summary.worst}"
                     row += [f"{s.summary.ratio:.3f}{spread}", f"{s.summary.no_worse:.0%}", worst]
                 rows.append(row)
+    show_table(console, header, rows)
+
+
+def _show_losses(console: Console, runs: Sequence[Run]) -> None:
+    """One row per task: final over initial loss, the mean over the seeds, for every split and hint."""
+    losses, hints = ("train_loss", "test_loss"), list(dict.fromkeys(run.hint for run in runs))
+    header = ["final / initial loss", *(f"{loss.removesuffix('_loss')} {_hint(h)}" for h in hints for loss in losses)]
+    rows: list[list[Any]] = []
+    for task in dict.fromkeys(run.task for run in runs):
+        row: list[Any] = [task]
+        for hint, loss in itertools.product(hints, losses):
+            same = [run for run in runs if run.task == task and run.hint == hint]
+            ratios = [getattr(run, loss) / getattr(run, f"initial_{loss}") for run in same]
+            row.append(f"{sum(ratios) / len(ratios):.4f}")
+        rows.append(row)
     show_table(console, header, rows)
 
 

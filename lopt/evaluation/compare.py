@@ -166,6 +166,7 @@ class Plan:
     Args:
         learned: what is evaluated.
         hints: whether the learned optimizer is told the number of steps; ``(True, False)`` runs it both ways.
+        references: whether the Adam grid is run, too.
     """
 
     suite: str
@@ -174,6 +175,7 @@ class Plan:
     seeds: tuple[int, ...]
     hints: tuple[bool, ...]
     learned: Learned
+    references: bool = True
 
     @property
     def jobs(self) -> list[Job]:
@@ -182,7 +184,7 @@ class Plan:
             job
             for task, horizon, seed in itertools.product(self.tasks, self.horizons, self.seeds)
             for job in (
-                Job(task=task, horizon=horizon, seed=seed, optimizer="adam"),
+                *([Job(task=task, horizon=horizon, seed=seed, optimizer="adam")] if self.references else []),
                 *(Job(task=task, horizon=horizon, seed=seed, optimizer="lopt", hint=hint) for hint in self.hints),
             )
         ]
