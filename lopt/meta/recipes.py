@@ -2,8 +2,9 @@
 
 The phases follow what small experiments showed: start from Adam; train what acts directly on the update first, then the
 MLP, as the noise of the meta-gradient grows with the number of trained components; small tasks, as there is time for
-more of them; horizons log-uniform from the start, since fixed ones do not extrapolate; the LSTM once the MLP stands;
-long horizons and large tasks last, in windows with one perturbation per run (NRES).
+more of them; horizons log-uniform from the start, since fixed ones do not extrapolate; then all with the LSTM (the LSTM
+alone, with the rest held, gained nothing); long horizons and large tasks last, in windows with one perturbation per run
+(NRES).
 """
 
 import dataclasses
@@ -13,10 +14,15 @@ from lopt.meta.config import MetaTrainConfig, Phase
 
 CURRICULUM = (
     Phase(0.10, (100, 1000), "linear", lr=3.0, max_params=1000),
-    Phase(0.30, (100, 1000), "mlp", max_params=1000),
-    Phase(0.15, (100, 2000), "lstm", max_params=2000),
-    Phase(0.15, (100, 2000), "all", max_params=2000),
+    Phase(0.15, (100, 1000), "mlp", max_params=1000),
+    Phase(0.45, (100, 2000), "all", max_params=2000),
     Phase(0.30, (500, 10_000), "all", "nres", window=500, lr=0.5),
+)
+
+#: ``paper`` has neither skip nor step control, and 35,799 floats are too many to perturb at once for long.
+PAPER = (
+    Phase(0.70, (100, 1000), "mlp", lr=3.0, max_params=1000),
+    Phase(0.30, (100, 2000), "all", max_params=1000),
 )
 
 #: The small run of the README: seconds, and a gain that can be seen.
@@ -35,7 +41,7 @@ TINY: dict[str, Any] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"phases": CURRICULUM},  # held-out loss: generalisation
     "train-loss": {"phases": CURRICULUM, "objective": "train"},  # the training loss alone
-    "paper": {"phases": CURRICULUM, "preset": "paper"},  # the architecture of arXiv:2009.11243, 35,799 floats
+    "paper": {"phases": PAPER, "preset": "paper"},  # the architecture of arXiv:2009.11243, 35,799 floats
     "tiny": TINY,
 }
 
@@ -48,7 +54,7 @@ def recipe(name: str, **changes: Any) -> MetaTrainConfig:
 
     Example:
         >>> recipe("default", inner_steps=10**9).phases[0].groups
-        'mlp'
+        'linear'
     """
     if name not in RECIPES:
         raise ValueError(f"recipe: expected one of {list(RECIPES)}, got {name!r}")
