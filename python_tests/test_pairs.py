@@ -16,7 +16,9 @@ from lopt.meta.es import EstimatorName
 from lopt.meta.pairs import Carry, Shared
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 
-CONFIG = MetaTrainConfig(10_000, (Phase(1.0, (10, 40)),), pairs=4, seed=11, tasks=("mixture", "teacher"))
+CONFIG = MetaTrainConfig(
+    10_000, (Phase(1.0, (10, 40)),), pairs=4, seed=11, weighting="mean", tasks=("mixture", "teacher")
+)
 THETA = Theta.init_adam("compact")
 
 
