@@ -8,16 +8,18 @@
 namespace lopt {
 namespace LOPT_ISA {
 
-void begin(const AdvanceParams& p) {
+bool begin(const AdvanceParams& p) {
   const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
+  observe_pending(p.pending_loss, p.new_train ? *p.new_train : p.train_value);
+  g.observe_valid(*p.spec, p.new_valid ? *p.new_valid : p.valid_value);
   std::fill_n(p.clip_limit, p.num_tensors, g.clip_limit(*p.spec));
+  return true;
 }
 
 bool advance(const AdvanceParams& p) {
   const Spec& s = *p.spec;
   return with_kernel(s.feature_set, s.width, [&](auto features, auto) {
     using Features = decltype(features);
-    constexpr int kStats = kNumStats<Features>;
     const int tensors = static_cast<int>(p.num_tensors);
     const ThetaView theta(s, Features::kNumColumns, p.theta);
     const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
@@ -30,23 +32,21 @@ bool advance(const AdvanceParams& p) {
     Arena arena{memory.data()};
     take_scratch(s, level, arena);
 
-    const float loss = p.pending_loss[1] > 0 ? p.pending_loss[0] / p.pending_loss[1] : NAN;
+    const float loss = mean_pending(p.pending_loss);
     p.pending_loss[0] = p.pending_loss[1] = 0;
-    lopt::advance<Features>(s, theta, g, level, loss, static_cast<float>(p.total_steps),
-                            LstmCell{theta, s.num_lstm_input(), s.lstm_width, level.gates, level.activation});
-    double nonfinite = 0;
-    for (int t = 0; t < tensors; ++t) {
-      p.step_size[t] = p.lr[t] > 0 ? p.step_size[t] * p.lr[t] : 0.0f;  // lr = 0 wins over NaN
-      p.keep[t] = 1.0f - p.lr[t] * p.decay[t];
-      nonfinite += p.stats[int64_t{t} * kStats + kNonfinite];
-    }
+    const LstmCell cell{theta, s.num_lstm_input(), s.lstm_width, level.gates, level.activation};
+    const double nonfinite = lopt::advance<Features>(s, theta, g, level, loss, *p.total_steps, cell);
     *p.nonfinite += static_cast<int64_t>(nonfinite);
+    for (int t = 0; t < tensors; ++t) {
+      p.step_size[t] = scaled_step(p.step_size[t], p.lr[t]);
+      p.keep[t] = 1.0f - p.lr[t] * p.decay[t];
+    }
   });
 }
 
-void finish(const AdvanceParams& p) {
+bool finish(const AdvanceParams& p) {
   const Spec& s = *p.spec;
-  with_kernel(s.feature_set, s.width, [&](auto features, auto) {
+  return with_kernel(s.feature_set, s.width, [&](auto features, auto) {
     const ThetaView theta(s, decltype(features)::kNumColumns, p.theta);
     for (int64_t t = 0; t < p.num_tensors; ++t)
       next_feedback(s, theta, p.hidden + t * s.width, p.feedback + t * s.from_mlp);

@@ -10,6 +10,7 @@
 
 #include "cpu_dispatch.h"
 #include "kernels.h"
+#include "spec.h"
 #include "unroll.h"
 
 namespace py = pybind11;
@@ -96,14 +97,47 @@ void apply(const std::string& backend, int feature_set, int width, uint64_t tens
     throw std::invalid_argument("back end '" + backend + "' is not part of this build");
 }
 
-void advance(uint64_t params) {
+// The part of the tensor level that `cpu`, `sim` or `cuda` runs.
+template <class Cpu, class Sim, class Cuda>
+void run_level(const std::string& backend, uint64_t params, Cpu cpu, Sim sim, [[maybe_unused]] Cuda cuda) {
   const AdvanceParams& p = *pointer<AdvanceParams>(params);
-  check_ran(advance_cpu(p), p.spec->feature_set, p.spec->width);
+  bool ran = true;
+  if (backend == "cpu")
+    ran = cpu(p);
+  else if (backend == "sim")
+    ran = sim(p);
+#if LOPT_WITH_CUDA
+  else if (backend == "cuda")
+    ran = cuda(p);
+#endif
+  else
+    throw std::invalid_argument("back end '" + backend + "' is not part of this build");
+  check_ran(ran, p.spec->feature_set, p.spec->width);
 }
 
-void begin(uint64_t params) { begin_cpu(*pointer<AdvanceParams>(params)); }
+#if LOPT_WITH_CUDA
+#define LOPT_CUDA_LEVEL(name) [=](const AdvanceParams& p) { return name##_cuda(p, device, stream); }
+#else
+#define LOPT_CUDA_LEVEL(name) nullptr
+#endif
+#define LOPT_LEVEL(name)                                                              \
+  void name(const std::string& backend, uint64_t params, [[maybe_unused]] int device, \
+            [[maybe_unused]] uint64_t stream) {                                       \
+    run_level(backend, params, name##_cpu, name##_sim, LOPT_CUDA_LEVEL(name));        \
+  }
+LOPT_LEVEL(begin)
+LOPT_LEVEL(advance)
+LOPT_LEVEL(finish)
 
-void finish(uint64_t params) { finish_cpu(*pointer<AdvanceParams>(params)); }
+void write_words(const std::string& backend, uint64_t to, const std::vector<int64_t>& words,
+                 [[maybe_unused]] int device, [[maybe_unused]] uint64_t stream) {
+  if (backend == "sim") return write_words_sim(pointer<int64_t>(to), words.data(), int64_t(words.size()));
+#if LOPT_WITH_CUDA
+  if (backend == "cuda")
+    return write_words_cuda(pointer<int64_t>(to), words.data(), int64_t(words.size()), device, stream);
+#endif
+  throw std::invalid_argument("back end '" + backend + "' is not part of this build");
+}
 
 int64_t start_run(uint64_t spec, uint64_t problem, uint64_t theta, uint64_t init, uint64_t state) {
   return start_run_cpu(*pointer<Spec>(spec), *pointer<Problem>(problem), pointer<float>(theta), pointer<float>(init),
@@ -189,10 +223,15 @@ PYBIND11_MODULE(_C, m) {
         "weights"_a, "magnitude_rate"_a, "feature_clip"_a, "partials"_a, "finished"_a, "hidden"_a, "num_threads"_a,
         "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "Features, small MLP, parameter update; see ApplyParams in csrc/kernels.h.");
-  m.def("advance", &lopt::advance, "params"_a,
-        "Tensor level between the two operations; see AdvanceParams in csrc/spec.h.");
-  m.def("begin", &lopt::begin, "params"_a, "Before accumulate: the clip limit of this step.");
-  m.def("finish", &lopt::finish, "params"_a, "After apply: what the next LSTM step sees of the MLP.");
+  m.def("sim_launches", &lopt::sim_launches, "Kernels that sim has run so far.");
+  m.def("write_words", &lopt::write_words, "backend"_a, "to"_a, "words"_a, "device"_a, "stream"_a,
+        "Write 64-bit integers to the device as kernel arguments, for CUDA graphs.");
+  m.def("begin", &lopt::begin, "backend"_a, "params"_a, "device"_a, "stream"_a,
+        "Before accumulate: losses, and the clip limit of this step; see AdvanceParams in csrc/spec.h.");
+  m.def("advance", &lopt::advance, "backend"_a, "params"_a, "device"_a, "stream"_a,
+        "Tensor level between the two operations.");
+  m.def("finish", &lopt::finish, "backend"_a, "params"_a, "device"_a, "stream"_a,
+        "After apply: what the next LSTM step sees of the MLP.");
   m.def("struct_sizes", &lopt::struct_sizes, "Bytes of the structs that Python builds as NumPy records.");
   m.def("start_run", &lopt::start_run, "spec"_a, "problem"_a, "theta"_a, "init"_a, "state"_a,
         "Write the state of an inner run before its first step; with state 0 only return its size in floats.");

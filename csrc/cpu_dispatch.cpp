@@ -8,11 +8,11 @@ namespace lopt {
 
 #define LOPT_DECLARE(isa)                                                                                           \
   namespace isa {                                                                                                   \
-  void begin(const AdvanceParams& params);                                                                          \
+  bool begin(const AdvanceParams& params);                                                                          \
   bool accumulate(const AccumulateParams& params, int feature_set, int num_threads);                                \
   bool advance(const AdvanceParams& params);                                                                        \
   bool apply(const ApplyParams& params, int feature_set, int width, int num_threads);                               \
-  void finish(const AdvanceParams& params);                                                                         \
+  bool finish(const AdvanceParams& params);                                                                         \
   int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
   bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,     \
               int64_t theta_stride, int num_threads);                                                               \
@@ -98,11 +98,11 @@ bool apply_cpu(const ApplyParams& params, int feature_set, int width, int num_th
   return selected()->apply(params, feature_set, width, num_threads);
 }
 
-void begin_cpu(const AdvanceParams& params) { selected()->begin(params); }
+bool begin_cpu(const AdvanceParams& params) { return selected()->begin(params); }
 
 bool advance_cpu(const AdvanceParams& params) { return selected()->advance(params); }
 
-void finish_cpu(const AdvanceParams& params) { selected()->finish(params); }
+bool finish_cpu(const AdvanceParams& params) { return selected()->finish(params); }
 
 int64_t start_run_cpu(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state) {
   return selected()->start_run(spec, problem, theta, init, state);

@@ -49,6 +49,7 @@
 namespace lopt::sim {
 
 inline bool reverse_order = false;
+inline std::atomic<int64_t> launches{0};  // kernels run so far
 
 struct dim3 {
   unsigned x, y, z;
@@ -283,6 +284,7 @@ void launch(const char* name, Kernel* kernel, dim3 grid, dim3 block_dim, size_t 
   const std::string where = std::string("kernel ") + name + ", ";
   if (blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || threads < 1 || threads > 1024)
     throw std::runtime_error(where + "invalid launch: grid " + to_string(grid) + ", block " + to_string(block_dim));
+  ++launches;
   const std::function<void()> body = [&] { kernel(args...); };
   std::atomic<bool> failed{false};
   std::string error;

@@ -2,10 +2,16 @@
 // real ones can live in the same module; everything else in them is inline or in an unnamed namespace.
 #include "cuda_on_cpu.h"
 #include "kernels.h"
+#include "spec.h"
 
 #define accumulate_cuda accumulate_on_cpu
 #define apply_cuda apply_on_cpu
+#define begin_cuda begin_on_cpu
+#define advance_cuda advance_on_cpu
+#define finish_cuda finish_on_cpu
+#define write_words_cuda write_words_on_cpu
 #include "../cuda/accumulate.cu"
+#include "../cuda/advance.cu"
 #include "../cuda/apply.cu"
 
 namespace lopt {
@@ -19,5 +25,15 @@ bool accumulate_sim(const AccumulateParams& params, int feature_set) {
 bool apply_sim(const ApplyParams& params, int feature_set, int width) {
   return apply_on_cpu(params, feature_set, width, 0, 0);
 }
+
+bool begin_sim(const AdvanceParams& params) { return begin_on_cpu(params, 0, 0); }
+
+bool advance_sim(const AdvanceParams& params) { return advance_on_cpu(params, 0, 0); }
+
+bool finish_sim(const AdvanceParams& params) { return finish_on_cpu(params, 0, 0); }
+
+void write_words_sim(int64_t* to, const int64_t* words, int64_t count) { write_words_on_cpu(to, words, count, 0, 0); }
+
+int64_t sim_launches() { return sim::launches; }
 
 }  // namespace lopt

@@ -31,7 +31,8 @@ struct TensorShape {
   int32_t is_matrix;  // rank >= 2
 };
 
-// Addresses and numbers of `advance` for one list of tensors; arrays over the T tensors are row-major.
+// Addresses and numbers of begin, advance and finish for one list of tensors; arrays over the T tensors are row-major.
+// `spec` lies in host memory, everything else on the device of the tensors. With T = 0, begin only takes the losses.
 struct AdvanceParams {
   const Spec* spec;
   const float* theta;         // [P] flat
@@ -52,28 +53,47 @@ struct AdvanceParams {
   float* initial_scale;  // [T], 0 before the first step
   float* updates;        // [T]
   // Inputs.
-  const float* stats;   // [T, S]
-  const float* lr;      // [T]
-  const float* decay;   // [T] weight decay
-  const float* hidden;  // [T, width] from apply, read by finish
+  const float* stats;        // [T, S]
+  const float* lr;           // [T]
+  const float* decay;        // [T] weight decay
+  const float* total_steps;  // [1] 0: unknown
+  const float* hidden;       // [T, width] from apply, read by finish
+  const float* new_train;    // [1] a training loss for begin, or null: then it is train_value, NaN for none
+  const float* new_valid;    // [1] a validation loss, likewise
+  float train_value, valid_value;
   // Written: by begin for accumulate and apply, by advance for apply.
-  float* clip_limit;   // [T]
-  float* scale;        // [T, columns]
-  float* shift;        // [T, columns]
-  float* bias;         // [T, width]
-  float* step_size;    // [T]
-  float* keep;         // [T]
-  double total_steps;  // 0: unknown
+  float* clip_limit;  // [T]
+  float* scale;       // [T, columns]
+  float* shift;       // [T, columns]
+  float* bias;        // [T, width]
+  float* step_size;   // [T]
+  float* keep;        // [T]
+  // Scratch of the CUDA kernel.
+  float* to_lstm;      // [T, from_lstm]
+  uint32_t* finished;  // [1] zero before and after
 };
 
-// Before accumulate: the clip limit of this step, from the gradients of the steps before.
-void begin_cpu(const AdvanceParams& params);
+// All return false when no kernel is compiled for the spec.
+// Before accumulate: takes new losses, and computes the clip limit of this step from the gradients of the steps before.
+bool begin_cpu(const AdvanceParams& params);
 
-// Between accumulate and apply: losses and statistics -> LSTM -> what apply is conditioned on. False when no kernel is
-// compiled for the spec.
+// Between accumulate and apply: losses and statistics -> LSTM -> what apply is conditioned on.
 bool advance_cpu(const AdvanceParams& params);
 
 // After apply: the mean MLP outputs that the next LSTM step sees.
-void finish_cpu(const AdvanceParams& params);
+bool finish_cpu(const AdvanceParams& params);
+
+// The same on the CUDA kernels' terms (kernels.h), one launch each.
+bool begin_sim(const AdvanceParams& params);
+bool advance_sim(const AdvanceParams& params);
+bool finish_sim(const AdvanceParams& params);
+bool begin_cuda(const AdvanceParams& params, int device, uint64_t stream);
+bool advance_cuda(const AdvanceParams& params, int device, uint64_t stream);
+bool finish_cuda(const AdvanceParams& params, int device, uint64_t stream);
+int64_t sim_launches();  // kernels that sim has run so far
+
+// to[i] = words[i] for i < count, on the device, as kernel arguments: in a CUDA graph they are constants.
+void write_words_sim(int64_t* to, const int64_t* words, int64_t count);
+void write_words_cuda(int64_t* to, const int64_t* words, int64_t count, int device, uint64_t stream);
 
 }  // namespace lopt

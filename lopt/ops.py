@@ -10,7 +10,9 @@ MLP inputs that are constant in a tensor are folded into a bias per tensor, and 
 are computed once per tensor from the mean hidden vector.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,6 +113,30 @@ def _check_length(name: str, found: int, expected: int) -> None:
         raise ValueError(f"{name}: expected {expected} entries, one for each tensor, got {found}")
 
 
+def _stream(device: torch.device) -> dict[str, int]:
+    """Where kernels run: the device's index and its current stream."""
+    if device.type != "cuda":
+        return {"device": 0, "stream": 0}
+    return {"device": device.index or 0, "stream": torch.cuda.current_stream(device).cuda_stream}
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _upload(table: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of ``table`` on the device, without waiting for it."""
+    host = torch.from_numpy(np.ascontiguousarray(table))
+    if device.type == "cpu" or host.numel() == 0:
+        return host.to(device, copy=True)
+    if is_capturing(device):  # what the host holds now must be part of the graph: kernel arguments are
+        words = torch.empty_like(host, device=device)
+        _C.write_words("cuda", words.data_ptr(), host.reshape(-1).tolist(), **_stream(device))
+        return words
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 class Plan:
     """Addresses, sizes and scratch memory for the kernels over one list of tensors.
 
@@ -181,16 +207,17 @@ class Plan:
             axis=1,
         )
         self.num_tensors, self.num_chunks = len(sizes), int(first[-1])
-        self.chunks = self._upload(np.stack([owner, begin], axis=1))
-        self.tensors = self._upload(self.table)
+        self.chunks = _upload(np.stack([owner, begin], axis=1), self.device)
+        self.tensors = _upload(self.table, self.device)
         self.finished = torch.zeros(self.num_tensors, dtype=torch.int32, device=self.device)
+        self.stats = torch.empty(self.num_tensors, self.features.num_stats, device=self.device, dtype=torch.float32)
+        self.hidden = self.stats.new_empty(0)
+        partials = max(self.features.num_stats, *WIDTHS)
+        self.partials = torch.empty(self.num_chunks, partials, device=self.device, dtype=torch.float64)
         self.grads: list[Tensor] = []
         self.grad_addresses: list[int] = []
         self.grad_table = torch.empty(0)
-
-    def _upload(self, table: np.ndarray) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(table))
-        return host.clone() if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+        self.captured: list[tuple[Tensor, Tensor]] = []  # tables that CUDA graphs read
 
     def set_tensors(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Point the plan to this step's gradients, and to the parameters in case they moved."""
@@ -201,14 +228,17 @@ class Plan:
             _check(f"grads[{i}]", grad, tuple(DTYPES), self.sizes[i], self.device)
         addresses = [param.data_ptr() for param in params]
         dtypes = [DTYPES[p.dtype] | DTYPES[g.dtype] << 32 for p, g in zip(params, grads, strict=True)]
+        capturing = is_capturing(self.device)  # what is captured has not run: later steps must not count on it
         if addresses != self.param_addresses or dtypes != self.param_dtypes:
-            self.param_addresses, self.param_dtypes = addresses, dtypes
+            self.param_addresses, self.param_dtypes = [] if capturing else addresses, dtypes
             self.table[:, 0], self.table[:, 7] = addresses, dtypes
-            self.tensors = self._upload(self.table)
+            self.tensors = _upload(self.table, self.device)
         grad_addresses = [grad.data_ptr() for grad in grads]
         if grad_addresses != self.grad_addresses:
-            self.grad_addresses = grad_addresses
-            self.grad_table = self._upload(np.array(grad_addresses, dtype=np.int64))
+            self.grad_addresses = [] if capturing else grad_addresses
+            self.grad_table = _upload(np.array(grad_addresses, dtype=np.int64), self.device)
+        if capturing:
+            self.captured.append((self.tensors, self.grad_table))
         self.grads = list(grads)  # alive until the next step
 
     def _check_grads(self) -> None:
@@ -225,17 +255,14 @@ class Plan:
         return value.contiguous()
 
     def _place(self) -> dict[str, int]:
-        on_gpu = self.device.type == "cuda"
-        return {
-            "num_threads": torch.get_num_threads(),
-            "device": (self.device.index or 0) if on_gpu else 0,
-            "stream": torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0,
-        }
+        return {"num_threads": torch.get_num_threads(), **_stream(self.device)}
 
     def accumulate(
         self, clip_limit: Tensor, mom_decays: Sequence[float] = (), rms_decays: Sequence[float] = ()
     ) -> Tensor:
         """Clip gradients, update ``mom`` and ``rms`` in place, and return the statistics ``[T, S]``.
+
+        The next call writes into the same memory.
 
         Args:
             clip_limit: ``[T]`` float32, bound of the gradient elements.
@@ -247,8 +274,6 @@ class Plan:
             if len(decays) != len(getattr(self.features, name)):
                 raise ValueError(f"{name}: expected {len(getattr(self.features, name))} decays, got {len(decays)}")
         clip_limit = self._rows("clip_limit", clip_limit, None)
-        stats = torch.empty(self.num_tensors, self.features.num_stats, dtype=torch.float32, device=self.device)
-        partials = torch.empty(self.num_chunks, self.features.num_stats, dtype=torch.float64, device=self.device)
         _C.accumulate(
             backend=self.backend,
             feature_set=self.index,
@@ -260,12 +285,12 @@ class Plan:
             clip_limit=clip_limit.data_ptr(),
             mom_decays=mom_decays,
             rms_decays=rms_decays,
-            partials=partials.data_ptr(),
+            partials=self.partials.data_ptr(),
             finished=self.finished.data_ptr(),
-            stats=stats.data_ptr(),
+            stats=self.stats.data_ptr(),
             **self._place(),
         )
-        return stats
+        return self.stats
 
     def apply(
         self,
@@ -280,6 +305,8 @@ class Plan:
         feature_clip: float | None,
     ) -> Tensor:
         """Write the parameters and return the mean of the last hidden layer ``[T, width]``.
+
+        The next call writes into the same memory.
 
         Args:
             clip_limit: ``[T]``, as given to :meth:`accumulate`.
@@ -310,8 +337,8 @@ class Plan:
             self._rows("keep", keep, None),
             weights.contiguous(),
         ]
-        hidden = torch.empty(self.num_tensors, width, dtype=torch.float32, device=self.device)
-        partials = torch.empty(self.num_chunks, width, dtype=torch.float64, device=self.device)
+        if self.hidden.shape != (self.num_tensors, width):
+            self.hidden = self.stats.new_empty(self.num_tensors, width)
         _C.apply(
             backend=self.backend,
             feature_set=self.index,
@@ -330,52 +357,107 @@ class Plan:
             weights=rows[6].data_ptr(),
             magnitude_rate=magnitude_rate,
             feature_clip=float("inf") if feature_clip is None else feature_clip,
-            partials=partials.data_ptr(),
+            partials=self.partials.data_ptr(),
             finished=self.finished.data_ptr(),
-            hidden=hidden.data_ptr(),
+            hidden=self.hidden.data_ptr(),
             **self._place(),
         )
-        return hidden
+        return self.hidden
 
 
 class TensorLevel:
-    """Everything at tensor level on the CPU, compiled: ``lopt.tensor_lstm.advance`` but for rounding.
+    """Everything at tensor level, compiled: ``lopt.tensor_lstm.advance`` but for rounding; on a GPU one launch a call.
+
+    Nothing is read back to the host. Numbers that groups have as Python floats are written to the device when they
+    change, those they have as tensors in every step.
 
     Args:
+        backend: as for :class:`Plan`.
         theta: its spec must have compiled kernels.
-        shapes: of the parameter tensors.
-        rows: stacked state of the tensors, float32; written in place.
+        shapes: of the parameter tensors. Without any, only losses can be observed.
+        rows: stacked state of the tensors, float32, on their device; written in place.
+        groups: of each tensor, its param group, in ascending order; all the first one by default.
     """
 
-    def __init__(self, theta: Theta, shapes: Sequence[Sequence[int]], rows: Rows) -> None:
-        spec, num_tensors = theta.spec, len(shapes)
-        columns = len(spec.features.columns)
-        self.lr, self.decay = torch.empty(num_tensors), torch.empty(num_tensors)
-        self.clip_limit, self.step_size, self.keep = (torch.empty(num_tensors) for _ in range(3))
-        self.scale, self.shift = torch.empty(num_tensors, columns), torch.empty(num_tensors, columns)
-        self.bias = torch.empty(num_tensors, spec.mlp_width)
-        self._inputs = theta.flatten().float().contiguous(), spec_record(spec), shape_records(shapes), rows
-        flat, spec_, shapes_, _ = self._inputs
+    def __init__(
+        self,
+        backend: str,
+        theta: Theta,
+        shapes: Sequence[Sequence[int]],
+        rows: Rows,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        spec, num_tensors, device = theta.spec, len(shapes), rows.h.device
+        groups = [0] * num_tensors if groups is None else groups
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        self.backend, self.device = backend, device
+        self.lr, self.decay, self.total_steps = empty(num_tensors), empty(num_tensors), empty(1)
+        self.clip_limit, self.step_size, self.keep = (empty(num_tensors) for _ in range(3))
+        self.scale, self.shift = (empty(num_tensors, len(spec.features.columns)) for _ in range(2))
+        self.bias, self.to_lstm = empty(num_tensors, spec.mlp_width), empty(num_tensors, spec.from_lstm)
+        self.finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self.theta = theta.flatten().to(device, torch.float32).contiguous()
+        self.shapes = _upload(shape_records(shapes).view(np.uint8), device)
+        self._options: list[tuple[int, str, Tensor]] = []  # group, its option, the tensors of the group
+        for group in sorted(set(groups)):
+            of_group = slice(groups.index(group), len(groups) - list(reversed(groups)).index(group))
+            self._options += [(group, "lr", self.lr[of_group]), (group, "weight_decay", self.decay[of_group])]
+        self._written: dict[tuple[int, str], float] = {}
+        spec_ = spec_record(spec)
+        self._keep_alive = rows, spec_
         self._record = record = np.zeros((), ADVANCE)
-        record["spec"], record["theta"], record["shapes"] = spec_.ctypes.data, flat.data_ptr(), shapes_.ctypes.data
-        record["num_tensors"] = num_tensors
-        for name in ("lr", "decay", "clip_limit", "scale", "shift", "bias", "step_size", "keep"):
+        record["spec"], record["num_tensors"] = spec_.ctypes.data, num_tensors
+        for name in ("theta", "shapes", "lr", "decay", "total_steps", "to_lstm", "finished"):
+            record[name] = getattr(self, name).data_ptr()
+        for name in ("clip_limit", "scale", "shift", "bias", "step_size", "keep"):
             record[name] = getattr(self, name).data_ptr()
         for name, value in zip(("h", "c", "feedback", "initial_scale", "updates"), rows, strict=True):
             record[name] = value.data_ptr()
 
-    def begin(self, shared: Mapping[str, Tensor]) -> None:
-        """Before accumulate: ``clip_limit``. ``shared`` holds the state of all tensors, which is written in place."""
+    def _call(self, function: Callable[..., None]) -> None:
+        function(self.backend, self._record.ctypes.data, **_stream(self.device))
+
+    def set_options(self, groups: Sequence[Mapping[str, Any]], total_steps: int | None) -> None:
+        """``lr`` and ``weight_decay`` of the param groups, and the number of steps planned."""
+        for group, name, target in self._options:
+            self._write((group, name), groups[group][name], target)
+        self._write((0, "total_steps"), float(total_steps or 0), self.total_steps)
+
+    def _write(self, key: tuple[int, str], value: float | Tensor, target: Tensor) -> None:
+        if isinstance(value, Tensor) and value.device == target.device:
+            self._written.pop(key, None)
+            target.copy_(value.reshape(()))
+        elif self._written.get(key) != float(value):
+            target.fill_(float(value))  # a kernel's argument: no memory of the host is read later
+            self._written[key] = math.nan if is_capturing(self.device) else float(value)  # captured is not yet run
+
+    def begin(
+        self, shared: Mapping[str, Tensor], train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None
+    ) -> None:
+        """Before accumulate: takes losses, and writes ``clip_limit``.
+
+        Args:
+            shared: the state of all tensors, written in place by this and the other calls of the step.
+            train_loss, valid_loss: numbers or float32 tensors of one element on the device; one that is not finite
+                counts as none.
+        """
         for name in ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite"):
             self._record[name] = shared[name].data_ptr()
-        _C.begin(self._record.ctypes.data)
+        for name, loss in (("train", train_loss), ("valid", valid_loss)):
+            on_device = isinstance(loss, Tensor)
+            self._record[f"new_{name}"] = loss.data_ptr() if isinstance(loss, Tensor) else 0
+            self._record[f"{name}_value"] = np.nan if on_device or loss is None else loss
+        self._call(_C.begin)
 
-    def advance(self, stats: Tensor, total_steps: float) -> None:
-        """Between accumulate and apply: from ``stats``, ``lr`` and ``decay`` the inputs of apply."""
-        self._record["stats"], self._record["total_steps"] = stats.data_ptr(), total_steps
-        _C.advance(self._record.ctypes.data)
+    def advance(self, stats: Tensor) -> None:
+        """Between accumulate and apply: from ``stats`` and the options the inputs of apply."""
+        self._record["stats"] = stats.data_ptr()
+        self._call(_C.advance)
 
     def finish(self, hidden: Tensor) -> None:
         """After apply: what the next LSTM step sees of ``hidden`` ``[T, width]``."""
         self._record["hidden"] = hidden.data_ptr()
-        _C.finish(self._record.ctypes.data)
+        self._call(_C.finish)

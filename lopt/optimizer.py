@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lopt import ops, tensor_lstm
 from lopt.features import STATS
 from lopt.plans import KernelPlan, ReferencePlan, one_thread
-from lopt.tensor_lstm import Globals, Rows, Shapes
+from lopt.tensor_lstm import Globals, Rows
 from lopt.theta import Theta
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
@@ -27,12 +27,9 @@ class _Active(NamedTuple):
 
     params: list[Tensor]
     groups: list[int]  # param group of each
-    group_index: Tensor  # the same on the device
     plan: ReferencePlan | KernelPlan
     mom: list[Tensor]
     rows: Rows  # stacked state; state[p]["lstm"] holds views of its rows
-    shapes: Shapes
-    level: ops.TensorLevel | None  # the compiled tensor level, on the CPU
 
 
 def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -126,6 +123,7 @@ class LearnedOptimizer(Optimizer):
         self.impl = impl
         self._active: _Active | None = None
         self._weights: dict[str, Tensor] = {}
+        self._losses: ops.TensorLevel | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.implementation = self._choose(impl)
 
@@ -252,6 +250,11 @@ class LearnedOptimizer(Optimizer):
             kept = all(self.state[p].get("mom") is mom for p, mom in zip(params, active.mom, strict=True))
             if same and kept and active.groups == groups:
                 return active
+        if ops.is_capturing(params[0].device):
+            raise RuntimeError(
+                "CUDA graph: these tensors had no step yet, and tables cannot be made during capture; "
+                "take one step with gradients of the same parameters before"
+            )
         for param in params:
             if "mom" not in self.state[param]:
                 self._init_state(param)
@@ -263,14 +266,11 @@ class LearnedOptimizer(Optimizer):
         mom, rms = [state["mom"] for state in states], [state["rms"] for state in states]
         plan: ReferencePlan | KernelPlan
         if self.implementation == "reference":
-            plan = ReferencePlan(spec, weights, mom, rms)
+            plan = ReferencePlan(spec, weights, [tuple(param.shape) for param in params], mom, rms)
         else:
-            plan = KernelPlan(self.implementation, spec, weights, params, mom, rms)
-        dims = [tuple(param.shape) for param in params]
-        level = ops.TensorLevel(self.theta, dims, rows) if self.implementation == "cpu" else None
-        shapes = Shapes.of(spec, dims, weights["initial_h"])
-        group_index = torch.tensor(groups, device=params[0].device)
-        self._active = _Active(params, groups, group_index, plan, mom, rows, shapes, level)
+            plan = KernelPlan(self.implementation, self.theta, weights, params, groups, mom, rms, rows)
+            self._losses = plan.level
+        self._active = _Active(params, groups, plan, mom, rows)
         return self._active
 
     def __getstate__(self) -> dict[str, Any]:
@@ -280,7 +280,7 @@ class LearnedOptimizer(Optimizer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._active, self._weights = None, {}
+        self._active, self._weights, self._losses = None, {}, None
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -361,29 +361,43 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: a loss is not a scalar.
         """
-        group = self._globals()
+        self._observe(self._loss("train_loss", train_loss), self._loss("valid_loss", valid_loss))
+
+    def _observe(self, train_loss: float | Tensor | None, valid_loss: float | Tensor | None) -> None:
+        group, spec, weights = self._globals(), self.theta.spec, self._theta_weights()
+        if train_loss is None and valid_loss is None:
+            return
+        if self.implementation != "reference":
+            if self._losses is None:
+                rows = tensor_lstm.init_rows(spec, weights, 0)
+                self._losses = ops.TensorLevel(self.implementation, self.theta, (), rows)
+            self._losses.begin(group, train_loss, valid_loss)
+            return
+        like = weights["initial_h"]
         if train_loss is not None:
-            loss = self._loss("train_loss", train_loss)
+            loss = torch.as_tensor(train_loss, dtype=like.dtype, device=like.device)
             given = torch.isfinite(loss)
             group["pending_loss"] += torch.stack([torch.where(given, loss, 0.0), given.to(loss.dtype)])
         if valid_loss is not None:
+            loss = torch.as_tensor(valid_loss, dtype=like.dtype, device=like.device)
             globals_ = Globals(*(group[name] for name in Globals._fields))
-            self._write_globals(
-                tensor_lstm.observe_valid(self.theta.spec, globals_, self._loss("valid_loss", valid_loss))
-            )
+            self._write_globals(tensor_lstm.observe_valid(spec, globals_, loss))
 
-    def _loss(self, name: str, loss: object) -> Tensor:
+    def _loss(self, name: str, loss: object) -> float | Tensor | None:
+        """A number where the host knows it, otherwise a tensor on the device; its value is not looked at."""
+        if loss is None:
+            return None
         like = self._theta_weights()["initial_h"]
         if not isinstance(loss, Tensor):
             if not isinstance(loss, numbers.Real):
                 raise ValueError(f"{name}: expected a number or a tensor of one element, got {type(loss).__name__}")
-            value = float(loss) if abs(float(loss)) <= torch.finfo(like.dtype).max else math.nan
-            return torch.full((), value, dtype=like.dtype, device=like.device)
+            return float(loss) if abs(float(loss)) <= torch.finfo(like.dtype).max else math.nan
         if loss.numel() != 1 or loss.is_complex() or loss.layout != torch.strided:
             raise ValueError(
                 f"{name}: expected one real number, got {loss.dtype} of shape {tuple(loss.shape)}; reduce it first"
             )
-        return loss.detach().reshape(()).to(like)
+        loss = loss.detach().reshape(()).resolve_neg().to(like.dtype)
+        return float(loss) if loss.device.type == "cpu" and like.is_cuda else loss.to(like.device)
 
     def _write_globals(self, globals_: Globals) -> None:
         group = self.param_groups[0]
@@ -417,7 +431,7 @@ class LearnedOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
             loss = result
-        observed = None if loss is None else self._loss("loss", loss)
+        observed = self._loss("loss", loss)
         params, grads, groups = self._gradients()
         if params and self.on_nonfinite != "ignore":
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
@@ -426,10 +440,17 @@ class LearnedOptimizer(Optimizer):
                     raise FloatingPointError(f"gradients hold {int(bad)} NaN or Inf elements; nothing was changed")
                 self._globals()["nonfinite"] += bad
                 return result
-        self.observe(train_loss=observed)
-        if params:
-            with torch.autocast(params[0].device.type, enabled=False):  # in case the whole loop runs under autocast
-                self._update(self._prepare(params, groups), grads)
+        if not params:
+            self._observe(observed, None)
+            return result
+        with torch.autocast(params[0].device.type, enabled=False):  # in case the whole loop runs under autocast
+            active = self._prepare(params, groups)
+            if isinstance(active.plan, KernelPlan):
+                self._globals()
+                active.plan.step(params, grads, self.param_groups, self.total_steps, observed)
+            else:
+                self._observe(observed, None)
+                self._update(active, active.plan, grads)
         return result
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
@@ -454,26 +475,23 @@ class LearnedOptimizer(Optimizer):
                 groups.append(index)
         return params, grads, groups
 
-    def _update(self, active: _Active, grads: list[Tensor]) -> None:
+    def _update(self, active: _Active, plan: ReferencePlan, grads: list[Tensor]) -> None:
+        """The step of the reference."""
         spec, weights, group = self.theta.spec, self._theta_weights(), self._globals()
         like = weights["initial_h"]
-        active.plan.set_tensors(active.params, grads)
-        lr = self._per_tensor("lr", active, like)
-        decay = self._per_tensor("weight_decay", active, like)
-        if active.level is not None and isinstance(active.plan, KernelPlan):
-            self._update_compiled(active.plan, active.level, lr, decay)
-            return
+        plan.set_tensors(active.params, grads)
+        lr, decay = (self._per_tensor(name, active, like) for name in ("lr", "weight_decay"))
         globals_ = Globals(*(group[name] for name in Globals._fields))
         total, count = group["pending_loss"]
         loss = torch.where(count > 0, total / count, torch.full_like(total, float("nan")))
         horizon = torch.full((), float(self.total_steps or 0), dtype=like.dtype, device=like.device)
-        stats = active.plan.accumulate(tensor_lstm.clip_limit(spec, globals_))
+        stats = plan.accumulate(tensor_lstm.clip_limit(spec, globals_))
         with one_thread(like.device):
             globals_, rows, conditioning, _ = tensor_lstm.advance(
-                spec, weights, globals_, active.rows, stats, active.shapes, loss, horizon
+                spec, weights, globals_, active.rows, stats, plan.shapes, loss, horizon
             )
         step_size = torch.where(lr > 0, lr * spec.step_multiplier * conditioning.multiplier, 0.0)
-        feedback = active.plan.apply(conditioning, step_size, 1.0 - lr * decay)
+        feedback = plan.apply(conditioning, step_size, 1.0 - lr * decay)
 
         self._write_globals(globals_)
         for old, new in zip(active.rows, rows._replace(feedback=feedback), strict=True):
@@ -481,21 +499,7 @@ class LearnedOptimizer(Optimizer):
         group["pending_loss"].zero_()
         group["nonfinite"] += stats[:, STATS.index("nonfinite")].sum().to(torch.int64)
 
-    def _update_compiled(self, plan: KernelPlan, level: ops.TensorLevel, lr: Tensor, decay: Tensor) -> None:
-        """The same with everything at tensor level in compiled code, which writes the state in place."""
-        level.lr.copy_(lr)
-        level.decay.copy_(decay)
-        level.begin(self._globals())
-        stats = plan.accumulate(level.clip_limit)
-        level.advance(stats, float(self.total_steps or 0))
-        level.finish(plan.write_params(level.scale, level.shift, level.bias, level.step_size, level.keep))
-
     def _per_tensor(self, name: str, active: _Active, like: Tensor) -> Tensor:
-        """``[T]`` values of a group option; no value of the host is waited for."""
-
-        def on_device(value: float | Tensor) -> Tensor:
-            if isinstance(value, Tensor):
-                return value.to(like).reshape(())
-            return torch.full((), float(value), dtype=like.dtype, device=like.device)
-
-        return torch.stack([on_device(group[name]) for group in self.param_groups])[active.group_index]
+        """``[T]`` values of a group option."""
+        values = [self.param_groups[group][name] for group in active.groups]
+        return torch.stack([torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in values])

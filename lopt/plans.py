@@ -1,14 +1,15 @@
-"""The two operations over one list of tensors, by the reference or by the kernels, as the optimizer drives them."""
+"""A step over one list of tensors, by the reference or by the kernels, as the optimizer drives them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lopt import ops, reference
-from lopt.tensor_lstm import Conditioning
-from lopt.theta import ThetaSpec
+from lopt.tensor_lstm import Conditioning, Rows, Shapes
+from lopt.theta import Theta, ThetaSpec
 
 
 @contextmanager
@@ -28,8 +29,16 @@ def one_thread(device: torch.device) -> Iterator[None]:
 class ReferencePlan:
     """The two operations by lopt/reference.py, with the interface of :class:`lopt.ops.Plan`."""
 
-    def __init__(self, spec: ThetaSpec, weights: Mapping[str, Tensor], mom: list[Tensor], rms: list[Tensor]) -> None:
+    def __init__(
+        self,
+        spec: ThetaSpec,
+        weights: Mapping[str, Tensor],
+        shapes: Sequence[Sequence[int]],
+        mom: list[Tensor],
+        rms: list[Tensor],
+    ) -> None:
         self.spec, self.weights, self.mom, self.rms = spec, weights, mom, rms
+        self.shapes = Shapes.of(spec, shapes, weights["initial_h"])
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.dtype = weights["mlp.b1"].dtype
@@ -65,46 +74,46 @@ class ReferencePlan:
 
 
 class KernelPlan:
-    """The two operations by the compiled kernels; parameters that are not contiguous pass through a staging copy."""
+    """A step by the compiled kernels, on a GPU five launches: begin, accumulate, advance, apply, finish.
+
+    Parameters that are not contiguous pass through a staging copy.
+    """
 
     def __init__(
         self,
         backend: str,
-        spec: ThetaSpec,
+        theta: Theta,
         weights: Mapping[str, Tensor],
         params: list[Tensor],
+        groups: list[int],
         mom: list[Tensor],
         rms: list[Tensor],
+        rows: Rows,
     ) -> None:
-        self.spec, self.weights = spec, weights
+        self.spec = spec = theta.spec
         self.packed = ops.pack_mlp(spec, weights)
         self.plan = ops.Plan(backend, spec.feature_set, [param.contiguous() for param in params], mom, rms)
-        self.clip_limit = torch.empty(0)
-        self.params: list[Tensor] = []
-        self.contiguous: list[Tensor] = []
+        self.level = ops.TensorLevel(backend, theta, [tuple(param.shape) for param in params], rows, groups)
 
-    def set_tensors(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        self.params, self.contiguous = params, [param.contiguous() for param in params]
-        self.plan.set_tensors(self.contiguous, [grad.contiguous().resolve_neg() for grad in grads])
-
-    def accumulate(self, clip_limit: Tensor) -> Tensor:
-        self.clip_limit = clip_limit.expand(self.plan.num_tensors).contiguous()
-        return self.plan.accumulate(self.clip_limit, self.spec.mom_decays, self.spec.rms_decays)
-
-    def apply(self, conditioning: Conditioning, step_size: Tensor, keep: Tensor) -> Tensor:
-        with one_thread(step_size.device):
-            bias = ops.fold_bias(self.spec, self.weights, conditioning.constant)
-        hidden = self.write_params(conditioning.scale, conditioning.shift, bias, step_size, keep)
-        with one_thread(hidden.device):
-            return ops.feedback(self.weights, hidden)
-
-    def write_params(self, scale: Tensor, shift: Tensor, bias: Tensor, step_size: Tensor, keep: Tensor) -> Tensor:
-        """The kernel, and what surrounds it; returns the mean hidden vectors."""
-        rate, clip = self.spec.magnitude_rate, self.spec.feature_clip
-        hidden = self.plan.apply(self.clip_limit, scale, shift, bias, step_size, keep, self.packed, rate, clip)
-        for param, contiguous in zip(self.params, self.contiguous, strict=True):
-            if contiguous is not param:
-                param.copy_(contiguous)
-        torch.autograd.graph.increment_version(self.params)  # a backward pass that needs the old values must fail
-        self.contiguous, self.plan.grads = [], []  # zero_grad frees their memory
-        return hidden
+    def step(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        groups: list[dict[str, Any]],
+        total_steps: int | None,
+        loss: Tensor | float | None,
+    ) -> None:
+        """One whole step; ``groups`` are the optimizer's, whose first holds the state of all tensors."""
+        spec, plan, level = self.spec, self.plan, self.level
+        contiguous = [param.contiguous() for param in params]
+        plan.set_tensors(contiguous, [grad.contiguous().resolve_neg() for grad in grads])
+        level.set_options(groups, total_steps)
+        level.begin(groups[0], loss)
+        level.advance(plan.accumulate(level.clip_limit, spec.mom_decays, spec.rms_decays))
+        rows = level.clip_limit, level.scale, level.shift, level.bias, level.step_size, level.keep
+        level.finish(plan.apply(*rows, self.packed, spec.magnitude_rate, spec.feature_clip))
+        for param, copy in zip(params, contiguous, strict=True):
+            if copy is not param:
+                param.copy_(copy)
+        torch.autograd.graph.increment_version(params)  # a backward pass that needs the old values must fail
+        plan.grads = []  # zero_grad frees their memory

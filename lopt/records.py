@@ -36,9 +36,10 @@ ADVANCE = np.dtype(
             for name in ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite")
         ),
         *((name, "i8") for name in ("h", "c", "feedback", "initial_scale", "updates")),
-        *((name, "i8") for name in ("stats", "lr", "decay", "hidden")),
+        *((name, "i8") for name in ("stats", "lr", "decay", "total_steps", "hidden", "new_train", "new_valid")),
+        *((name, "f4") for name in ("train_value", "valid_value")),
         *((name, "i8") for name in ("clip_limit", "scale", "shift", "bias", "step_size", "keep")),
-        ("total_steps", "f8"),
+        *((name, "i8") for name in ("to_lstm", "finished")),
     ]
 )
 

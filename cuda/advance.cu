@@ -1,0 +1,235 @@
+// The tensor level on the GPU: around accumulate and apply, everything that belongs to a tensor or to all of them; see
+// csrc/tensor_lstm.h for the formulas. One launch each:
+//   begin    losses given with this step, and the clip limit
+//   advance  losses and statistics -> LSTM -> what apply is conditioned on. One block per tensor; the sums over all
+//            tensors are so few that every block computes them for itself, and the last block writes the shared state
+//   finish   the mean MLP outputs that the next LSTM step sees
+// No number is read back to the host. Source: arXiv:2009.11243, appendix C. See Note [Order of reduction].
+#include <algorithm>
+
+#include "../csrc/spec.h"
+#include "../csrc/tensor_lstm.h"
+#include "reduce.cuh"
+
+#if defined(__CUDACC__) && !defined(LOPT_DYNAMIC_SHARED)
+#define LOPT_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+#ifndef __CUDACC__
+#define __grid_constant__
+#endif
+
+namespace lopt {
+namespace {
+
+constexpr int kRowThreads = 256;  // per block of `advance`: a column of the LSTM's matrix each, in the paper
+constexpr int kRowBlocks = 512;   // at most; with more tensors, a block takes several
+
+// See Note [Team] in csrc/tensor_lstm.h.
+struct BlockTeam {
+  __device__ __forceinline__ int rank() const { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ int size() const { return kRowThreads; }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+
+  // Each warp adds for itself.
+  template <class Value>
+  __device__ __forceinline__ float sum(float start, int count, Value value) const {
+    return static_cast<float>(start + sum_rows(count, [&](int64_t i) -> double { return value(static_cast<int>(i)); }));
+  }
+
+  // A thread per output: neighbours read neighbouring weights, and several loads are under way at once.
+  __device__ __forceinline__ void linear(const float* x, int inputs, const float* w, const float* bias, int outputs,
+                                         float* out) const {
+    for (int j = rank(); j < outputs; j += kRowThreads) {
+      float sum = bias[j];
+#pragma unroll 16
+      for (int i = 0; i < inputs; ++i) sum += x[i] * w[i * outputs + j];
+      out[j] = sum;
+    }
+  }
+};
+
+// x [num_lstm_input] and h [lstm_width] lie one after the other in shared memory.
+struct BlockLstm {
+  BlockTeam team;
+  const ThetaView& theta;
+  int inputs, hidden;
+  float* gates;  // [4 hidden] shared
+
+  __device__ __forceinline__ void operator()(const float* x, float* h, float* c) const {
+    team.linear(x, inputs + hidden, theta.lstm_w, theta.lstm_b, 4 * hidden, gates);
+    team.sync();
+    for (int j = team.rank(); j < hidden; j += kRowThreads)
+      h[j] = lstm_unit(gates[j], gates[hidden + j], gates[2 * hidden + j], gates[3 * hidden + j], c[j]);
+    team.sync();
+  }
+};
+
+// Floats of dynamic shared memory in a block of `advance`: x and h, gates, constant.
+LOPT_HD int row_floats(const Spec& s) { return s.num_lstm_input() + 5 * s.lstm_width + s.num_constant(); }
+
+__global__ void __launch_bounds__(kThreads)
+    begin_kernel(const __grid_constant__ Spec s, const __grid_constant__ AdvanceParams p) {
+  const int64_t t = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
+  if (t == 0) {
+    observe_pending(p.pending_loss, p.new_train ? *p.new_train : p.train_value);
+    g.observe_valid(s, p.new_valid ? *p.new_valid : p.valid_value);
+  }
+  if (t < p.num_tensors) p.clip_limit[t] = g.clip_limit(s);
+}
+
+template <class Features>
+__global__ void __launch_bounds__(kRowThreads)
+    advance_kernel(const __grid_constant__ Spec s, const __grid_constant__ AdvanceParams p) {
+  constexpr int kStats = kNumStats<Features>;
+  __shared__ double rows[kNumSums][kRowThreads], sums[kNumSums];
+  __shared__ float stats[kStats], corrections[Features::kNumMom + Features::kNumRms];
+  __shared__ float train_loss[6], valid_loss[6], clip[2];  // the next state, in every block
+  __shared__ Shared shared;
+  LOPT_DYNAMIC_SHARED(float, memory);  // [row_floats]
+  const BlockTeam team;
+  const ThetaView theta(s, Features::kNumColumns, p.theta);
+  const int tensors = static_cast<int>(p.num_tensors), inputs = s.num_lstm_input(), hidden = s.lstm_width;
+  float* const h = memory + inputs;
+  float* const gates = h + hidden;
+  float* const constant = gates + 4 * hidden;
+  const int64_t step = *p.step;
+  const Globals g{p.step, train_loss, valid_loss, clip, p.from_lstm};
+
+  // All tensors -> what they share.
+  double own[kNumSums] = {};
+  for (int t = team.rank(); t < tensors; t += kRowThreads) add_to_sums(p.shapes[t], p.stats + int64_t{t} * kStats, own);
+#pragma unroll
+  for (int i = 0; i < kNumSums; ++i) rows[i][threadIdx.x] = own[i];
+  time_inputs(team, s, step, *p.total_steps, constant);
+  __syncthreads();
+  if (warp_index() < kNumSums) {
+    const double sum = sum_rows(kRowThreads, [&](int64_t thread) { return rows[warp_index()][thread]; });
+    if (lane_index() == 0) sums[warp_index()] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 6; ++i) train_loss[i] = p.train_loss[i];
+    for (int i = 0; i < 6; ++i) valid_loss[i] = p.valid_loss[i];
+    for (int i = 0; i < 2; ++i) clip[i] = p.clip[i];
+    shared = advance_shared(s, g, sums, tensors, mean_pending(p.pending_loss));
+  }
+
+  // Each tensor.
+  TensorLevel level{};
+  level.num_tensors = tensors;
+  level.shapes = p.shapes;
+  level.feedback = p.feedback;
+  level.initial_scale = p.initial_scale;
+  level.scale = p.scale;
+  level.shift = p.shift;
+  level.bias = p.bias;
+  level.step_size = p.step_size;
+  level.x = memory;
+  level.constant = constant;
+  const BlockLstm lstm{team, theta, inputs, hidden, gates};
+  for (int t = static_cast<int>(blockIdx.x); t < tensors; t += static_cast<int>(gridDim.x)) {
+    const float updates = p.updates[t] + 1.0f;
+    for (int i = team.rank(); i < kStats; i += kRowThreads) stats[i] = p.stats[int64_t{t} * kStats + i];
+    for (int j = team.rank(); j < hidden; j += kRowThreads) h[j] = p.h[int64_t{t} * hidden + j];
+    bias_corrections<Features>(team, s, updates, corrections);
+    __syncthreads();
+    advance_row<Features>(team, s, theta, g, shared, level, t, stats, corrections, h, p.c + int64_t{t} * hidden,
+                          p.to_lstm + int64_t{t} * s.from_lstm, lstm);
+    for (int j = team.rank(); j < hidden; j += kRowThreads) p.h[int64_t{t} * hidden + j] = h[j];
+    if (threadIdx.x == 0) {
+      p.updates[t] = updates;
+      p.step_size[t] = scaled_step(p.step_size[t], p.lr[t]);
+      p.keep[t] = 1.0f - p.lr[t] * p.decay[t];
+    }
+    __syncthreads();
+  }
+
+  // Tensors -> shared state, once nobody reads the old one.
+  if (!last_of_tensor(p.finished, gridDim.x)) return;
+  for (int i = warp_index(); i < s.from_lstm; i += kRowThreads / 32) {
+    const double sum = sum_rows(tensors, [&](int64_t t) -> double { return p.to_lstm[t * s.from_lstm + i]; });
+    if (lane_index() == 0) p.from_lstm[i] = static_cast<float>(sum / tensors);
+  }
+  if (threadIdx.x != 0) return;
+  *p.step = step + 1;
+  for (int i = 0; i < 6; ++i) p.train_loss[i] = train_loss[i];
+  for (int i = 0; i < 2; ++i) p.clip[i] = clip[i];
+  p.pending_loss[0] = p.pending_loss[1] = 0.0f;
+  *p.nonfinite += static_cast<int64_t>(sums[kSumNonfinite]);
+}
+
+template <class Features>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const __grid_constant__ Spec s, const __grid_constant__ AdvanceParams p) {
+  const ThetaView theta(s, Features::kNumColumns, p.theta);
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;  // of feedback [T, from_mlp]
+  const int64_t t = i / s.from_mlp;
+  if (t < p.num_tensors)
+    p.feedback[i] = feedback_of(s, theta, p.hidden + t * s.width, static_cast<int>(i % s.from_mlp));
+}
+
+// As many as fit into the 4 KB of a kernel's arguments.
+struct Words {
+  int64_t value[448];
+};
+
+__global__ void __launch_bounds__(kThreads)
+    write_words_kernel(const __grid_constant__ Words words, int64_t* to, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = words.value[i];
+}
+
+inline unsigned blocks_of(int64_t count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); }
+
+}  // namespace
+
+bool begin_cuda(const AdvanceParams& params, int device, uint64_t stream) {
+  const DeviceGuard guard(device);
+  LOPT_LAUNCH("begin", begin_kernel, blocks_of(params.num_tensors + 1), kThreads, 0,
+              reinterpret_cast<cudaStream_t>(stream), *params.spec, params);
+  LOPT_CUDA_CHECK(cudaGetLastError());
+  return true;
+}
+
+bool advance_cuda(const AdvanceParams& params, int device, uint64_t stream) {
+  const Spec& s = *params.spec;
+  const size_t bytes = static_cast<size_t>(row_floats(s)) * sizeof(float);
+  if (bytes > 32 << 10)
+    throw std::runtime_error("advance: the tensors of one LSTM step take " + std::to_string(bytes) +
+                             " bytes of shared memory, expected at most 32768; use a smaller lstm_width or "
+                             "impl='reference'");
+  if (params.num_tensors == 0) return true;
+  const DeviceGuard guard(device);
+  return with_feature_set(s.feature_set, [&](auto features) {
+    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(params.num_tensors, kRowBlocks));
+    LOPT_LAUNCH("advance", advance_kernel<decltype(features)>, blocks, kRowThreads, bytes,
+                reinterpret_cast<cudaStream_t>(stream), s, params);
+    LOPT_CUDA_CHECK(cudaGetLastError());
+  });
+}
+
+bool finish_cuda(const AdvanceParams& params, int device, uint64_t stream) {
+  const Spec& s = *params.spec;
+  if (params.num_tensors == 0) return true;
+  const DeviceGuard guard(device);
+  return with_feature_set(s.feature_set, [&](auto features) {
+    LOPT_LAUNCH("finish", finish_kernel<decltype(features)>, blocks_of(params.num_tensors * s.from_mlp), kThreads, 0,
+                reinterpret_cast<cudaStream_t>(stream), s, params);
+    LOPT_CUDA_CHECK(cudaGetLastError());
+  });
+}
+
+void write_words_cuda(int64_t* to, const int64_t* words, int64_t count, int device, uint64_t stream) {
+  constexpr int64_t kWords = sizeof(Words) / sizeof(int64_t);
+  const DeviceGuard guard(device);
+  for (int64_t first = 0; first < count; first += kWords) {
+    Words part{};
+    const int64_t size = std::min(count - first, kWords);
+    std::copy_n(words + first, size, part.value);
+    LOPT_LAUNCH("write_words", write_words_kernel, 1, kThreads, 0, reinterpret_cast<cudaStream_t>(stream), part,
+                to + first, static_cast<int>(size));
+    LOPT_CUDA_CHECK(cudaGetLastError());
+  }
+}
+
+}  // namespace lopt
