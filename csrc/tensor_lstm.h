@@ -26,6 +26,7 @@ struct ThetaView {
   const float *w1, *b1, *w2, *b2, *w3, *b3, *skip, *step_w, *step_b;
   int64_t size;
 
+  ThetaView() = default;
   LOPT_HD ThetaView(const Spec& s, int columns, const float* theta) : size(0) {
     auto take = [&](int64_t count) {
       const float* at = theta + size;

@@ -78,17 +78,18 @@ __global__ void __launch_bounds__(kThreads)
   if (t < p.num_tensors) p.clip_limit[t] = g.clip_limit(s);
 }
 
+// Two blocks per multiprocessor leave 128 registers: without a bound, some compilers aim at 40 and spill.
 template <class Features>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     advance_kernel(const __grid_constant__ Spec s, const __grid_constant__ AdvanceParams p) {
   constexpr int kStats = kNumStats<Features>;
   __shared__ double rows[kNumSums][kRowThreads], sums[kNumSums];
   __shared__ float stats[kStats], corrections[Features::kNumMom + Features::kNumRms];
   __shared__ float train_loss[6], valid_loss[6], clip[2];  // the next state, in every block
   __shared__ Shared shared;
+  __shared__ ThetaView theta;          // too many pointers for registers
   LOPT_DYNAMIC_SHARED(float, memory);  // [row_floats]
   const BlockTeam team;
-  const ThetaView theta(s, Features::kNumColumns, p.theta);
   const int tensors = static_cast<int>(p.num_tensors), inputs = s.num_lstm_input(), hidden = s.lstm_width;
   float* const h = memory + inputs;
   float* const gates = h + hidden;
@@ -109,6 +110,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
   __syncthreads();
   if (threadIdx.x == 0) {
+    theta = ThetaView(s, Features::kNumColumns, p.theta);
     for (int i = 0; i < 6; ++i) train_loss[i] = p.train_loss[i];
     for (int i = 0; i < 6; ++i) valid_loss[i] = p.valid_loss[i];
     for (int i = 0; i < 2; ++i) clip[i] = p.clip[i];
