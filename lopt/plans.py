@@ -27,7 +27,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 
 class ReferencePlan:
-    """The two operations by lopt/reference.py, with the interface of :class:`lopt.ops.Plan`."""
+    """The two operations by lopt/reference.py, around ``lopt.tensor_lstm.advance``."""
 
     def __init__(
         self,

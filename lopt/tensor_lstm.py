@@ -1,7 +1,7 @@
 """Tensor-level state: per-tensor statistics and losses -> LSTM -> what the per-parameter MLP is conditioned on.
 
-Pure functions over T rows, one per parameter tensor. They are used by the reference and by the kernels' driver alike,
-stay on the device of their inputs, and never read a value back to the host. All of them can be vmapped.
+Pure functions over T rows, one per parameter tensor: the definition, used by the reference, of what csrc/tensor_lstm.h
+does for the compiled back ends. They stay on the device of their inputs, never read a value back, and can be vmapped.
 
 Source: arXiv:2009.11243, appendix C.2 to C.4, with the constants of the author's port.
 """
