@@ -212,6 +212,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd_selected", &lopt::simd_selected, "Instruction set the CPU kernels use.");
   m.def("simd_select", &lopt::simd_select, "name"_a,
         "Use another instruction set; False when this processor lacks it.");
+  m.def("multiply_add_rate", &lopt::multiply_add_rate, "num_threads"_a, "seconds"_a,
+        py::call_guard<py::gil_scoped_release>(),
+        "Floating-point operations per second of the CPU at its best, a multiply-add counted as two; for benchmarks.");
   m.def("sim_reverse_order", &lopt::set_sim_reverse_order, "reverse"_a,
         "Let sim run threads and blocks in descending order, to reveal missing barriers.");
   m.def("accumulate", &lopt::accumulate, "backend"_a, "feature_set"_a, "tensors"_a, "grads"_a, "chunks"_a,

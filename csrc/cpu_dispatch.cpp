@@ -13,6 +13,7 @@ namespace lopt {
   bool advance(const AdvanceParams& params);                                                                        \
   bool apply(const ApplyParams& params, int feature_set, int width, int num_threads);                               \
   bool finish(const AdvanceParams& params);                                                                         \
+  double multiply_add_rate(int num_threads, double seconds);                                                        \
   int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
   bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,     \
               int64_t theta_stride, int num_threads);                                                               \
@@ -32,12 +33,14 @@ struct CpuKernels {
   decltype(&baseline::advance) advance;
   decltype(&baseline::apply) apply;
   decltype(&baseline::finish) finish;
+  decltype(&baseline::multiply_add_rate) multiply_add_rate;
   decltype(&baseline::start_run) start_run;
   decltype(&baseline::unroll) unroll;
 };
 
-#define LOPT_KERNELS(name, isa) \
-  {name, isa::begin, isa::accumulate, isa::advance, isa::apply, isa::finish, isa::start_run, isa::unroll}
+#define LOPT_KERNELS(name, isa)                                                                                \
+  {name,           isa::begin, isa::accumulate, isa::advance, isa::apply, isa::finish, isa::multiply_add_rate, \
+   isa::start_run, isa::unroll}
 
 constexpr CpuKernels kKernels[] = {
 #if defined(__x86_64__)
@@ -88,6 +91,10 @@ bool simd_select(const std::string& name) {
       return true;
     }
   return false;
+}
+
+double multiply_add_rate(int num_threads, double seconds) {
+  return selected()->multiply_add_rate(num_threads, seconds);
 }
 
 bool accumulate_cpu(const AccumulateParams& params, int feature_set, int num_threads) {

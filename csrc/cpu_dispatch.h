@@ -10,4 +10,7 @@ std::vector<std::string> simd_available();  // names this processor can run, wid
 std::string simd_selected();                // the one in use
 bool simd_select(const std::string& name);  // for tests; false when this processor cannot run it
 
+// Floating-point operations per second of num_threads threads at their best, for benchmarks.
+double multiply_add_rate(int num_threads, double seconds);
+
 }  // namespace lopt

@@ -1,62 +1,122 @@
-"""``lopt bench unroll``: how quick the fused unroll engine is on this machine."""
+"""``lopt bench``: how quick the kernels, whole optimizer steps and the unroll engine are on this machine."""
 
-import csv
-import datetime
-import multiprocessing
-import platform
-import resource
-import statistics
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from rich.console import Console
 
-from lopt import ops
+from lopt.benchmark import plots, rows, shapes, suite, unroll
+from lopt.benchmark.rows import Row
 from lopt.commands.common import Command, Outcome, say, show_table
-from lopt.meta import engine
-from lopt.meta.provenance import commit, versions
-from lopt.theta import Theta
-
-#: Layer widths and batch sizes: two tasks of the literature and a smaller one.
-PROBLEMS = (((16, 16, 8), 16), ((64, 16, 10), 16), ((64, 32, 10), 64))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Measure inner steps per second and core of the fused unroll engine.
+    """Measure speed on this machine, against the peaks and peers of the same run.
 
-    Relu perceptrons with a softmax loss on random data; a validation loss for the optimizer and an outer_valid loss
-    every 10 steps. Median with 20% and 80% points over the repeats, from the CPU time of one process; work done by two
-    processes at once against one, from wall time; growth of the peak memory at a ten times longer horizon.
+    kernel: ``accumulate`` and ``apply`` by themselves, as a share of the measured copy and multiply-add peaks.
+    step: whole optimizer steps against torch's AdamW, fused and foreach, and against other projects where installed.
+    unroll: inner steps per second and core of the fused unroll engine.
+
+    Inputs are random, caches are flushed before every repetition, numbers are medians with 20% and 80% points.
     """
 
-    what: Annotated[Literal["unroll"], tyro.conf.Positional]
+    what: Annotated[Literal["kernel", "step", "unroll"], tyro.conf.Positional]
     """What to measure."""
-
-    steps: int = 4000
-    """Inner steps of one measurement of the compact preset; the paper preset takes a fifth."""
-
-    repeats: int = 7
-    """Measurements of each row."""
 
     presets: tuple[str, ...] = ("compact", "paper")
     """Architectures of the learned optimizer."""
 
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
+    """Numbers of parameters, for kernel and step."""
+
+    tensors: tuple[int, ...] = (1, 1000)
+    """Numbers of tensors that the parameters are cut into, for kernel and step."""
+
+    models: tuple[str, ...] = ()
+    """Shapes of models, for kernel and step: vit-b16, gpt2-355m."""
+
+    scale: float = 1.0
+    """Share of a model's blocks to keep."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters and gradients; accumulators stay float32."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where; sim is for tests and not timed."""
+
+    threads: int | None = None
+    """CPU threads; torch's number if not given."""
+
+    peers: bool = True
+    """Also time optimizers of other projects that are installed, for step."""
+
+    repeats: int = 9
+    """Measurements of each row."""
+
+    steps: int = 4000
+    """Inner steps of one measurement of the compact preset for unroll; the paper preset takes a fifth."""
+
     out: Path | None = None
     """Append the rows to this CSV file."""
+
+    compare: Path | None = None
+    """Print ratios to the rows of this older CSV file, and fail where one is above the tolerance."""
+
+    tolerance: float = 1.1
+    """Ratio above which a row counts as slower."""
+
+    plot: Path | None = None
+    """Draw time per parameter against size into this PNG file, for kernel and step."""
 
     def run(self, console: Console) -> Outcome:
         if self.steps < 50 or self.repeats < 1:
             raise ValueError(f"steps, repeats: expected at least 50 and 1, got {self.steps} and {self.repeats}")
-        rows = []
+        old = rows.read_csv(self.compare) if self.compare else []
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            found = self._unroll(console) if self.what == "unroll" else self._layouts(console)
+        finally:
+            torch.set_num_threads(before)
+        if self.out is not None:
+            say(console, f"Appended {len(found)} rows to {self.out}")
+        if self.plot is not None and self.what != "unroll":
+            plots.time_per_parameter(found, self.plot)
+            say(console, f"Wrote {self.plot}")
+        slower = self._compare(console, found, old)
+        return Outcome(int(slower > 0), {"command": f"bench {self.what}", "rows": found, "slower": slower})
+
+    def _layouts(self, console: Console) -> list[Row]:
+        layouts = [shapes.even(size, tensors) for size in self.sizes for tensors in self.tensors]
+        layouts += [shapes.model(name, self.scale) for name in self.models]
+        device, dtype = torch.device(self.device), getattr(torch, self.dtype)
+        chosen = suite.Suite(self.what, self.presets, tuple(layouts), dtype, device, self.repeats, self.peers)
+        found: list[Row] = []
+        for some in chosen.run(lambda text: say(console, text)):
+            if self.out is not None:
+                rows.append_csv(self.out, some)  # now: a long run may be cut short
+            found += some
+        show_table(console, *suite.traffic_table(self.presets, dtype))
+        say(console, "")
+        show_table(console, *suite.result_table(found))
+        for remark in suite.remarks(found):
+            say(console, remark)
+        return found
+
+    def _unroll(self, console: Console) -> list[Row]:
+        environment = rows.environment(torch.device("cpu"))
+        found = []
         for preset in self.presets:
-            steps = (self.steps if preset == "compact" else self.steps // 5) // 10 * 10
-            for sizes, batch in PROBLEMS:
-                rows.append(self._row(preset, sizes, batch, steps))
+            count = (self.steps if preset == "compact" else self.steps // 5) // 10 * 10
+            for sizes, batch in unroll.PROBLEMS:
+                found.append({**unroll.measure(preset, sizes, batch, count, self.repeats), **environment})
+        if self.out is not None:
+            rows.append_csv(self.out, found)
         show_table(
             console,
             ["problem", "steps/s per core", "20% to 80%", "two processes", "memory, 10 x horizon"],
@@ -68,100 +128,18 @@ class Bench(Command):
                     f"x {row['two_processes']:.2f}",
                     f"+ {row['memory_growth_kb']:,} kB",
                 ]
-                for row in rows
+                for row in found
             ],
         )
-        if self.out is not None:
-            _append_csv(self.out, rows)
-            say(console, f"Appended {len(rows)} rows to {self.out}")
-        return Outcome(0, {"command": "bench unroll", "rows": rows})
+        return found
 
-    def _row(self, preset: str, sizes: tuple[int, ...], batch: int, steps: int) -> dict[str, Any]:
-        seconds = [measure(preset, sizes, batch, steps)[0] for _ in range(self.repeats)]
-        rates = sorted(steps / second for second in seconds)
-        cuts = statistics.quantiles(rates, n=5, method="inclusive") if len(rates) > 1 else rates * 4
-        before = peak_memory()
-        measure(preset, sizes, batch, steps, windows=10)
-        growth = peak_memory() - before
-        alone, together = wall_seconds(1, preset, sizes, batch, steps), wall_seconds(2, preset, sizes, batch, steps)
-        return {
-            "benchmark": "unroll",
-            "preset": preset,
-            "problem": f"{'-'.join(map(str, sizes))} batch {batch}",
-            "steps": steps,
-            "steps_per_second": statistics.median(rates),
-            "steps_per_second_20": cuts[0],
-            "steps_per_second_80": cuts[-1],
-            "two_processes": 2.0 * alone / together,
-            "memory_growth_kb": growth,
-            "machine": cpu_name(),
-            "simd": ops.simd_selected(),
-            "load": round(_load(), 2),
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            **{f"version_{name}": version for name, version in versions().items()},
-        }
-
-
-def measure(preset: str, sizes: tuple[int, ...], batch: int, steps: int, windows: int = 1) -> tuple[float, float]:
-    """CPU seconds and wall seconds of one run, in windows of ``steps`` inner steps."""
-    generator = torch.Generator().manual_seed(0)
-    theta = Theta.init_adam(preset)
-    data = tuple(
-        (
-            torch.randn(rows, sizes[0], generator=generator),
-            torch.randint(sizes[-1], (rows,), generator=generator),
-        )
-        for rows in (512, 128, 256)
-    )
-    problem = engine.Problem(sizes, "relu", "softmax", batch, data)
-    init = torch.randn(problem.num_params, generator=generator) * 0.1
-    flat = theta.flatten()
-    run = engine.EngineRun(0, 0, engine.start(theta.spec, problem, flat, init), (1, 2, 3), windows * steps)
-    cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(windows):
-        engine.unroll(theta.spec, flat[None], [problem], [run], steps, loss_every=10)
-    return time.process_time() - cpu, time.perf_counter() - wall
-
-
-def _worker(arguments: tuple[str, tuple[int, ...], int, int]) -> float:
-    measure(*arguments[:3], 50)  # warm
-    return min(measure(*arguments)[1] for _ in range(3))
-
-
-def wall_seconds(processes: int, preset: str, sizes: tuple[int, ...], batch: int, steps: int) -> float:
-    """Wall seconds of a run in each of ``processes`` at once, the slowest of them."""
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return max(pool.map(_worker, [(preset, sizes, batch, steps)] * processes, chunksize=1))
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process so far, in kB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def cpu_name() -> str:
-    """Model of the processor and number of cores."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        models = []
-    return f"{models[0]} x {len(models)}" if models else platform.processor() or platform.machine()
-
-
-def _load() -> float:
-    try:
-        return float(Path("/proc/loadavg").read_text().split()[0])
-    except OSError:
-        return float("nan")
-
-
-def _append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    def _compare(self, console: Console, found: Sequence[Row], old: Sequence[dict[str, str]]) -> int:
+        """Print what was measured before too; how many rows are slower."""
+        if self.compare is None:
+            return 0
+        compared = rows.compare(found, old)
+        say(console, f"{len(compared)} of {len(found)} rows are in {self.compare}, measured on this machine")
+        for one in compared:
+            verdict = "SLOWER" if one.ratio > self.tolerance else ""
+            say(console, f"{one.what}: x {one.ratio:.3f} of {one.then} {verdict}".rstrip())
+        return sum(one.ratio > self.tolerance for one in compared)

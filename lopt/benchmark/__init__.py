@@ -1,0 +1,1 @@
+"""How quick the library is: what is measured, against which peaks and peers. Driven by ``lopt bench``."""

@@ -1,0 +1,99 @@
+"""The two operations by themselves: time per parameter, bytes and operations per second, share of the peaks."""
+
+import torch
+
+from lopt import ops
+from lopt.benchmark import traffic
+from lopt.benchmark.peaks import Peaks
+from lopt.benchmark.rows import Row
+from lopt.benchmark.shapes import Layout
+from lopt.benchmark.timing import Timer, Timing
+from lopt.theta import Theta
+
+STEP_SIZE = 1e-6  # parameters move, and stay where they are
+
+
+def bytes_needed(preset: str, layout: Layout, dtype: torch.dtype) -> int:
+    """Memory that :func:`measure` takes."""
+    size = dtype.itemsize
+    return layout.parameters * traffic.learned(preset, Theta.init_adam(preset).spec, size, size).held
+
+
+def measure(preset: str, layout: Layout, dtype: torch.dtype, timer: Timer, peaks: Peaks) -> list[Row]:
+    """One row for ``accumulate``, one for ``apply``, on random operands."""
+    device = timer.device
+    generator = torch.Generator(device=device).manual_seed(0)
+    theta = Theta.init(preset, seed=0).to(device)
+    spec, tensors = theta.spec, len(layout.shapes)
+    columns = len(spec.features.columns)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    params = [normal(*shape).to(dtype) for shape in layout.shapes]
+    grads = [normal(*shape).to(dtype) for shape in layout.shapes]
+    mom = [normal(len(spec.mom_decays), param.numel()) for param in params]
+    rms = [normal(len(spec.rms_decays), param.numel()).square_() for param in params]
+    plan = ops.Plan(device.type, spec.feature_set, params, mom, rms)
+    plan.set_tensors(params, grads)
+    limit, scale = torch.full((tensors,), 10.0, device=device), normal(tensors, columns).exp()
+    shift, bias = 0.1 * normal(tensors, columns), normal(tensors, spec.mlp_width)
+    step_size, keep = torch.full((tensors,), STEP_SIZE, device=device), torch.ones(tensors, device=device)
+    weights = ops.pack_mlp(spec, theta.tensors)[None]
+
+    def accumulate() -> None:
+        plan.accumulate(limit, spec.mom_decays, spec.rms_decays)
+
+    def apply() -> None:
+        plan.apply(limit, scale, shift, bias, step_size, keep, weights, spec.magnitude_rate, spec.feature_clip)
+
+    counted = traffic.learned(preset, spec, dtype.itemsize, dtype.itemsize)
+    return [
+        row("kernel", "accumulate", preset, layout, dtype, timer, timer.measure(accumulate), peaks, counted.accumulate),
+        row("kernel", "apply", preset, layout, dtype, timer, timer.measure(apply), peaks, counted.apply, counted.flops),
+    ]
+
+
+def row(
+    benchmark: str,
+    name: str,
+    preset: str,
+    layout: Layout,
+    dtype: torch.dtype,
+    timer: Timer,
+    timing: Timing,
+    peaks: Peaks,
+    bytes_per_param: int | None,
+    flops_per_param: int | None = None,
+    adamw: Timing | None = None,
+) -> Row:
+    """Times and shares, without the environment. What was not counted is None."""
+    on_cuda = timer.device.type == "cuda"
+    moved = None if bytes_per_param is None else bytes_per_param * layout.parameters / timing.median
+    done = None if not flops_per_param else flops_per_param * layout.parameters / timing.median
+    per_param = 1e9 / layout.parameters
+    return {
+        "benchmark": benchmark,
+        "name": name,
+        "preset": preset,
+        "layout": layout.name,
+        "tensors": len(layout.shapes),
+        "parameters": layout.parameters,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": timer.device.type,
+        "threads": None if on_cuda else torch.get_num_threads(),
+        "repeats": timer.repeats,
+        "seconds": timing.median,
+        "ns_per_param": timing.median * per_param,
+        "ns_per_param_20": timing.low * per_param,
+        "ns_per_param_80": timing.high * per_param,
+        "times_adamw": None if adamw is None else timing.median / adamw.median,
+        "bytes_per_param": bytes_per_param,
+        "gb_per_s": None if moved is None else moved * 1e-9,
+        "copy_gb_per_s": peaks.copy * 1e-9,
+        "copy_share": None if moved is None else moved / peaks.copy,
+        "flops_per_param": flops_per_param,
+        "gflop_per_s": None if done is None else done * 1e-9,
+        "peak_gflop_per_s": peaks.flops * 1e-9,
+        "peak_share": None if done is None else done / peaks.flops,
+    }

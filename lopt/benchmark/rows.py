@@ -1,0 +1,123 @@
+"""Rows of benchmark results: where and by what they were measured, CSV files of them, comparison with older ones."""
+
+import csv
+import datetime
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt import ops
+from lopt.meta.provenance import commit, versions
+
+Row = dict[str, Any]
+
+#: Columns that say what a row measured; rows that agree in them can be compared.
+IDENTITY = ("benchmark", "name", "preset", "layout", "problem", "dtype", "device", "threads", "machine", "simd")
+
+
+def environment(device: torch.device) -> Row:
+    """Machine, clock, load, time, commit and versions."""
+    on_cuda = device.type == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
+        "simd": "" if on_cuda else ops.simd_selected(),
+        "clock_mhz": round(torch.cuda.clock_rate(device)) if on_cuda else cpu_clock(),
+        "load": round(_load(), 2),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        **{f"version_{name}": version for name, version in versions().items()},
+    }
+
+
+def cpu_name() -> str:
+    """Model of the processor and number of cores."""
+    models = _cpuinfo("model name")
+    return f"{models[0]} x {len(models)}" if models else platform.processor() or platform.machine()
+
+
+def cpu_clock() -> int | None:
+    """Clock in MHz as the system reports it now, of the quickest core; None where it does not."""
+    clocks = [float(value) for value in _cpuinfo("cpu MHz")]
+    return round(max(clocks)) if clocks else None
+
+
+def _cpuinfo(name: str) -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(name)]
+
+
+def _load() -> float:
+    try:
+        return float(Path("/proc/loadavg").read_text().split()[0])
+    except OSError:
+        return float("nan")
+
+
+def append_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Append ``rows`` of equal columns to a CSV file, which begins with a line of their names.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    columns = list(rows[0])
+    if path.exists():
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != columns:
+            raise ValueError(f"{path}: has the columns {found}, these rows have {columns}; name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file that :func:`append_csv` wrote."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row against an older one: ``ratio`` is the time now divided by the time then."""
+
+    what: str
+    ratio: float
+    then: str  # when and at which commit
+
+
+def compare(rows: Sequence[Row], old: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+    """Every row that was measured before, on the same machine, against the last time it was."""
+    latest = {identity(row): row for row in old}
+    found = []
+    for row in rows:
+        before = latest.get(identity(row))
+        if before is not None:
+            then = f"{before.get('time', '')} at {str(before.get('commit', ''))[:10] or 'no commit'}"
+            found.append(Comparison(describe(row), seconds_of(row) / seconds_of(before), then))
+    return found
+
+
+def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the row measured, the same for numbers and for text from a file."""
+    return tuple(str(row.get(name) or "") for name in IDENTITY)
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """What the row measured, for people."""
+    return " ".join(str(row[name]) for name in ("preset", "name", "layout", "problem") if row.get(name))
+
+
+def seconds_of(row: Mapping[str, Any]) -> float:
+    """Time of what the row measured, per parameter or per inner step."""
+    return float(row["ns_per_param"]) * 1e-9 if row.get("ns_per_param") else 1.0 / float(row["steps_per_second"])

@@ -1,0 +1,69 @@
+"""Bytes moved and held per parameter, and arithmetic per parameter, counted from the feature set."""
+
+from dataclasses import dataclass
+
+from lopt.theta import ThetaSpec
+
+STATE_BYTES = 4  # accumulators are float32 whatever the parameters are
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one step of an optimizer moves between memory and processor, and what it holds, per parameter.
+
+    Args:
+        name: of the optimizer.
+        accumulate: bytes read and written by ``accumulate``; 0 for an optimizer of one sweep.
+        apply: bytes read and written by ``apply``, or by the only sweep.
+        state: bytes of optimizer state.
+        held: bytes of parameter, gradient and state.
+        single_sweep: bytes moved when what the second sweep reads again is still in a cache.
+        flops: floating-point operations of the small MLP, a multiply-add counted as two.
+    """
+
+    name: str
+    accumulate: int
+    apply: int
+    state: int
+    held: int
+    single_sweep: int
+    flops: int
+
+    @property
+    def step(self) -> int:
+        """Bytes moved by a whole step."""
+        return self.accumulate + self.apply
+
+
+def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 4) -> Traffic:
+    """Counted for the learned optimizer.
+
+    ``accumulate`` reads parameter, gradient and state and writes the state; ``apply`` reads all of them again and
+    writes the parameter. The MLP has ``columns * width + width^2 + 2 * width`` multiply-adds, and for the skip
+    ``columns`` more.
+
+    Example:
+        >>> from lopt.theta import PRESETS
+        >>> learned("paper", PRESETS["paper"]).step
+        140
+    """
+    state = STATE_BYTES * (len(spec.mom_decays) + len(spec.rms_decays))
+    columns, width = len(spec.features.columns), spec.mlp_width
+    read = param_bytes + grad_bytes + state
+    multiply_adds = columns * width + width * width + 2 * width + (columns if spec.linear_skip else 0)
+    return Traffic(
+        name,
+        accumulate=read + state,
+        apply=read + param_bytes,
+        state=state,
+        held=read,
+        single_sweep=read + state + param_bytes,
+        flops=2 * multiply_adds,
+    )
+
+
+def adamw(param_bytes: int = 4, grad_bytes: int = 4) -> Traffic:
+    """Counted for torch's fused AdamW, whose two moments have the dtype of the parameter."""
+    state = 2 * param_bytes
+    moved = param_bytes + grad_bytes + state + param_bytes + state
+    return Traffic("AdamW fused", 0, moved, state, param_bytes + grad_bytes + state, moved, flops=0)

@@ -1,0 +1,44 @@
+"""Bytes and operations per parameter, against counts by hand."""
+
+import dataclasses
+
+import pytest
+
+from lopt.benchmark import traffic
+from lopt.theta import PRESETS
+
+
+def test_paper_as_counted_by_hand() -> None:
+    """12 floats read and 10 written, then 12 read and 1 written; 23 * 32 + 32 * 32 + 32 * 2 multiply-adds."""
+    counted = traffic.learned("paper", PRESETS["paper"])
+    assert (counted.accumulate, counted.apply, counted.step) == (88, 52, 140)
+    assert (counted.single_sweep, counted.state, counted.held) == (92, 40, 48)
+    assert counted.flops == 2 * 1824
+
+
+def test_compact_as_counted_by_hand() -> None:
+    """Five accumulators; 12 * 8 + 8 * 8 + 8 * 2 multiply-adds, and 12 for the skip."""
+    counted = traffic.learned("compact", PRESETS["compact"])
+    assert (counted.accumulate, counted.apply, counted.step) == (48, 32, 80)
+    assert (counted.single_sweep, counted.state, counted.held) == (52, 20, 28)
+    assert counted.flops == 2 * 188
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_bfloat16_halves_parameters_and_gradients_only(preset: str) -> None:
+    wide, narrow = (traffic.learned(preset, PRESETS[preset], size, size) for size in (4, 2))
+    assert narrow.state == wide.state
+    assert wide.held - narrow.held == 4
+    assert wide.accumulate - narrow.accumulate == 4  # one parameter and one gradient read
+    assert wide.apply - narrow.apply == 6  # the same, and one parameter written
+
+
+def test_the_skip_and_the_width_count() -> None:
+    plain = dataclasses.replace(PRESETS["compact"], linear_skip=False, mlp_width=16)
+    assert traffic.learned("compact", plain).flops == 2 * (12 * 16 + 16 * 16 + 2 * 16)
+
+
+def test_adamw() -> None:
+    assert traffic.adamw().step == traffic.adamw().single_sweep == 28
+    assert traffic.adamw().held == 16
+    assert traffic.adamw(2, 2).step == 14
