@@ -1,10 +1,14 @@
-"""Counts instructions in the machine code (SASS) of lopt's CUDA kernels, one row per kernel; needs no GPU.
+"""Reads the machine code (SASS) of lopt's CUDA kernels: what it must contain, and what time it predicts. Needs no GPU.
 
-    python benchmarks/sass.py [architecture, such as sm_90] [file.csv]
+    python benchmarks/sass.py [architecture, such as sm_90; all by default] [file.csv]
 
-What to look for: memory moves 16 bytes at a time (`.128`), tensor cores are used where they should be (HMMA),
-and nothing lives in local memory (LDL, STL; otherwise the exit code is 1). cuobjdump and nvdisasm come
-with the CUDA toolkit or from lopt's extra `sass`.
+Checked, with exit code 1 when broken: the main loops move 16 bytes at a time (`.128`), the MLP of `apply_mma_kernel`
+runs on tensor cores (HMMA), nothing lives in local memory (LDL, STL), and enough warps fit on a multiprocessor.
+cuobjdump and nvdisasm come with the CUDA toolkit or from lopt's extra `sass`.
+
+The times are PREDICTED, for float32 on an H100 SXM and a tensor that fills it: the largest of what memory, instruction
+issue and tensor cores need for one parameter, if each did nothing else. Instructions are those on the longest path
+through the main loop that moves 16 bytes at a time and calls nothing.
 """
 
 import collections
@@ -15,24 +19,215 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from lopt import _C
 
-COLUMNS = ["LDG", "LDG.128", "STG", "STG.128", "LDS", "LDS.128", "HMMA", "FFMA", "MUFU", "LDL", "STL", "all"]
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+COLUMNS = ["LDG", "LDG.128", "STG", "STG.128", "LDS", "HMMA", "FFMA", "MUFU", "LDL", "STL", "all"]
+FACTS = ["registers", "shared", "warps"]
+PREDICTED = ["instructions", "bytes", "memory_ps", "issue_ps", "tensor_ps"]  # per parameter
+
+THREADS = 128  # per block, of accumulate and apply: kThreads in cuda/launch.cuh
+TILES = 4  # trips of a loop within the main loop: 16-row tiles of the 64 rows that a warp stages
+SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # bytes of a multiprocessor
+
+# An H100 SXM: memory at four fifths of its peak; multiprocessors times a sustained clock, and per cycle four warp
+# instructions, or 2048 multiply-adds of halves, of which mma.sync reaches about 62% (arXiv:2402.13499).
+MEMORY = 0.8 * 3.35e12
+CLOCK = 132 * 1.755e9
+ISSUE = 4 * CLOCK
+TENSOR = 0.62 * 2048 * CLOCK
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 
-def count(sass: str) -> dict[str, collections.Counter[str]]:
-    """Kernel name -> number of instructions by first word; those that move 16 bytes also as word + `.128`."""
-    kernels: dict[str, collections.Counter[str]] = {}
+@dataclass(frozen=True)
+class Instruction:
+    """One line of SASS."""
+
+    address: int
+    predicated: bool
+    parts: tuple[str, ...]  # such as ("LDG", "E", "128")
+    operands: str
+
+    @property
+    def narrow(self) -> bool:
+        """A global access that always happens and moves less than 16 bytes, or a call: what the main path avoids."""
+        return self.parts[0] in ("CALL", "WARPSYNC") or (
+            self.parts[0] in ("LDG", "STG") and "128" not in self.parts and not self.predicated
+        )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is known of one kernel on one architecture."""
+
+    arch: str
+    name: str  # such as `apply_mma_kernel<PaperFeatures, 32, 2>`
+    code: list[Instruction]
+    registers: int
+    shared: int  # bytes
+
+    @property
+    def counts(self) -> collections.Counter[str]:
+        """Instructions by first word; those that move 16 bytes also as word + `.128`."""
+        return count(self.code)
+
+    @property
+    def warps(self) -> int:
+        """That fit on a multiprocessor."""
+        of_registers = 65536 // (-(-self.registers // 8) * 8 * THREADS)
+        return min(of_registers, SHARED[self.arch] // (self.shared + 1024), 2048 // THREADS) * THREADS // 32
+
+    @property
+    def operation(self) -> str:
+        return self.name.split("_kernel")[0]
+
+    @property
+    def predictable(self) -> bool:
+        """Whether its time grows with the number of parameters."""
+        return self.operation in ("accumulate", "apply", "apply_mma")
+
+    @property
+    def template(self) -> tuple[str, tuple[int, ...]]:
+        """Name of the feature set, width and parts of the halves, as far as the kernel has them."""
+        first, *others = self.name.split("<")[1].rstrip(">").split(", ")
+        return first.removesuffix("Features").lower(), tuple(int(other) for other in others)
+
+    def predict(self) -> dict[str, float]:
+        """See the docstring of this file; empty for kernels of the tensor level."""
+        if not self.predictable:
+            return {}
+        features = next(facts for facts in _C.feature_sets() if facts["name"] == self.template[0])
+        planes = int(features["num_mom"]) + int(features["num_rms"])
+        path = main_path(self.code)
+        per_trip = 1 if self.operation == "apply" else 4  # parameters per thread
+        flops = {"16816": 2048, "1688": 1024}  # multiply-adds of one HMMA
+        mma = sum(flops[part] for one in path for part in one.parts if one.parts[0] == "HMMA" and part in flops)
+        moved = 8 * planes + 8 if self.operation == "accumulate" else 4 * planes + 12
+        return {
+            "instructions": len(path) / per_trip,
+            "bytes": moved,
+            "memory_ps": moved / MEMORY * 1e12,
+            "issue_ps": len(path) / (32 * per_trip) / ISSUE * 1e12,
+            "tensor_ps": mma / (32 * per_trip) / TENSOR * 1e12,
+        }
+
+    def problems(self) -> list[str]:
+        """What is not as it should be."""
+        found = [f"{n} {word}, expected none" for word in ("LDL", "STL") if (n := self.counts[word])]
+        if self.predictable:
+            found += self._problems_of_operation()
+        return [f"{self.arch} {self.name}: {problem}" for problem in found]
+
+    def _problems_of_operation(self) -> list[str]:
+        name, numbers = self.template
+        features = next(facts for facts in _C.feature_sets() if facts["name"] == name)
+        planes, counts = int(features["num_mom"]) + int(features["num_rms"]), self.counts
+        least = {"LDG.128": planes + 2, "STG.128": planes if self.operation == "accumulate" else 1}
+        warps, products = 12, 0
+        if self.operation == "apply":
+            least = {}
+        if self.operation == "apply_mma":
+            width, parts = numbers
+            blocks, tiles = int(features["columns"]) // 8 + 1, width // 8
+            # Two loops over tiles; of the two layers, two blocks of 8 inputs at a time; three products or one.
+            products = 2 * ((blocks + 1) // 2 + (tiles + 1) // 2) * tiles * (3 if parts == 2 else 1)
+            warps = 8 if (name, width, parts) == ("paper", 32, 2) else 12
+        found = [f"{counts[word]} {word}, expected at least {n}" for word, n in least.items() if counts[word] < n]
+        found += [f"{n} {word}, expected accesses of global memory" for word in ("LD", "ST") if (n := counts[word])]
+        if counts["HMMA"] != products:
+            found.append(f"{counts['HMMA']} HMMA, expected {products}")
+        if self.warps < warps:
+            found.append(f"{self.warps} warps on a multiprocessor, expected at least {warps}")
+        return found
+
+
+def count(code: list[Instruction]) -> collections.Counter[str]:
+    """Instructions by first word; those that move 16 bytes also as word + `.128`."""
+    counts = collections.Counter(all=len(code))
+    for one in code:
+        counts.update([one.parts[0], *([f"{one.parts[0]}.128"] if "128" in one.parts else [])])
+    return counts
+
+
+def parse(sass: str) -> dict[str, list[Instruction]]:
+    """Kernel symbol -> its instructions."""
+    kernels: dict[str, list[Instruction]] = {}
     for line in sass.splitlines():
         if "Function :" in line:
-            counts = kernels.setdefault(line.split(":", 1)[1].strip(), collections.Counter())
+            code = kernels.setdefault(line.split(":", 1)[1].strip(), [])
         elif found := INSTRUCTION.search(line):
-            parts = found[1].split(".")
-            counts.update(["all", parts[0], *([f"{parts[0]}.128"] if "128" in parts else [])])
+            address, predicate, word, operands = found.groups()
+            code.append(Instruction(int(address, 16), predicate is not None, tuple(word.split(".")), operands))
     return kernels
+
+
+def successors(code: list[Instruction]) -> list[list[int]]:
+    """Positions that may follow each position."""
+    position = {one.address: i for i, one in enumerate(code)}
+    following = []
+    for i, one in enumerate(code):
+        after = [i + 1] if i + 1 < len(code) else []
+        if one.parts[0] in ("EXIT", "RET") and not one.predicated:
+            after = []
+        elif one.parts[0] == "BRA":
+            target = position[int(one.operands.split("0x")[-1], 16)]
+            conditional = one.predicated or "DIV" in one.parts or "P" in one.operands.split("0x")[0]
+            after = [target, *after] if conditional else [target]
+        following.append(after)
+    return following
+
+
+def main_path(code: list[Instruction]) -> list[Instruction]:
+    """Instructions of one trip through the main loop: that which moves most in 16 bytes, or multiplies most.
+
+    The longest path from the loop's head back to it over as few narrow accesses as may be, loops within repeated.
+    """
+    following = successors(code)
+    back: set[tuple[int, int]] = set()
+    finished: list[int] = []  # positions, successors first
+    state = [0] * len(code)
+    stack = [(0, iter(following[0]))]
+    state[0] = 1
+    while stack:
+        here, rest = stack[-1]
+        for after in rest:
+            if state[after] == 1:
+                back.add((here, after))
+            elif state[after] == 0:
+                state[after] = 1
+                stack.append((after, iter(following[after])))
+                break
+        else:
+            state[here] = 2
+            finished.append(here)
+            stack.pop()
+
+    best: tuple[tuple[int, int], list[Instruction]] = ((-1, -1), [])
+    for head in {head for _, head in back}:
+        value: dict[int, tuple[int, int]] = {}  # position -> (value of the best path to the head, next position)
+        for here in finished:
+            ends = [(0, -1)] if (here, head) in back else []
+            ends += [(value[n][0], n) for n in following[here] if (here, n) not in back and n in value]
+            if ends:
+                most = max(ends)
+                one = code[here]
+                wide = one.parts[0] in ("LDG", "STG") and "128" in one.parts
+                value[here] = (most[0] + 1 + 10**5 * wide - 10**5 * one.narrow, most[1])
+        path, here = [], head
+        while here in value:
+            path.append(here)
+            here = value[here][1]
+        for tail, inner in sorted(back):
+            if inner != head and inner in path and tail in path:
+                first, last = path.index(inner), path.index(tail)
+                path[first : last + 1] = path[first : last + 1] * TILES
+        trip = [code[i] for i in path]
+        counts = count(trip)
+        best = max(best, ((counts["LDG.128"], counts["FFMA"]), trip), key=lambda item: item[0])
+    return best[1]
 
 
 def readable(symbols: list[str]) -> list[str]:
@@ -42,26 +237,61 @@ def readable(symbols: list[str]) -> list[str]:
     return [name.split("(")[0] for name in short]
 
 
-def main() -> int:
-    arch = sys.argv[1] if len(sys.argv) > 1 else "sm_90"
+def tool() -> str | None:
+    """Path of cuobjdump, or None."""
     tools = [str(path) for path in Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin")]
     os.environ["PATH"] = os.pathsep.join([*tools, os.environ["PATH"]])
-    if not _C.has_cuda or shutil.which("cuobjdump") is None:
-        sys.exit("sass: needs lopt built with CUDA (LOPT_CUDA=ON) and cuobjdump: pip install 'lopt[sass]'")
-    command = ["cuobjdump", "-sass", "-arch", arch, _C.__file__]
-    kernels = count(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    if not kernels:
-        sys.exit(f"sass: no kernel for {arch}; lopt._C was built for {_C.cuda_archs}")
+    return shutil.which("cuobjdump")
 
-    counted = zip(readable(list(kernels)), kernels.values(), strict=True)
-    rows = sorted([arch, name, *(kernel[column] for column in COLUMNS)] for name, kernel in counted)
-    print(f"{arch:48}" + "".join(f"{column:>9}" for column in COLUMNS))
-    for _, name, *numbers in rows:
-        print(f"{name:48}" + "".join(f"{number:9}" for number in numbers))
+
+def architectures() -> list[str]:
+    """With machine code in this build, such as `sm_90`."""
+    return [f"sm_{arch.split('-')[0]}" for arch in _C.cuda_archs.split(",") if not arch.endswith("virtual")]
+
+
+def kernels(arch: str) -> list[Kernel]:
+    """All of them, by name."""
+
+    def dump(option: str) -> str:
+        command = ["cuobjdump", option, "-arch", arch, str(_C.__file__)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    code = parse(dump("-sass"))
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+).*?SHARED:(\d+)", dump("-res-usage"))
+    found = {symbol: (int(registers), int(shared)) for symbol, registers, shared in usage}
+    named = zip(readable(list(code)), code.items(), strict=True)
+    return sorted((Kernel(arch, name, lines, *found[symbol]) for name, (symbol, lines) in named), key=lambda k: k.name)
+
+
+def main() -> int:
+    if not _C.has_cuda or tool() is None:
+        sys.exit("sass: needs lopt built with CUDA (LOPT_CUDA=ON) and cuobjdump: pip install 'lopt[sass]'")
+    archs = [sys.argv[1]] if len(sys.argv) > 1 else architectures()
+    rows: list[list[str | float]] = []
+    problems: list[str] = []
+    for arch in archs:
+        found = kernels(arch)
+        if not found:
+            sys.exit(f"sass: no kernel for {arch}; lopt._C was built for {_C.cuda_archs}")
+        print(f"{arch:44}" + "".join(f"{column:>10}" for column in [*COLUMNS, *FACTS]))
+        for kernel in found:
+            numbers = [*(kernel.counts[column] for column in COLUMNS), *(getattr(kernel, fact) for fact in FACTS)]
+            print(f"{kernel.name:44}" + "".join(f"{number:10}" for number in numbers))
+            rows.append([arch, kernel.name, *numbers, *(kernel.predict() or dict.fromkeys(PREDICTED, "")).values()])
+            problems += kernel.problems()
+        print()
+    if "sm_90" in archs:
+        print("PREDICTED for an H100, not measured; per parameter")
+        print(f"{'sm_90':44}" + "".join(f"{column:>13}" for column in PREDICTED))
+        for row in rows:
+            if row[0] == "sm_90" and row[-1] != "":
+                print(f"{row[1]:44}" + "".join(f"{number:13.1f}" for number in row[-len(PREDICTED) :]))
     if len(sys.argv) > 2:
         with open(sys.argv[2], "w", newline="") as file:
-            csv.writer(file).writerows([["arch", "kernel", *COLUMNS], *rows])
-    return int(any(kernel["LDL"] + kernel["STL"] for kernel in kernels.values()))
+            predicted = [f"predicted_{column}" for column in PREDICTED]
+            csv.writer(file).writerows([["arch", "kernel", *COLUMNS, *FACTS, *predicted], *rows])
+    print("", *problems, sep="\n")
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ void accumulate(const std::string& backend, int feature_set, uint64_t tensors, u
 
 void apply(const std::string& backend, int feature_set, int width, uint64_t tensors, uint64_t grads, uint64_t chunks,
            int64_t num_tensors, int64_t num_chunks, uint64_t clip_limit, uint64_t scale, uint64_t shift, uint64_t bias,
-           uint64_t step_size, uint64_t keep, uint64_t weights, float magnitude_rate, float feature_clip,
+           uint64_t step_size, uint64_t keep, uint64_t weights, float magnitude_rate, float feature_clip, int precision,
            uint64_t partials, uint64_t finished, uint64_t hidden, int num_threads, [[maybe_unused]] int device,
            [[maybe_unused]] uint64_t stream) {
   ApplyParams params{};
@@ -82,6 +82,7 @@ void apply(const std::string& backend, int feature_set, int width, uint64_t tens
   params.weights = pointer<float>(weights);
   params.magnitude_rate = magnitude_rate;
   params.feature_clip = feature_clip;
+  params.precision = static_cast<Precision>(precision);
   params.partials = pointer<double>(partials);
   params.finished = pointer<uint32_t>(finished);
   params.hidden = pointer<float>(hidden);
@@ -223,8 +224,8 @@ PYBIND11_MODULE(_C, m) {
         "Clip gradients, update mom and rms, reduce statistics; see AccumulateParams in csrc/kernels.h.");
   m.def("apply", &lopt::apply, "backend"_a, "feature_set"_a, "width"_a, "tensors"_a, "grads"_a, "chunks"_a,
         "num_tensors"_a, "num_chunks"_a, "clip_limit"_a, "scale"_a, "shift"_a, "bias"_a, "step_size"_a, "keep"_a,
-        "weights"_a, "magnitude_rate"_a, "feature_clip"_a, "partials"_a, "finished"_a, "hidden"_a, "num_threads"_a,
-        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+        "weights"_a, "magnitude_rate"_a, "feature_clip"_a, "precision"_a, "partials"_a, "finished"_a, "hidden"_a,
+        "num_threads"_a, "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "Features, small MLP, parameter update; see ApplyParams in csrc/kernels.h.");
   m.def("sim_launches", &lopt::sim_launches, "Kernels that sim has run so far.");
   m.def("write_words", &lopt::write_words, "backend"_a, "to"_a, "words"_a, "device"_a, "stream"_a,

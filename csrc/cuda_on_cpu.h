@@ -58,14 +58,11 @@ struct dim3 {
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
-struct alignas(8) float2 {
-  float x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct alignas(16) int4 {
-  int x, y, z, w;
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -120,9 +117,10 @@ inline void __asan_unpoison_memory_region(const void*, size_t) {}
 
 // ---- Fibers, blocks, grids -------------------------------------------------------------------------------------------
 
-enum class State { ready, exited, barrier, syncwarp, shuffle, ballot };  // from `barrier` on, it waits for others there
-inline const char* const kStateNames[] = {"ready",      "exited",    "__syncthreads",
-                                          "__syncwarp", "a shuffle", "__ballot_sync"};
+enum class State { ready, exited, barrier, syncwarp, shuffle, any, collective };  // from `barrier` on, it waits there
+inline const char* const kStateNames[] = {"ready",     "exited",     "__syncthreads",           "__syncwarp",
+                                          "a shuffle", "__any_sync", "an operation of its warp"};
+using Collective = void(void* const* operands);  // computes for all 32 lanes at once
 
 struct Place {
   const char* file;
@@ -188,7 +186,7 @@ struct Block {  // one per OS thread, used for one CUDA block after the other
     for (;;) leave(true);
   }
   std::string run();
-  uint64_t wait(State, Place, unsigned mask, int source, uint64_t value);
+  uint64_t wait(State, Place, unsigned mask, int source, uint64_t value, Collective* compute = nullptr);
 };
 inline thread_local Block* block = nullptr;
 
@@ -247,7 +245,7 @@ inline std::string Block::run() {
 }
 
 // The current thread waits at a barrier or a warp operation. The lane that comes last serves all lanes of its mask.
-inline uint64_t Block::wait(State state, Place place, unsigned mask, int source, uint64_t value) {
+inline uint64_t Block::wait(State state, Place place, unsigned mask, int source, uint64_t value, Collective* compute) {
   Fiber& self = fibers[current];
   const int lane = current % warpSize;
   Fiber* const lanes = &fibers[current - lane];
@@ -265,12 +263,16 @@ inline uint64_t Block::wait(State state, Place place, unsigned mask, int source,
     leave();
     return self.result;
   }
-  uint64_t votes = 0;
-  for (int i = 0; i < warpSize; ++i)
-    if (mask >> i & 1) votes |= uint64_t{lanes[i].value != 0} << i;
+  uint64_t any = 0;
+  void* operands[warpSize];
+  for (int i = 0; i < warpSize; ++i) {
+    if (mask >> i & 1) any |= lanes[i].value;
+    operands[i] = reinterpret_cast<void*>(lanes[i].value);
+  }
+  if (state == State::collective) compute(operands);
   for (int i = 0; i < warpSize; ++i) {
     if (!(mask >> i & 1)) continue;
-    lanes[i].result = state == State::ballot ? votes : lanes[lanes[i].source].value;
+    lanes[i].result = state == State::any ? any : lanes[lanes[i].source].value;
     lanes[i].state = State::ready;
   }
   return self.result;
@@ -316,8 +318,12 @@ inline void __syncthreads(Place place = Place::here()) { block->wait(State::barr
 inline void __syncwarp(unsigned mask = ~0u, Place place = Place::here()) {
   block->wait(State::syncwarp, place, mask, 0, 0);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, Place place = Place::here()) {
-  return unsigned(block->wait(State::ballot, place, mask, 0, predicate != 0));
+inline int __any_sync(unsigned mask, int predicate, Place place = Place::here()) {
+  return int(block->wait(State::any, place, mask, 0, predicate != 0));
+}
+// What one PTX instruction does for a whole warp: `compute` sees the operands of all lanes.
+inline void warp_collective(void* operand, Collective* compute, Place place = Place::here()) {
+  block->wait(State::collective, place, ~0u, 0, reinterpret_cast<uint64_t>(operand), compute);
 }
 
 inline int lane_id() { return block->current % warpSize; }
@@ -331,52 +337,26 @@ T shuffle(unsigned mask, T value, int source, Place place) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-// A lane whose source lies outside its segment of `width` lanes gets its own value; __shfl_sync wraps around.
-template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, Place place = Place::here()) {
-  return shuffle(mask, value, (lane_id() & ~(width - 1)) | (source & (width - 1)), place);
-}
+// A lane whose source lies outside its segment of `width` lanes gets its own value.
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, Place place = Place::here()) {
   const int lane = lane_id(), source = lane ^ bits;
   return shuffle(mask, value, source < (lane & ~(width - 1)) + width ? source : lane, place);
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, Place place = Place::here()) {
-  const int lane = lane_id(), source = lane + int(delta);
-  return shuffle(mask, value, source < (lane & ~(width - 1)) + width ? source : lane, place);
-}
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, Place place = Place::here()) {
-  const int lane = lane_id(), source = lane - int(delta);
-  return shuffle(mask, value, source >= (lane & ~(width - 1)) ? source : lane, place);
-}
 
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
-template <class T, class Next>
-T atomic_update(T* address, Next next) {  // *address = next(*address); returns the old value
-  T old, desired;
-  __atomic_load(address, &old, __ATOMIC_SEQ_CST);
-  do desired = next(old);
-  while (!__atomic_compare_exchange(address, &old, &desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
-  return old;
-}
-template <class T>
-T atomicAdd(T* address, std::common_type_t<T> value) {
-  return atomic_update(address, [&](T old) { return T(old + value); });
-}
-template <class T>
-T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value) {
-  return atomic_update(address, [&](T old) { return old == expected ? value : old; });
-}
-inline unsigned atomicInc(unsigned* address, unsigned limit) {
-  return atomic_update(address, [&](unsigned old) { return old >= limit ? 0u : old + 1; });
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
 }
 
 template <class T>
-T __ldg(const T* address) {
+T __ldcg(const T* address) {
   return *address;
+}
+template <class T>
+void __stcg(T* address, std::common_type_t<T> value) {
+  *address = value;
 }
 
 // ---- The runtime calls of launch.cuh ---------------------------------------------------------------------------------

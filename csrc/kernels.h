@@ -18,6 +18,10 @@ constexpr int64_t kChunk = 8192;  // parameters per chunk: the unit of parallel 
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 
+// Of the small MLP in the CUDA kernels: plain float; on tensor cores, as exact as float32 but for two bits; on tensor cores
+// with 11 bits.
+enum Precision : int32_t { kExact = 0, kHigh = 1, kFast = 2 };
+
 // One row of the tensor table. Accumulators are planes of `stride` elements, in row-major order of the parameter.
 struct TensorEntry {
   int64_t param;        // address of [numel] values of param_dtype, read and written
@@ -65,10 +69,11 @@ struct ApplyParams {
   const float* keep;        // [T] 1 - lr * weight decay
   const float* weights;     // [num_theta, MlpLayout::kSize]
   float magnitude_rate;
-  float feature_clip;  // +inf: no clipping
-  double* partials;    // [num_chunks, width] scratch
-  uint32_t* finished;  // [T] scratch of the CUDA kernel: zero before and after
-  float* hidden;       // [T, width] written: mean of hidden2 over the tensor
+  float feature_clip;   // +inf: no clipping
+  Precision precision;  // of the CUDA kernels; the CPU's are exact
+  double* partials;     // [num_chunks, width] scratch
+  uint32_t* finished;   // [T] scratch of the CUDA kernel: zero before and after
+  float* hidden;        // [T, width] written: mean of hidden2 over the tensor
 };
 
 // The formulas one parameter at a time, shared by all kernels.

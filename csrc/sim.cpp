@@ -6,6 +6,7 @@
 
 #define accumulate_cuda accumulate_on_cpu
 #define apply_cuda apply_on_cpu
+#define apply_mma_cuda apply_mma_on_cpu
 #define begin_cuda begin_on_cpu
 #define advance_cuda advance_on_cpu
 #define finish_cuda finish_on_cpu
@@ -13,6 +14,7 @@
 #include "../cuda/accumulate.cu"
 #include "../cuda/advance.cu"
 #include "../cuda/apply.cu"
+#include "../cuda/apply_mma.cu"
 
 namespace lopt {
 

@@ -1,7 +1,7 @@
 // accumulate on the GPU: for every parameter
 //   grad  = clamp(grad, +-limit)
 //   mom_k = d_k mom_k + (1 - d_k) grad,  rms_k = d_k rms_k + (1 - d_k) grad^2
-// and per tensor the statistics of stats.h. One block per chunk, one thread per parameter and round.
+// and per tensor the statistics of stats.h. One block per chunk, four parameters per thread and round (Note [Quads]).
 // Source: arXiv:2009.11243; moments are merged after Chan, Golub and LeVeque (1979). See Note [Order of reduction].
 #include "chunks.cuh"
 #include "reduce.cuh"
@@ -35,6 +35,24 @@ __device__ __forceinline__ void partials_of_one(float raw_grad, float grad, floa
   Features::moments(grad, param, mom, rms, one + kMoments);
 }
 
+// row (of `seen` parameters) += one (of one parameter), as merge_partials does, with one division in place of three.
+template <class Features>
+__device__ __forceinline__ void add_partials(float* row, float seen, const float* one) {
+  const float share = 1.0f / (seen + 1.0f);
+#pragma unroll
+  for (int c = 0; c < kNumStats<Features>; ++c) {
+    if (c == kParamVar || c == kMomVar || c == kRmsVar) continue;
+    if (c != kParamMean && c != kMomMean && c != kRmsMean) {
+      row[c] += one[c];
+      continue;
+    }
+    const int values = c == kMomMean ? Features::kNumMom : c == kRmsMean ? Features::kNumRms : 1;  // per parameter
+    const float delta = one[c] - row[c];
+    row[c] += delta * share;
+    row[c + 1] += one[c + 1] + delta * delta * (seen * share * values);
+  }
+}
+
 // Column c of many rows merged into one, by one warp: row r covers weight(r) parameters and holds value(r, c).
 //   a mean:        mean = sum w_r mean_r / sum w_r
 //   a deviation:   sum (deviation_r + w_r (mean_r - mean)^2)
@@ -54,9 +72,16 @@ __device__ __forceinline__ double merge_column(int c, int64_t rows, double numel
   });
 }
 
-// Four blocks per multiprocessor leave 128 registers: enough loads in flight, and nothing spills.
+// How many of a chunk's parameters one thread handled.
+__device__ __forceinline__ int parameters_of_thread(int count, int thread) {
+  const int rounds = count / (kQuad * kThreads), rest = count % (kQuad * kThreads) - kQuad * thread;
+  return kQuad * rounds + (rest < 0 ? 0 : rest < kQuad ? rest : kQuad);
+}
+
+// Three or four blocks per multiprocessor leave 168 or 128 registers: enough loads in flight, and nothing spills.
 template <class Features>
-__global__ void __launch_bounds__(kThreads, 4) accumulate_kernel(AccumulateParams params) {
+__global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRms > 5 ? 3 : 4)
+    accumulate_kernel(AccumulateParams params) {
   constexpr int kStats = kNumStats<Features>;
   __shared__ float rows[kStats][kThreads];  // one row of partials per thread, transposed
   __shared__ double total[kStats];
@@ -66,31 +91,43 @@ __global__ void __launch_bounds__(kThreads, 4) accumulate_kernel(AccumulateParam
   const int64_t grads = params.grads[chunk.tensor];
   const float limit = params.clip_limit[chunk.tensor];
 
+  const bool aligned = aligned_quads(tensor, grads);
   float row[kStats] = {};
   float seen = 0.0f;
-  for (int i = static_cast<int>(threadIdx.x); i < chunk.count; i += kThreads) {
-    const int64_t at = chunk.begin + i;
-    float* mom_at = reinterpret_cast<float*>(tensor.mom) + at;
-    float* rms_at = reinterpret_cast<float*>(tensor.rms) + at;
-    const float param = load_value(tensor.param, tensor.param_dtype, at);
-    const float raw_grad = load_value(grads, tensor.grad_dtype, at);
-    const float grad = clip_gradient(raw_grad, limit);
-    float mom[Features::kNumMom], rms[Features::kNumRms];
+  for (int i = kQuad * static_cast<int>(threadIdx.x); i < chunk.count; i += kQuad * kThreads) {
+    const Quad quad = quad_at(chunk, i, aligned);
+    const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad);
+    const RawQuad raw_grad = load_raw(grads, tensor.grad_dtype, quad);
+    float mom[Features::kNumMom][kQuad], rms[Features::kNumRms][kQuad];
+    load_planes(tensor.mom, tensor.stride, quad, mom);
+    load_planes(tensor.rms, tensor.stride, quad, rms);
+    float param[kQuad], unclipped[kQuad], grad[kQuad];
+    decode(raw_param, tensor.param_dtype, param);
+    decode(raw_grad, tensor.grad_dtype, unclipped);
 #pragma unroll
-    for (int k = 0; k < Features::kNumMom; ++k) mom[k] = mom_at[k * tensor.stride];
+    for (int j = 0; j < kQuad; ++j) {
+      grad[j] = clip_gradient(unclipped[j], limit);
 #pragma unroll
-    for (int k = 0; k < Features::kNumRms; ++k) rms[k] = rms_at[k * tensor.stride];
+      for (int k = 0; k < Features::kNumMom; ++k) mom[k][j] = next_accumulator(mom[k][j], params.mom_decay[k], grad[j]);
 #pragma unroll
-    for (int k = 0; k < Features::kNumMom; ++k)
-      mom_at[k * tensor.stride] = mom[k] = next_accumulator(mom[k], params.mom_decay[k], grad);
-#pragma unroll
-    for (int k = 0; k < Features::kNumRms; ++k)
-      rms_at[k * tensor.stride] = rms[k] = next_accumulator(rms[k], params.rms_decay[k], grad * grad);
+      for (int k = 0; k < Features::kNumRms; ++k)
+        rms[k][j] = next_accumulator(rms[k][j], params.rms_decay[k], grad[j] * grad[j]);
+    }
+    store_planes(tensor.mom, tensor.stride, quad, mom);
+    store_planes(tensor.rms, tensor.stride, quad, rms);
 
-    float one[kStats];
-    partials_of_one<Features>(raw_grad, grad, param, mom, rms, one);
-    merge_partials<Features, float>(row, seen, one, 1.0f);
-    seen += 1.0f;
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (j >= quad.count) break;
+      float mom_of_one[Features::kNumMom], rms_of_one[Features::kNumRms], one[kStats];
+#pragma unroll
+      for (int k = 0; k < Features::kNumMom; ++k) mom_of_one[k] = mom[k][j];
+#pragma unroll
+      for (int k = 0; k < Features::kNumRms; ++k) rms_of_one[k] = rms[k][j];
+      partials_of_one<Features>(unclipped[j], grad[j], param[j], mom_of_one, rms_of_one, one);
+      add_partials<Features>(row, seen, one);
+      seen += 1.0f;
+    }
   }
 
   // Threads -> chunk.
@@ -100,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 4) accumulate_kernel(AccumulateParam
   for (int c = warp_index(); c < kStats; c += kWarps) {
     const double merged = merge_column<Features>(
         c, kThreads, chunk.count,
-        [&](int64_t thread) -> double { return (chunk.count - static_cast<int>(thread) + kThreads - 1) / kThreads; },
+        [&](int64_t thread) -> double { return parameters_of_thread(chunk.count, static_cast<int>(thread)); },
         [&](int64_t thread, int column) -> double { return rows[column][thread]; });
     if (lane_index() == 0) params.partials[int64_t{blockIdx.x} * kStats + c] = merged;
   }

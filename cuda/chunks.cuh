@@ -1,4 +1,11 @@
-// Many tensors, one launch: which chunk a block works on, and values in the dtype of their tensor.
+// Many tensors, one launch: which chunk a block works on, and a thread's four parameters in and out of registers.
+//
+// Note [Quads]
+// A thread handles four consecutive parameters, a quad. Where all addresses of a tensor allow it, a quad moves in one
+// access of 16 bytes (8 for bfloat16), a warp's neighbouring quads in full sectors; otherwise, and at the end of a tensor,
+// value by value. Every load of a quad is issued before the first value is used: `load_raw` and `decode` are two steps
+// because widening a bfloat16 would already wait for it. __ldcg and __stcg pass by the first-level cache, which holds
+// nothing that is used twice, and say that an address out of a table is one of global memory.
 #pragma once
 
 #include "launch.cuh"
@@ -21,29 +28,145 @@ __device__ __forceinline__ ChunkRange chunk_of_block(const TensorEntry* tensors,
           static_cast<uint32_t>((numel + kChunk - 1) / kChunk)};
 }
 
-// bfloat16 is the upper half of a float32.
 union FloatBits {
   float value;
   uint32_t bits;
 };
 
+// bfloat16 is the upper half of a float32.
 __device__ __forceinline__ float load_value(int64_t address, int32_t dtype, int64_t i) {
-  if (dtype == kFloat32) return reinterpret_cast<const float*>(address)[i];
+  if (dtype == kFloat32) return __ldcg(reinterpret_cast<const float*>(address) + i);
   FloatBits x;
-  x.bits = uint32_t{reinterpret_cast<const uint16_t*>(address)[i]} << 16;
+  x.bits = uint32_t{__ldcg(reinterpret_cast<const uint16_t*>(address) + i)} << 16;
   return x.value;
 }
 
 // Rounds to the nearest bfloat16, ties to even; NaN stays NaN.
-__device__ __forceinline__ void store_value(int64_t address, int32_t dtype, int64_t i, float value) {
-  if (dtype == kFloat32) {
-    reinterpret_cast<float*>(address)[i] = value;
-    return;
-  }
+__device__ __forceinline__ uint32_t bfloat16_bits(float value) {
   FloatBits x;
   x.value = value;
-  const uint32_t rounded = (x.bits + 0x7fff + (x.bits >> 16 & 1)) >> 16;
-  reinterpret_cast<uint16_t*>(address)[i] = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+  return value == value ? (x.bits + 0x7fff + (x.bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+__device__ __forceinline__ void store_value(int64_t address, int32_t dtype, int64_t i, float value) {
+  if (dtype == kFloat32)
+    __stcg(reinterpret_cast<float*>(address) + i, value);
+  else
+    __stcg(reinterpret_cast<uint16_t*>(address) + i, static_cast<uint16_t>(bfloat16_bits(value)));
+}
+
+// ---- Quads -----------------------------------------------------------------------------------------------------------
+
+constexpr int kQuad = 4;
+
+struct Quad {
+  int64_t at;  // first parameter
+  int count;   // 4, fewer at the end of a chunk, or none
+  bool wide;   // moves in one access
+};
+
+// Whether the quads of a tensor are aligned; chunks begin at multiples of a quad.
+__device__ __forceinline__ bool aligned_quads(const TensorEntry& tensor, int64_t grads) {
+  const int64_t floats = tensor.mom | tensor.rms | tensor.stride * 4 |
+                         (tensor.param_dtype == kFloat32 ? tensor.param : tensor.param * 2) |
+                         (tensor.grad_dtype == kFloat32 ? grads : grads * 2);
+  return floats % 16 == 0;
+}
+
+__device__ __forceinline__ Quad quad_at(const ChunkRange& chunk, int i, bool aligned) {
+  const int left = chunk.count - i, count = left < 0 ? 0 : left < kQuad ? left : kQuad;
+  return {chunk.begin + i, count, aligned && count == kQuad};
+}
+
+// A quad as it lies in memory: a float32 in each word, or two bfloat16 in each of the first two.
+struct RawQuad {
+  uint32_t words[kQuad];
+};
+
+// Nothing where the quad has no parameter.
+__device__ __forceinline__ RawQuad load_raw(int64_t address, int32_t dtype, const Quad& quad) {
+  RawQuad raw{};
+  if (dtype == kFloat32) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(address) + quad.at;
+    if (quad.wide) {
+      const uint4 four = __ldcg(reinterpret_cast<const uint4*>(from));
+      return {{four.x, four.y, four.z, four.w}};
+    }
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      if (j < quad.count) raw.words[j] = __ldcg(from + j);
+  } else {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(address) + quad.at;
+    if (quad.wide) {
+      const uint2 four = __ldcg(reinterpret_cast<const uint2*>(from));
+      return {{four.x, four.y, 0, 0}};
+    }
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      if (j < quad.count) raw.words[j / 2] |= uint32_t{__ldcg(from + j)} << 16 * (j % 2);
+  }
+  return raw;
+}
+
+__device__ __forceinline__ void decode(const RawQuad& raw, int32_t dtype, float* values) {
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    FloatBits x;
+    const uint32_t pair = raw.words[j / 2];
+    x.bits = dtype == kFloat32 ? raw.words[j] : j % 2 ? pair & 0xffff0000u : pair << 16;
+    values[j] = x.value;
+  }
+}
+
+__device__ __forceinline__ void store_quad(int64_t address, int32_t dtype, const Quad& quad, const float* values) {
+  if (!quad.wide) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      if (j < quad.count) store_value(address, dtype, quad.at + j, values[j]);
+  } else if (dtype == kFloat32) {
+    float* to = reinterpret_cast<float*>(address) + quad.at;
+    __stcg(reinterpret_cast<float4*>(to), {values[0], values[1], values[2], values[3]});
+  } else {
+    uint16_t* to = reinterpret_cast<uint16_t*>(address) + quad.at;
+    __stcg(reinterpret_cast<uint2*>(to), {bfloat16_bits(values[0]) | bfloat16_bits(values[1]) << 16,
+                                          bfloat16_bits(values[2]) | bfloat16_bits(values[3]) << 16});
+  }
+}
+
+// The quad of every accumulator plane; zero where it has no parameter.
+template <int kPlanes>
+__device__ __forceinline__ void load_planes(int64_t address, int64_t stride, const Quad& quad,
+                                            float (&values)[kPlanes][kQuad]) {
+  const float* from = reinterpret_cast<const float*>(address) + quad.at;
+  if (quad.wide) {
+#pragma unroll
+    for (int k = 0; k < kPlanes; ++k) {
+      const float4 four = __ldcg(reinterpret_cast<const float4*>(from + k * stride));
+      values[k][0] = four.x, values[k][1] = four.y, values[k][2] = four.z, values[k][3] = four.w;
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) values[k][j] = j < quad.count ? __ldcg(from + k * stride + j) : 0.0f;
+}
+
+template <int kPlanes>
+__device__ __forceinline__ void store_planes(int64_t address, int64_t stride, const Quad& quad,
+                                             const float (&values)[kPlanes][kQuad]) {
+  float* to = reinterpret_cast<float*>(address) + quad.at;
+  if (quad.wide) {
+#pragma unroll
+    for (int k = 0; k < kPlanes; ++k)
+      __stcg(reinterpret_cast<float4*>(to + k * stride), {values[k][0], values[k][1], values[k][2], values[k][3]});
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      if (j < quad.count) __stcg(to + k * stride + j, values[k][j]);
 }
 
 }  // namespace lopt

@@ -63,6 +63,7 @@ def apply(
     weights: int,
     magnitude_rate: float,
     feature_clip: float,
+    precision: int,
     partials: int,
     finished: int,
     hidden: int,

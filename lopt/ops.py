@@ -33,6 +33,7 @@ except ImportError as error:  # pragma: no cover
 BACKENDS = ("cpu", "cuda", "sim")
 WIDTHS = (8, 16, 32)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+PRECISIONS = ("exact", "high", "fast")
 
 for _facts, _features in zip(_C.feature_sets(), FEATURE_SETS.values(), strict=True):
     _expected = {
@@ -146,6 +147,8 @@ class Plan:
         params: contiguous, non-empty float32 or bfloat16 tensors on one device, written by :meth:`apply`.
         mom, rms: contiguous float32 ``[num_mom, numel]`` and ``[num_rms, numel]`` for each; :meth:`accumulate` writes.
         theta_index: for each tensor the row of the MLP weights that drives it; zeros by default.
+        precision: of the small MLP in the CUDA kernels. ``"exact"`` is plain float32; ``"high"`` splits a float32 into
+            two halves for tensor cores and keeps its accuracy; ``"fast"`` rounds to 11 bits.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, device, size or layout, named with its position.
@@ -159,9 +162,12 @@ class Plan:
         mom: Sequence[Tensor],
         rms: Sequence[Tensor],
         theta_index: Sequence[int] | None = None,
+        precision: str = "high",
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
         if not params:
             raise ValueError("params: expected at least one tensor, got none")
         if feature_set not in FEATURE_SETS:
@@ -172,7 +178,7 @@ class Plan:
         for name, values in (("mom", mom), ("rms", rms), ("theta_index", theta_index)):
             _check_length(name, len(values), len(params))
         self.backend, self.features = backend, FEATURE_SETS[feature_set]
-        self.index = FEATURE_SET_INDEX[feature_set]
+        self.index, self.precision = FEATURE_SET_INDEX[feature_set], PRECISIONS.index(precision)
         self.device = params[0].device
         if self.device.type != ("cuda" if backend == "cuda" else "cpu"):
             raise ValueError(f"params[0]: on {self.device}, which back end {backend!r} cannot reach; use impl='auto'")
@@ -357,6 +363,7 @@ class Plan:
             weights=rows[6].data_ptr(),
             magnitude_rate=magnitude_rate,
             feature_clip=float("inf") if feature_clip is None else feature_clip,
+            precision=self.precision,
             partials=self.partials.data_ptr(),
             finished=self.finished.data_ptr(),
             hidden=self.hidden.data_ptr(),

@@ -5,7 +5,7 @@ import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from lopt.theta import Theta
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
 NONFINITE = ("ignore", "raise", "skip")
+PRECISIONS = ("high", "fast")
 GLOBALS = (*Globals._fields, "pending_loss", "nonfinite")  # kept in param_groups[0]
 
 
@@ -74,6 +75,8 @@ class LearnedOptimizer(Optimizer):
         on_nonfinite: what to do about NaN and Inf in gradients. ``"ignore"`` (default): a NaN counts as zero, an Inf as
             the clip limit, both are counted in :attr:`nonfinite_gradients`. ``"skip"`` leaves out the step, ``"raise"``
             raises FloatingPointError before anything changes; both read a value back from the device.
+        precision: of the small MLP on a GPU. ``"high"`` (default) has the accuracy of float32; ``"fast"`` rounds
+            features, weights and hidden units to 11 bits, as TF32 does. Elsewhere it has no effect.
 
     Raises:
         ValueError, TypeError, RuntimeError: the operand, what was expected, what came, and what to do.
@@ -113,11 +116,14 @@ class LearnedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         impl: str = "auto",
         on_nonfinite: str = "ignore",
+        precision: Literal["high", "fast"] = "high",
     ) -> None:
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
         if on_nonfinite not in NONFINITE:
             raise ValueError(f"on_nonfinite: expected one of {NONFINITE}, got {on_nonfinite!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps: expected a positive number or None, got {total_steps}")
         if not isinstance(theta, (Theta, str, os.PathLike)):
@@ -125,6 +131,7 @@ class LearnedOptimizer(Optimizer):
         self.theta = theta if isinstance(theta, Theta) else Theta.load(theta)
         self.total_steps = total_steps
         self.on_nonfinite = on_nonfinite
+        self.precision = precision
         self.impl = impl
         self._active: _Active | None = None
         self._weights: dict[str, Tensor] = {}
@@ -273,14 +280,15 @@ class LearnedOptimizer(Optimizer):
         if self.implementation == "reference":
             plan = ReferencePlan(spec, weights, [tuple(param.shape) for param in params], mom, rms)
         else:
-            plan = KernelPlan(self.implementation, self.theta, weights, params, groups, mom, rms, rows)
+            state = mom, rms, rows
+            plan = KernelPlan(self.implementation, self.theta, weights, params, groups, *state, self.precision)
             self._losses = plan.level
         self._active = _Active(params, groups, plan, mom, rows)
         return self._active
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("theta", "total_steps", "on_nonfinite", "impl", "implementation"):
+        for name in ("theta", "total_steps", "on_nonfinite", "precision", "impl", "implementation"):
             state[name] = getattr(self, name)
         return state
 

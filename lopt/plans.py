@@ -89,10 +89,12 @@ class KernelPlan:
         mom: list[Tensor],
         rms: list[Tensor],
         rows: Rows,
+        precision: str,
     ) -> None:
         self.spec = spec = theta.spec
         self.packed = ops.pack_mlp(spec, weights)
-        self.plan = ops.Plan(backend, spec.feature_set, [param.contiguous() for param in params], mom, rms)
+        contiguous = [param.contiguous() for param in params]
+        self.plan = ops.Plan(backend, spec.feature_set, contiguous, mom, rms, precision=precision)
         self.level = ops.TensorLevel(backend, theta, [tuple(param.shape) for param in params], rows, groups)
 
     def step(

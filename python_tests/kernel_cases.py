@@ -21,6 +21,7 @@ RANKS = ((), (7,), (5, 4), (3, 3, 2), (3, 3, 2, 4), (2, 3, 5, 4, 3))
 MIXED = (*RANKS, *SIZES)
 SHORT = ((), (31,), (3, 43), (8193,))
 LONG = ((70_001,), (3,))
+WINDOWS = ((128,), (5, 4), (1152,), (8196,), (2, 10_000))  # in fours and in windows of 128, and a few beyond
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,7 @@ stats_scale_of = cache(lambda *key: stats_scale(problem_of(*key), accumulated_of
 # ---- Running a kernel -----------------------------------------------------------------------------------------------
 
 GUARD = 3  # elements before and after every tensor, an odd number: addresses are as unaligned as they may be
+ALIGNED = 4  # the same for addresses that allow the widest accesses
 SENTINEL = -77.0
 
 
@@ -229,6 +231,8 @@ class Run:
     problem: Problem
     backend: Backend
     theta_index: Sequence[int] | None = None
+    guard: int = GUARD
+    precision: str = "high"
 
     def __post_init__(self) -> None:
         problem = self.problem
@@ -238,14 +242,15 @@ class Run:
         self.mom = [self._guarded(x) for x in problem.mom]
         self.rms = [self._guarded(x) for x in problem.rms]
         name, spec = self.backend.name, problem.spec
-        self.plan = ops.Plan(name, spec.feature_set, self.params, self.mom, self.rms, self.theta_index)
+        state = self.params, self.mom, self.rms
+        self.plan = ops.Plan(name, spec.feature_set, *state, self.theta_index, self.precision)
         self.plan.set_tensors(self.params, self.grads)
 
     def _guarded(self, x: Tensor) -> Tensor:
-        buffer = torch.full((x.numel() + 2 * GUARD,), SENTINEL, dtype=x.dtype)
-        buffer[GUARD:-GUARD] = x.reshape(-1)
+        buffer = torch.full((x.numel() + 2 * self.guard,), SENTINEL, dtype=x.dtype)
+        buffer[self.guard : -self.guard] = x.reshape(-1)
         self.buffers.append(buffer.to(self.backend.device))
-        return self.buffers[-1][GUARD:-GUARD].view(x.shape)
+        return self.buffers[-1][self.guard : -self.guard].view(x.shape)
 
     def accumulate(self) -> Tensor:
         return self.plan.accumulate(self.problem.clip_limit.to(self.backend.device)).cpu()
@@ -260,7 +265,7 @@ class Run:
 
     def check_guards(self) -> None:
         for buffer in self.buffers:
-            edges = torch.cat([buffer[:GUARD], buffer[-GUARD:]]).float().cpu()
+            edges = torch.cat([buffer[: self.guard], buffer[-self.guard :]]).float().cpu()
             assert torch.equal(edges, torch.full_like(edges, SENTINEL)), "written outside of a tensor"
 
 

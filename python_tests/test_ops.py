@@ -15,12 +15,15 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from kernel_cases import (
+    ALIGNED,
     BF16,
     F32,
+    GUARD,
     LONG,
     MIXED,
     RANKS,
     SHORT,
+    WINDOWS,
     Backend,
     Problem,
     Run,
@@ -81,10 +84,10 @@ def check_accumulate(backend: Backend, *key: object, ulps: float = 1.0) -> None:
             check_rule(name, float(errors[i]), float(singles[i]), ulps)
 
 
-def check_apply(backend: Backend, *key: object) -> None:
+def check_apply(backend: Backend, *key: object, guard: int = GUARD, precision: str = "high") -> None:
     """Errors of ``apply`` on one problem; what it may not write is unchanged."""
     problem, exact, single = problem_of(*key), applied_of(torch.float64, *key), applied_of(F32, *key)
-    run = Run(problem, backend)
+    run = Run(problem, backend, guard=guard, precision=precision)
     hidden = run.apply()
     run.check_guards()
     assert same(run.grads, problem.grads)
@@ -152,6 +155,91 @@ def test_extreme_values(backend: Backend, feature_set: str) -> None:
     check_accumulate(backend, *key, ulps=8.0)
     check_apply(backend, *key)
     assert all(bool(x.isfinite().all()) for x in outputs(Run(problem_of(*key), backend)))
+
+
+# ---- Wide accesses and tensor cores ---------------------------------------------------------------------------------
+
+GPU_KERNELS = pytest.mark.parametrize(
+    "backend", ["sim", "sim-reverse", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+
+
+@GPU_KERNELS
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (BF16, F32)], ids=["f32-f32", "f32-bf16", "bf16-f32"])
+@SETS
+def test_wide_accesses_give_the_same_bits(
+    backend: Backend, feature_set: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    problem = problem_of(feature_set, 8, WINDOWS, *dtypes)
+    narrow, wide = (Run(problem, backend, guard=guard, precision="exact") for guard in (GUARD, ALIGNED))
+    assert same(outputs(narrow), outputs(wide))
+    wide.check_guards()
+
+
+@GPU_KERNELS
+@pytest.mark.parametrize("precision", ["exact", "high"])
+@WIDTHS
+@SETS
+def test_aligned_apply_error(backend: Backend, feature_set: str, width: int, precision: str) -> None:
+    """Tensor cores are held to the rule of plain float32."""
+    check_apply(backend, feature_set, width, WINDOWS, guard=ALIGNED, precision=precision)
+
+
+@GPU_KERNELS
+@HALF
+@SETS
+def test_aligned_apply_error_bfloat16(
+    backend: Backend, feature_set: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    check_apply(backend, feature_set, 16, WINDOWS, *dtypes, guard=ALIGNED)
+
+
+@GPU_KERNELS
+@WIDTHS
+@SETS
+def test_fast_keeps_eleven_bits(backend: Backend, feature_set: str, width: int) -> None:
+    """Each of two layers rounds inputs and weights by up to 2^-12: below 2^-9 in all, and not float32."""
+    problem, exact = problem_of(feature_set, width, WINDOWS), applied_of(torch.float64, feature_set, width, WINDOWS)
+    run = Run(problem, backend, guard=ALIGNED, precision="fast")
+    hidden = run.apply()
+    run.check_guards()
+    assert 2.0**-16 < error(hidden, exact.hidden) < 2.0**-9
+    assert error(run.params, exact.params) < 2.0**-6  # through the exponential of a magnitude of several units
+
+
+@GPU_KERNELS
+@SETS
+def test_beyond_the_range_of_halves(backend: Backend, feature_set: str) -> None:
+    """Windows of 128 with a column above 65504, a hidden unit above 1023, or a NaN: as without tensor cores."""
+    problem = problem_of(feature_set, 16, ((1024,), (8192,)))
+    spec = dataclasses.replace(problem.spec, feature_clip=None)
+    params = [param.clone() for param in problem.params]
+    params[0][5], params[0][300], params[1][4000], params[1][8191] = 1e7, -1e5, math.nan, 3e4
+    scale = problem.conditioning.scale.clone()
+    scale[:, spec.features.column_index("param")] = 1.0
+    problem = dataclasses.replace(
+        problem, spec=spec, params=params, conditioning=problem.conditioning._replace(scale=scale)
+    )
+    plain, split = (Run(problem, backend, guard=ALIGNED, precision=name) for name in ("exact", "high"))
+    hidden, found = plain.apply(), split.apply()
+    torch.testing.assert_close(found, hidden, rtol=1e-5, atol=0, equal_nan=True)
+    for one, other, windows in zip(plain.params, split.params, ([0, 2], [31, 63]), strict=True):
+        first, second = one.cpu().view(-1, 128), other.cpu().view(-1, 128)
+        assert torch.equal(first[windows].nan_to_num(), second[windows].nan_to_num())
+        assert torch.equal(first.isnan(), second.isnan())
+        assert not torch.equal(first.nan_to_num(), second.nan_to_num())  # the others were on tensor cores
+
+
+@GPU_KERNELS
+@SETS
+def test_extreme_values_on_tensor_cores(backend: Backend, feature_set: str) -> None:
+    key = (feature_set, 8, WINDOWS, F32, F32, True)
+    check_apply(backend, *key, guard=ALIGNED)
+    for precision in ("high", "fast"):
+        assert all(
+            bool(x.isfinite().all())
+            for x in outputs(Run(problem_of(*key), backend, guard=ALIGNED, precision=precision))
+        )
 
 
 # ---- Columns and exponential, one by one ----------------------------------------------------------------------------
@@ -242,13 +330,14 @@ def test_same_bits_for_any_number_of_threads(
     assert all(same(results[0], result) for result in results[1:])
 
 
+@pytest.mark.parametrize("precision", ops.PRECISIONS)
 @SETS
-def test_sim_same_bits_in_both_thread_orders(feature_set: str) -> None:
+def test_sim_same_bits_in_both_thread_orders(feature_set: str, precision: str) -> None:
     problem, sim = problem_of(feature_set, 16, (*MIXED, (20_000,))), Backend("sim", torch.device("cpu"))
-    forward = outputs(Run(problem, sim))
+    forward = outputs(Run(problem, sim, guard=ALIGNED, precision=precision))
     try:
         ops._C.sim_reverse_order(True)
-        backward = outputs(Run(problem, sim))
+        backward = outputs(Run(problem, sim, guard=ALIGNED, precision=precision))
     finally:
         ops._C.sim_reverse_order(False)
     assert same(forward, backward)

@@ -29,6 +29,7 @@ Z = torch.zeros
 BAD_PLANS = [
     ({"backend": "tpu"}, ValueError, r"backend: expected one of \('cpu', 'cuda', 'sim'\), got 'tpu'"),
     ({"feature_set": "large"}, ValueError, r"feature_set: expected one of \['compact', 'paper'\], got 'large'"),
+    ({"precision": "double"}, ValueError, r"precision: expected one of \('exact', 'high', 'fast'\), got 'double'"),
     ({"params": []}, ValueError, "params: expected at least one tensor, got none"),
     ({"params": [Z(4), Z(0)]}, ValueError, r"params\[1\]: empty; leave empty tensors out"),
     ({"params": [Z(4), Z(2, 3).double()]}, TypeError, r"params\[1\]: expected torch.float32 or torch.bfloat16, got "

@@ -1,5 +1,6 @@
 """LearnedOptimizer: what a step does, on numbers. See also _inputs, _state, _errors and _models."""
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -133,6 +134,24 @@ def test_validation_losses(impl: str, preset: str) -> None:
     other = copies(make_params())
     run(make_optimizer(other, impl, preset), other, 6)
     assert not same_bits(other[2], params[2])
+
+
+def test_precision_is_that_of_the_cuda_kernels() -> None:
+    """Two steps of 512 parameters, which tensor cores take; one step of the CPU's kernels is the same in both."""
+    updates = {}
+    for impl, precision in itertools.product(("cpu", "sim"), ("high", "fast")):
+        param = Parameter(torch.linspace(-1.0, 1.0, 512))
+        opt = make_optimizer([param], impl=impl, precision=precision)
+        for step in (1, 2):
+            param.grad = torch.sin(step * torch.arange(512.0))
+            opt.step()
+        updates[impl, precision] = param.detach() - torch.linspace(-1.0, 1.0, 512)
+    assert torch.equal(updates["cpu", "high"], updates["cpu", "fast"])
+    largest = updates["cpu", "high"].abs().max()
+    off = {
+        precision: (updates["sim", precision] - updates["cpu", "high"]).abs().max() for precision in ("high", "fast")
+    }
+    assert off["high"] < 1e-5 * largest < off["fast"] < 1e-2 * largest
 
 
 def test_total_steps_reaches_a_theta_with_horizon_input() -> None:

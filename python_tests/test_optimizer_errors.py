@@ -75,6 +75,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "two lrs": ({"lr": torch.ones(2)}, "lr: .* or a tensor of one element, got tensor"),
     "negative decay": ({"weight_decay": -0.1}, "weight_decay: expected .* got -0.1"),
     "unknown impl": ({"impl": "gpu"}, r"impl: expected one of \('auto', .*got 'gpu'"),
+    "unknown precision": ({"precision": "exact"}, r"precision: expected one of \('high', 'fast'\), got 'exact'"),
     "unknown on_nonfinite": ({"on_nonfinite": "stop"}, r"on_nonfinite: expected one of \('ignore', .*got 'stop'"),
     "no total_steps": ({"total_steps": 0}, "total_steps: expected a positive number or None, got 0"),
 }

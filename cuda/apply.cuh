@@ -1,0 +1,118 @@
+// What the kernels of apply share: the rule of one tensor in shared memory, and the reduction of the hidden units.
+#pragma once
+
+#include "chunks.cuh"
+#include "reduce.cuh"
+
+namespace lopt {
+
+// Copies count values with all threads of the block.
+__device__ __forceinline__ void copy_block(float* to, const float* from, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = from[i];
+}
+
+// How the parameters of one tensor move: column map and MLP.
+template <class Features, int kWidth>
+struct Rule {
+  static constexpr int kColumns = Features::kNumColumns;
+  using Layout = MlpLayout<kColumns, kWidth>;
+  alignas(16) float weights[Layout::kSize];
+  alignas(16) float bias[kWidth];
+  alignas(16) float scale[kColumns];
+  alignas(16) float shift[kColumns];
+
+  // By all threads of the block, which meet afterwards.
+  __device__ __forceinline__ void load(const ApplyParams& params, int64_t tensor, int64_t theta) {
+    copy_block(weights, params.weights + theta * Layout::kSize, Layout::kSize);
+    copy_block(bias, params.bias + tensor * kWidth, kWidth);
+    copy_block(scale, params.scale + tensor * kColumns, kColumns);
+    copy_block(shift, params.shift + tensor * kColumns, kColumns);
+  }
+
+  // x = clamp(columns(grad, param, mom, rms) * scale + shift, +-feature_clip)
+  __device__ __forceinline__ void columns(float grad, float param, const float* mom, const float* rms,
+                                          float feature_clip, float* x) const {
+    Features::columns(grad, param, mom, rms, x);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) x[c] = x[c] * scale[c] + shift[c];
+    if (feature_clip <= 3.402823466e38f) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) x[c] = clamp_of(x[c], -feature_clip, feature_clip);
+    }
+  }
+
+  __device__ __forceinline__ float skip(const float* x) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) sum += x[c] * weights[Layout::kSkip + c];
+    return sum;
+  }
+};
+
+// What else there is of a tensor.
+struct Operands {
+  TensorEntry tensor;
+  int64_t grads;
+  float limit, keep, step_size;
+
+  __device__ __forceinline__ bool moves() const { return step_size != 0.0f || keep != 1.0f; }  // lr = 0 changes no bit
+};
+
+__device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64_t tensor) {
+  return {params.tensors[tensor], params.grads[tensor], params.clip_limit[tensor], params.keep[tensor],
+          params.step_size[tensor]};
+}
+
+// The update of one parameter in plain float, the oracle of the faster ones; writes its last hidden layer to `hidden`.
+template <class Features, int kWidth>
+__device__ __forceinline__ void apply_one(const ApplyParams& params, const Rule<Features, kWidth>& rule,
+                                          const Operands& operands, int64_t at, float (&hidden)[kWidth]) {
+  const TensorEntry& tensor = operands.tensor;
+  const float* mom_at = reinterpret_cast<const float*>(tensor.mom) + at;
+  const float* rms_at = reinterpret_cast<const float*>(tensor.rms) + at;
+  const float param = load_value(tensor.param, tensor.param_dtype, at);
+  const float grad = clip_gradient(load_value(operands.grads, tensor.grad_dtype, at), operands.limit);
+  float mom[Features::kNumMom], rms[Features::kNumRms], x[Features::kNumColumns];
+#pragma unroll
+  for (int k = 0; k < Features::kNumMom; ++k) mom[k] = __ldcg(mom_at + k * tensor.stride);
+#pragma unroll
+  for (int k = 0; k < Features::kNumRms; ++k) rms[k] = __ldcg(rms_at + k * tensor.stride);
+  rule.columns(grad, param, mom, rms, params.feature_clip, x);
+  const MlpOutput<float> out = small_mlp<Features::kNumColumns, kWidth>(x, rule.weights, rule.bias, hidden);
+  if (operands.moves())
+    store_value(tensor.param, tensor.param_dtype, at,
+                next_param(param, out, operands.keep, operands.step_size, params.magnitude_rate));
+}
+
+__device__ __forceinline__ uint32_t float_bits(float value) {
+  FloatBits x;
+  x.value = value;
+  return x.bits;
+}
+__device__ __forceinline__ float bits_float(uint32_t bits) {
+  FloatBits x;
+  x.bits = bits;
+  return x.value;
+}
+
+// Sums of hidden units, kRows per unit in shared memory -> the chunk's partials -> the tensor's mean.
+template <int kWidth, int kRows>
+__device__ __forceinline__ void reduce_hidden(const ApplyParams& params, const ChunkRange& chunk,
+                                              const float (&rows)[kWidth][kRows]) {
+  __syncthreads();
+  for (int j = warp_index(); j < kWidth; j += kWarps) {
+    const double sum = sum_rows(kRows, [&](int64_t row) -> double { return rows[j][row]; });
+    if (lane_index() == 0) params.partials[int64_t{blockIdx.x} * kWidth + j] = sum;
+  }
+  if (!last_of_tensor(params.finished + chunk.tensor, chunk.of_tensor)) return;
+
+  const TensorEntry& tensor = params.tensors[chunk.tensor];
+  const double* partials = params.partials + tensor.first_chunk * kWidth;  // [chunks of the tensor, kWidth]
+  for (int j = warp_index(); j < kWidth; j += kWarps) {
+    const double sum = sum_rows(chunk.of_tensor, [&](int64_t r) { return partials[r * kWidth + j]; });
+    if (lane_index() == 0)
+      params.hidden[chunk.tensor * kWidth + j] = static_cast<float>(sum / static_cast<double>(tensor.numel));
+  }
+}
+
+}  // namespace lopt

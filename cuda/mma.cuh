@@ -1,0 +1,193 @@
+// One warp's matrix products on tensor cores, D += A B, with A and B in half precision and D in float.
+//
+// Note [Fragments]
+// A has 16 rows, B has 8 columns, D is 16 x 8; lane 4 g + t (g = 0 .. 7, t = 0 .. 3) holds, for every block q of 8 inputs
+//   A: a[2 q] = inputs 8 q + 2 t, + 1 of row g,        a[2 q + 1] = the same of row g + 8
+//   B: b[q]   = inputs 8 q + 2 t, + 1 of column g
+//   D: d[0], d[1] = columns 2 t, 2 t + 1 of row g,     d[2], d[3] = the same of row g + 8
+// A row of D is held as a row of A is, so the output of one layer is the input of the next without moving between lanes:
+// the 8 columns of D number n are block q = n of the next A.
+//
+// Note [Split halves]
+// x = high + low, high = half(x), low = half(x - high), keeps 22 bits of a float, and
+//   x y = high(x) high(y) + high(x) low(y) + low(x) high(y) + O(2^-22 x y)
+// is three products on tensor cores, all exact in float; the small ones are added up first. This is Ootomo and Yokota's
+// method (2022) with halves in place of TF32: the same 11 bits each at twice the rate and half the registers, for a range
+// of 65504 instead of 1e38. A value beyond it becomes Inf as `high` and -Inf as `low`, and every product with it NaN.
+// With bfloat16 the three products keep only 16 bits, which float32 beats by a factor of 100.
+#pragma once
+
+#include "launch.cuh"
+
+namespace lopt {
+
+// ---- Halves ----------------------------------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
+// Two halves in one word, rounded to nearest, x in the lower 16 bits; with kSaturate, values beyond +-65504 become that.
+template <bool kSaturate>
+__device__ __forceinline__ uint32_t pack_halves(float x, float y) {
+  uint32_t pair;
+  if (kSaturate)
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
+}
+__device__ __forceinline__ void unpack_halves(uint32_t pair, float& x, float& y) {
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(x), "=f"(y) : "r"(pair));
+}
+#else
+inline float half_value(uint32_t half) {
+  float magnitude;
+  const uint32_t bits = (half & 0x7fff) << 13 | ((half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);
+  std::memcpy(&magnitude, &bits, sizeof bits);
+  if ((half & 0x7c00) != 0x7c00) magnitude *= 0x1p112f;  // another exponent bias, and subnormals become normal
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+template <bool kSaturate>
+uint32_t half_bits(float x) {
+  const float magnitude = std::fabs(x);
+  const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
+  if (x != x) return 0x7fff;
+  if (magnitude >= 65520.0f) return sign | (kSaturate ? 0x7bff : 0x7c00);
+  if (magnitude < 0x1p-14f) return sign | static_cast<uint32_t>(std::nearbyint(magnitude * 0x1p24f));
+  uint32_t bits;
+  std::memcpy(&bits, &magnitude, sizeof bits);
+  return sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10));
+}
+template <bool kSaturate>
+uint32_t pack_halves(float x, float y) {
+  return half_bits<kSaturate>(x) | half_bits<kSaturate>(y) << 16;
+}
+inline void unpack_halves(uint32_t pair, float& x, float& y) {
+  x = half_value(pair & 0xffff);
+  y = half_value(pair >> 16);
+}
+#endif
+
+// (x, y) -> parts[0] = the high halves, parts[1] = the low ones; with one part only the high ones, saturated.
+template <int kParts>
+__device__ __forceinline__ void split(float x, float y, uint32_t (&parts)[kParts]) {
+  parts[0] = pack_halves<kParts == 1>(x, y);
+  if (kParts == 1) return;
+  float high_x, high_y;
+  unpack_halves(parts[0], high_x, high_y);
+  parts[kParts - 1] = pack_halves<false>(x - high_x, y - high_y);
+}
+
+// ---- Products --------------------------------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
+// Over 16 inputs, two blocks.
+__device__ __forceinline__ void mma_16(float (&d)[4], const uint32_t* a, const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Over 8 inputs, one block.
+__device__ __forceinline__ void mma_8(float (&d)[4], const uint32_t* a, const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+#else
+struct MmaOperands {
+  float* d;
+  const uint32_t *a, *b;
+};
+
+// D of all lanes. Products are exact, their sum with D is rounded toward zero, as Fasi et al. (2021) measured of tensor
+// cores.
+template <int kInputs>
+void mma_of_warp(void* const* lanes) {
+  const auto operands = [&](int lane) -> const MmaOperands& { return *static_cast<MmaOperands*>(lanes[lane]); };
+  float a[16][kInputs], b[kInputs][8];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int q = 0; q < kInputs / 8; ++q) {
+      const int g = lane / 4, k = 8 * q + lane % 4 * 2;
+      for (int half = 0; half < 2; ++half)
+        unpack_halves(operands(lane).a[2 * q + half], a[g + 8 * half][k], a[g + 8 * half][k + 1]);
+      unpack_halves(operands(lane).b[q], b[k][g], b[k + 1][g]);
+    }
+  for (int row = 0; row < 16; ++row) {
+    const auto d = [&](int n) -> float& { return operands(row % 8 * 4 + n / 2).d[row / 8 * 2 + n % 2]; };
+    double sums[8];
+    for (int n = 0; n < 8; ++n) sums[n] = d(n);
+    for (int k = 0; k < kInputs; ++k)
+      for (int n = 0; n < 8; ++n) sums[n] += double{a[row][k]} * double{b[k][n]};
+    for (int n = 0; n < 8; ++n) {
+      const float sum = static_cast<float>(sums[n]);
+      d(n) = std::fabs(double{sum}) > std::fabs(sums[n]) ? std::nextafter(sum, 0.0f) : sum;
+    }
+  }
+}
+inline void mma_16(float (&d)[4], const uint32_t* a, const uint32_t* b) {
+  MmaOperands operands{d, a, b};
+  sim::warp_collective(&operands, mma_of_warp<16>);
+}
+inline void mma_8(float (&d)[4], const uint32_t* a, const uint32_t* b) {
+  MmaOperands operands{d, a, b};
+  sim::warp_collective(&operands, mma_of_warp<8>);
+}
+#endif
+
+// a[m][.] for matrices of 8 rows of 8 halves, whose rows lie at the 16-byte aligned addresses that lanes 8 m .. 8 m + 7 pass.
+template <int kMatrices>
+__device__ __forceinline__ void load_matrices(const uint4* row, uint32_t (&a)[kMatrices]) {
+#ifdef __CUDACC__
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (kMatrices == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(address));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(a[0]), "=r"(a[1]) : "r"(address));
+#else
+  struct Operands {
+    const uint4* row;
+    uint32_t* a;
+  } operands{row, a};
+  sim::warp_collective(&operands, [](void* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int m = 0; m < kMatrices; ++m) {
+        const uint4* from = static_cast<Operands*>(lanes[8 * m + lane / 4])->row;
+        static_cast<Operands*>(lanes[lane])->a[m] = reinterpret_cast<const uint32_t*>(from)[lane % 4];
+      }
+  });
+#endif
+}
+
+// 16 rows of inputs and the weights of one layer, as fragments.
+template <int kParts, int kBlocks>
+struct Inputs {
+  uint32_t a[kParts][2 * kBlocks];  // a[.][2 q + half]: block q of row g + 8 half
+};
+template <int kParts, int kBlocks, int kTiles>
+struct Weights {
+  uint32_t b[kParts][kTiles][kBlocks];
+};
+
+// d[n] = inputs times columns 8 n .. 8 n + 7 of the weights.
+template <int kParts, int kBlocks, int kTiles>
+__device__ __forceinline__ void multiply(const Inputs<kParts, kBlocks>& inputs,
+                                         const Weights<kParts, kBlocks, kTiles>& weights, float (&d)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0.0f;
+#pragma unroll
+  for (int product = kParts == 1 ? 2 : 0; product < 3; ++product) {  // low high, high low, high high
+    const auto& a = inputs.a[product == 0 ? kParts - 1 : 0];
+    const auto& b = weights.b[product == 1 ? kParts - 1 : 0];
+#pragma unroll
+    for (int q = 0; q + 1 < kBlocks; q += 2)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) mma_16(d[n], a + 2 * q, b[n] + q);
+    if (kBlocks % 2) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) mma_8(d[n], a + 2 * (kBlocks - 1), b[n] + kBlocks - 1);
+    }
+  }
+}
+
+}  // namespace lopt

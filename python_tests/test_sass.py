@@ -1,0 +1,101 @@
+"""benchmarks/sass.py: what it reads out of SASS, and that the built kernels pass it."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lopt import _C
+
+
+@pytest.fixture(scope="module")
+def sass() -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "sass.py"
+    spec = importlib.util.spec_from_file_location("sass", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sass"] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+# A prologue with a loop; a loop that moves 16 or 4 bytes, may call, and has a loop of four trips within.
+LINES = """
+    Function : toy
+/*0000*/ MOV R1, c[0x0][0x28] ;
+/*0010*/ LDG.E R2, desc[UR4][R2.64] ;
+/*0020*/ @P0 BRA 0x10 ;
+/*0030*/ ISETP.NE.AND P1, PT, R1, RZ, PT ;
+/*0040*/ @P1 BRA 0x70 ;
+/*0050*/ LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64] ;
+/*0060*/ BRA 0x80 ;
+/*0070*/ LDG.E R4, desc[UR4][R2.64] ;
+/*0080*/ @!P2 BRA 0xa0 ;
+/*0090*/ CALL.REL.NOINC 0x120 ;
+/*00a0*/ LDSM.16.M88.4 R8, [R3] ;
+/*00b0*/ HMMA.16816.F32 R8, R8, R4, RZ ;
+/*00c0*/ @P3 BRA 0xa0 ;
+/*00d0*/ @P5 LDG.E.U16 R5, desc[UR4][R2.64] ;
+/*00e0*/ STG.E.128 desc[UR4][R2.64], R4 ;
+/*00f0*/ @P4 BRA 0x30 ;
+/*0100*/ EXIT ;
+/*0110*/ BRA 0x110;
+/*0120*/ RET.REL.NODEC R6 0x0 ;
+"""
+
+
+def test_counts(sass: ModuleType) -> None:
+    counts = sass.count(sass.parse(LINES)["toy"])
+    assert {word: counts[word] for word in ("LDG", "LDG.128", "STG", "STG.128", "HMMA", "LDL", "all")} == {
+        "LDG": 4, "LDG.128": 1, "STG": 1, "STG.128": 1, "HMMA": 1, "LDL": 0, "all": 19
+    }  # fmt: skip
+
+
+def test_main_path(sass: ModuleType) -> None:
+    """Without the narrow load, the call and the prologue; four times the inner loop."""
+    path = [one.address for one in sass.main_path(sass.parse(LINES)["toy"])]
+    inner = [0xA0, 0xB0, 0xC0]
+    assert path == [0x30, 0x40, 0x50, 0x60, 0x80, *inner * 4, 0xD0, 0xE0, 0xF0]
+
+
+@pytest.fixture(scope="module")
+def arch(request: pytest.FixtureRequest, sass: ModuleType) -> str:
+    if not _C.has_cuda:
+        pytest.skip("lopt was built without CUDA")
+    if sass.tool() is None or shutil.which("c++filt") is None:
+        pytest.skip("needs cuobjdump: pip install 'lopt[sass]'")
+    if request.param not in sass.architectures():
+        pytest.skip(f"lopt was built for {_C.cuda_archs}")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"], indirect=True)
+def test_kernels(sass: ModuleType, arch: str) -> None:
+    """Two of accumulate, six of apply, twelve of apply on tensor cores; all as they should be."""
+    kernels = sass.kernels(arch)
+    operations = [kernel.operation for kernel in kernels]
+    assert [operations.count(name) for name in ("accumulate", "apply", "apply_mma")] == [2, 6, 12]
+    assert [problem for kernel in kernels for problem in kernel.problems()] == []
+
+
+@pytest.mark.parametrize("arch", ["sm_90"], indirect=True)
+def test_predicted_time(sass: ModuleType, arch: str) -> None:
+    """Bytes as counted by hand; accumulate is bound by memory, and `high` beats plain float by far where it matters."""
+    predicted = {kernel.name: kernel.predict() for kernel in sass.kernels(arch) if kernel.predictable}
+    for name, accumulated, applied in (("Paper", 88, 52), ("Compact", 48, 32)):
+        accumulate = predicted[f"accumulate_kernel<{name}Features>"]
+        assert accumulate["bytes"] == accumulated
+        assert accumulate["issue_ps"] < accumulate["memory_ps"] == accumulated / (0.8 * 3.35e12) * 1e12
+        for width in (8, 16, 32):
+            plain = predicted[f"apply_kernel<{name}Features, {width}>"]
+            high = predicted[f"apply_mma_kernel<{name}Features, {width}, 2>"]
+            fast = predicted[f"apply_mma_kernel<{name}Features, {width}, 1>"]
+            assert plain["bytes"] == high["bytes"] == applied
+            assert fast["instructions"] < high["instructions"] < plain["instructions"]
+            assert high["tensor_ps"] == pytest.approx(3 * fast["tensor_ps"])
+    assert predicted["apply_mma_kernel<PaperFeatures, 32, 2>"]["instructions"] < 850
+    assert predicted["apply_mma_kernel<CompactFeatures, 8, 2>"]["instructions"] < 400
