@@ -446,12 +446,13 @@ def test_compact_lstm_inputs_by_hand() -> None:
     shapes = Shapes.of(theta.spec, [(3, 5), (7,)], stats)
     time = tensor_lstm.time_inputs(theta.spec, globals_.step, scalar(100.0), stats)
     found = tensor_lstm.lstm_inputs(theta.spec, globals_, rows, stats, shapes, time)
-    slow = 0.001 / (1 - 0.999**20)
+    quick, middle, late = (float(np.float32(decay)) for decay in (0.9, 0.99, 0.999))
+    slow = 0.001 / (1 - late**20)
     expected = [
         0.5 * math.log(0.09 / slow),  # this gradient among those before
-        0.5 * math.log(0.02 / (1 - 0.9**20) ** 2 / slow),  # share of signal in the gradients
-        0.5 * math.log(0.003 / (1 - 0.99**20) ** 2 / slow),
-        0.5 * math.log(4e-6 / (1 - 0.999**20) ** 2 / slow),
+        0.5 * math.log(0.02 / (1 - quick**20) ** 2 / slow),  # share of signal in the gradients
+        0.5 * math.log(0.003 / (1 - middle**20) ** 2 / slow),
+        0.5 * math.log(4e-6 / (1 - late**20) ** 2 / slow),
         math.log(0.01 / 0.04),  # coefficient of variation of the second moments
         math.log(2.0 / 0.8),  # growth of the parameters
         math.log(0.3 / 0.6),  # this tensor's gradient among the tensors
@@ -461,7 +462,7 @@ def test_compact_lstm_inputs_by_hand() -> None:
         *(math.log(4) / 8, 1.0, 0.03, math.log(1 - 0.99 * 0.03), math.log(101) / 8, math.log(4) / 8),
     ]
     assert found.shape == (2, theta.spec.num_lstm_input)
-    assert found[0, 8:].tolist() == pytest.approx(expected, rel=1e-4)  # the decays are those of float32
+    assert found[0, 8:].tolist() == pytest.approx(expected, rel=1e-12)
     assert found[1, 14].item() == pytest.approx(0.5 * math.log(0.63 / 0.36), rel=1e-12)
 
 

@@ -19,7 +19,7 @@ CURRICULUM = (
     Phase(0.30, (500, 10_000), "all", "nres", window=500, lr=0.5),
 )
 
-#: Short runs of small tasks made the training loss of 1000 steps worse, and so did a tight bound of the differences.
+#: With short runs of small tasks and a tight bound of the differences, the training loss of 1000 steps got worse.
 TRAIN_LOSS: dict[str, Any] = {
     "objective": "train",
     "phases": (
