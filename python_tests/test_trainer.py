@@ -265,7 +265,7 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
     torch.save({**content, "version": 1}, path)
-    with pytest.raises(ValueError, match="has version 1, this version of lopt reads version 2"):
+    with pytest.raises(ValueError, match="has version 1, this version of lopt reads version 3"):
         checkpoint.load(path)
     torch.save({name: value for name, value in content.items() if name != "moments"}, path)
     with pytest.raises(ValueError, match=r"has no entries \['moments'\]"):

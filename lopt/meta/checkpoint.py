@@ -20,7 +20,7 @@ from lopt.meta.outer import Moments
 from lopt.meta.pairs import Carry
 from lopt.theta import ThetaSpec
 
-VERSION = 2  # raised when old checkpoints cannot be continued as they are
+VERSION = 3  # raised when old checkpoints cannot be continued as they are
 
 
 @dataclass
@@ -39,6 +39,7 @@ class TrainState:
     inner_steps: int = 0
     divergences: int = 0
     cpu_seconds: float = 0.0
+    learned: dict[str, Any] = field(default_factory=dict)  # state dict of a learned outer optimizer
     validation: dict[int, float] = field(default_factory=dict)  # iteration -> score
 
     @classmethod

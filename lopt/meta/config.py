@@ -118,6 +118,10 @@ class MetaTrainConfig:
     sigma: float = 0.05
     """Standard deviation of the perturbations, in these units."""
 
+    outer: str = "adam"
+    """Outer optimizer: ``adam``, or the theta of a learned one, a shipped name or a file. The latter has no use for the
+    settings of Adam below."""
+
     lr: float = 0.03
     """Learning rate of Adam at the start, in these units."""
 

@@ -1,18 +1,23 @@
-"""The outer optimizer: Adam on theta, in coordinates in which a unit means about the same for every tensor.
+"""The outer optimizer: Adam or a learned one, in coordinates in which a unit means about the same for every tensor.
 
 ``theta = theta_0 + scale z``. Perturbations are ``sigma scale eps``, the meta-gradient is that with respect to ``z``,
 and Adam moves ``z``; the origin cancels, so theta itself is what is kept. ``scale`` is the standard deviation that
 initialisation gives a weight. Components that a phase does not train have a scale of zero in it.
+
+A learned optimizer depends on the size of what it trains: it is given theta's tensors as they are, and the gradient
+with respect to them.
 """
 
 import math
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lopt.meta.config import Groups, Scaling
-from lopt.theta import ThetaSpec
+from lopt.optimizer import LearnedOptimizer
+from lopt.theta import Theta, ThetaSpec, unflatten
 
 LINEAR = ("skip", "step.")
 MLP = ("mlp.", *LINEAR)  # the other tensors belong to the LSTM
@@ -76,3 +81,45 @@ def adam(
     corrected = [m / (1.0 - beta ** gradients.clamp(min=1.0)) for m, beta in zip((mean, square), betas, strict=True)]
     direction = corrected[0] / (corrected[1].sqrt() + 1e-8)
     return Moments(mean, square, gradients), torch.where(moves, direction, torch.zeros_like(direction))
+
+
+_theta = lru_cache(maxsize=4)(Theta.load)
+
+
+def learned(
+    source: str,
+    state: dict[str, Any],
+    spec: ThetaSpec,
+    theta: Tensor,
+    gradient: Tensor,
+    scale: Tensor,
+    meta_loss: float,
+) -> tuple[dict[str, Any], Tensor]:
+    """One step of a :class:`LearnedOptimizer` on the tensors of theta.
+
+    Nobody holds out tasks for it, so the loss of the batch stands for the training and the validation loss, as in the
+    paper. It is ``exp(meta_loss)``, the mean ratio of a loss to the initial one.
+
+    Args:
+        source: its own theta, a shipped name or a file.
+        state: its state dict, empty before the first step.
+        theta, gradient: ``[P]``; the gradient is that with respect to ``z``.
+        scale: ``[P]``; tensors with a scale of 0 are left as they are.
+
+    Returns:
+        New state dict and theta.
+
+    Source: arXiv:2009.11243, section 4.6.
+    """
+    tensors = {name: value.clone() for name, value in unflatten(spec, theta).items()}
+    grads, scales_ = unflatten(spec, gradient), unflatten(spec, scale)
+    for name, value in tensors.items():
+        trained = bool(scales_[name].any())
+        value.grad = grads[name] / scales_[name] if trained else None
+    optimizer = LearnedOptimizer(tensors.values(), _theta(source))
+    if state:
+        optimizer.load_state_dict(state)
+    loss = math.exp(meta_loss)
+    optimizer.observe(valid_loss=loss)
+    optimizer.step(loss=loss)
+    return optimizer.state_dict(), torch.cat([value.reshape(-1) for value in tensors.values()])

@@ -4,7 +4,7 @@ One iteration::
 
     delta_i  = difference of meta-loss between the runs of pair i          (lopt.meta.pairs, anywhere)
     gradient = mean over pairs of direction_i delta_i / (2 sigma)          (lopt.meta.es, here)
-    theta   -= lr scale Adam(clamp(gradient, -gradient_clip, gradient_clip))   (lopt.meta.outer)
+    theta   -= lr scale Adam(clamp(gradient, -gradient_clip, gradient_clip))   (lopt.meta.outer; or a learned one)
 
 Everything runs on one thread per process: the tensors are so small that more threads cost time, and sums are then the
 same whatever the number of cores. Results depend on the configuration alone, not on the executor.
@@ -145,10 +145,14 @@ def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, execut
     trained = scale > 0
     gradient = es.es_gradient(torch.stack(chosen), delta, config.sigma) * trained
     clipped = torch.clamp(gradient, -config.gradient_clip, config.gradient_clip)
-    warmup = config.warmup_from_file if config.from_file else config.warmup
-    state.moments, direction = outer.adam(state.moments, clipped, trained, config.betas, warmup)
-    lr = config.lr_at(state.inner_steps)
-    state.theta = state.theta - lr * scale * direction
+    meta_loss, lr = sum(result.meta_loss for result in results) / len(results), config.lr_at(state.inner_steps)
+    if config.outer == "adam":
+        warmup = config.warmup_from_file if config.from_file else config.warmup
+        state.moments, direction = outer.adam(state.moments, clipped, trained, config.betas, warmup)
+        state.theta = state.theta - lr * scale * direction
+    else:
+        learned = outer.learned(config.outer, state.learned, spec, state.theta, clipped, scale, meta_loss)
+        state.learned, state.theta = learned
     state.average = torch.lerp(state.average, state.theta, 1.0 - config.average)
 
     state.carries = [result.carry for result in results]
@@ -160,7 +164,7 @@ def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, execut
         "iteration": state.iteration,
         "phase": number,
         "lr": lr,
-        "meta_loss": sum(result.meta_loss for result in results) / len(results),
+        "meta_loss": meta_loss,
         "gradient_norm": float(gradient.norm()),
         "gradient_clipped": float((clipped != gradient).sum() / trained.sum()),
         "inner_steps": state.inner_steps,
@@ -214,6 +218,7 @@ def _theta(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, best: bo
         "command": command,
         "config": config.to_json(),
         "start_sha256": state.start_sha256,
+        "outer_sha256": None if config.outer == "adam" else file_checksum(config.outer),
         "iteration": of if best else state.iteration,
         "iterations": state.iteration,
         "inner_steps": state.inner_steps,
