@@ -372,6 +372,14 @@ class Plan:
         return self.hidden
 
 
+def apply_inputs(spec: ThetaSpec, num_tensors: int, device: torch.device) -> dict[str, Tensor]:
+    """Uninitialised memory for what :class:`TensorLevel` writes and :meth:`Plan.apply` reads, a row for each tensor."""
+    columns = len(spec.features.columns)
+    widths = {"clip_limit": (), "scale": (columns,), "shift": (columns,), "bias": (spec.mlp_width,)}
+    widths |= {"step_size": (), "keep": ()}
+    return {name: torch.empty(num_tensors, *width, device=device) for name, width in widths.items()}
+
+
 class TensorLevel:
     """Everything at tensor level, compiled: ``lopt.tensor_lstm.advance`` but for rounding; on a GPU one launch a call.
 
@@ -384,6 +392,8 @@ class TensorLevel:
         shapes: of the parameter tensors. Without any, only losses can be observed.
         rows: stacked state of the tensors, float32, on their device; written in place.
         groups: of each tensor, its param group, in ascending order; all the first one by default.
+        inputs: where to write the inputs of apply, rows of :func:`apply_inputs`; memory of its own by default. So
+            several levels, each with its theta, can share a :class:`Plan`.
     """
 
     def __init__(
@@ -393,6 +403,7 @@ class TensorLevel:
         shapes: Sequence[Sequence[int]],
         rows: Rows,
         groups: Sequence[int] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
         spec, num_tensors, device = theta.spec, len(shapes), rows.h.device
         groups = [0] * num_tensors if groups is None else groups
@@ -402,9 +413,10 @@ class TensorLevel:
 
         self.backend, self.device = backend, device
         self.lr, self.decay, self.total_steps = empty(num_tensors), empty(num_tensors), empty(1)
-        self.clip_limit, self.step_size, self.keep = (empty(num_tensors) for _ in range(3))
-        self.scale, self.shift = (empty(num_tensors, len(spec.features.columns)) for _ in range(2))
-        self.bias, self.to_lstm = empty(num_tensors, spec.mlp_width), empty(num_tensors, spec.from_lstm)
+        inputs = apply_inputs(spec, num_tensors, device) if inputs is None else inputs
+        self.clip_limit, self.step_size, self.keep = (inputs[name] for name in ("clip_limit", "step_size", "keep"))
+        self.scale, self.shift, self.bias = (inputs[name] for name in ("scale", "shift", "bias"))
+        self.to_lstm = empty(num_tensors, spec.from_lstm)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.theta = theta.flatten().to(device, torch.float32).contiguous()
         self.shapes = _upload(shape_records(shapes).view(np.uint8), device)

@@ -13,9 +13,9 @@ from torch import Tensor
 from lopt.meta import engine
 from lopt.meta import unroll as torch_unroll
 from lopt.meta.objective import Losses
-from lopt.meta.unroll import Run, RunState, map_tensors
+from lopt.meta.unroll import Run, RunState
 from lopt.tasks.synthetic import sample_task
-from lopt.tasks.task import Task
+from lopt.tasks.task import Task, map_tensors
 from lopt.theta import ThetaSpec, unflatten
 
 State = Any

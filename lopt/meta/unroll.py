@@ -1,12 +1,14 @@
 """Unroll: inner training runs of one task under a batch of thetas at once, in PyTorch.
 
-All runs of an unroll share task, initial parameters and minibatches (common random numbers); they differ only in theta.
-One inner step of one run is a pure function of tensors, vmapped over the runs::
+All runs of an unroll share task, initial parameters and minibatches (common random numbers); they differ only in theta::
 
     every valid_every steps:  the optimizer observes the loss of an inner_valid minibatch
-    loss, grad = value and gradient of the task's loss on a train minibatch
-    params     = update of lopt.reference
+    loss, grad = value and gradient of the task's loss on a train minibatch     vmapped over the runs
+    params     = one step of the optimizer                                      all tensors of all runs at once
     every loss_every steps:   the loss of an outer_valid minibatch is recorded
+
+The optimizer's step is made by the compiled operations, with a row of theta for every tensor, or by lopt.reference,
+vmapped, which is the definition. A task whose loss cannot be vmapped goes through its runs one by one, with a warning.
 
 A run ends at its first train or outer_valid loss that is not finite: its later losses are NaN, and so are its
 parameters after the window. This runs any task; perceptrons have a faster engine of the same meaning.
@@ -14,19 +16,23 @@ parameters after the window. This runs any task; perceptrons have a faster engin
 Source: arXiv:2009.11243, section 3.2 (what each split is for).
 """
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lopt import reference
+from lopt import ops, reference
 from lopt.meta.objective import Losses
-from lopt.tasks.task import Batch, Task
+from lopt.tasks.task import SplitName, Task, map_tensors
 from lopt.tensor_lstm import Globals, Rows
-from lopt.theta import ThetaSpec
+from lopt.theta import Theta, ThetaSpec
+
+Impl = Literal["auto", "reference", "cpu", "cuda", "sim"]
+FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,22 @@ class Run:
         """``L_init``, by which the losses are normalised."""
         return max(self.task.initial_loss(self.seed), 1e-6)
 
+    @cached_property
+    def vectorised(self) -> bool:
+        """Whether the task's loss can be vmapped over runs, which is tried; a task for which it cannot is named in a
+        warning."""
+        params, batch = self.task.init(self.seed), next(self.task.batches(self.seed, "train"))
+        pair = {name: value.expand(2, *value.shape) for name, value in params.items()}
+        try:
+            torch.vmap(self.task.loss, in_dims=(0, None))(pair, batch)
+        except RuntimeError as error:
+            self.task.loss(params, batch)  # an error of its own is not about vmap
+            warnings.warn(
+                f"task {self.task.name}: its loss cannot be vmapped, so its runs go one by one: {error}", stacklevel=2
+            )
+            return False
+        return True
+
 
 class RunState(NamedTuple):
     """Where a batch of runs stands; every tensor has a leading dimension of runs."""
@@ -74,18 +96,9 @@ class RunState(NamedTuple):
         return cls(step, packed["params"], reference.State(globals_, rows, packed["mom"], packed["rms"]))
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """``tree`` (tensors in dicts, lists and tuples, named or not) with ``function`` applied to every tensor."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {name: map_tensors(function, value) for name, value in tree.items()}
-    values = [map_tensors(function, value) for value in tree]
-    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
-
-
 def start(spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
-    """State before the first step of ``run``, for every theta of ``weights`` (tensors ``[runs, ...]``)."""
+    """State before the first step of ``run``, for every theta of ``weights`` (tensors ``[runs, ...]``), where these
+    are."""
     num_runs = weights["initial_h"].shape[0]
     params = {
         name: value.to(weights["initial_h"]).expand(num_runs, *value.shape)
@@ -95,13 +108,176 @@ def start(spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
     return RunState(0, params, optimizer)
 
 
+class _Reference:
+    """The optimizer's steps by lopt.reference, vmapped."""
+
+    def __init__(self, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState) -> None:
+        self.params, self.optimizer = state.params, state.optimizer
+        names = list(state.params)
+
+        def update(
+            weights: Mapping[str, Tensor], params: dict[str, Tensor], state: reference.State, grads: Any, loss: Tensor
+        ) -> tuple[dict[str, Tensor], reference.State]:
+            lists = [params[name] for name in names], [grads[name] for name in names]
+            total_steps = float(run.total_steps)
+            values, state, _ = reference.update(spec, weights, state, *lists, loss, total_steps=total_steps)
+            return dict(zip(names, values, strict=True)), state
+
+        self.weights, self._update = weights, torch.vmap(update)
+        self._observe = torch.vmap(lambda state, loss: reference.observe_valid(spec, state, loss))
+
+    def step(self, grads: dict[str, Tensor], loss: Tensor, valid_loss: Tensor | None) -> None:
+        """One update of all runs; losses ``[runs]``."""
+        if valid_loss is not None:
+            self.optimizer = self._observe(self.optimizer, valid_loss)
+        self.params, self.optimizer = self._update(self.weights, self.params, self.optimizer, grads, loss)
+
+
+class _Kernels:
+    """The optimizer's steps by the compiled operations: the tensors of all runs in one plan, a tensor level per run.
+
+    Parameters, gradients and state are copies that stay where they are, so that addresses are taken once.
+    """
+
+    def __init__(
+        self, backend: str, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState
+    ) -> None:
+        own = map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), state[1:])
+        self.spec = spec
+        self.params: dict[str, Tensor] = own[0]
+        self.optimizer: reference.State = own[1]
+        self.grads = {name: torch.empty_like(value) for name, value in self.params.items()}
+        shapes, num_runs = [tuple(value.shape[1:]) for value in self.params.values()], len(weights["initial_h"])
+        count = len(shapes)
+
+        def by_run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [tensor[row] for row in range(num_runs) for tensor in tensors]
+
+        flat = [by_run(tensors) for tensors in (list(self.params.values()), self.optimizer.mom, self.optimizer.rms)]
+        theta_index = [row for row in range(num_runs) for _ in shapes]
+        self.plan = ops.Plan(backend, spec.feature_set, *flat, theta_index)
+        self.plan.set_tensors(flat[0], by_run(list(self.grads.values())))
+        self.packed = ops.pack_mlp(spec, weights)
+        self.inputs = ops.apply_inputs(spec, num_runs * count, self.packed.device)
+        self.levels = []
+        for row in range(num_runs):
+            theta = Theta(spec, {name: value[row] for name, value in weights.items()})
+            rows = Rows(*(value[row] for value in self.optimizer.rows))
+            part = slice(row * count, (row + 1) * count)
+            inputs = {name: value[part] for name, value in self.inputs.items()}
+            level = ops.TensorLevel(backend, theta, shapes, rows, inputs=inputs)
+            level.set_options([{"lr": 1.0, "weight_decay": 0.0}], run.total_steps)
+            shared = {name: value[row] for name, value in self.optimizer.globals._asdict().items()}
+            shared["pending_loss"] = torch.zeros(2, device=self.packed.device)
+            shared["nonfinite"] = torch.zeros((), dtype=torch.int64, device=self.packed.device)
+            self.levels.append((level, shared, part))
+
+    def step(self, grads: dict[str, Tensor], loss: Tensor, valid_loss: Tensor | None) -> None:
+        """One update of all runs; losses ``[runs]``."""
+        for name, grad in grads.items():
+            self.grads[name].copy_(grad)
+        valid = [None] * len(loss) if valid_loss is None else valid_loss.unbind()
+        for (level, shared, _), train_loss, given in zip(self.levels, loss.unbind(), valid, strict=True):
+            level.begin(shared, train_loss, given)
+        spec = self.spec
+        stats = self.plan.accumulate(self.inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
+        for level, _, part in self.levels:
+            level.advance(stats[part])
+        hidden = self.plan.apply(
+            **self.inputs, weights=self.packed, magnitude_rate=spec.magnitude_rate, feature_clip=spec.feature_clip
+        )
+        for level, _, part in self.levels:
+            level.finish(hidden[part])
+
+
+def _stepper(
+    impl: Impl, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState
+) -> _Reference | _Kernels:
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
+    like = weights["initial_h"]
+    if impl == "auto":
+        compiled = ops.is_compiled(spec) and like.dtype == torch.float32 and like.device.type in ops.BACKENDS
+        impl = like.device.type if compiled else "reference"  # type: ignore[assignment]
+    return _Reference(spec, weights, run, state) if impl == "reference" else _Kernels(impl, spec, weights, run, state)
+
+
+LossOfRuns = Callable[[dict[str, Tensor], Any], Tensor]
+
+
+def _loss_of_runs(task: Task, vectorised: bool) -> LossOfRuns:
+    """Losses ``[runs]`` of parameters ``[runs, ...]`` on one minibatch."""
+    if vectorised:
+        vmapped: LossOfRuns = torch.vmap(task.loss, in_dims=(0, None))
+        return vmapped
+
+    def one_by_one(params: dict[str, Tensor], batch: Any) -> Tensor:
+        rows = zip(*(value.unbind() for value in params.values()), strict=True)
+        return torch.stack([task.loss(dict(zip(params, row, strict=True)), batch) for row in rows])
+
+    return one_by_one
+
+
+def _grads_and_losses(
+    losses_of: LossOfRuns, params: dict[str, Tensor], batch: Any
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradient and loss of every run. The gradient of the sum is that of each; vmap under autograd is quicker than
+    autograd under vmap, whose backward pass has batching rules to look up."""
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    with torch.enable_grad():
+        losses = losses_of(leaves, batch)
+        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True)), losses.detach()
+
+
+def activation_bytes(task: Task) -> int:
+    """What the backward pass of one loss keeps, beside the parameters."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    params = {name: value.requires_grad_() for name, value in task.init(0).items()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = task.loss(params, next(task.batches(0, "train")))
+    for value in params.values():
+        kept.pop(value.untyped_storage().data_ptr(), None)
+    del loss
+    return sum(kept.values())
+
+
+def bytes_per_run(spec: ThetaSpec, task: Task) -> int:
+    """About what an unroll needs for one run at its peak: state before and after, gradients twice, activations twice.
+
+    With ``n`` parameters, ``K`` momenta and second moments and ``A`` :func:`activation_bytes`, it is
+    ``4 n (2 (1 + K) + 2) + 2 A``. ``A`` counts what is the same for all runs, as the minibatch, for each; the second
+    ``A`` is for what the backward pass makes. Data sets are not in it.
+    """
+    state = task.num_params * (1 + len(spec.mom_decays) + len(spec.rms_decays))
+    return FLOAT * (2 * state + 2 * task.num_params) + 2 * activation_bytes(task)
+
+
 def unroll(
-    spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState, steps: int
+    spec: ThetaSpec,
+    weights: Mapping[str, Tensor],
+    run: Run,
+    state: RunState,
+    steps: int,
+    *,
+    impl: Impl = "auto",
+    vectorised: bool | None = None,
 ) -> tuple[RunState, Losses]:
-    """Continue the runs of ``state`` by ``steps`` steps.
+    """Continue the runs of ``state`` by ``steps`` steps, on the device of ``weights``.
+
+    Needs :func:`bytes_per_run` for each run, whatever the number of steps. The given state is left as it is.
 
     Args:
         weights: tensors of theta with a leading dimension of runs, as :func:`lopt.theta.unflatten` makes them.
+        impl: what makes the optimizer's steps: ``reference``, or the kernels of a back end. ``auto`` takes the kernels
+            of the device where they are compiled for ``spec`` and the weights are float32.
+        vectorised: whether gradients of all runs are taken at once; by default if the task can.
 
     Raises:
         ValueError: the window passes the horizon of the run, or is no multiple of ``loss_every``.
@@ -112,51 +288,35 @@ def unroll(
         )
     if steps % run.loss_every:
         raise ValueError(f"steps: expected a multiple of loss_every={run.loss_every}, got {steps}")
-    task, names = run.task, list(state.params)
+    task, device = run.task, weights["initial_h"].device
 
-    def inner_step(
-        weights: Mapping[str, Tensor], params: dict[str, Tensor], optimizer: reference.State, batches: dict[str, Batch]
-    ) -> tuple[dict[str, Tensor], reference.State, Tensor]:
-        if "inner_valid" in batches:
-            optimizer = reference.observe_valid(spec, optimizer, task.loss(params, batches["inner_valid"]))
-        grads, loss = torch.func.grad_and_value(task.loss)(params, batches["train"])
-        values, optimizer, _ = reference.update(
-            spec,
-            weights,
-            optimizer,
-            [params[name] for name in names],
-            [grads[name] for name in names],
-            loss,
-            total_steps=float(run.total_steps),
-        )
-        return dict(zip(names, values, strict=True)), optimizer, loss
+    def minibatches(split: SplitName, first: int) -> Iterator[Any]:
+        for batch in task.batches(run.seed, split, first):
+            yield map_tensors(lambda x: x.to(device, non_blocking=True), batch)
 
-    vmapped: Any = torch.vmap(inner_step, in_dims=(0, 0, 0, None))
-    loss_of: Any = torch.vmap(task.loss, in_dims=(0, None))
-    train = task.batches(run.seed, "train", state.step)
-    outer_valid = task.batches(run.seed, "outer_valid", state.step)
-    valid_every = run.valid_every or run.horizon + 1
-    inner_valid = task.batches(run.seed, "inner_valid", -(-state.step // valid_every))
-    params, optimizer = state.params, state.optimizer
+    train, shown = minibatches("train", state.step), run.valid_every > 0
+    inner_valid = minibatches("inner_valid", -(-state.step // run.valid_every) if shown else 0)
+    losses_of = _loss_of_runs(task, run.vectorised if vectorised is None else vectorised)
     train_losses, outer_losses = [], []
-    ended = torch.zeros(len(weights["initial_h"]), dtype=torch.bool)
+    ended = torch.zeros(len(weights["initial_h"]), dtype=torch.bool, device=device)
     nan = weights["initial_h"].new_full((), torch.nan)
     with torch.no_grad():
+        optimizer = _stepper(impl, spec, weights, run, state)
         for step in range(state.step, state.step + steps):
-            batches = {"train": next(train)}
-            if run.valid_every and step % run.valid_every == 0:
-                batches["inner_valid"] = next(inner_valid)
-            params, optimizer, loss = vmapped(weights, params, optimizer, batches)
+            observed = shown and step % run.valid_every == 0
+            valid_loss = losses_of(optimizer.params, next(inner_valid)) if observed else None
+            grads, loss = _grads_and_losses(losses_of, optimizer.params, next(train))
+            optimizer.step(grads, loss, valid_loss)
             train_losses.append(torch.where(ended, nan, loss))
             ended = ended | ~torch.isfinite(loss)
-            outer_batch = next(outer_valid)
             if (step + 1) % run.loss_every == 0:
-                loss = loss_of(params, outer_batch)
+                loss = losses_of(optimizer.params, next(minibatches("outer_valid", step)))
                 outer_losses.append(torch.where(ended, nan, loss))
                 ended = ended | ~torch.isfinite(loss)
+    params = optimizer.params
     if bool(ended.any()):
         params = {
             name: torch.where(ended.reshape(-1, *[1] * (value.dim() - 1)), nan, value) for name, value in params.items()
         }
     losses = Losses(torch.stack(outer_losses, dim=1), torch.stack(train_losses, dim=1))
-    return RunState(state.step + steps, params, optimizer), losses
+    return RunState(state.step + steps, params, optimizer.optimizer), losses

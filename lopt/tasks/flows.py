@@ -74,7 +74,7 @@ class Flow(ImageTask):
         total = torch.full_like(x[:, 0], -x.shape[1] * math.log(2 * math.pi) / 2)
         for number in range(self.steps):
             if number:
-                x = x[:, self.permutations[number - 1]]
+                x = x[:, self.on(x.device, "permutations")[number - 1]]
             x, log_scale = self.step(params, number, x)
             total = total - log_scale
         return total - x.square().sum(dim=1) / 2
@@ -130,7 +130,7 @@ class MAF(Flow):
 
     def step(self, params: Params, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
         masked: dict[str, Tensor] = {}
-        for layer, mask in enumerate(self.masks):
+        for layer, mask in enumerate(self.on(x.device, "masks")):
             masked[f"w{layer}"] = params[f"step{number}.w{layer}"] * mask
             masked[f"b{layer}"] = params[f"step{number}.b{layer}"]
         shift, log_scale = shift_and_log_scale(dense(masked, "", x, activation(self.activation)))

@@ -126,7 +126,8 @@ class LosgTask(SampledTask):
             tilt = sum(((params[name] - params[name].detach()) * noise[name]).sum() for name in params)
             params = {name: x.detach() + (x - x.detach()) * kept[name] for name, x in params.items()}
         inner = {name: value / self.scale for name, value in params.items()}
-        value = self.problem.objective(inner, self.constants, batch.inputs, batch.targets)
+        constants = self.on(batch.inputs.device, "constants")
+        value = self.problem.objective(inner, constants, batch.inputs, batch.targets)
         if self.log:
             value = torch.log(value.clamp_min(0.0) + EPSILON) - math.log(EPSILON)
         return value + tilt

@@ -85,7 +85,8 @@ class QuadraticForm(SampledTask):
         return {"x": _float32(self.start.draw(generator(seed, "init"), (self.dim,)))}
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        matrix = self.a if self.noise is None else self.a + batch.noise
+        matrix = self.on(params["x"].device, "a")
+        matrix = matrix if self.noise is None else matrix + batch.noise
         value = torch.square(matrix @ params["x"]).sum()
         return self.scale * (torch.log(value + 1e-8) if self.log else value)
 

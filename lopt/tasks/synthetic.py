@@ -115,7 +115,8 @@ class Quadratic(SyntheticTask):
         return {"x": _float32(generator(seed, "init").standard_normal(self.dim))}
 
     def loss(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return torch.square((params["x"] - batch.targets) @ self.metric).mean() / 2.0
+        metric = self.on(batch.targets.device, "metric")
+        return torch.square((params["x"] - batch.targets) @ metric).mean() / 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ Source: arXiv:2009.11243, section 3 and appendix C.1 (the four splits).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +16,16 @@ from torch import Tensor
 
 SplitName = Literal["train", "inner_valid", "outer_valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid", "test")
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """``tree`` (tensors in dicts, lists and tuples, named or not) with ``function`` applied to every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {name: map_tensors(function, value) for name, value in tree.items()}
+    values = [map_tensors(function, value) for value in tree]
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 class Batch(NamedTuple):
@@ -64,11 +74,24 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Mean loss ``[]`` over the rows of a minibatch; a pure function, differentiable and vmappable."""
+        """Mean loss ``[]`` over the rows of a minibatch; a pure function, differentiable and vmappable.
+
+        Parameters and minibatch share a device; what else the loss needs comes from :meth:`on`.
+        """
 
     @abstractmethod
     def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Any]:
         """Endless minibatches of a split, from number ``start`` on; the same for the same seed."""
+
+    def on(self, device: torch.device, name: str) -> Any:
+        """The constant tensors that the attribute ``name`` of the task holds, on a device; copied there once."""
+        value = getattr(self, name)
+        if device.type == "cpu":
+            return value
+        copies = self.__dict__.setdefault("_copies", {})
+        if (device, name) not in copies:
+            copies[device, name] = map_tensors(lambda x: x.to(device), value)
+        return copies[device, name]
 
     @property
     def num_params(self) -> int:
