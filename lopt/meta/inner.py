@@ -21,7 +21,12 @@ from lopt.theta import ThetaSpec, unflatten
 State = Any
 NEVER = 2**62  # steps between validation losses when there are none
 
+#: Bytes that the runs of a torch unroll may need at once; more runs go in groups. Fixed, as groups of another size
+#: give other roundings.
+MEMORY = 1 << 30
+
 _problem = lru_cache(maxsize=256)(engine.problem_of)  # generating data takes about a millisecond
+_bytes_per_run = lru_cache(maxsize=256)(torch_unroll.bytes_per_run)
 cached_task = lru_cache(maxsize=256)(sample_task)
 
 
@@ -43,8 +48,7 @@ def unroll(spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, s
     """Continue the runs from ``step`` by ``steps`` steps; the given state is left as it is."""
     problem = _problem(run.task)
     if problem is None:
-        after, losses = torch_unroll.unroll(spec, unflatten(spec, thetas), run, RunState.unpack(step, state), steps)
-        return after.pack(), losses
+        return _torch_unroll(spec, thetas, run, state, step, steps)
     state = state.clone()
     keys = engine.minibatch_keys(run.seed)
     runs = [engine.EngineRun(0, row, state[row], keys, run.total_steps) for row in range(len(thetas))]
@@ -54,6 +58,32 @@ def unroll(spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, s
     return state, Losses(outer, train)
 
 
+def _torch_unroll(
+    spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, steps: int
+) -> tuple[State, Losses]:
+    """In groups of runs that fit into ``MEMORY``; of one run where not even that does."""
+    size = max(1, MEMORY // _bytes_per_run(spec, run.task))
+    after, outer, train = [], [], []
+    for first in range(0, len(thetas), size):
+        rows = list(range(first, min(first + size, len(thetas))))
+        before = RunState.unpack(step, select(state, rows))
+        part, losses = torch_unroll.unroll(spec, unflatten(spec, thetas[rows]), run, before, steps)
+        after.append(part.pack())
+        outer.append(losses.outer)
+        train.append(losses.train)
+    return join(after), Losses(torch.cat(outer), torch.cat(train))
+
+
 def select(state: State, rows: list[int]) -> State:
     """The state of the runs ``rows``, in that order; a run may be taken twice."""
     return map_tensors(lambda x: x[rows], state)
+
+
+def join(states: list[State]) -> State:
+    """All runs of several states, one after the other."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return torch.cat(states)
+    if isinstance(first, dict):
+        return {name: join([state[name] for state in states]) for name in first}
+    return [join(list(parts)) for parts in zip(*states, strict=True)]

@@ -1,6 +1,6 @@
 """Unroll: inner training runs of one task under a batch of thetas at once, in PyTorch.
 
-All runs of an unroll share task, initial parameters and minibatches (common random numbers); they differ only in theta::
+All runs of an unroll share task, initial parameters and minibatches (common random numbers) and differ in theta::
 
     every valid_every steps:  the optimizer observes the loss of an inner_valid minibatch
     loss, grad = value and gradient of the task's loss on a train minibatch     vmapped over the runs
@@ -139,9 +139,7 @@ class _Kernels:
     Parameters, gradients and state are copies that stay where they are, so that addresses are taken once.
     """
 
-    def __init__(
-        self, backend: str, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState
-    ) -> None:
+    def __init__(self, backend: str, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState) -> None:
         own = map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), state[1:])
         self.spec = spec
         self.params: dict[str, Tensor] = own[0]
@@ -153,10 +151,11 @@ class _Kernels:
         def by_run(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [tensor[row] for row in range(num_runs) for tensor in tensors]
 
-        flat = [by_run(tensors) for tensors in (list(self.params.values()), self.optimizer.mom, self.optimizer.rms)]
+        params = by_run(list(self.params.values()))
+        mom, rms = by_run(self.optimizer.mom), by_run(self.optimizer.rms)
         theta_index = [row for row in range(num_runs) for _ in shapes]
-        self.plan = ops.Plan(backend, spec.feature_set, *flat, theta_index)
-        self.plan.set_tensors(flat[0], by_run(list(self.grads.values())))
+        self.plan = ops.Plan(backend, spec.feature_set, params, mom, rms, theta_index)
+        self.plan.set_tensors(params, by_run(list(self.grads.values())))
         self.packed = ops.pack_mlp(spec, weights)
         self.inputs = ops.apply_inputs(spec, num_runs * count, self.packed.device)
         self.levels = []
@@ -218,9 +217,7 @@ def _loss_of_runs(task: Task, vectorised: bool) -> LossOfRuns:
     return one_by_one
 
 
-def _grads_and_losses(
-    losses_of: LossOfRuns, params: dict[str, Tensor], batch: Any
-) -> tuple[dict[str, Tensor], Tensor]:
+def _grads_and_losses(losses_of: LossOfRuns, params: dict[str, Tensor], batch: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Gradient and loss of every run. The gradient of the sum is that of each; vmap under autograd is quicker than
     autograd under vmap, whose backward pass has batching rules to look up."""
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
