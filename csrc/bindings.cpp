@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,33 +22,15 @@ T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void copy_decays(const std::vector<float>& from, float* to) {
-  if (from.size() > kMaxDecays) throw std::invalid_argument("decays: at most 8 are supported");
-  std::copy(from.begin(), from.end(), to);
-}
-
 void check_ran(bool ran, int feature_set, int width) {
   if (!ran)
     throw std::invalid_argument("no kernel is compiled for feature set " + std::to_string(feature_set) + " and width " +
                                 std::to_string(width));
 }
 
-void accumulate(const std::string& backend, int feature_set, uint64_t tensors, uint64_t grads, uint64_t chunks,
-                int64_t num_tensors, int64_t num_chunks, uint64_t clip_limit, const std::vector<float>& mom_decays,
-                const std::vector<float>& rms_decays, uint64_t partials, uint64_t finished, uint64_t stats,
-                int num_threads, [[maybe_unused]] int device, [[maybe_unused]] uint64_t stream) {
-  AccumulateParams params{};
-  params.tensors = pointer<TensorEntry>(tensors);
-  params.grads = pointer<int64_t>(grads);
-  params.chunks = pointer<Chunk>(chunks);
-  params.num_tensors = num_tensors;
-  params.num_chunks = num_chunks;
-  params.clip_limit = pointer<float>(clip_limit);
-  copy_decays(mom_decays, params.mom_decay);
-  copy_decays(rms_decays, params.rms_decay);
-  params.partials = pointer<double>(partials);
-  params.finished = pointer<uint32_t>(finished);
-  params.stats = pointer<float>(stats);
+void accumulate(const std::string& backend, int feature_set, uint64_t address, int num_threads,
+                [[maybe_unused]] int device, [[maybe_unused]] uint64_t stream) {
+  const AccumulateParams& params = *pointer<AccumulateParams>(address);
   if (backend == "cpu")
     check_ran(accumulate_cpu(params, feature_set, num_threads), feature_set, 0);
   else if (backend == "sim")
@@ -62,30 +43,9 @@ void accumulate(const std::string& backend, int feature_set, uint64_t tensors, u
     throw std::invalid_argument("back end '" + backend + "' is not part of this build");
 }
 
-void apply(const std::string& backend, int feature_set, int width, uint64_t tensors, uint64_t grads, uint64_t chunks,
-           int64_t num_tensors, int64_t num_chunks, uint64_t clip_limit, uint64_t scale, uint64_t shift, uint64_t bias,
-           uint64_t step_size, uint64_t keep, uint64_t weights, float magnitude_rate, float feature_clip, int precision,
-           uint64_t partials, uint64_t finished, uint64_t hidden, int num_threads, [[maybe_unused]] int device,
-           [[maybe_unused]] uint64_t stream) {
-  ApplyParams params{};
-  params.tensors = pointer<TensorEntry>(tensors);
-  params.grads = pointer<int64_t>(grads);
-  params.chunks = pointer<Chunk>(chunks);
-  params.num_tensors = num_tensors;
-  params.num_chunks = num_chunks;
-  params.clip_limit = pointer<float>(clip_limit);
-  params.scale = pointer<float>(scale);
-  params.shift = pointer<float>(shift);
-  params.bias = pointer<float>(bias);
-  params.step_size = pointer<float>(step_size);
-  params.keep = pointer<float>(keep);
-  params.weights = pointer<float>(weights);
-  params.magnitude_rate = magnitude_rate;
-  params.feature_clip = feature_clip;
-  params.precision = static_cast<Precision>(precision);
-  params.partials = pointer<double>(partials);
-  params.finished = pointer<uint32_t>(finished);
-  params.hidden = pointer<float>(hidden);
+void apply(const std::string& backend, int feature_set, int width, uint64_t address, int num_threads,
+           [[maybe_unused]] int device, [[maybe_unused]] uint64_t stream) {
+  const ApplyParams& params = *pointer<ApplyParams>(address);
   if (backend == "cpu")
     check_ran(apply_cpu(params, feature_set, width, num_threads), feature_set, width);
   else if (backend == "sim")
@@ -130,6 +90,16 @@ LOPT_LEVEL(begin)
 LOPT_LEVEL(advance)
 LOPT_LEVEL(finish)
 
+void step(const std::string& backend, uint64_t level, uint64_t accumulating, uint64_t applying, int num_threads,
+          int device, uint64_t stream) {
+  const Spec& s = *pointer<AdvanceParams>(level)->spec;
+  begin(backend, level, device, stream);
+  accumulate(backend, s.feature_set, accumulating, num_threads, device, stream);
+  advance(backend, level, device, stream);
+  apply(backend, s.feature_set, s.width, applying, num_threads, device, stream);
+  finish(backend, level, device, stream);
+}
+
 void write_words(const std::string& backend, uint64_t to, const std::vector<int64_t>& words,
                  [[maybe_unused]] int device, [[maybe_unused]] uint64_t stream) {
   if (backend == "sim") return write_words_sim(pointer<int64_t>(to), words.data(), int64_t(words.size()));
@@ -156,6 +126,8 @@ void unroll(uint64_t spec, uint64_t problems, uint64_t runs, int64_t num_runs, u
 py::dict struct_sizes() {
   py::dict sizes;
   sizes["TensorEntry"] = sizeof(TensorEntry);
+  sizes["AccumulateParams"] = sizeof(AccumulateParams);
+  sizes["ApplyParams"] = sizeof(ApplyParams);
   sizes["Spec"] = sizeof(Spec);
   sizes["TensorShape"] = sizeof(TensorShape);
   sizes["AdvanceParams"] = sizeof(AdvanceParams);
@@ -218,15 +190,14 @@ PYBIND11_MODULE(_C, m) {
         "Floating-point operations per second of the CPU at its best, a multiply-add counted as two; for benchmarks.");
   m.def("sim_reverse_order", &lopt::set_sim_reverse_order, "reverse"_a,
         "Let sim run threads and blocks in descending order, to reveal missing barriers.");
-  m.def("accumulate", &lopt::accumulate, "backend"_a, "feature_set"_a, "tensors"_a, "grads"_a, "chunks"_a,
-        "num_tensors"_a, "num_chunks"_a, "clip_limit"_a, "mom_decays"_a, "rms_decays"_a, "partials"_a, "finished"_a,
-        "stats"_a, "num_threads"_a, "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+  m.def("accumulate", &lopt::accumulate, "backend"_a, "feature_set"_a, "params"_a, "num_threads"_a, "device"_a,
+        "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "Clip gradients, update mom and rms, reduce statistics; see AccumulateParams in csrc/kernels.h.");
-  m.def("apply", &lopt::apply, "backend"_a, "feature_set"_a, "width"_a, "tensors"_a, "grads"_a, "chunks"_a,
-        "num_tensors"_a, "num_chunks"_a, "clip_limit"_a, "scale"_a, "shift"_a, "bias"_a, "step_size"_a, "keep"_a,
-        "weights"_a, "magnitude_rate"_a, "feature_clip"_a, "precision"_a, "partials"_a, "finished"_a, "hidden"_a,
-        "num_threads"_a, "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+  m.def("apply", &lopt::apply, "backend"_a, "feature_set"_a, "width"_a, "params"_a, "num_threads"_a, "device"_a,
+        "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "Features, small MLP, parameter update; see ApplyParams in csrc/kernels.h.");
+  m.def("step", &lopt::step, "backend"_a, "level"_a, "accumulating"_a, "applying"_a, "num_threads"_a, "device"_a,
+        "stream"_a, py::call_guard<py::gil_scoped_release>(), "begin, accumulate, advance, apply and finish.");
   m.def("sim_launches", &lopt::sim_launches, "Kernels that sim has run so far.");
   m.def("write_words", &lopt::write_words, "backend"_a, "to"_a, "words"_a, "device"_a, "stream"_a,
         "Write 64-bit integers to the device as kernel arguments, for CUDA graphs.");

@@ -27,47 +27,10 @@ def start_run(spec: int, problem: int, theta: int, init: int, state: int) -> int
 def unroll(
     spec: int, problems: int, runs: int, num_runs: int, theta: int, theta_stride: int, num_threads: int
 ) -> None: ...
-def accumulate(
-    backend: str,
-    feature_set: int,
-    tensors: int,
-    grads: int,
-    chunks: int,
-    num_tensors: int,
-    num_chunks: int,
-    clip_limit: int,
-    mom_decays: Sequence[float],
-    rms_decays: Sequence[float],
-    partials: int,
-    finished: int,
-    stats: int,
-    num_threads: int,
-    device: int,
-    stream: int,
-) -> None: ...
+def accumulate(backend: str, feature_set: int, params: int, num_threads: int, device: int, stream: int) -> None: ...
 def apply(
-    backend: str,
-    feature_set: int,
-    width: int,
-    tensors: int,
-    grads: int,
-    chunks: int,
-    num_tensors: int,
-    num_chunks: int,
-    clip_limit: int,
-    scale: int,
-    shift: int,
-    bias: int,
-    step_size: int,
-    keep: int,
-    weights: int,
-    magnitude_rate: float,
-    feature_clip: float,
-    precision: int,
-    partials: int,
-    finished: int,
-    hidden: int,
-    num_threads: int,
-    device: int,
-    stream: int,
+    backend: str, feature_set: int, width: int, params: int, num_threads: int, device: int, stream: int
+) -> None: ...
+def step(
+    backend: str, level: int, accumulating: int, applying: int, num_threads: int, device: int, stream: int
 ) -> None: ...

@@ -12,6 +12,7 @@ are computed once per tensor from the mean hidden vector.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,17 @@ import torch
 from torch import Tensor
 
 from lopt.features import FEATURE_SETS
-from lopt.records import ADVANCE, FEATURE_SET_INDEX, SHAPE, SPEC, check_sizes, shape_records, spec_record
+from lopt.records import (
+    ACCUMULATE,
+    ADVANCE,
+    APPLY,
+    FEATURE_SET_INDEX,
+    SHAPE,
+    SPEC,
+    check_sizes,
+    shape_records,
+    spec_record,
+)
 from lopt.tensor_lstm import Rows
 from lopt.theta import Theta, ThetaSpec
 
@@ -48,7 +59,16 @@ for _facts, _features in zip(_C.feature_sets(), FEATURE_SETS.values(), strict=Tr
         raise ImportError(f"lopt._C has feature set {_facts}, lopt/features.py {_expected}: rebuild the extension")
 
 
-check_sizes(_C.struct_sizes(), {"Spec": SPEC, "TensorShape": SHAPE, "AdvanceParams": ADVANCE})
+check_sizes(
+    _C.struct_sizes(),
+    {
+        "AccumulateParams": ACCUMULATE,
+        "ApplyParams": APPLY,
+        "Spec": SPEC,
+        "TensorShape": SHAPE,
+        "AdvanceParams": ADVANCE,
+    },
+)
 
 
 def has_cuda() -> bool:
@@ -107,6 +127,22 @@ def _check(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], numel: int,
         raise ValueError(f"{name}: expected {numel} elements, got {tensor.numel()}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}; pass x.contiguous()")
+
+
+# What is checked of every tensor; `map` over these reads an attribute of a thousand tensors in 40 microseconds.
+_FACTS: tuple[Callable[[Tensor], Any], ...] = (
+    attrgetter("dtype"),
+    attrgetter("device"),
+    Tensor.numel,
+    Tensor.is_contiguous,
+)
+
+
+def contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    """The same list where values lie in order and as they are, otherwise copies of those that do not."""
+    if all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors)):
+        return tensors
+    return [tensor.contiguous().resolve_neg() for tensor in tensors]
 
 
 def _check_length(name: str, found: int, expected: int) -> None:
@@ -191,7 +227,6 @@ class Plan:
             _check(f"mom[{i}]", m, (torch.float32,), decays[0] * sizes[i], self.device)
             _check(f"rms[{i}]", r, (torch.float32,), decays[1] * sizes[i], self.device)
         self.sizes = sizes
-        self.param_dtypes = [DTYPES[param.dtype] for param in params]
         self.param_addresses = [param.data_ptr() for param in params]
         self.keep_alive = (list(mom), list(rms))
 
@@ -208,7 +243,7 @@ class Plan:
                 np.array(sizes, dtype=np.int64),  # stride between accumulator planes
                 first[:-1],
                 np.array(theta_index, dtype=np.int64),
-                np.array(self.param_dtypes, dtype=np.int64),  # low half: param_dtype, high half: grad_dtype
+                np.array([DTYPES[param.dtype] for param in params], dtype=np.int64),  # high half: that of the gradient
             ],
             axis=1,
         )
@@ -220,32 +255,45 @@ class Plan:
         self.hidden = self.stats.new_empty(0)
         partials = max(self.features.num_stats, *WIDTHS)
         self.partials = torch.empty(self.num_chunks, partials, device=self.device, dtype=torch.float64)
-        self.grads: list[Tensor] = []
+        self.grads: Sequence[Tensor] = []
         self.grad_addresses: list[int] = []
         self.grad_table = torch.empty(0)
         self.captured: list[tuple[Tensor, Tensor]] = []  # tables that CUDA graphs read
+        self._checked: list[list[Any]] = []
+        self._operands: dict[str, list[Tensor]] = {}
+        self._accumulate, self._apply = np.zeros((), ACCUMULATE), np.zeros((), APPLY)
+        for record in (self._accumulate, self._apply):
+            record["num_tensors"], record["num_chunks"] = self.num_tensors, self.num_chunks
+            for name in ("tensors", "chunks", "partials", "finished"):
+                record[name] = getattr(self, name).data_ptr()
+        self._accumulate["stats"], self._apply["precision"] = self.stats.data_ptr(), self.precision
+        #: Addresses of AccumulateParams and ApplyParams.
+        self.addresses = self._accumulate.ctypes.data, self._apply.ctypes.data
 
     def set_tensors(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Point the plan to this step's gradients, and to the parameters in case they moved."""
         _check_length("params", len(params), self.num_tensors)
         _check_length("grads", len(grads), self.num_tensors)
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            _check(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
-            _check(f"grads[{i}]", grad, tuple(DTYPES), self.sizes[i], self.device)
-        addresses = [param.data_ptr() for param in params]
-        dtypes = [DTYPES[p.dtype] | DTYPES[g.dtype] << 32 for p, g in zip(params, grads, strict=True)]
         capturing = is_capturing(self.device)  # what is captured has not run: later steps must not count on it
-        if addresses != self.param_addresses or dtypes != self.param_dtypes:
-            self.param_addresses, self.param_dtypes = [] if capturing else addresses, dtypes
+        addresses = list(map(Tensor.data_ptr, params))
+        facts = [list(map(fact, tensors)) for tensors in (params, grads) for fact in _FACTS]
+        if facts != self._checked or addresses != self.param_addresses:
+            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                _check(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
+                _check(f"grads[{i}]", grad, tuple(DTYPES), self.sizes[i], self.device)
+            dtypes = [DTYPES[param.dtype] | DTYPES[grad.dtype] << 32 for param, grad in zip(params, grads, strict=True)]
+            self.param_addresses, self._checked = addresses, [] if capturing else facts
             self.table[:, 0], self.table[:, 7] = addresses, dtypes
             self.tensors = _upload(self.table, self.device)
-        grad_addresses = [grad.data_ptr() for grad in grads]
+            self._accumulate["tensors"] = self._apply["tensors"] = self.tensors.data_ptr()
+        grad_addresses = list(map(Tensor.data_ptr, grads))
         if grad_addresses != self.grad_addresses:
             self.grad_addresses = [] if capturing else grad_addresses
             self.grad_table = _upload(np.array(grad_addresses, dtype=np.int64), self.device)
+            self._accumulate["grads"] = self._apply["grads"] = self.grad_table.data_ptr()
         if capturing:
             self.captured.append((self.tensors, self.grad_table))
-        self.grads = list(grads)  # alive until the next step
+        self.grads = grads  # alive until the next step
 
     def _check_grads(self) -> None:
         if not self.grads:
@@ -275,28 +323,22 @@ class Plan:
             mom_decays, rms_decays: the feature set's own when not given.
         """
         self._check_grads()
+        self.bind_accumulate(clip_limit, mom_decays, rms_decays)
+        _C.accumulate(self.backend, self.index, self.addresses[0], **self._place())
+        return self.stats
+
+    def bind_accumulate(
+        self, clip_limit: Tensor, mom_decays: Sequence[float] = (), rms_decays: Sequence[float] = ()
+    ) -> None:
+        """Check the operands of :meth:`accumulate` and keep them for :func:`step`."""
         mom_decays, rms_decays = mom_decays or self.features.mom_decays, rms_decays or self.features.rms_decays
         for name, decays in (("mom_decays", mom_decays), ("rms_decays", rms_decays)):
             if len(decays) != len(getattr(self.features, name)):
                 raise ValueError(f"{name}: expected {len(getattr(self.features, name))} decays, got {len(decays)}")
-        clip_limit = self._rows("clip_limit", clip_limit, None)
-        _C.accumulate(
-            backend=self.backend,
-            feature_set=self.index,
-            tensors=self.tensors.data_ptr(),
-            grads=self.grad_table.data_ptr(),
-            chunks=self.chunks.data_ptr(),
-            num_tensors=self.num_tensors,
-            num_chunks=self.num_chunks,
-            clip_limit=clip_limit.data_ptr(),
-            mom_decays=mom_decays,
-            rms_decays=rms_decays,
-            partials=self.partials.data_ptr(),
-            finished=self.finished.data_ptr(),
-            stats=self.stats.data_ptr(),
-            **self._place(),
-        )
-        return self.stats
+            self._accumulate[name.removesuffix("s")][: len(decays)] = decays
+        rows = [self._rows("clip_limit", clip_limit, None)]
+        self._accumulate["clip_limit"] = rows[0].data_ptr()
+        self._operands["accumulate"] = rows
 
     def apply(
         self,
@@ -323,6 +365,23 @@ class Plan:
             weights: ``[num_theta, size]`` from :func:`pack_mlp`.
         """
         self._check_grads()
+        self.bind_apply(clip_limit, scale, shift, bias, step_size, keep, weights, magnitude_rate, feature_clip)
+        _C.apply(self.backend, self.index, bias.shape[-1], self.addresses[1], **self._place())
+        return self.hidden
+
+    def bind_apply(
+        self,
+        clip_limit: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        bias: Tensor,
+        step_size: Tensor,
+        keep: Tensor,
+        weights: Tensor,
+        magnitude_rate: float,
+        feature_clip: float | None,
+    ) -> None:
+        """Check the operands of :meth:`apply` and keep them for :func:`step`."""
         columns, width = len(self.features.columns), bias.shape[-1]
         size = _C.packed_weights(self.index, width)
         if size == 0:
@@ -334,42 +393,27 @@ class Plan:
             )
         if int(self.table[:, 6].max()) >= weights.reshape(-1, size).shape[0] or int(self.table[:, 6].min()) < 0:
             raise ValueError(f"theta_index: out of range for {weights.reshape(-1, size).shape[0]} rows of weights")
-        rows = [
-            self._rows("clip_limit", clip_limit, None),
-            self._rows("scale", scale, columns),
-            self._rows("shift", shift, columns),
-            self._rows("bias", bias, width),
-            self._rows("step_size", step_size, None),
-            self._rows("keep", keep, None),
-            weights.contiguous(),
-        ]
+        rows = {
+            "clip_limit": self._rows("clip_limit", clip_limit, None),
+            "scale": self._rows("scale", scale, columns),
+            "shift": self._rows("shift", shift, columns),
+            "bias": self._rows("bias", bias, width),
+            "step_size": self._rows("step_size", step_size, None),
+            "keep": self._rows("keep", keep, None),
+            "weights": weights.contiguous(),
+        }
         if self.hidden.shape != (self.num_tensors, width):
             self.hidden = self.stats.new_empty(self.num_tensors, width)
-        _C.apply(
-            backend=self.backend,
-            feature_set=self.index,
-            width=width,
-            tensors=self.tensors.data_ptr(),
-            grads=self.grad_table.data_ptr(),
-            chunks=self.chunks.data_ptr(),
-            num_tensors=self.num_tensors,
-            num_chunks=self.num_chunks,
-            clip_limit=rows[0].data_ptr(),
-            scale=rows[1].data_ptr(),
-            shift=rows[2].data_ptr(),
-            bias=rows[3].data_ptr(),
-            step_size=rows[4].data_ptr(),
-            keep=rows[5].data_ptr(),
-            weights=rows[6].data_ptr(),
-            magnitude_rate=magnitude_rate,
-            feature_clip=float("inf") if feature_clip is None else feature_clip,
-            precision=self.precision,
-            partials=self.partials.data_ptr(),
-            finished=self.finished.data_ptr(),
-            hidden=self.hidden.data_ptr(),
-            **self._place(),
-        )
-        return self.hidden
+        for name, value in rows.items():
+            self._apply[name] = value.data_ptr()
+        self._apply["hidden"], self._apply["magnitude_rate"] = self.hidden.data_ptr(), magnitude_rate
+        self._apply["feature_clip"] = np.inf if feature_clip is None else feature_clip
+        self._operands["apply"] = list(rows.values())
+
+
+#: State that all tensors share, as AdvanceParams names it.
+SHARED = ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite")
+_shared_tensors = itemgetter(*SHARED)
 
 
 def apply_inputs(spec: ThetaSpec, num_tensors: int, device: torch.device) -> dict[str, Tensor]:
@@ -435,9 +479,12 @@ class TensorLevel:
             record[name] = getattr(self, name).data_ptr()
         for name, value in zip(("h", "c", "feedback", "initial_scale", "updates"), rows, strict=True):
             record[name] = value.data_ptr()
+        #: Address of AdvanceParams.
+        self.address = record.ctypes.data
+        self._shared: tuple[int, ...] = ()
 
     def _call(self, function: Callable[..., None]) -> None:
-        function(self.backend, self._record.ctypes.data, **_stream(self.device))
+        function(self.backend, self.address, **_stream(self.device))
 
     def set_options(self, groups: Sequence[Mapping[str, Any]], total_steps: int | None) -> None:
         """``lr`` and ``weight_decay`` of the param groups, and the number of steps planned."""
@@ -463,13 +510,26 @@ class TensorLevel:
             train_loss, valid_loss: numbers or float32 tensors of one element on the device; one that is not finite
                 counts as none.
         """
-        for name in ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite"):
-            self._record[name] = shared[name].data_ptr()
+        self.set_losses(shared, train_loss, valid_loss)
+        self._call(_C.begin)
+
+    def set_losses(
+        self, shared: Mapping[str, Tensor], train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None
+    ) -> None:
+        """What :meth:`begin` reads, for :func:`step`."""
+        addresses = tuple(map(Tensor.data_ptr, _shared_tensors(shared)))
+        if addresses != self._shared:
+            self._shared = addresses
+            for name, address in zip(SHARED, addresses, strict=True):
+                self._record[name] = address
         for name, loss in (("train", train_loss), ("valid", valid_loss)):
             on_device = isinstance(loss, Tensor)
             self._record[f"new_{name}"] = loss.data_ptr() if isinstance(loss, Tensor) else 0
             self._record[f"{name}_value"] = np.nan if on_device or loss is None else loss
-        self._call(_C.begin)
+
+    def bind(self, plan: Plan) -> None:
+        """Let :meth:`advance` and :meth:`finish` read what the plan writes, for :func:`step`."""
+        self._record["stats"], self._record["hidden"] = plan.stats.data_ptr(), plan.hidden.data_ptr()
 
     def advance(self, stats: Tensor) -> None:
         """Between accumulate and apply: from ``stats`` and the options the inputs of apply."""
@@ -480,3 +540,8 @@ class TensorLevel:
         """After apply: what the next LSTM step sees of ``hidden`` ``[T, width]``."""
         self._record["hidden"] = hidden.data_ptr()
         self._call(_C.finish)
+
+
+def step(plan: Plan, level: TensorLevel) -> None:
+    """begin, accumulate, advance, apply and finish in one call, of operands that were bound before."""
+    _C.step(plan.backend, level.address, *plan.addresses, **plan._place())

@@ -5,6 +5,8 @@ import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from itertools import compress, repeat
+from operator import attrgetter, is_
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -20,6 +22,7 @@ from lopt.theta import Theta
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
 NONFINITE = ("ignore", "raise", "skip")
 PRECISIONS = ("high", "fast")
+_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 GLOBALS = (*Globals._fields, "pending_loss", "nonfinite")  # kept in param_groups[0]
 
 
@@ -31,6 +34,22 @@ class _Active(NamedTuple):
     plan: ReferencePlan | KernelPlan
     mom: list[Tensor]
     rows: Rows  # stacked state; state[p]["lstm"] holds views of its rows
+    states: list[dict[str, Any]]  # state of each
+    all_states: list[dict[str, Any]]  # of all parameters, in the order of the optimizer's
+
+    def serves(self, params: list[Tensor], groups: list[int], state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether the same tensors come again, and nobody has cleared or replaced their state."""
+        return (
+            _same(self.params, params)
+            and self.groups == groups
+            and _same(self.all_states, state.values())
+            and _same(self.mom, map(dict.get, self.states, repeat("mom")))
+        )
+
+
+def _same(old: list[Any], new: Iterable[Any]) -> bool:
+    found = list(new)
+    return len(old) == len(found) and all(map(is_, old, found))
 
 
 def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -255,13 +274,8 @@ class LearnedOptimizer(Optimizer):
 
     def _prepare(self, params: list[Tensor], groups: list[int]) -> _Active:
         """Tables and stacked rows for the tensors of this step; kept while the same tensors come."""
-        active = self._active
-        if active is not None and len(active.params) == len(params):
-            same = all(old is new for old, new in zip(active.params, params, strict=True))
-            # Somebody may have cleared or replaced the state.
-            kept = all(self.state[p].get("mom") is mom for p, mom in zip(params, active.mom, strict=True))
-            if same and kept and active.groups == groups:
-                return active
+        if self._active is not None and self._active.serves(params, groups, self.state):
+            return self._active
         if ops.is_capturing(params[0].device):
             raise RuntimeError(
                 "CUDA graph: these tensors had no step yet, and tables cannot be made during capture; "
@@ -283,7 +297,7 @@ class LearnedOptimizer(Optimizer):
             state = mom, rms, rows
             plan = KernelPlan(self.implementation, self.theta, weights, params, groups, *state, self.precision)
             self._losses = plan.level
-        self._active = _Active(params, groups, plan, mom, rows)
+        self._active = _Active(params, groups, plan, mom, rows, states, list(self.state.values()))
         return self._active
 
     def __getstate__(self) -> dict[str, Any]:
@@ -388,11 +402,11 @@ class LearnedOptimizer(Optimizer):
             return
         like = weights["initial_h"]
         if train_loss is not None:
-            loss = torch.as_tensor(train_loss, dtype=like.dtype, device=like.device)
+            loss = torch.as_tensor(train_loss, dtype=like.dtype, device=like.device).reshape(())
             given = torch.isfinite(loss)
             group["pending_loss"] += torch.stack([torch.where(given, loss, 0.0), given.to(loss.dtype)])
         if valid_loss is not None:
-            loss = torch.as_tensor(valid_loss, dtype=like.dtype, device=like.device)
+            loss = torch.as_tensor(valid_loss, dtype=like.dtype, device=like.device).reshape(())
             globals_ = Globals(*(group[name] for name in Globals._fields))
             self._write_globals(tensor_lstm.observe_valid(spec, globals_, loss))
 
@@ -409,6 +423,8 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(
                 f"{name}: expected one real number, got {loss.dtype} of shape {tuple(loss.shape)}; reduce it first"
             )
+        if loss.dtype == like.dtype and loss.device == like.device and not loss.is_neg():
+            return loss
         loss = loss.detach().reshape(()).resolve_neg().to(like.dtype)
         return float(loss) if loss.device.type == "cpu" and like.is_cuda else loss.to(like.device)
 
@@ -456,19 +472,35 @@ class LearnedOptimizer(Optimizer):
         if not params:
             self._observe(observed, None)
             return result
+        active = self._prepare(params, groups)
+        if isinstance(active.plan, KernelPlan):
+            self._globals()
+            active.plan.step(params, grads, self.param_groups, self.total_steps, observed)
+            return result
         with torch.autocast(params[0].device.type, enabled=False):  # in case the whole loop runs under autocast
-            active = self._prepare(params, groups)
-            if isinstance(active.plan, KernelPlan):
-                self._globals()
-                active.plan.step(params, grads, self.param_groups, self.total_steps, observed)
-            else:
-                self._observe(observed, None)
-                self._update(active, active.plan, grads)
+            self._observe(observed, None)
+            self._update(active, active.plan, grads)
         return result
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Parameters that have a gradient, their gradients, and their param groups."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+        grads = [param.grad for param in params]
+        given = [grad is not None for grad in grads]
+        if not all(given):
+            params, groups = list(compress(params, given)), list(compress(groups, given))
+            grads = list(compress(grads, given))
+        dtypes, layouts = set(map(_dtype, grads)), set(map(_layout, grads))
+        if layouts <= {torch.strided} and dtypes <= self._grad_dtypes() and all(map(Tensor.numel, params)):
+            return params, grads, groups
+        return self._gradients_one_by_one()
+
+    def _grad_dtypes(self) -> set[torch.dtype]:
+        return {torch.float32, torch.bfloat16} | ({torch.float64} if self.implementation == "reference" else set())
+
+    def _gradients_one_by_one(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
         params, grads, groups = [], [], []
-        allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.implementation == "reference" else ())
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 grad = param.grad
@@ -481,7 +513,7 @@ class LearnedOptimizer(Optimizer):
                 name = f"gradient of param_groups[{index}]['params'][{i}] of shape {tuple(param.shape)}"
                 if grad.is_sparse or grad.layout != torch.strided:
                     raise RuntimeError(f"{name}: expected a dense tensor, got layout {grad.layout}; use sparse=False")
-                if grad.dtype not in allowed:
+                if grad.dtype not in self._grad_dtypes():
                     raise TypeError(f"{name}: expected float32 or bfloat16, got {grad.dtype}; {_remedy(grad.dtype)}")
                 params.append(param)
                 grads.append(grad)

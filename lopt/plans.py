@@ -91,11 +91,13 @@ class KernelPlan:
         rows: Rows,
         precision: str,
     ) -> None:
-        self.spec = spec = theta.spec
-        self.packed = ops.pack_mlp(spec, weights)
-        contiguous = [param.contiguous() for param in params]
-        self.plan = ops.Plan(backend, spec.feature_set, contiguous, mom, rms, precision=precision)
-        self.level = ops.TensorLevel(backend, theta, [tuple(param.shape) for param in params], rows, groups)
+        spec = theta.spec
+        self.plan = ops.Plan(backend, spec.feature_set, ops.contiguous(params), mom, rms, precision=precision)
+        self.level = level = ops.TensorLevel(backend, theta, [tuple(param.shape) for param in params], rows, groups)
+        self.plan.bind_accumulate(level.clip_limit, spec.mom_decays, spec.rms_decays)
+        rows_ = level.clip_limit, level.scale, level.shift, level.bias, level.step_size, level.keep
+        self.plan.bind_apply(*rows_, ops.pack_mlp(spec, weights), spec.magnitude_rate, spec.feature_clip)
+        level.bind(self.plan)
 
     def step(
         self,
@@ -106,16 +108,15 @@ class KernelPlan:
         loss: Tensor | float | None,
     ) -> None:
         """One whole step; ``groups`` are the optimizer's, whose first holds the state of all tensors."""
-        spec, plan, level = self.spec, self.plan, self.level
-        contiguous = [param.contiguous() for param in params]
-        plan.set_tensors(contiguous, [grad.contiguous().resolve_neg() for grad in grads])
+        plan, level = self.plan, self.level
+        copies = ops.contiguous(params)
+        plan.set_tensors(copies, ops.contiguous(grads))
         level.set_options(groups, total_steps)
-        level.begin(groups[0], loss)
-        level.advance(plan.accumulate(level.clip_limit, spec.mom_decays, spec.rms_decays))
-        rows = level.clip_limit, level.scale, level.shift, level.bias, level.step_size, level.keep
-        level.finish(plan.apply(*rows, self.packed, spec.magnitude_rate, spec.feature_clip))
-        for param, copy in zip(params, contiguous, strict=True):
-            if copy is not param:
-                param.copy_(copy)
+        level.set_losses(groups[0], loss)
+        ops.step(plan, level)
+        if copies is not params:
+            for param, copy in zip(params, copies, strict=True):
+                if copy is not param:
+                    param.copy_(copy)
         torch.autograd.graph.increment_version(params)  # a backward pass that needs the old values must fail
         plan.grads = []  # zero_grad frees their memory

@@ -1,4 +1,4 @@
-"""NumPy records of the plain structs in csrc/spec.h: how Python hands numbers and addresses to the compiled code."""
+"""NumPy records of the structs in csrc/kernels.h and csrc/spec.h: how Python hands numbers and addresses to C++."""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +14,23 @@ FEATURE_SET_INDEX = {name: index for index, name in enumerate(FEATURE_SETS)}
 
 Record = np.ndarray[tuple[()], np.dtype[np.void]]
 
+ACCUMULATE = np.dtype(
+    [
+        *((name, "i8") for name in ("tensors", "grads", "chunks", "num_tensors", "num_chunks", "clip_limit")),
+        ("mom_decay", "f4", MAX_DECAYS),
+        ("rms_decay", "f4", MAX_DECAYS),
+        *((name, "i8") for name in ("partials", "finished", "stats")),
+    ]
+)
+APPLY = np.dtype(
+    [
+        *((name, "i8") for name in ("tensors", "grads", "chunks", "num_tensors", "num_chunks", "clip_limit")),
+        *((name, "i8") for name in ("scale", "shift", "bias", "step_size", "keep", "weights")),
+        *((name, "f4") for name in ("magnitude_rate", "feature_clip")),
+        *((name, "i4") for name in ("precision", "unused")),
+        *((name, "i8") for name in ("partials", "finished", "hidden")),
+    ]
+)
 SPEC = np.dtype(
     [
         *((name, "i4") for name in ("feature_set", "width", "lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm")),

@@ -1,5 +1,7 @@
 """lopt.ops: errors that name the operand, and the operations registered with torch.library."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from kernel_cases import BF16, F32, SHORT, Backend, Run, outputs, problem_of, same, spec_of
@@ -69,6 +71,30 @@ BAD_GRADS = [
 def test_set_tensors_names_what_is_wrong(grads: list[Tensor], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         plan_of().set_tensors([Z(4), Z(2, 3)], grads)
+
+
+SWAPS = [
+    (lambda x: x.T, ValueError, "expected a contiguous tensor, got strides"),
+    (lambda x: x[:1], ValueError, "expected 6 elements, got 3"),
+    (lambda x: x.view(torch.int32), TypeError, "expected torch.float32 or torch.bfloat16, got torch.int32"),
+    (lambda x: Z(2, 3, device="meta"), ValueError, "expected device cpu, got meta"),
+]
+
+
+@pytest.mark.parametrize("operand", ["params", "grads"])
+@pytest.mark.parametrize(("swap", "kind", "message"), SWAPS)
+def test_what_was_good_is_looked_at_again(
+    operand: str, swap: Callable[[Tensor], Tensor], kind: type[Exception], message: str
+) -> None:
+    """Also where memory and number of tensors stay the same; and a plan that refused works on."""
+    tensors = {"params": [Z(4), Z(2, 3)], "grads": [Z(4), Z(2, 3)]}
+    plan = plan_of(params=tensors["params"])
+    plan.set_tensors(**tensors)
+    for _ in range(2):
+        bad = {**tensors, operand: [tensors[operand][0], swap(tensors[operand][1])]}
+        with pytest.raises(kind, match=rf"{operand}\[1\]: {message}"):
+            plan.set_tensors(**bad)
+    plan.set_tensors(**tensors)
 
 
 def test_operations_need_gradients_first() -> None:
