@@ -12,6 +12,7 @@ from lopt.commands.bench import Bench
 from lopt.commands.common import Command, say, write_json
 from lopt.commands.doctor import Doctor
 from lopt.commands.evaluate import Evaluate
+from lopt.commands.experiment import RunExperiment
 from lopt.commands.meta_train import MetaTrain
 from lopt.commands.plot import Plot
 from lopt.commands.tasks import CheckTasks, Gallery, List, ShowTask, Time, TrainTask
@@ -34,6 +35,7 @@ Commands = (
     | Annotated[MetaTrain, subcommand("meta-train")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[RunExperiment, subcommand("experiment")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Tasks, subcommand("tasks", description="Look at the tasks, time, train and check them.")]

@@ -1,20 +1,37 @@
 """lopt/experiments: closed forms where there are some, and that stopping, repeating and resuming change nothing."""
 
+import csv
+import dataclasses
 import io
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch.nn import functional
 
 from lopt import LearnedOptimizer, Theta
+from lopt.evaluation.opponents import FACTORS, LEARNED
+from lopt.evaluation.suites import HeldOutTask
+from lopt.experiments import EXPERIMENTS, implicit_regularization
+from lopt.experiments.axes import FewRows
+from lopt.experiments.experiment import execute
+from lopt.experiments.implicit_regularization import Valley
+from lopt.experiments.resnet import ResNet
+from lopt.experiments.rows import Row, RowTable
+from lopt.experiments.runs import Result, Run, Setting
+from lopt.experiments.self_training import MetaRun
+from lopt.experiments.training import BLIND, TaskRun
 from lopt.meta import checkpoint, es, outer, pairs, trainer
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.executors import Serial
+from lopt.meta.metrics import read_metrics
 from lopt.meta.pairs import Shared
+from lopt.tasks.image_tasks import ImageData
 from lopt.theta import unflatten
 
 #: A meta-training whose outer optimizer is learned; only the tensors of the second phase's group move in it.
@@ -92,3 +109,275 @@ def test_a_learned_outer_optimizer_resumes_to_the_bit(tmp_path: Path) -> None:
         meta_train(tmp_path / f"{stop}", resume=True)
         ends = [checkpoint.load(tmp_path / name / "checkpoint.pt")[2].theta for name in ("whole", f"{stop}")]
         assert torch.equal(*ends)
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def valley(optimizer: str, trial: int = 0, steps: int = 60, start: tuple[float, float] = (1.0, 0.25)) -> Valley:
+    theta = "default" if optimizer.startswith("lopt") else ""
+    return Valley(task="valley", optimizer=optimizer, trial=trial, theta=theta, steps=steps, start=start)
+
+
+def test_sgd_in_the_valley_keeps_the_sum_and_is_the_recursion() -> None:
+    """With d = x - y the momentum v of x is .9 v + d and that of y is -v: x + y stays."""
+    result = valley("sgd-tuned").measure()
+    sums = [x + y for x, y in zip(result.curve["x"], result.curve["y"], strict=True)]
+    assert max(abs(value - 1.25) for value in sums) < 1e-6
+    x, y, v = 1.0, 0.25, 0.0
+    for _ in range(60):
+        v = 0.9 * v + (x - y)
+        x, y = x - 0.01 * v, y + 0.01 * v
+    assert (result.curve["x"][-1], result.curve["y"][-1]) == pytest.approx((x, y), abs=1e-5)
+    assert result.initial[0] == 0.75**2 / 2
+    assert result.final[2] == pytest.approx((x - y) ** 2 / 2, abs=1e-5)
+
+
+def test_adam_in_the_valley_lands_where_float64_does() -> None:
+    trial = FACTORS.index(10.0)
+    result = valley("adam-tuned", trial, steps=400).measure()
+    x, y, m, s = 1.0, 0.25, 0.0, 0.0
+    for t in range(1, 401):
+        d = x - y
+        m, s = 0.9 * m + 0.1 * d, 0.999 * s + 0.001 * d * d
+        change = 0.01 * (m / (1 - 0.9**t)) / (math.sqrt(s / (1 - 0.999**t)) + 1e-8)
+        x, y = x - change, y + change
+    assert (result.curve["x"][-1], result.curve["y"][-1]) == pytest.approx((x, y), abs=1e-5)
+    nearest, landed, off = implicit_regularization.landing(Row.of(valley("adam-tuned", trial), result))
+    assert (nearest, landed) == pytest.approx((1.25 / math.sqrt(2),) * 2, abs=1e-5)
+    assert off == pytest.approx(abs(x - y) / math.sqrt(2), abs=1e-5)
+
+
+def test_the_learned_optimizer_in_the_valley_is_one_stepped_by_hand() -> None:
+    result = valley("lopt").measure()
+    point = torch.tensor([1.0, 0.25], requires_grad=True)
+    optimizer = LearnedOptimizer([point], total_steps=60)
+    for step in range(60):
+        loss = (point[0] - point[1]) ** 2 / 2
+        (point.grad,) = torch.autograd.grad(loss, point)
+        if step % 10 == 0:
+            optimizer.observe(valid_loss=loss)
+        optimizer.step(loss=loss)
+    assert [result.curve[name][-1] for name in ("x", "y")] == point.tolist()
+
+
+WINE = HeldOutTask(data="wine", sizes=(13, 4, 3), batch_size=16)
+
+
+def wine(optimizer: str, **fields: Any) -> TaskRun:
+    theta = "default" if optimizer.startswith("lopt") else ""
+    return TaskRun(task="wine", problem=WINE, optimizer=optimizer, theta=theta, **{"steps": 20, **fields})
+
+
+def test_a_task_run_records_the_losses_of_the_training_loop() -> None:
+    row = Row.of(run := wine("adam", points=4), run.measure())
+    params = {name: value.requires_grad_() for name, value in WINE.init(0).items()}
+    optimizer = torch.optim.Adam(params.values(), lr=1e-3)
+    batches = WINE.batches(0, "train")
+    for _ in range(20):
+        optimizer.zero_grad()
+        WINE.loss(params, next(batches)).backward()
+        optimizer.step()
+    for split, column in (("train", "train"), ("outer_valid", "valid"), ("test", "test")):
+        final, initial = (float(WINE.loss(at, WINE.splits[split]).detach()) for at in (params, WINE.init(0)))
+        assert getattr(row, f"{column}_loss") == pytest.approx(final, rel=1e-6)
+        assert getattr(row, f"initial_{column}_loss") == pytest.approx(initial, rel=1e-6)
+        assert row.along(split)[::4] == pytest.approx([initial, final], rel=1e-5)
+    assert row.along("step") == [0, 5, 10, 15, 20]
+
+
+def test_a_blind_optimizer_is_one_that_was_never_told() -> None:
+    losses = [run.measure().final for run in (wine("lopt"), wine(BLIND))]
+    assert losses[0] != losses[1]
+    params = {name: value.requires_grad_() for name, value in WINE.init(0).items()}
+    optimizer = LearnedOptimizer(params.values(), total_steps=20)
+    batches = WINE.batches(0, "train")
+    for _ in range(20):
+        loss = WINE.loss(params, next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss)
+    assert losses[1][0] == pytest.approx(float(WINE.loss(params, WINE.splits["train"]).detach()), rel=1e-6)
+
+
+def test_few_rows_are_the_first_of_the_training_split() -> None:
+    few = FewRows(data="wine", sizes=(13, 4, 3), batch_size=16, rows=20)
+    assert torch.equal(few.splits["train"].inputs, WINE.splits["train"].inputs[:20])
+    assert torch.equal(few.splits["test"].inputs, WINE.splits["test"].inputs)
+    seen = torch.cat([batch.inputs for batch in itertools.islice(few.batches(0, "train"), 30)])
+    rows = {tuple(row.tolist()) for row in few.splits["train"].inputs}
+    assert {tuple(row.tolist()) for row in seen} == rows
+    runs = [wine("adam"), TaskRun(task="wine", problem=few, optimizer="adam", steps=20)]
+    assert len({run.sha256 for run in runs}) == 2
+
+
+def test_resnet_is_the_network_of_torch_modules() -> None:
+    """The same weights in torch.nn modules, batch normalisation in training mode; 14 layers have weights."""
+    blocks = ((16, 4, 1), (16, 4, 2), (16, 8, 1), (24, 8, 2))
+    task = ResNet(blocks=blocks, stem=8, data=ImageData("photo-patches", batch_size=6))
+    params, batch = task.init(3), next(task.batches(0, "train"))
+    params = {name: value + 0.1 * torch.randn(value.shape) for name, value in params.items()}
+
+    def norm(x: torch.Tensor, prefix: str) -> torch.Tensor:
+        gain, bias = params[f"{prefix}gain"], params[f"{prefix}bias"]
+        return torch.relu(functional.batch_norm(x, None, None, gain, bias, training=True))
+
+    def conv(x: torch.Tensor, name: str, stride: int = 1) -> torch.Tensor:
+        weight = params[name]
+        module = torch.nn.Conv2d(
+            weight.shape[1], weight.shape[0], weight.shape[2], stride, weight.shape[2] // 2, bias=False
+        )
+        module.weight.data = weight
+        return module(x)
+
+    x = torch.nn.MaxPool2d(3, 2, 1)(conv(batch.inputs * 2 - 1, "stem.w", 2))
+    for number, (_, _, stride) in enumerate(blocks):
+        block = f"block{number}."
+        y = norm(x, f"{block}norm0.")
+        shortcut = conv(y, f"{block}shortcut", stride) if f"{block}shortcut" in params else x
+        y = norm(conv(y, f"{block}w0"), f"{block}norm1.")
+        y = norm(conv(y, f"{block}w1", stride), f"{block}norm2.")
+        x = shortcut + conv(y, f"{block}w2")
+    x = norm(x, "norm.").mean((2, 3))
+    expected = functional.cross_entropy(x @ params["w0"] + params["b0"], batch.targets)
+    torch.testing.assert_close(task.loss(params, batch), expected, rtol=1e-5, atol=1e-6)
+    weights = [name for name in params if params[name].ndim >= 2 and "shortcut" not in name]
+    assert len(weights) == 14
+    assert [name for name in params if "shortcut" in name] == [f"block{number}.shortcut" for number in (0, 1, 3)]
+    assert x.shape == (6, 24)
+
+
+def test_a_meta_run_is_the_meta_training(tmp_path: Path) -> None:
+    config = dataclasses.replace(SELF, inner_steps=240, validate_every=60, weighting="mean")
+    run = MetaRun(task="random", optimizer="lopt", theta="default", steps=4, settings=config)
+    result = run.measure()
+    trainer.run(config, tmp_path, console=Console(file=io.StringIO()))
+    lines = read_metrics(tmp_path)
+    assert result.curve["validation"] == [line["validation_mean"] for line in lines if "validation" in line]
+    assert result.curve["meta_loss"] == [line["meta_loss"] for line in lines[1:]]
+    assert result.initial[2] == lines[0]["validation_mean"]
+    assert result.final[2] == pytest.approx(sum(result.curve["validation"][-4:]) / 4, rel=1e-12)
+    other = dataclasses.replace(run, settings=dataclasses.replace(config, sigma=0.1))
+    assert other.sha256 != run.sha256
+
+
+# ---- Rows and resuming -----------------------------------------------------------------------------------------------
+
+RUNS = [*(wine(name, seed=seed) for name in ("lopt", "adam") for seed in (0, 1)), valley("lopt", steps=10)]
+
+
+def results(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Everything but the clocks."""
+    return [{k: v for k, v in dataclasses.asdict(row).items() if k not in ("seconds", "date")} for row in rows]
+
+
+def test_stopped_repeated_and_parallel_runs_give_the_same_rows(tmp_path: Path) -> None:
+    whole = execute(RUNS, RowTable(tmp_path / "whole.csv"))
+    assert [(row.optimizer, row.seed) for row in whole] == [(run.optimizer, run.seed) for run in RUNS]
+    table = RowTable(tmp_path / "stopped.csv")
+
+    def stop(done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(RUNS, table, on_done=stop)
+    with table.path.open("a") as file:
+        file.write("wine,lopt,0,1.0")  # cut short
+    assert len(table.rows) == 2
+    counts: list[tuple[int, int]] = []
+    resumed = execute(RUNS, RowTable(table.path), workers=2, on_done=lambda *count: counts.append(count))
+    assert counts == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert results(resumed) == results(whole)
+    files = [list(csv.reader(io.StringIO((tmp_path / f"{name}.csv").read_text()))) for name in ("whole", "stopped")]
+    clocks = [files[0][0].index(name) for name in ("seconds", "date")]
+    plain = [[[cell for i, cell in enumerate(line) if i not in clocks] for line in file] for file in files]
+    assert plain[0] == plain[1]
+    again = execute(RUNS, RowTable(table.path), on_done=lambda *count: counts.append(count))
+    assert counts[4:] == [(0, 0)]
+    assert again == resumed
+
+
+def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    with pytest.raises(ValueError, match=r"a\.csv: expected the columns task, optimizer, .* choose another --out"):
+        RowTable(tmp_path / "a.csv")
+
+
+def test_what_a_result_depends_on_is_in_the_key(tmp_path: Path) -> None:
+    Theta.init_adam("compact", 1).save(tmp_path / "other.safetensors")
+    base = wine("lopt")
+    theta = str(tmp_path / "other.safetensors")
+    batch = dataclasses.replace(WINE, batch_size=8)
+    changes: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"steps": 21},
+        {"theta": theta},
+        {"problem": batch},
+        {"optimizer": BLIND},
+    ]
+    keys = {base.sha256, *(dataclasses.replace(base, **change).sha256 for change in changes)}
+    assert len(keys) == 6
+    assert dataclasses.replace(base).sha256 == base.sha256
+
+
+# ---- Texts and figures -----------------------------------------------------------------------------------------------
+
+
+def fake(run: Run, factor: float) -> Row:
+    """A row with made-up losses, those of the learned optimizer ``factor`` times those of an Adam at its best."""
+    ours = run.optimizer in LEARNED
+    loss = 0.5 * factor if ours else 0.5
+    names = (
+        "step",
+        "seconds",
+        "train",
+        "outer_valid",
+        "test",
+        "iteration",
+        "validation",
+        "block_iteration",
+        "meta_loss",
+    )
+    curve = {name: [0.0, 1.0, 2.0] if name in names[:2] or "iter" in name else [2.0, loss, loss] for name in names}
+    if isinstance(run, Valley):
+        x, y = run.start
+        end = (x + y) / 2 * (factor if ours else 1.0)
+        curve = {"step": [0.0, 1.0], "x": [x, end], "y": [y, end]}
+    if isinstance(run, MetaRun):
+        loss = loss - 2
+    return Row.of(run, Result(initial=(2.0,) * 3, final=(loss,) * 3, seconds=2.0 if ours else 1.0, curve=curve))
+
+
+@pytest.fixture(scope="module")
+def planned() -> dict[str, list[Run]]:
+    return {name: list(found.runs(Setting())) for name, found in EXPERIMENTS.items()}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_wins_and_losses_are_said_with_the_same_words(name: str, planned: dict[str, list[Run]], tmp_path: Path) -> None:
+    """Made-up rows in which the learned optimizer is twice as good as the others, and twice as bad."""
+    texts = {}
+    for factor in (0.5, 2.0):
+        out = tmp_path / str(factor)
+        out.mkdir()
+        figure, text = EXPERIMENTS[name].write([fake(run, factor) for run in planned[name]], out)
+        assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        texts[factor] = text.read_text()
+    good, bad = texts[0.5], texts[2.0]
+    assert good != bad
+    told = {
+        "implicit-regularization": ("lopt ends 50% nearer to the origin", "lopt ends 100% further from the origin"),
+        "horizon": ("lower in 10 of 10", "higher in 10"),
+        "width": ("48% lower than that of the best", "96% higher than that of the best"),
+        "batch-size": ("48% lower than that of the best", "96% higher than that of the best"),
+        "dataset-size": ("48% lower than that of the best", "96% higher than that of the best"),
+        "time": ("50% lower than that of Adam", "2 times that of Adam"),
+        "validation-ablation": ("lower in 13 of 13", "equal within 2% in 0, higher in 13"),
+        "self-training": ("of 12 (Adam, lr 0.003", "of 12 (Adam, lr 0.003"),
+        "transformer": ("48% lower than that of Adam", "96% higher than that of Adam"),
+        "resnet": ("48% lower than that of Adam", "96% higher than that of Adam"),
+        "table": ("lopt is number 1 and lopt-untold is number 2", "; adam is first"),
+    }[name]
+    assert told[0] in good
+    assert told[1] in bad

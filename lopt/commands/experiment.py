@@ -1,0 +1,103 @@
+"""``lopt experiment``: the paper's experiments, each with a CSV file, a figure and a text."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from lopt.commands.common import Command, Outcome, say
+from lopt.evaluation.plots import require_matplotlib
+from lopt.experiments import EXPERIMENTS
+from lopt.experiments.experiment import execute
+from lopt.experiments.rows import Row, RowTable
+from lopt.experiments.runs import SEEDS, Run, Scale, Setting
+
+Name = Literal[
+    "implicit-regularization",
+    "horizon",
+    "width",
+    "batch-size",
+    "dataset-size",
+    "time",
+    "validation-ablation",
+    "self-training",
+    "transformer",
+    "resnet",
+    "table",
+]
+LINES = 10  # of progress, off a terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunExperiment(Command):
+    """Run one of the paper's experiments: every run is a row of NAME.csv, beside it NAME.png and README.md.
+
+    Rows that are there are not run again: an experiment that was stopped goes on where it was, and one that is complete
+    is drawn and written anew. Repeated runs give the same losses to the bit.
+    """
+
+    name: Annotated[Name, tyro.conf.Positional]
+    """Which experiment."""
+
+    scale: Scale = "small"
+    """small fits ten minutes of two cores; full is the real one."""
+
+    theta: str = "default"
+    """Meta-parameters of the learned optimizer: a shipped name (see lopt weights show) or a file."""
+
+    seeds: tuple[int, ...] | None = None
+    """A seed decides initial weights and minibatches; 0 for small and 0 1 2 for full if none is given."""
+
+    data: Path | None = None
+    """Folder with the IDX files of Fashion-MNIST, if they are not where the Debian package puts them."""
+
+    workers: int | None = None
+    """Processes; one per processor if not given. Does not change losses."""
+
+    out: Path | None = None
+    """Folder for the three files; runs/experiments/NAME-SCALE if not given."""
+
+    def __post_init__(self) -> None:
+        seeds = self.seeds
+        if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
+            raise ValueError(f"seeds: expected numbers from 0 on, at least one and none twice, got {seeds}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers: expected at least 1, got {self.workers}")
+
+    def run(self, console: Console) -> Outcome:
+        require_matplotlib()
+        experiment = EXPERIMENTS[self.name]
+        out = self.out or Path("runs/experiments") / f"{self.name}-{self.scale}"
+        seeds = SEEDS[self.scale] if self.seeds is None else self.seeds
+        setting = Setting(scale=self.scale, theta=self.theta, seeds=seeds, folder=self.data)
+        runs = experiment.runs(setting)
+        table = RowTable(out / f"{self.name}.csv")
+        rows = self._execute(console, runs, table)
+        figure, text = experiment.write(rows, out)
+        say(console, text.read_text().rstrip())
+        say(console, "")
+        say(console, f"Wrote {table.path}, {figure} and {text}")
+        numbers = {"command": "experiment", "rows": [dataclasses.asdict(row) for row in rows]}
+        return Outcome(0, {**numbers, "figure": figure, "text": text})
+
+    def _execute(self, console: Console, runs: Sequence[Run], table: RowTable) -> list[Row]:
+        workers = self.workers or os.cpu_count() or 1
+        if not console.is_terminal:
+
+            def line(done: int, total: int) -> None:
+                if done == 0:
+                    say(console, f"{len(runs)} runs, {len(runs) - total} of them in {table.path}")
+                elif done % max(1, total // LINES) == 0:
+                    say(console, f"{done} of {total} runs")
+
+            return execute(runs, table, workers, line)
+        columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task(self.name, total=None)
+            return execute(runs, table, workers, lambda done, total: progress.update(bar, completed=done, total=total))

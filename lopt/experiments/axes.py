@@ -1,0 +1,212 @@
+"""Generalisation along an axis: the learned optimizer against Adam at eight learning rates, chosen anew at each point.
+
+Source: arXiv:2009.11243, section 4.4 and figure 5.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lopt.evaluation.suites import CONTEXT, HeldOutTask, Splits
+from lopt.experiments.experiment import Experiment
+from lopt.experiments.figures import ADAM, GREY, LEARNED, Line, Panel, draw
+from lopt.experiments.rows import Row, best, mean, relative, select, values
+from lopt.experiments.runs import Run, Setting
+from lopt.experiments.training import ADAM as ADAM_NAME
+from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
+from lopt.experiments.words import LOSSES, change, table, tally
+from lopt.tasks.task import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewRows(HeldOutTask):
+    """A held-out task with only the first ``rows`` training rows."""
+
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}-{self.rows}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**super().config, "type": "FewRows", "rows": self.rows}
+
+    @property
+    def splits(self) -> Splits:
+        splits = super().splits
+        inputs, targets = splits["train"]
+        return {**splits, "train": Batch(inputs[: self.rows], targets[: self.rows])}
+
+
+#: The data of the axes, with the widths of inputs and outputs.
+ENDS: dict[str, tuple[int, int]] = {
+    "digits": (64, 10),
+    "characters": (CONTEXT * 28, 28),
+    "fashion-mnist": (784, 10),
+}
+
+
+def perceptron(data: str, setting: Setting, hidden: Sequence[int] = (64, 64), batch_size: int = 64) -> HeldOutTask:
+    """A perceptron on ``data`` with these hidden layers."""
+    inputs, outputs = ENDS[data]
+    folder = {"folder": setting.folder} if data == "fashion-mnist" and setting.folder else {}
+    sizes = (inputs, *hidden, outputs)
+    return HeldOutTask(data=data, sizes=sizes, batch_size=batch_size, **folder)  # type: ignore[arg-type]
+
+
+def available(setting: Setting, names: Sequence[str]) -> list[str]:
+    """Those data sets that are here."""
+    return [name for name in names if perceptron(name, setting).unavailable is None]
+
+
+def along(setting: Setting, points: Mapping[str, Sequence[tuple[float, HeldOutTask]]], steps: int) -> list[Run]:
+    """Runs of both learned optimizers and eight Adams at every point of every data set."""
+    return [
+        TaskRun(task=data, problem=problem, x=x, steps=steps, seed=seed, **how)
+        for data, tasks in points.items()
+        for x, problem in tasks
+        for how in (*learned(setting.theta), *tuned(ADAM_NAME, EIGHT))
+        for seed in setting.seeds
+    ]
+
+
+def ratios(rows: Sequence[Row], name: str, loss: str, data: str) -> dict[float, float]:
+    """x -> loss of the learned optimizer over that of the best Adam there, chosen by the same loss."""
+    here = select(rows, task=data)
+    return {x: relative(select(here, x=x), name, ADAM_NAME, loss) for x in sorted(values(here, "x"))}
+
+
+def figure(axis: str, rows: Sequence[Row], path: Path) -> None:
+    panels = []
+    for loss, word in LOSSES.items():
+        for data in values(rows, "task"):
+            here = select(rows, task=data)
+            xs = sorted(values(here, "x"))
+            lines = []
+            for trial in values(select(here, optimizer=ADAM_NAME), "trial"):
+                same = select(here, optimizer=ADAM_NAME, trial=trial)
+                lines.append(Line("Adam, each of 8 learning rates", xs, _means(same, xs, loss), GREY, width=0.8))
+            envelope = [mean(best(select(here, optimizer=ADAM_NAME, x=x), loss), loss) for x in xs]
+            lines.append(Line("Adam, the best of them at each point", xs, envelope, ADAM, marker="o"))
+            for name, (label, colour) in reversed(LEARNED.items()):
+                same = select(here, optimizer=name)
+                lines.append(Line(label, xs, _means(same, xs, loss), colour, marker="o"))
+            panels.append(Panel(f"{data}: {word} loss", lines, axis, log="xy"))
+    draw(
+        panels,
+        f"{axis.capitalize()}: final losses after {rows[0].steps:,} steps",
+        path,
+        columns=max(2, len(panels) // 2),
+    )
+
+
+def _means(rows: Sequence[Row], xs: Sequence[float], loss: str) -> list[float]:
+    return [mean(select(rows, x=x), loss) for x in xs]
+
+
+def text(axis: str, rows: Sequence[Row]) -> list[str]:
+    parts = [
+        f"Final losses after {rows[0].steps:,} steps relative to those of the best of eight Adams (at the same "
+        f"{axis}, chosen by the loss that is compared, which nobody could do for a test loss), with 1% of the initial "
+        "loss added to both; below 1 is better than the best Adam."
+    ]
+    for data in values(rows, "task"):
+        columns = {
+            f"{label}, {word}": ratios(rows, name, loss, data)
+            for name, (label, _) in LEARNED.items()
+            for loss, word in LOSSES.items()
+        }
+        here = select(rows, task=data)
+        cells = []
+        for x in sorted(values(here, "x")):
+            rates = [best(select(here, optimizer=ADAM_NAME, x=x), loss)[0].lr for loss in LOSSES]
+            cells.append([f"{x:,g}", *(f"{found[x]:.3f}" for found in columns.values()), *map("{:.1e}".format, rates)])
+        header = [axis, *columns, "best Adam lr, training", "best Adam lr, test"]
+        parts += [f"**{data}**", table(header, cells), _sentences(axis, data, columns), _edges(rows, data)]
+    return [part for part in parts if part]
+
+
+def _sentences(axis: str, data: str, columns: Mapping[str, Mapping[float, float]]) -> str:
+    said = []
+    for name, found in columns.items():
+        first, last = min(found), max(found)
+        said.append(
+            f"{name} loss on {data} against the best Adam: {tally({f'{axis} {x:,g}': r for x, r in found.items()})}. "
+            f"At the smallest {axis} it is {change(found[first])}, at the largest {change(found[last])} that of the "
+            "best."
+        )
+    return " ".join(said)
+
+
+def _edges(rows: Sequence[Row], data: str) -> str:
+    """Where the best learning rate is the first or the last that was tried."""
+    found = select(rows, task=data, optimizer=ADAM_NAME)
+    lrs = sorted(values(found, "lr"))
+    at = [
+        f"{x:,g} ({word})"
+        for x in sorted(values(found, "x"))
+        for loss, word in LOSSES.items()
+        if best(select(found, x=x), loss)[0].lr in (lrs[0], lrs[-1])
+    ]
+    return f"The best Adam has the smallest or largest learning rate tried at {', '.join(at)}." if at else ""
+
+
+def experiment(name: str, axis: str, about: str, runs: Callable[[Setting], Sequence[Run]]) -> Experiment:
+    """The experiment along one axis."""
+    title = f"Generalisation: {axis}"
+    shown = partial(figure, axis)
+    return Experiment(name=name, title=title, about=about, runs=runs, figure=shown, text=partial(text, axis))
+
+
+def width_runs(setting: Setting) -> list[Run]:
+    """Two hidden layers of the same width."""
+    widths = setting.pick((4, 16, 64, 256), (4, 8, 16, 32, 64, 128, 256, 512))
+    data = available(setting, setting.pick(("digits",), tuple(ENDS)))
+    points = {name: [(float(w), perceptron(name, setting, (w, w))) for w in widths] for name in data}
+    return along(setting, points, setting.pick(500, 2000))
+
+
+def batch_size_runs(setting: Setting) -> list[Run]:
+    """Rows of a minibatch; the number of steps stays the same."""
+    sizes = setting.pick((1, 4, 16, 64, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
+    data = available(setting, setting.pick(("digits",), tuple(ENDS)))
+    points = {name: [(float(b), perceptron(name, setting, batch_size=b)) for b in sizes] for name in data}
+    return along(setting, points, setting.pick(500, 2000))
+
+
+def dataset_size_runs(setting: Setting) -> list[Run]:
+    """The first rows of the training split; validation and test rows stay the same."""
+    sizes = setting.pick((32, 128, 512, 1024), (32, 64, 128, 256, 512, 1024, 4096, 16_384))
+    points = {}
+    for data in available(setting, setting.pick(("digits",), tuple(ENDS))):
+        whole = perceptron(data, setting)
+        rows = [size for size in sizes if size <= len(whole.splits["train"].inputs)]
+        fields = {"data": whole.data, "sizes": whole.sizes, "folder": whole.folder}
+        points[data] = [(float(n), FewRows(**fields, batch_size=32, rows=n)) for n in rows]  # type: ignore[arg-type]
+    return along(setting, points, setting.pick(500, 2000))
+
+
+WIDTH = experiment(
+    "width",
+    "hidden width",
+    "Perceptrons with two hidden layers, from a few units to many more than meta-training had.",
+    width_runs,
+)
+BATCH_SIZE = experiment(
+    "batch-size",
+    "batch size",
+    "Perceptrons with two hidden layers of 64, trained for the same number of steps with minibatches of a single row "
+    "up to hundreds: from gradients that are nearly all noise to nearly exact ones.",
+    batch_size_runs,
+)
+DATASET_SIZE = experiment(
+    "dataset-size",
+    "number of training rows",
+    "Perceptrons with two hidden layers of 64 and minibatches of 32 on the first rows of a data set. With few of "
+    "them the training loss is no guide; the learned optimizer sees a loss of held-out rows in every tenth step, "
+    "while the Adams train to the end.",
+    dataset_size_runs,
+)

@@ -1,0 +1,106 @@
+"""An experiment: a question, the runs that answer it, and a figure and a text made of their rows.
+
+What is in the table of rows is not run again, so an experiment that was stopped goes on where it was.
+"""
+
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lopt.experiments.rows import Row, RowTable
+from lopt.experiments.runs import Result, Run, Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A question, the runs that answer it, and how the answer is shown.
+
+    Args:
+        title: of the text.
+        about: what is done and why, a paragraph of Markdown.
+        runs: what there is to run; its order is that of the CSV file.
+        figure: draws the rows into a PNG file.
+        text: paragraphs of Markdown, written from the rows alone.
+    """
+
+    name: str
+    title: str
+    about: str
+    runs: Callable[[Setting], Sequence[Run]]
+    figure: Callable[[Sequence[Row], Path], None]
+    text: Callable[[Sequence[Row]], Sequence[str]]
+
+    def write(self, rows: Sequence[Row], out: Path) -> tuple[Path, Path]:
+        """Draw the figure and write the text into the folder; their paths."""
+        figure, text = out / f"{self.name}.png", out / "README.md"
+        self.figure(rows, figure)
+        image = f"![{self.title}]({figure.name})"
+        parts = [f"# {self.title}", self.about, image, *self.text(rows), _origin(self.name, rows)]
+        text.write_text("\n\n".join(parts) + "\n")
+        return figure, text
+
+
+def _origin(name: str, rows: Sequence[Row]) -> str:
+    """Where the numbers come from, for the end of a text."""
+
+    def every(column: str, length: int = 40) -> str:
+        return ", ".join(dict.fromkeys(str(getattr(row, column))[:length] for row in rows if getattr(row, column)))
+
+    diverged = sum(row.diverged for row in rows)
+    return (
+        f"{len(rows)} runs, {len({row.seed for row in rows})} seeds, {diverged} diverged, "
+        f"{sum(row.seconds for row in rows) / 60:.1f} minutes of one core; every run is a row of {name}.csv. "
+        f"Theta {every('theta_sha256', 12)}; {every('date')}; {every('machine')}; commit {every('commit', 10)}; "
+        f"lopt {every('lopt')}, torch {every('torch')}, Python {every('python')}."
+    )
+
+
+def execute(
+    runs: Sequence[Run], table: RowTable, workers: int = 1, on_done: Callable[[int, int], None] | None = None
+) -> list[Row]:
+    """Measure what ``table`` lacks, in ``workers`` processes of one thread, and return the rows in order.
+
+    Args:
+        on_done: called with the numbers of runs done and to do, at the beginning and after every run.
+    """
+    keys = [run.sha256 for run in runs]
+    missing = {key: run for key, run in zip(keys, runs, strict=True) if key not in table.rows}
+    order = sorted(missing.values(), key=lambda run: -run.cost)  # the long ones first
+    for done in itertools.count():
+        if on_done is not None:
+            on_done(done, len(order))
+        if done == 0:
+            results = _map(order, min(workers, len(order)))
+        found = next(results, None)
+        if found is None:
+            break
+        table.append(Row.of(*found))
+    if order:
+        table.sort(runs)
+    return [table.rows[key] for key in keys]
+
+
+def _map(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
+    """The runs with their results, as they end."""
+    if workers <= 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for run in runs:
+                yield run, run.measure()
+        finally:
+            torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        futures = {pool.submit(run.measure): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,92 @@
+"""From short runs to runs much longer than those of meta-training."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lopt.evaluation.suites import CONTEXT, HeldOutTask
+from lopt.experiments.experiment import Experiment
+from lopt.experiments.figures import ADAM, LEARNED, OTHER, Line, Panel, draw
+from lopt.experiments.rows import Row, best, mean, relative, select, values
+from lopt.experiments.runs import Run, Setting
+from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
+from lopt.experiments.words import LOSSES, table, tally
+
+CONSTANT, COSINE = "adam-tuned", "adamw-cosine-tuned"
+RIVALS = {CONSTANT: ("Adam, best lr", ADAM), COSINE: ("AdamW cosine, best lr", OTHER)}
+
+
+def runs(setting: Setting) -> list[Run]:
+    """Every length is a run of its own: schedules and the learned optimizer know how long they have."""
+    horizons = setting.pick((200, 500, 1000, 2000, 5000), (200, 500, 1000, 2000, 5000, 10_000, 20_000))
+    folder: dict[str, Any] = {"folder": setting.folder} if setting.folder else {}
+    tasks = (
+        HeldOutTask(data="digits", sizes=(64, 32, 10), batch_size=64),
+        HeldOutTask(data="characters", sizes=(CONTEXT * 28, 32, 28), batch_size=64),
+        HeldOutTask(data="friedman1", sizes=(10, 32, 1)),
+        HeldOutTask(data="fashion-mnist-7x7", sizes=(49, 32, 10), batch_size=64, **folder),
+    )
+    trials = setting.pick(EIGHT[1::2], EIGHT)
+    return [
+        TaskRun(task=problem.name, problem=problem, x=float(steps), steps=steps, seed=seed, **how)
+        for problem in tasks[: setting.pick(2, 4)]
+        if problem.unavailable is None
+        for steps in horizons
+        for how in (*learned(setting.theta), *tuned(CONSTANT, trials), *tuned(COSINE, trials))
+        for seed in setting.seeds
+    ]
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    panels = []
+    for loss, word in LOSSES.items():
+        for task in values(rows, "task"):
+            here = select(rows, task=task)
+            xs = sorted(values(here, "x"))
+            lines = [
+                Line(
+                    label, xs, [mean(best(select(here, optimizer=n, x=x), loss), loss) for x in xs], colour, marker="o"
+                )
+                for n, (label, colour) in reversed((LEARNED | RIVALS).items())
+            ]
+            panels.append(Panel(f"{task}: {word} loss", lines, "steps", log="xy"))
+    draw(panels, "Final loss against the length of the run", path, columns=max(2, len(panels) // 2))
+
+
+def text(rows: Sequence[Row]) -> list[str]:
+    lrs, xs = len(values(select(rows, optimizer=CONSTANT), "trial")), sorted(values(rows, "x"))
+    parts = [
+        f"Final loss relative to that of the best of {lrs} learning rates, chosen for each task and length by the loss "
+        "that is compared, with 1% of the initial loss added to both; below 1 is better than the opponent."
+    ]
+    for loss, word in LOSSES.items():
+        cells, sentences = [], []
+        for name, (label, _) in LEARNED.items():
+            for rival, (rival_label, _) in RIVALS.items():
+                found = {
+                    x: {
+                        task: relative(select(rows, x=x, task=task), name, rival, loss) for task in values(rows, "task")
+                    }
+                    for x in xs
+                }
+                means = [statistics.geometric_mean(found[x].values()) for x in xs]
+                cells.append([f"{label} / {rival_label}", *(f"{value:.3f}" for value in means)])
+                spoken = {f"{task} at {x:,g} steps": r for x in xs for task, r in found[x].items()}
+                sentences.append(f"{word.capitalize()} loss of {label} against {rival_label}: {tally(spoken)}.")
+        header = [f"{word} loss, geometric mean over tasks", *(f"{x:,g} steps" for x in xs)]
+        parts += [table(header, cells), " ".join(sentences)]
+    return parts
+
+
+EXPERIMENT = Experiment(
+    name="horizon",
+    title="Length of the run",
+    about=(
+        "The same small tasks, trained for 200 to 20,000 steps: far beyond most runs of meta-training. The learned "
+        "optimizer is told the number of steps, or not."
+    ),
+    runs=runs,
+    figure=figure,
+    text=text,
+)

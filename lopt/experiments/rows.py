@@ -1,0 +1,161 @@
+"""What runs gave: one row each, a CSV file of them, and the questions that figures and texts ask."""
+
+import csv
+import dataclasses
+import datetime
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopt.benchmark.rows import cpu_name
+from lopt.evaluation.scores import ratio
+from lopt.experiments.runs import Result, Run
+from lopt.meta.provenance import commit, versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the CSV file: a run and its result. ``curve`` is JSON, lists by name."""
+
+    task: str
+    optimizer: str
+    trial: int
+    lr: float
+    x: float
+    seed: int
+    steps: int
+    train_loss: float
+    valid_loss: float
+    test_loss: float
+    initial_train_loss: float
+    initial_valid_loss: float
+    initial_test_loss: float
+    diverged: bool
+    seconds: float
+    curve: str
+    run_sha256: str
+    theta_sha256: str
+    date: str
+    machine: str
+    commit: str
+    lopt: str
+    torch: str
+    numpy: str
+    python: str
+
+    @classmethod
+    def of(cls, run: Run, result: Result) -> "Row":
+        """The row of a run that has ended."""
+        columns: dict[str, Any] = {name: getattr(run, name) for name in ("task", "optimizer", "trial", "seed", "steps")}
+        columns |= {"lr": float(run.lr), "x": float(run.x), "theta_sha256": run.theta_sha256, "run_sha256": run.sha256}
+        for name, first, last in zip(("train", "valid", "test"), result.initial, result.final, strict=True):
+            columns |= {f"{name}_loss": last, f"initial_{name}_loss": first}
+        curve = {name: [float(f"{value:.6g}") for value in values] for name, values in result.curve.items()}
+        found: dict[str, Any] = dict(versions())
+        now = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        return cls(
+            **columns,
+            diverged=result.diverged,
+            seconds=round(result.seconds, 4),
+            curve=json.dumps(curve, separators=(",", ":")),
+            date=now,
+            machine=cpu_name(),
+            commit=commit() or "",
+            **found,
+        )
+
+    def along(self, name: str) -> list[float]:
+        """A list of the curve."""
+        values: list[float] = json.loads(self.curve)[name]
+        return values
+
+
+COLUMNS = {column.name: column.type for column in dataclasses.fields(Row)}
+
+
+class RowTable:
+    """The rows of a CSV file: read at once, appended to as they come in; a last line cut short is ignored.
+
+    Raises:
+        ValueError: the file is a table of something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        lines = list(csv.reader(io.StringIO(path.read_text()))) if path.is_file() else []
+        if lines and lines[0] != list(COLUMNS):
+            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; move it or choose another --out")
+        for line in lines[1:]:
+            if len(line) == len(COLUMNS) and line[-1]:
+                row = _parse(line)
+                self.rows[row.run_sha256] = row
+
+    def append(self, row: Row) -> None:
+        """Add a row, here and in the file."""
+        self.rows[row.run_sha256] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        before = self.path.read_bytes()[-1:] if self.path.is_file() else b""
+        with self.path.open("a", newline="") as file:
+            file.write("\n" if before not in (b"", b"\n") else "")
+            writer = csv.writer(file, lineterminator="\n")
+            if not before:
+                writer.writerow(COLUMNS)
+            writer.writerow(dataclasses.astuple(row))
+
+    def sort(self, runs: Sequence[Run]) -> None:
+        """Write the file anew: these runs in their order, then the others."""
+        keys = dict.fromkeys([*(run.sha256 for run in runs), *self.rows])
+        self.rows = {key: self.rows[key] for key in keys if key in self.rows}
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(dataclasses.astuple(row) for row in self.rows.values())
+        os.replace(partial, self.path)
+
+
+def _parse(line: Sequence[str]) -> Row:
+    values: dict[str, Any] = {}
+    for (name, kind), text in zip(COLUMNS.items(), line, strict=True):
+        values[name] = text == "True" if kind is bool else kind(text)  # type: ignore[operator]
+    return Row(**values)
+
+
+def mean(rows: Sequence[Row], column: str) -> float:
+    """Mean of a column; of none, NaN."""
+    return math.fsum(getattr(row, column) for row in rows) / len(rows) if rows else math.nan
+
+
+def select(rows: Sequence[Row], **columns: Any) -> list[Row]:
+    """The rows with these values.
+
+    A tuple stands for any of its values.
+    """
+    allowed = {name: value if isinstance(value, tuple) else (value,) for name, value in columns.items()}
+    return [row for row in rows if all(getattr(row, name) in values for name, values in allowed.items())]
+
+
+def values(rows: Sequence[Row], column: str) -> list[Any]:
+    """Every value of a column once, in order of appearance."""
+    return list(dict.fromkeys(getattr(row, column) for row in rows))
+
+
+def best(rows: Sequence[Row], column: str) -> list[Row]:
+    """The rows, one per seed, of the optimizer and trial with the lowest mean of a column."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.optimizer, row.trial), []).append(row)
+    return min(groups.values(), key=lambda group: mean(group, column))
+
+
+def relative(rows: Sequence[Row], optimizer: str, rival: str, loss: str) -> float:
+    """Loss of an optimizer over that of a rival, whose trial is chosen by the same loss; see
+    :func:`~lopt.evaluation.scores.ratio`. All rows are of one task and one place on the axis."""
+    ours, theirs = select(rows, optimizer=optimizer), best(select(rows, optimizer=rival), loss)
+    return ratio(mean(ours, loss), mean(theirs, loss), mean(ours, f"initial_{loss}"))

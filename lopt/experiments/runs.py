@@ -1,0 +1,106 @@
+"""What there is to run: a run says everything its result depends on, and does it.
+
+The hash of what it depends on (:attr:`Run.sha256`) finds its row again.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lopt.meta.provenance import file_checksum
+
+Scale = Literal["small", "full"]
+T = TypeVar("T")
+
+SEEDS: dict[Scale, tuple[int, ...]] = {"small": (0,), "full": (0, 1, 2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the user chose.
+
+    Args:
+        scale: ``small`` fits ten minutes of two cores, ``full`` is the real one.
+        theta: of the learned optimizer, a shipped name or a file.
+        seeds: each decides initial parameters and minibatches.
+        folder: with the files of Fashion-MNIST, where they are not in their usual place.
+    """
+
+    scale: Scale = "small"
+    theta: str = "default"
+    seeds: tuple[int, ...] = (0,)
+    folder: Path | None = None
+
+    def pick(self, small: T, full: T) -> T:
+        """The one of the two that belongs to the scale."""
+        return small if self.scale == "small" else full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run gave.
+
+    Args:
+        initial, final: losses of train, outer_valid and test rows, before the first and after the last step.
+        curve: lists of equal length along the run, by name.
+    """
+
+    initial: tuple[float, float, float]
+    final: tuple[float, float, float]
+    seconds: float
+    diverged: bool = False
+    curve: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(ABC):
+    """One run of one optimizer; subclasses say on what.
+
+    Args:
+        task: its name in tables and figures.
+        optimizer: name as in :mod:`lopt.evaluation.opponents`, or one of the experiment's own.
+        x: where it belongs on the axis of the experiment.
+        trial, lr: hyperparameters of a tuned opponent; 0 and 1 for others.
+        theta: of a learned optimizer; "" for others.
+    """
+
+    task: str
+    optimizer: str
+    steps: int
+    seed: int = 0
+    x: float = 0.0
+    trial: int = 0
+    lr: float = 1.0
+    theta: str = ""
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Plain JSON values: what the result depends on beside the fields here."""
+
+    @abstractmethod
+    def measure(self) -> Result:
+        """Do it, on one thread; the same numbers every time, but for the seconds."""
+
+    @property
+    def theta_sha256(self) -> str:
+        """Hash of the file of theta."""
+        return _checksum(self.theta) if self.theta else ""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything the result depends on, but for the code."""
+        fields = [self.task, self.optimizer, self.steps, self.seed, self.x, self.trial, self.lr, self.theta_sha256]
+        return hashlib.sha256(json.dumps([*fields, self.config], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def cost(self) -> float:
+        """Roughly the time it takes, in some unit."""
+        return self.steps
+
+
+_checksum = lru_cache(maxsize=16)(file_checksum)

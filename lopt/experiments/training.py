@@ -1,0 +1,83 @@
+"""Runs that train a task, and the optimizers that the experiments share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt.evaluation.opponents import FACTORS, LEARNED, OPPONENTS, make_optimizer
+from lopt.evaluation.runs import RECORDED, limit, train_task
+from lopt.experiments.runs import Result, Run
+from lopt.optimizer import LearnedOptimizer
+from lopt.tasks.task import Task
+
+#: Adam's learning rates along an axis: eight, a third of a decade apart, from 2.2e-4 to 4.6e-2. The paper's eight end
+#: at 1e-2, but our runs are shorter.
+ADAM = "adam-tuned"
+EIGHT = tuple(FACTORS.index(10.0 ** (k / 3)) for k in range(-2, 6))
+
+#: The learned optimizer without validation losses.
+BLIND = "lopt-blind"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRun(Run):
+    """Trains ``problem``; losses are those of :func:`~lopt.evaluation.runs.train_task`, as they count (``limit``).
+
+    Args:
+        points: how often losses are recorded along the run.
+    """
+
+    problem: Task
+    points: int = 1
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"problem": self.problem.config, "points": self.points}
+
+    @property
+    def cost(self) -> float:
+        return self.steps * (1e4 + self.problem.num_params)
+
+    def measure(self) -> Result:
+        every = max(1, self.steps // self.points)
+        curve = train_task(self.problem, self.build, self.seed, self.steps, record_every=every)
+        initial, final = ([ends[split] for split in RECORDED] for ends in (curve.initial, curve.final))
+        losses, diverged = limit(final, initial)
+        along: dict[str, list[float]] = {}
+        if self.points > 1:
+            along = {"step": list(map(float, curve.steps)), "seconds": list(curve.times)}
+            along |= {str(split): list(curve.losses[split]) for split in RECORDED}
+        return Result(
+            initial=(initial[0], initial[1], initial[2]),
+            final=(losses[0], losses[1], losses[2]),
+            seconds=curve.seconds,
+            diverged=diverged or curve.diverged,
+            curve=along,
+        )
+
+    def build(self, params: list[Tensor], steps: int) -> torch.optim.Optimizer:
+        """The optimizer of this run."""
+        if self.optimizer == BLIND:
+            return Blind(params, self.theta, total_steps=steps)
+        return make_optimizer(self.optimizer, params, steps, self.trial, theta=self.theta or "default")
+
+
+class Blind(LearnedOptimizer):
+    """A learned optimizer that is never told a validation loss."""
+
+    def observe(self, train_loss: float | Tensor | None = None, valid_loss: float | Tensor | None = None) -> None:
+        super().observe(train_loss)
+
+
+def learned(theta: str, names: Sequence[str] = LEARNED) -> list[dict[str, Any]]:
+    """Fields of a run of the learned optimizer under each of these names."""
+    return [{"optimizer": name, "theta": theta} for name in names]
+
+
+def tuned(name: str = ADAM, trials: Sequence[int] = EIGHT) -> list[dict[str, Any]]:
+    """Fields of the runs of an opponent, one for each of these of its trials."""
+    found = OPPONENTS[name].trials
+    return [{"optimizer": name, "trial": trial, "lr": float(found[trial].get("lr", 1.0))} for trial in trials]

@@ -1,0 +1,76 @@
+"""What the validation loss is worth: the learned optimizer with and without ``observe(valid_loss=...)``."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from lopt.evaluation.scores import ratio
+from lopt.evaluation.suites import suite
+from lopt.experiments.experiment import Experiment
+from lopt.experiments.figures import ADAM, GREY, LOPT, Line, Panel, draw
+from lopt.experiments.rows import Row, mean, select, values
+from lopt.experiments.runs import Run, Setting
+from lopt.experiments.training import BLIND, TaskRun, learned
+from lopt.experiments.words import LOSSES, table, tally
+
+
+def runs(setting: Setting) -> list[Run]:
+    """All tasks of the small held-out suite that are here."""
+    tasks = [task for task in suite("small", setting.folder) if task.unavailable is None]
+    return [
+        TaskRun(task=problem.name, problem=problem, x=float(steps), steps=steps, seed=seed, **how)
+        for problem in tasks
+        for steps in setting.pick((200, 1000), (200, 1000, 5000))
+        for how in learned(setting.theta, ("lopt", BLIND))
+        for seed in setting.seeds
+    ]
+
+
+def effect(rows: Sequence[Row], loss: str, steps: float) -> dict[str, float]:
+    """Task -> loss with validation losses relative to that without."""
+    found = {}
+    for task in values(rows, "task"):
+        seeing, blind = (select(rows, task=task, x=steps, optimizer=name) for name in ("lopt", BLIND))
+        found[task] = ratio(mean(seeing, loss), mean(blind, loss), mean(blind, f"initial_{loss}"))
+    return found
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    panels, colours = [], {"train_loss": ADAM, "test_loss": LOPT}
+    for steps in sorted(values(rows, "x")):
+        tasks = sorted(values(rows, "task"), key=lambda task: effect(rows, "test_loss", steps)[task])
+        places = list(map(float, range(len(tasks))))
+        lines = [Line("no effect", places, [1.0] * len(places), GREY, "--")]
+        for loss, word in LOSSES.items():
+            found = effect(rows, loss, steps)
+            lines.append(Line(f"{word} loss", places, [found[task] for task in tasks], colours[loss], "", "o"))
+        panels.append(Panel(f"{steps:,g} steps", lines, "", "loss, with / without", log="y", ticks=tasks))
+    draw(panels, "The learned optimizer with validation losses, relative to without", path)
+
+
+def text(rows: Sequence[Row]) -> list[str]:
+    parts, cells = [], []
+    for steps in sorted(values(rows, "x")):
+        for loss, word in LOSSES.items():
+            found = effect(rows, loss, steps)
+            cells.append([f"{steps:,g}", word, f"{statistics.geometric_mean(found.values()):.3f}"])
+            parts.append(f"{steps:,g} steps, {word} loss with validation losses against without: {tally(found)}.")
+    header = ["steps", "loss", "with / without, geometric mean over tasks"]
+    note = (
+        "The same runs, told the number of steps, with the loss of an inner_valid minibatch every tenth step and "
+        "without any; 1% of the initial loss is added to both losses. Below 1 the validation losses help."
+    )
+    return [note, table(header, cells), *parts]
+
+
+EXPERIMENT = Experiment(
+    name="validation-ablation",
+    title="With and without validation losses",
+    about=(
+        "The learned optimizer may be told the loss of held-out rows, so that it can see overfitting. The paper has "
+        "this input and no measurement of what it is worth. Without it, the same theta runs on the training loss alone."
+    ),
+    runs=runs,
+    figure=figure,
+    text=text,
+)
