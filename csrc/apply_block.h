@@ -57,6 +57,7 @@ struct Applier {
   LOPT_INLINE void rows(float* p_at, const float* g_at, const float* mom_at, const float* rms_at, int lanes,
                         Vec* hidden_sum) const {
     Vec p[kVectors], x[kColumns * kVectors], hidden[kWidth * kVectors];
+    LOPT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int i = v * kLanes;
       const Vec g = clip_gradient(load(g_at + i, lanes), limit);

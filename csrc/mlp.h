@@ -76,22 +76,22 @@ template <int kColumns, int kWidth, int kRows, int kBlock, class V>
 LOPT_HD void small_mlp_rows(const V* x, const float* weights, const float* bias, V* hidden2, MlpOutput<V>* out) {
   using Layout = MlpLayout<kColumns, kWidth>;
   V hidden1[kWidth * kRows], direction[kRows], magnitude[kRows];
-  relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, bias,
-                                              [&](int j, int r, const V& value)
-                                                  LOPT_INLINE { hidden1[j * kRows + r] = value; });
   unrolled<kRows>([&](auto r) LOPT_INLINE {
     direction[r] = weights[Layout::kB3] - V{};
     magnitude[r] = weights[Layout::kB3 + 1] - V{};
   });
+  LOPT_UNROLL_ON_DEVICE
+  for (int c = 0; c < kColumns; ++c)
+    unrolled<kRows>([&](auto r) LOPT_INLINE { direction[r] += x[c * kRows + r] * weights[Layout::kSkip + c]; });
+  relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, bias,
+                                              [&](int j, int r, const V& value)
+                                                  LOPT_INLINE { hidden1[j * kRows + r] = value; });
   relu_layer<kWidth, kWidth, kRows, kBlock>(hidden1, weights + Layout::kW2, weights + Layout::kB2,
                                             [&](int j, int r, const V& value) LOPT_INLINE {
                                               hidden2[j * kRows + r] = value;
                                               direction[r] += value * weights[Layout::kW3 + j];
                                               magnitude[r] += value * weights[Layout::kW3 + kWidth + j];
                                             });
-  LOPT_UNROLL_ON_DEVICE
-  for (int c = 0; c < kColumns; ++c)
-    unrolled<kRows>([&](auto r) LOPT_INLINE { direction[r] += x[c * kRows + r] * weights[Layout::kSkip + c]; });
   unrolled<kRows>([&](auto r) LOPT_INLINE { out[r] = {direction[r], magnitude[r]}; });
 }
 
