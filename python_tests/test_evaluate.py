@@ -16,20 +16,12 @@ import torch
 from lopt import LearnedOptimizer
 from lopt.cli import main
 from lopt.evaluation import compare, suites
-from lopt.evaluation.compare import Learned, Plan, Run, RunTable, execute
-from lopt.evaluation.runs import (
-    GRID,
-    LRS,
-    RECORDED,
-    AdamConfig,
-    adam_results,
-    learned_results,
-    limit,
-    train_adam,
-    train_task,
-)
+from lopt.evaluation.adam_grid import GRID, LRS, AdamConfig, adam_results, train_adam
+from lopt.evaluation.compare import Learned, Plan, execute
+from lopt.evaluation.runs import limit, result, train_task
 from lopt.evaluation.scores import REFERENCES, Reference, ratio, score, summarise
 from lopt.evaluation.suites import HeldOutTask, load, suite
+from lopt.evaluation.table import Run, RunTable
 from lopt.tasks import datasets
 from lopt.tasks.task import SPLITS
 from lopt.theta import Theta
@@ -51,7 +43,8 @@ def plan() -> Plan:
     """Two tasks, two seeds, 20 steps, both hints."""
     theta = Theta.init_adam("compact")
     learned = Learned(theta=theta, theta_sha256="t", code_sha256="c", impl="cpu")
-    return Plan(suite="small", tasks=TINY, horizons=(20,), seeds=(0, 1), hints=(True, False), learned=learned)
+    names = ("adam-grid", "lopt", "lopt-untold")
+    return Plan(suite="small", tasks=TINY, horizons=(20,), seeds=(0, 1), optimizers=names, learned=learned)
 
 
 # ---- The suite ------------------------------------------------------------------------------------------------------
@@ -231,16 +224,16 @@ def test_first_adam_step_has_the_size_of_the_learning_rate() -> None:
 
 def test_results_are_losses_on_whole_splits() -> None:
     theta = Theta.init_adam("compact")
-    (result,) = learned_results(WINE, 2, 15, theta, "cpu", hint=True)
-    params = train_task(WINE, lambda p, n: LearnedOptimizer(p, theta, total_steps=n), 2, 15).params
-    for recorded, initial, name in zip(result.losses, result.initial, RECORDED, strict=True):
-        assert recorded == pytest.approx(float(WINE.loss(params, WINE.splits[name])), rel=1e-5)
-        assert initial == pytest.approx(float(WINE.loss(WINE.init(2), WINE.splits[name])), rel=1e-5)
-    assert result.losses[0] < result.initial[0]
-    assert not result.diverged
+    curve = train_task(WINE, lambda p, n: LearnedOptimizer(p, theta, total_steps=n), 2, 15)
+    found = result(curve)
+    for name in SPLITS:
+        assert found.losses[name] == pytest.approx(float(WINE.loss(curve.params, WINE.splits[name])), rel=1e-5)
+        assert found.initial[name] == pytest.approx(float(WINE.loss(WINE.init(2), WINE.splits[name])), rel=1e-5)
+    assert found.losses["train"] < found.initial["train"]
+    assert not found.diverged
     grid = adam_results(WINE, 2, 15)
-    assert [(r.lr, r.schedule) for r in grid] == [(lr, schedule) for schedule in ("constant", "cosine") for lr in LRS]
-    assert all(r.initial == pytest.approx(result.initial, rel=1e-6) for r in grid)
+    assert len(grid) == len(GRID) == 2 * len(LRS)
+    assert all(one.initial == pytest.approx(found.initial, rel=1e-6) for one in grid)
 
 
 def test_learned_run_is_a_loop_that_tells_both_losses() -> None:
@@ -368,7 +361,7 @@ def test_spread_over_seeds_by_hand() -> None:
 
 
 def without_time(runs: list[Run]) -> list[Run]:
-    return [dataclasses.replace(run, seconds=0.0) for run in runs]
+    return [dataclasses.replace(run, seconds=0.0, steps_per_second=0.0, times="") for run in runs]
 
 
 def test_workers_and_cache_change_no_result(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""``lopt evaluate``: the learned optimizer against Adam on a suite of tasks that meta-training never saw."""
+"""``lopt evaluate``: the learned optimizer and its opponents on a suite of tasks that meta-training never saw."""
 
 import dataclasses
 import itertools
@@ -15,11 +15,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from lopt.commands.common import Command, Outcome, say, show_table
 from lopt.commands.weights import describe_theta
-from lopt.evaluation.compare import Learned, Plan, Run, RunTable, execute
-from lopt.evaluation.runs import LOSS_LIMIT, LRS
+from lopt.evaluation.adam_grid import LRS
+from lopt.evaluation.compare import ADAM_GRID, Learned, Plan, execute, missing_packages
+from lopt.evaluation.opponents import LEARNED
+from lopt.evaluation.runs import LOSS_LIMIT
 from lopt.evaluation.scores import NO_WORSE, REFERENCES, Score, scores
-from lopt.evaluation.suites import HeldOutTask, SuiteName, load, suite
+from lopt.evaluation.suites import HeldOutTask, SuiteName, data_of, family_of, fingerprint, load, suite, unavailable
+from lopt.evaluation.table import Run, RunTable
 from lopt.meta.provenance import commit, versions
+from lopt.tasks import datasets
+from lopt.tasks.data import catalogue
+from lopt.tasks.task import Task
+from lopt.tasks.text_tasks import TextData
 
 #: Tasks with at least this many rows of data, in all splits, are also scored apart.
 LARGE = 10_000
@@ -27,18 +34,36 @@ LARGE = 10_000
 LINES = 10  # of progress, off a terminal
 
 
+#: What runs beside the learned optimizer on the larger suites if nothing is named: one trial each.
+LINE_UP = (
+    "adam",
+    "adamw-cosine",
+    "nadamw-list-1",
+    "prodigy",
+    "dog",
+    "mechanic",
+    "schedule-free",
+    "prodigy-schedule-free",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Command):
-    """Score a theta against Adam on held-out tasks: small models on real data, never used for meta-training.
+    """Score a theta against other optimizers on held-out tasks: models on real data, never used for meta-training.
 
-    The score of a task is (L + f) / (L_ref + f): final loss on a whole split, f = 1% of the initial loss, same
-    initial weights and minibatches, mean over the seeds; below 1 is better than the reference. References are Adam
-    and cosine Adam at 7 learning rates, chosen for each task. Every run is a row of runs.csv in --out; rows that are
-    there are not run again, so another theta costs only its own runs.
+    The score of a task is (L + f) / (L_ref + f): final loss on a split, f = 1% of the initial loss, same initial
+    weights and minibatches, mean over the seeds; below 1 is better than the reference. Opponents run as their authors
+    recommend, or with the best of several trials, chosen for each task on outer_valid. Every run is a row of runs.csv
+    in --out; rows that are there are not run again, so another theta costs only its own runs, and an interrupted
+    evaluation goes on. lopt report shows what came out.
     """
 
     suite: SuiteName = "small"
-    """Which tasks."""
+    """Which tasks: small perceptrons; twelve families; images; text. The latter two have some larger models."""
+
+    optimizers: tuple[str, ...] = ()
+    """Names as in lopt.evaluation.opponents, or lopt, lopt-untold, adam-grid. NAME@K tries K settings for each task. If
+    none is given: lopt as --hint says, and adam-grid (small suite: 14 Adams) or opponents without tuning."""
 
     theta: str = "default"
     """Meta-parameters: a shipped name (see lopt weights show) or a file."""
@@ -53,7 +78,7 @@ class Evaluate(Command):
     """Whether the learned optimizer is told the number of steps (total_steps); both runs it both ways."""
 
     references: bool = True
-    """Also run Adam. Without, final losses are shown relative to the initial ones: enough to see what diverges."""
+    """Also run the opponents, if --optimizers does not say. Without, losses are shown relative to the initial ones."""
 
     tasks: tuple[str, ...] = ()
     """Names of some tasks of the suite; all that are available if none is given."""
@@ -83,60 +108,56 @@ class Evaluate(Command):
 
     def run(self, console: Console) -> Outcome:
         tasks, skipped = self._tasks()
-        learned = Learned.load(self.theta, self.impl)
-        hints = {"both": (True, False), "with": (True,), "without": (False,)}[self.hint]
-        if not learned.theta.spec.horizon_input:
-            hints = (False,)
+        names = self._names()
+        absent = missing_packages(names)
+        for name, reason in (skipped | absent).items():
+            say(console, f"Skipped {name}: {reason}")
+        names = tuple(name for name in names if name not in absent)
+        learned = Learned.load(self.theta, self.impl) if set(names) & set(LEARNED) else None
+        if learned is not None:
+            say(console, describe_theta(self.theta, learned.theta))
+            say(console, f"sha256 {learned.theta_sha256}, implementation {learned.impl}")
+            if not learned.theta.spec.horizon_input and "lopt" in names:
+                say(console, "This theta has no horizon input: it is run once, without the hint")
+                names = tuple(dict.fromkeys("lopt-untold" if name == "lopt" else name for name in names))
+        if not names:
+            raise ValueError(f"optimizers: none can be run; {'; '.join(absent.values())}")
+        for task in tasks:
+            if data_of(task) in ("characters", "topics"):
+                facts = _facts(task)
+                text = f"help topics of Python {platform.python_version()}"
+                say(console, f"Text of {task.name}: {text}, sha256 of its rows {facts['data_sha256']}")
         plan = Plan(
             suite=self.suite,
             tasks=tasks,
             horizons=self.horizons,
             seeds=self.seeds,
-            hints=hints,
+            optimizers=names,
             learned=learned,
-            references=self.references,
         )
-        say(console, describe_theta(self.theta, learned.theta))
-        say(console, f"sha256 {learned.theta_sha256}, implementation {learned.impl}")
-        if not learned.theta.spec.horizon_input and self.hint != "without":
-            say(console, "This theta has no horizon input: it is run once, without the hint")
-        for name, reason in skipped.items():
-            say(console, f"Skipped {name}: {reason}")
-        for task in tasks:
-            if task.data == "characters":
-                text = f"help topics of Python {platform.python_version()}"
-                say(console, f"Text of {task.name}: {text}, sha256 of its rows {task.data_sha256}")
         table = RunTable(self.out / "runs.csv")
         runs = self._execute(console, plan, table)
-
-        large = [task.name for task in tasks if _rows(task) >= LARGE]
-        groups = {"all": runs} | ({"large": [run for run in runs if run.task in large]} if large else {})
-        found = {name: scores(group) for name, group in groups.items()} if self.references else {}
-        for horizon in self.horizons:
+        numbers = self._against_adam(console, plan, runs) if ADAM_GRID in names else {}
+        for horizon in () if numbers else self.horizons:
             say(console, "")
-            say(console, f"{horizon} steps, {len(tasks)} tasks ({len(large)} large: {LARGE:,} rows or more)")
-            if not self.references:
-                _show_losses(console, [run for run in runs if run.horizon == horizon])
-                continue
-            _show_scores(console, {name: [s for s in group if s.horizon == horizon] for name, group in found.items()})
-            if self.per_task:
-                _show_tasks(console, [s for s in found["all"] if s.horizon == horizon])
+            say(console, f"{horizon} steps, {len(tasks)} tasks")
+            _show_losses(console, [run for run in runs if run.horizon == horizon])
         diverged = _diverged(runs)
         say(console, "")
-        if self.references:
+        if numbers:
             say(
                 console,
                 f"Ratio: geometric mean over tasks ± standard deviation over {len(self.seeds)} seeds. "
                 f"No worse: share of tasks up to {NO_WORSE}.",
             )
-        for hint in hints:
-            count, total = diverged[f"lopt {_hint(hint)}"]
-            say(
-                console,
-                f"Diverged, learned optimizer {_hint(hint)}: {count} of {total} runs "
-                f"(counted as {LOSS_LIMIT:g} times the initial loss)",
-            )
-        say(console, f"Every run is in {table.path}")
+        for name, (count, total) in diverged.items():
+            if name in LEARNED or (count and not numbers):
+                who = "learned optimizer " + _hint(name == "lopt") if name in LEARNED else name
+                say(
+                    console,
+                    f"Diverged, {who}: {count} of {total} runs (counted as {LOSS_LIMIT:g} times the initial loss)",
+                )
+        say(console, f"Every run is in {table.path}; lopt report {self.out} compares them")
         return Outcome(
             0,
             {
@@ -144,7 +165,9 @@ class Evaluate(Command):
                 "options": dataclasses.asdict(self),
                 "versions": versions(),
                 "commit": commit(),
-                "theta": {
+                "theta": None
+                if learned is None
+                else {
                     "name": self.theta,
                     "sha256": learned.theta_sha256,
                     "code_sha256": learned.code_sha256,
@@ -152,28 +175,50 @@ class Evaluate(Command):
                     "provenance": learned.theta.provenance,
                 },
                 "tasks": {task.name: _facts(task) for task in tasks},
-                "skipped": skipped,
+                "skipped": skipped | absent,
                 "learning_rates": LRS,
-                "scores": {
-                    name: [{**dataclasses.asdict(s), "summary": s.summary._asdict()} for s in group]
-                    for name, group in found.items()
-                },
+                "scores": numbers,
                 "diverged": {name: {"runs": count, "of": total} for name, (count, total) in diverged.items()},
                 "runs": [dataclasses.asdict(run) for run in runs],
             },
         )
 
-    def _tasks(self) -> tuple[tuple[HeldOutTask, ...], dict[str, str]]:
+    def _names(self) -> tuple[str, ...]:
+        """The optimizers to run."""
+        if self.optimizers:
+            return tuple(dict.fromkeys(self.optimizers))
+        told = {"both": ("lopt", "lopt-untold"), "with": ("lopt",), "without": ("lopt-untold",)}[self.hint]
+        opponents = (ADAM_GRID,) if self.suite == "small" else LINE_UP
+        return (*told, *(opponents if self.references else ()))
+
+    def _against_adam(self, console: Console, plan: Plan, runs: list[Run]) -> dict[str, Any]:
+        """Scores against the grid of Adams, shown for all and for large tasks."""
+        large = [task.name for task in plan.tasks if isinstance(task, HeldOutTask) and _rows(task) >= LARGE]
+        groups = {"all": runs} | ({"large": [run for run in runs if run.task in large]} if large else {})
+        found = {name: scores(group) for name, group in groups.items()}
+        for horizon in self.horizons if found["all"] else ():
+            say(console, "")
+            say(console, f"{horizon} steps, {len(plan.tasks)} tasks ({len(large)} large: {LARGE:,} rows or more)")
+            _show_scores(console, {name: [s for s in group if s.horizon == horizon] for name, group in found.items()})
+            if self.per_task:
+                _show_tasks(console, [s for s in found["all"] if s.horizon == horizon])
+        return {
+            name: [{**dataclasses.asdict(s), "summary": s.summary._asdict()} for s in group]
+            for name, group in found.items()
+        }
+
+    def _tasks(self) -> tuple[tuple[Task, ...], dict[str, str]]:
         """The tasks to run, and why others are not."""
         if self.data is not None:
             load("fashion-mnist", self.data)  # a folder that was asked for must be good
+            datasets.FASHION_MNIST_FOLDER = self.data
         everything = suite(self.suite, self.data)
         names = [task.name for task in everything]
         unknown = sorted(set(self.tasks) - set(names))
         if unknown:
             raise ValueError(f"tasks: {', '.join(unknown)} not in suite {self.suite}, which has {', '.join(names)}")
         wanted = [task for task in everything if not self.tasks or task.name in self.tasks]
-        reasons = {task.name: task.unavailable for task in wanted}
+        reasons = {task.name: unavailable(task) for task in wanted}
         skipped = {name: reason for name, reason in reasons.items() if reason is not None}
         tasks = tuple(task for task in wanted if task.name not in skipped)
         if not tasks:
@@ -198,15 +243,20 @@ class Evaluate(Command):
                 elif done % math.ceil(total / LINES) == 0:
                     say(console, f"{done}/{total}")
 
-            return execute(plan, table, workers, on_done)
+            return execute(plan, table, workers, on_done, self.data)
 
 
 def _rows(task: HeldOutTask) -> int:
     return sum(len(split.targets) for split in task.splits.values())
 
 
-def _facts(task: HeldOutTask) -> dict[str, Any]:
-    return {**task.config, "rows": _rows(task), "sha256": task.fingerprint, "data_sha256": task.data_sha256}
+def _facts(task: Task) -> dict[str, Any]:
+    facts = {**task.config, "family": family_of(task), "num_params": task.num_params, "sha256": fingerprint(task)}
+    if isinstance(task, HeldOutTask):
+        return {**facts, "rows": _rows(task), "data_sha256": task.data_sha256}
+    data = task.data  # type: ignore[attr-defined]
+    text = {"data_sha256": catalogue.corpus(data.name, data.variant).sha256} if isinstance(data, TextData) else {}
+    return facts | text
 
 
 def _hint(hint: bool) -> str:
@@ -214,10 +264,10 @@ def _hint(hint: bool) -> str:
 
 
 def _diverged(runs: Sequence[Run]) -> dict[str, tuple[int, int]]:
-    """Diverged runs and all runs, by optimizer."""
+    """Diverged runs and all runs, by optimizer; Adams of the grid one by one."""
     counts: dict[str, tuple[int, int]] = {}
     for run in runs:
-        name = f"lopt {_hint(run.hint)}" if run.optimizer == "lopt" else f"adam {run.schedule} {run.lr:g}"
+        name = run.name if run.schedule in ("", "learned") else f"adam {run.schedule} {run.lr:g}"
         count, total = counts.get(name, (0, 0))
         counts[name] = (count + run.diverged, total + 1)
     return counts
@@ -245,14 +295,15 @@ def _show_scores(console: Console, groups: dict[str, list[Score]]) -> None:
 
 
 def _show_losses(console: Console, runs: Sequence[Run]) -> None:
-    """One row per task: final over initial loss, the mean over the seeds, for every split and hint."""
-    losses, hints = ("train_loss", "test_loss"), list(dict.fromkeys(run.hint for run in runs))
-    header = ["final / initial loss", *(f"{loss.removesuffix('_loss')} {_hint(h)}" for h in hints for loss in losses)]
+    """One row per task: final over initial loss, the mean over seeds and trials, for every optimizer."""
+    losses = ("train_loss", "test_loss")
+    names = list(dict.fromkeys(run.name for run in runs))
+    header = ["final / initial loss", *(f"{loss.removesuffix('_loss')} {name}" for name in names for loss in losses)]
     rows: list[list[Any]] = []
     for task in dict.fromkeys(run.task for run in runs):
         row: list[Any] = [task]
-        for hint, loss in itertools.product(hints, losses):
-            same = [run for run in runs if run.task == task and run.hint == hint]
+        for name, loss in itertools.product(names, losses):
+            same = [run for run in runs if run.task == task and run.name == name]
             ratios = [getattr(run, loss) / getattr(run, f"initial_{loss}") for run in same]
             row.append(f"{sum(ratios) / len(ratios):.4f}")
         rows.append(row)

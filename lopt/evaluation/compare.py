@@ -1,123 +1,43 @@
-"""Evaluate a theta on a suite: which runs are needed, where they are kept, and in how many processes they run.
+"""Evaluate optimizers on a suite: which runs are needed, and in how many processes they run.
 
-All runs are rows of one CSV file. A row is found again by what its result depends on (:attr:`Run.key`), so the
-references, which do not depend on theta, are computed once, and an interrupted evaluation goes on where it stopped.
+All runs are rows of one CSV file (:mod:`lopt.evaluation.table`). What does not depend on theta is computed once, and an
+interrupted evaluation goes on where it stopped.
 """
 
-import csv
-import dataclasses
 import hashlib
-import io
 import itertools
+import json
+import math
 import multiprocessing
+import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 import lopt
-from lopt.evaluation.runs import GRID, RECORDED, Result, adam_results, learned_results
-from lopt.evaluation.suites import HeldOutTask
+from lopt.evaluation.adam_grid import GRID, adam_results
+from lopt.evaluation.opponents import LEARNED, Opponent, make_optimizer, opponent
+from lopt.evaluation.runs import Result, result, train_task
+from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint
+from lopt.evaluation.table import KEY, LOSSES, Run, RunTable
 from lopt.meta.provenance import commit, versions
 from lopt.optimizer import LearnedOptimizer
+from lopt.tasks import datasets
+from lopt.tasks.task import Task
 from lopt.theta import WEIGHTS, Theta, shipped
 
-LossName = Literal["train_loss", "valid_loss", "test_loss"]
-LOSSES: tuple[LossName, ...] = ("train_loss", "valid_loss", "test_loss")
-assert len(LOSSES) == len(RECORDED)
+#: The references of the small suite: 14 Adams in one batch, on perceptrons alone.
+ADAM_GRID = "adam-grid"
 
-#: The columns that identify a run.
-KEY = (
-    "task_sha256",
-    "horizon",
-    "seed",
-    "optimizer",
-    "hint",
-    "impl",
-    "theta_sha256",
-    "code_sha256",
-    "schedule",
-    "lr",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run: a row of the CSV file. Losses are means over whole splits, ``valid`` is outer_valid."""
-
-    suite: str
-    task: str
-    optimizer: str
-    schedule: str
-    lr: float
-    seed: int
-    horizon: int
-    hint: bool
-    train_loss: float
-    valid_loss: float
-    test_loss: float
-    initial_train_loss: float
-    initial_valid_loss: float
-    initial_test_loss: float
-    diverged: bool
-    seconds: float
-    impl: str
-    task_sha256: str
-    theta_sha256: str
-    code_sha256: str
-    commit: str
-    lopt: str
-    torch: str
-    numpy: str
-    python: str
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What the result depends on; a run whose key is known need not be run again."""
-        return tuple(getattr(self, name) for name in KEY)
-
-
-COLUMNS = {field.name: field.type for field in dataclasses.fields(Run)}
-
-
-class RunTable:
-    """The runs in a CSV file: read at once, appended to as they come in.
-
-    The last row of a process that was killed while it wrote is ignored.
-
-    Raises:
-        ValueError: the file is a table of something else.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.runs: dict[tuple[Any, ...], Run] = {}
-        rows = list(csv.reader(io.StringIO(path.read_text()))) if path.is_file() else []
-        if rows and rows[0] != list(COLUMNS):
-            raise ValueError(
-                f"{path}: expected the columns {', '.join(COLUMNS)}; move the file or choose another --out"
-            )
-        for row in rows[1:]:
-            if len(row) == len(COLUMNS):
-                run = _parse(row)
-                self.runs[run.key] = run
-
-    def append(self, runs: Sequence[Run]) -> None:
-        """Add runs, here and in the file."""
-        self.runs.update({run.key: run for run in runs})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = self.path.read_bytes()[-1:] if self.path.is_file() else b""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        if not before:
-            writer.writerow(COLUMNS)
-        writer.writerows(dataclasses.astuple(run) for run in runs)
-        with self.path.open("a") as file:
-            file.write(("\n" if before not in (b"", b"\n") else "") + text.getvalue())
+#: A curve has the beginning, the end, and this many points in between, less one.
+POINTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +65,26 @@ class Learned:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Runs that belong together: the Adam grid, or one run of the learned optimizer, on one task from one seed."""
+    """A run, or those of the Adam grid, which belong together.
 
-    task: HeldOutTask
+    ``optimizer`` is a name without budget; ``trial`` is which of the opponent's trials.
+    """
+
+    task: Task
     horizon: int
     seed: int
-    optimizer: Literal["adam", "lopt"]
-    hint: bool = False
+    optimizer: str
+    trial: int = 0
 
     @property
-    def settings(self) -> list[tuple[float, str]]:
-        """Learning rate and schedule of its runs."""
-        return [(config.lr, config.schedule) for config in GRID] if self.optimizer == "adam" else [(1.0, "learned")]
+    def settings(self) -> list[dict[str, Any]]:
+        """What distinguishes its runs, in columns of the table."""
+        if self.optimizer == ADAM_GRID:
+            return [{"schedule": config.schedule, "lr": config.lr, "settings": ""} for config in GRID]
+        if self.optimizer in LEARNED:
+            return [{"schedule": "learned", "lr": 1.0, "settings": ""}]
+        trial = opponent(self.optimizer).trials[self.trial]
+        return [{"schedule": "", "lr": trial["lr"], "settings": json.dumps(trial, sort_keys=True)}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,80 +92,107 @@ class Plan:
     """The runs that an evaluation consists of.
 
     Args:
-        learned: what is evaluated.
-        hints: whether the learned optimizer is told the number of steps; ``(True, False)`` runs it both ways.
-        references: whether the Adam grid is run, too.
+        optimizers: names: "lopt" and "lopt-untold" are the learned one, told the number of steps or not; "adam-grid"
+            the references of the small suite; others are opponents, ``NAME@k`` with k trials.
+        learned: the learned optimizer; may be None if it is not among the optimizers.
     """
 
     suite: str
-    tasks: tuple[HeldOutTask, ...]
+    tasks: tuple[Task, ...]
     horizons: tuple[int, ...]
     seeds: tuple[int, ...]
-    hints: tuple[bool, ...]
-    learned: Learned
-    references: bool = True
+    optimizers: tuple[str, ...]
+    learned: Learned | None
 
     @property
     def jobs(self) -> list[Job]:
         """All jobs, computed or not."""
-        return [
-            job
-            for task, horizon, seed in itertools.product(self.tasks, self.horizons, self.seeds)
-            for job in (
-                *([Job(task=task, horizon=horizon, seed=seed, optimizer="adam")] if self.references else []),
-                *(Job(task=task, horizon=horizon, seed=seed, optimizer="lopt", hint=hint) for hint in self.hints),
-            )
-        ]
+        found: list[Job] = []
+        for task, horizon, seed in itertools.product(self.tasks, self.horizons, self.seeds):
+            for name in self.optimizers:
+                single = name in LEARNED or name == ADAM_GRID
+                trials = 1 if single else len(opponent(name).trials)
+                base = name.partition("@")[0]
+                found += [
+                    Job(task=task, horizon=horizon, seed=seed, optimizer=base, trial=trial) for trial in range(trials)
+                ]
+        return list(dict.fromkeys(found))  # nadamw-list@10 is part of nadamw-list@100
 
     def keys(self, job: Job) -> list[tuple[Any, ...]]:
         """The keys of a job's runs."""
         identity = self._identity(job)
-        return [
-            tuple({**identity, "lr": lr, "schedule": schedule}[name] for name in KEY) for lr, schedule in job.settings
-        ]
+        return [tuple({**identity, **settings}[name] for name in KEY) for settings in job.settings]
 
-    def runs(self, job: Job, results: Iterable[Result]) -> list[Run]:
+    def runs(self, job: Job, results: Sequence[Result]) -> list[Run]:
         """The rows of a job that has ended."""
         shared: dict[str, Any] = {**self._identity(job), "commit": commit() or "", **versions()}
-
-        def run(result: Result) -> Run:
-            losses: dict[str, Any] = dict(zip(LOSSES, result.losses, strict=True))
-            losses |= {f"initial_{name}": value for name, value in zip(LOSSES, result.initial, strict=True)}
-            return Run(
-                **shared,
-                **losses,
-                schedule=result.schedule,
-                lr=result.lr,
-                diverged=result.diverged,
-                seconds=result.seconds,
+        found = []
+        for settings, outcome in zip(job.settings, results, strict=True):
+            losses: dict[str, Any] = {LOSSES[split]: value for split, value in outcome.losses.items()}
+            losses |= {f"initial_{LOSSES[split]}": value for split, value in outcome.initial.items()}
+            losses |= {"curve": "", "times": ""}
+            if outcome.points:
+                losses["curve"] = json.dumps([(step, train, test) for step, _, train, test in outcome.points])
+                losses["times"] = json.dumps([round(seconds, 6) for _, seconds, _, _ in outcome.points])
+            found.append(
+                Run(
+                    **shared,
+                    **settings,
+                    **losses,
+                    diverged=outcome.diverged,
+                    seconds=outcome.seconds,
+                    steps_per_second=job.horizon / outcome.seconds,
+                    state_bytes_per_param=outcome.state_bytes_per_param,
+                    num_params=job.task.num_params,
+                    trial=job.trial,
+                    family=family_of(job.task),
+                    data=data_of(job.task),
+                )
             )
-
-        return [run(result) for result in results]
+        return found
 
     def _identity(self, job: Job) -> dict[str, Any]:
-        learned = job.optimizer == "lopt"
+        learned = self.learned if job.optimizer in LEARNED else None
+        if job.optimizer in LEARNED and learned is None:
+            raise ValueError(f"optimizers: {job.optimizer} needs a theta, and none was given")
+        if learned is not None:
+            name, impl = "lopt", learned.impl
+        elif job.optimizer == ADAM_GRID:
+            name, impl = "adam", "torch"
+        else:
+            name, impl = job.optimizer, opponent(job.optimizer).version or ""
         return {
             "suite": self.suite,
             "task": job.task.name,
-            "task_sha256": job.task.fingerprint,
-            "optimizer": job.optimizer,
+            "task_sha256": fingerprint(job.task),
+            "optimizer": name,
             "seed": job.seed,
             "horizon": job.horizon,
-            "hint": job.hint,
-            "impl": self.learned.impl if learned else "torch",
-            "theta_sha256": self.learned.theta_sha256 if learned else "",
-            "code_sha256": self.learned.code_sha256 if learned else "",
+            "hint": job.optimizer == "lopt",
+            "impl": impl,
+            "theta_sha256": learned.theta_sha256 if learned else "",
+            "code_sha256": learned.code_sha256 if learned else "",
         }
 
 
-def execute(plan: Plan, table: RunTable, workers: int, on_done: Callable[[int, int], None] | None = None) -> list[Run]:
+def execute(
+    plan: Plan,
+    table: RunTable,
+    workers: int,
+    on_done: Callable[[int, int], None] | None = None,
+    data: Path | None = None,
+) -> list[Run]:
     """Run what ``table`` lacks, in ``workers`` processes, and return all runs of the plan in its order.
 
     A job is computed by one thread and depends on nothing but itself: the number of workers changes no result.
-    Jobs that ended are in the table, whatever becomes of the others.
+    Jobs that ended are in the table, whatever becomes of the others; in the end the file is sorted.
 
     Args:
         on_done: called with the numbers of jobs done and to do, at the beginning and after every job.
+        data: folder with Fashion-MNIST's IDX files, for the processes.
+
+    Raises:
+        RuntimeError: jobs that failed, after all others have ended.
     """
     missing = [job for job in plan.jobs if not all(key in table.runs for key in plan.keys(job))]
     missing.sort(key=_cost, reverse=True)  # the long ones first, so that no worker is left alone with one at the end
@@ -248,16 +203,26 @@ def execute(plan: Plan, table: RunTable, workers: int, on_done: Callable[[int, i
             on_done(done, len(missing))
 
     report()
+    failures: list[str] = []
     learned = pickle.dumps(plan.learned)  # bytes, since tensors would travel as open files
-    for job, results in _map(missing, learned, min(workers, len(missing))):
-        table.append(plan.runs(job, results))
+    for job, outcome in _map(missing, learned, min(workers, len(missing)), data):
+        if isinstance(outcome, Exception):
+            failures.append(f"{job.optimizer} on {job.task.name}: {type(outcome).__name__}: {outcome}")
+        else:
+            table.append(plan.runs(job, outcome))
         done += 1
         report()
+    if missing:
+        table.tidy()
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(missing)} jobs failed; the first: {failures[0]}")
     return [table.runs[key] for job in plan.jobs for key in plan.keys(job)]
 
 
-def _map(jobs: Sequence[Job], learned: bytes, workers: int) -> Iterator[tuple[Job, list[Result]]]:
-    """The jobs with their results, as they end."""
+def _map(
+    jobs: Sequence[Job], learned: bytes, workers: int, data: Path | None
+) -> Iterator[tuple[Job, list[Result] | Exception]]:
+    """The jobs with their results, or with the error they ended in, as they end."""
     if workers <= 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -268,34 +233,61 @@ def _map(jobs: Sequence[Job], learned: bytes, workers: int) -> Iterator[tuple[Jo
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(), data))
     try:
         futures = {pool.submit(_work, job, learned): job for job in jobs}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            yield futures.pop(future), future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _work(job: Job, learned: bytes) -> list[Result]:
-    if job.optimizer == "adam":
-        return adam_results(job.task, job.seed, job.horizon)
-    what: Learned = pickle.loads(learned)
-    return learned_results(job.task, job.seed, job.horizon, what.theta, what.impl, job.hint)
+def _begin(parent: int, data: Path | None) -> None:
+    """What a worker does first: one thread, the data, and an end of its own when its parent is no more."""
+    torch.set_num_threads(1)
+    if data is not None:
+        datasets.FASHION_MNIST_FOLDER = data
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(job: Job, learned: bytes) -> list[Result] | Exception:
+    try:
+        if job.optimizer == ADAM_GRID:
+            if not isinstance(job.task, HeldOutTask):
+                raise ValueError(f"{ADAM_GRID} is for the tasks of the small suite; take adam-tuned elsewhere")
+            return adam_results(job.task, job.seed, job.horizon)
+        what: Learned | None = pickle.loads(learned)
+        more: Mapping[str, Any] = {"theta": what.theta, "impl": what.impl} if what and job.optimizer in LEARNED else {}
+        curve = train_task(
+            job.task,
+            lambda params, steps: make_optimizer(job.optimizer, params, steps, job.trial, **more),
+            job.seed,
+            job.horizon,
+            record_every=math.ceil(job.horizon / POINTS),
+        )
+        return [result(curve)]
+    except Exception as error:  # one broken run must not cost the others; the caller says what failed
+        return error
+
+
+def missing_packages(names: Sequence[str]) -> dict[str, str]:
+    """Those optimizers whose package is not installed, and what to do about it."""
+    found: dict[str, Opponent] = {name: opponent(name) for name in names if name not in (*LEARNED, ADAM_GRID)}
+    return {name: one.missing for name, one in found.items() if one.missing is not None}
 
 
 def _cost(job: Job) -> float:
     """Roughly the seconds of a job, in some unit."""
-    sizes = job.task.sizes
-    params = sum(a * b for a, b in itertools.pairwise(sizes))
-    return job.horizon * (1e5 + params * (job.task.batch_size * len(GRID) if job.optimizer == "adam" else 50))
-
-
-def _parse(row: Sequence[str]) -> Run:
-    values: dict[str, Any] = {}
-    for (name, kind), text in zip(COLUMNS.items(), row, strict=True):
-        values[name] = text == "True" if kind is bool else kind(text)  # type: ignore[operator]
-    return Run(**values)
+    grid = job.optimizer == ADAM_GRID
+    if isinstance(job.task, HeldOutTask):
+        return job.horizon * (1e5 + job.task.num_params * (job.task.batch_size * len(GRID) if grid else 50))
+    return job.horizon * (1e6 + job.task.num_params * 50)
 
 
 def code_sha256() -> str:

@@ -1,4 +1,4 @@
-"""Runs of one task: any optimizer on any task, and a grid of Adams as one batch.
+"""Runs of one task: any optimizer on any task.
 
 Every run of one (task, seed) starts from the same parameters and sees the same minibatches. What is recorded is the
 loss on whole splits, or on fixed minibatches of them where a task has no whole splits.
@@ -9,23 +9,16 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lopt.evaluation.opponents import evaluating, make_optimizer
-from lopt.evaluation.suites import HeldOutTask
+from lopt.evaluation.opponents import evaluating
+from lopt.evaluation.suites import EVALUATION
 from lopt.tasks.task import SPLITS, Batch, SplitName, Task
-from lopt.theta import Theta
 
-Schedule = Literal["constant", "cosine"]
-
-#: Learning rates of the references, half decades; each with both schedules.
-LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
-
-#: Splits whose loss is recorded, in this order.
+#: Splits on which optimizers are compared; for choices it is the second.
 RECORDED: tuple[SplitName, ...] = ("train", "outer_valid", "test")
 
 #: The learned optimizer is told the loss of an inner_valid minibatch before every such step.
@@ -34,28 +27,11 @@ VALID_EVERY = 10
 #: A loss that is not finite, or above this many times the initial one, counts as this many times the initial one.
 LOSS_LIMIT = 10.0
 
-_ROWS = 5000  # evaluated at once
-
-
-class Result(NamedTuple):
-    """What became of one run; ``losses`` and ``initial`` are those of the splits ``RECORDED``."""
-
-    lr: float
-    schedule: str
-    losses: tuple[float, ...]
-    initial: tuple[float, ...]
-    diverged: bool
-    seconds: float
+ROWS_AT_ONCE = 5000  # evaluated at once
 
 
 #: ``make_optimizer(leaf tensors, steps)``: every optimizer, learned or not, is made this way.
 OptimizerFactory = Callable[[list[Tensor], int], torch.optim.Optimizer]
-
-#: Rows of a split (at least; at most so many minibatches) on which a loss is recorded for a task without whole splits,
-#: and the seed that draws them.
-EVALUATION_ROWS = 512
-EVALUATION_BATCHES = 64
-EVALUATION_SEED = 20_201_123
 
 #: What an optimizer without guards raises when its gradients are not finite any more.
 _BROKEN = (AssertionError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
@@ -180,17 +156,66 @@ def train_task(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of one run.
+
+    Args:
+        losses: at the end, of some splits, with divergence counted as :func:`limit` does.
+        initial: of the same splits, before the first step.
+        state_bytes_per_param: of the optimizer; nan if not measured.
+        points: step, seconds of training until there, training and test loss, along the run.
+    """
+
+    losses: dict[SplitName, float]
+    initial: dict[SplitName, float]
+    diverged: bool
+    seconds: float
+    state_bytes_per_param: float = math.nan
+    points: tuple[tuple[int, float, float, float], ...] = ()
+
+
+def counted(
+    losses: Mapping[SplitName, float], initial: Mapping[SplitName, float], seconds: float, **more: Any
+) -> Result:
+    """The result of a run that ended with these losses, the training loss among them."""
+    splits = sorted(losses, key=lambda split: split != "train")  # the training loss decides on divergence
+    limited, diverged = limit([losses[split] for split in splits], [initial[split] for split in splits])
+    return Result(
+        losses=dict(zip(splits, limited, strict=True)),
+        initial=dict(initial),
+        diverged=diverged,
+        seconds=seconds,
+        **more,
+    )
+
+
+def result(curve: Curve) -> Result:
+    """The result of a run, with its curve in points; losses that are not finite there count as at the end."""
+    train, test = (
+        [limit([loss], [values[0]])[0][0] for loss in values]
+        for values in (curve.losses["train"], curve.losses["test"])
+    )
+    return counted(
+        curve.final,
+        curve.initial,
+        curve.seconds,
+        state_bytes_per_param=curve.state_bytes_per_param,
+        points=tuple(zip(curve.steps, curve.times, train, test, strict=True)),
+    )
+
+
 def evaluation_batches(task: Task, split: SplitName) -> Iterator[Any]:
     """What the loss of a split is measured on: all its rows, if the task has them, or fixed minibatches."""
     whole: Mapping[SplitName, Batch] | None = getattr(task, "splits", None)
     if whole is not None:
-        yield from map(Batch, *(torch.split(rows, _ROWS) for rows in whole[split]))
+        yield from map(Batch, *(torch.split(rows, ROWS_AT_ONCE) for rows in whole[split]))
         return
     rows = 0
-    for batch in itertools.islice(task.batches(EVALUATION_SEED, split), EVALUATION_BATCHES):
+    for batch in itertools.islice(task.batches(EVALUATION.seed, split), EVALUATION.batches):
         yield batch
         rows += max(len(batch[0]), 1)
-        if rows >= EVALUATION_ROWS:
+        if rows >= EVALUATION.rows:
             return
 
 
@@ -231,108 +256,6 @@ def _mean_losses(
         values = [task.loss(params, batch).double() * count for batch, count in zip(batches, rows, strict=True)]
         means[split] = float(torch.stack(values).sum()) / sum(rows)
     return means
-
-
-@dataclass(frozen=True)
-class AdamConfig:
-    """One Adam of a grid."""
-
-    lr: float
-    schedule: Schedule = "constant"
-
-
-GRID = tuple(AdamConfig(lr, schedule) for schedule in SCHEDULES for lr in LRS)
-
-
-def train_adam(
-    task: Task, seed: int, steps: int, configs: Sequence[AdamConfig] = GRID
-) -> tuple[Tensor, dict[str, torch.Size]]:
-    """Train with every configuration at once, and return the flat parameters ``[configs, P]`` and their shapes.
-
-    One step of all of them is one batched gradient and one update of ``[configs, P]`` tensors, by the formula of
-    ``torch.optim.Adam`` (betas .9 and .999, eps 1e-8):
-
-    ``param -= lr_t / (1 - .9^t) * mom / (sqrt(rms / (1 - .999^t)) + eps)`` at t = 1, 2, ...
-
-    where the cosine schedule has ``lr_t = lr (1 + cos(pi (t - 1) / steps)) / 2``.
-
-    Source: D. Kingma, J. Ba, arXiv:1412.6980.
-    """
-    init = task.init(seed)
-    shapes = {name: value.shape for name, value in init.items()}
-    params = flatten(init).repeat(len(configs), 1).requires_grad_()
-    mom, rms = torch.zeros_like(params), torch.zeros_like(params)
-    constant = [config.schedule == "constant" for config in configs]
-    batches = task.batches(seed, "train")
-    for t in range(1, steps + 1):
-        losses = batched_losses(task, params, shapes, next(batches))
-        (grads,) = torch.autograd.grad(losses.sum(), params)
-        half_cosine = (1 + math.cos(math.pi * (t - 1) / steps)) / 2
-        lrs = [c.lr * (1.0 if flat else half_cosine) for c, flat in zip(configs, constant, strict=True)]
-        step_size = torch.tensor([lr / (1 - 0.9**t) for lr in lrs]).unsqueeze(1)
-        with torch.no_grad():
-            mom.lerp_(grads, 1 - 0.9)
-            rms.mul_(0.999).addcmul_(grads, grads, value=1 - 0.999)
-            denominator = rms.sqrt().div_(math.sqrt(1 - 0.999**t)).add_(1e-8)
-            params.addcmul_(step_size, mom / denominator, value=-1.0)
-    return params.detach(), shapes
-
-
-def adam_results(task: HeldOutTask, seed: int, steps: int) -> list[Result]:
-    """One result per configuration of ``GRID``; each gets its share of the seconds of the batch."""
-    begin = time.perf_counter()
-    params, shapes = train_adam(task, seed, steps)
-    seconds = (time.perf_counter() - begin) / len(GRID)
-    initial = _recorded(task, flatten(task.init(seed)).unsqueeze(0), shapes)[0]
-    final = _recorded(task, params, shapes)
-    return [
-        _result(config.lr, config.schedule, losses, initial, seconds)
-        for config, losses in zip(GRID, final, strict=True)
-    ]
-
-
-def learned_results(task: HeldOutTask, seed: int, steps: int, theta: Theta, impl: str, hint: bool) -> list[Result]:
-    """The result of the one run of the learned optimizer; ``hint`` says whether it knows ``steps``."""
-    name = "lopt" if hint else "lopt-untold"
-    curve = train_task(task, lambda p, n: make_optimizer(name, p, n, theta=theta, impl=impl), seed, steps)
-    final, initial = ([values[split] for split in RECORDED] for values in (curve.final, curve.initial))
-    return [_result(1.0, "learned", final, initial, curve.seconds)]
-
-
-def flatten(params: Mapping[str, Tensor]) -> Tensor:
-    """All parameters in one row ``[P]``."""
-    return torch.cat([value.reshape(-1) for value in params.values()])
-
-
-def batched_losses(task: Task, params: Tensor, shapes: Mapping[str, torch.Size], batch: Batch) -> Tensor:
-    """Losses ``[configs]`` of flat parameters ``[configs, P]`` on one batch."""
-
-    def loss(flat: Tensor) -> Tensor:
-        parts = torch.split(flat, [shape.numel() for shape in shapes.values()])
-        values = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        return task.loss(values, batch)
-
-    losses: Tensor = torch.func.vmap(loss)(params)
-    return losses
-
-
-@torch.no_grad()
-def _recorded(task: HeldOutTask, params: Tensor, shapes: Mapping[str, torch.Size]) -> list[tuple[float, ...]]:
-    """For every row of ``params`` the mean losses over all rows of the splits ``RECORDED``."""
-    losses = []
-    for name in RECORDED:
-        rows = task.splits[name]
-        total = torch.zeros(len(params), dtype=torch.float64)
-        for begin in range(0, len(rows.inputs), _ROWS):
-            part = Batch(rows.inputs[begin : begin + _ROWS], rows.targets[begin : begin + _ROWS])
-            total += batched_losses(task, params, shapes, part).double() * len(part.inputs)
-        losses.append((total / len(rows.inputs)).tolist())
-    return list(zip(*losses, strict=True))
-
-
-def _result(lr: float, schedule: str, losses: Sequence[float], initial: Sequence[float], seconds: float) -> Result:
-    limited, diverged = limit(losses, initial)
-    return Result(lr, schedule, limited, tuple(initial), diverged, seconds)
 
 
 def limit(losses: Sequence[float], initial: Sequence[float]) -> tuple[tuple[float, ...], bool]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lopt.evaluation.compare import LossName, Run
-from lopt.evaluation.runs import Schedule
+from lopt.evaluation.adam_grid import Schedule
+from lopt.evaluation.table import LossName, Run
 
 #: A ratio up to this counts as "no worse".
 NO_WORSE = 1.02

@@ -1,10 +1,12 @@
-"""Held-out suites: real tasks that no meta-training and no selection of a theta has seen, fixed in code.
+"""Held-out suites: tasks that no meta-training and no selection of a theta has seen, fixed in code.
 
-Every task is a perceptron on real data (two of the data sets are formulas) with PyTorch's default initialisation.
-A data set has four fixed splits, as in :mod:`lopt.tasks.datasets`: 60% train, 10% inner_valid, 10% outer_valid,
-20% test. Inputs are standardised with mean and deviation of the training rows: table columns and regression
-targets each by their own, images by one of all pixels. Data that is not here makes a task unavailable; nothing is
-downloaded.
+The small suite is below: perceptrons on real data (two of the data sets are formulas) with PyTorch's default
+initialisation. The others sample architectures (:mod:`lopt.evaluation.sampled_suites`).
+
+A data set of the small suite has four fixed splits, as in :mod:`lopt.tasks.datasets`: 60% train, 10% inner_valid,
+10% outer_valid, 20% test. Inputs are standardised with mean and deviation of the training rows: table columns and
+regression targets each by their own, images by one of all pixels. Data that is not here makes a task unavailable;
+nothing is downloaded.
 """
 
 import hashlib
@@ -15,19 +17,35 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lopt.evaluation import sampled_suites
 from lopt.tasks import datasets
+from lopt.tasks.data import catalogue
 from lopt.tasks.seeds import generator
 from lopt.tasks.task import SPLITS, Batch, SplitName, Task
 
 #: Part of every fingerprint: raise it when the meaning of a task or of a reference run changes.
 VERSION = 1
+
+
+class Evaluation(NamedTuple):
+    """What losses are measured on where a task has no whole splits: fixed minibatches, drawn by a seed of their own.
+
+    As many as have ``rows`` rows together, but at most ``batches``.
+    """
+
+    rows: int = 512
+    batches: int = 64
+    seed: int = 20_201_123
+
+
+EVALUATION = Evaluation()
 
 DataName = Literal[
     "digits",
@@ -40,7 +58,7 @@ DataName = Literal[
     "fashion-mnist",
     "fashion-mnist-7x7",
 ]
-SuiteName = Literal["small"]
+SuiteName = Literal["small", "families", "images", "text"]
 
 SHARES: dict[SplitName, float] = {"train": 0.6, "inner_valid": 0.1, "outer_valid": 0.1, "test": 0.2}
 
@@ -161,13 +179,64 @@ class HeldOutTask(Task):
                 yield Batch(inputs[index], targets[index])
 
 
-def suite(name: SuiteName, folder: Path | None = None) -> tuple[HeldOutTask, ...]:
+@overload
+def suite(name: Literal["small"], folder: Path | None = None) -> tuple[HeldOutTask, ...]: ...
+
+
+@overload
+def suite(name: SuiteName, folder: Path | None = None) -> tuple[Task, ...]: ...
+
+
+def suite(name: SuiteName, folder: Path | None = None) -> tuple[Task, ...]:
     """The tasks of a suite, available or not; ``folder`` is where Fashion-MNIST's IDX files are.
 
     Example:
         >>> [task.name for task in suite("small")][:2]
         ['digits-32-10', 'digits-20-20-10-tanh']
     """
+    if name == "families":
+        return (*sampled_suites.families(), HeldOutTask(data="diabetes", sizes=(10, 16, 16, 1)))
+    if name == "images":
+        return sampled_suites.images()
+    if name == "text":
+        return sampled_suites.texts()
+    return small(folder)
+
+
+def family_of(task: Task) -> str:
+    """The family a task of a suite belongs to."""
+    if isinstance(task, HeldOutTask):
+        return "mlp_ae" if task.autoencoder else "mlp"
+    return str(task.family)  # type: ignore[attr-defined]
+
+
+def data_of(task: Task) -> str:
+    """The data set of a task of a suite."""
+    return task.data if isinstance(task, HeldOutTask) else str(task.data.name)  # type: ignore[attr-defined]
+
+
+def unavailable(task: Task) -> str | None:
+    """Why the data of a task cannot be had here; None if it can."""
+    if isinstance(task, HeldOutTask):
+        return task.unavailable
+    remedy = catalogue.missing(data_of(task))
+    return None if remedy is None else f"data set {data_of(task)}: not found on this machine; {remedy}"
+
+
+@cache
+def fingerprint(task: Task) -> str:
+    """SHA-256 of what a result depends on: the task, its initial parameters, minibatches and evaluation."""
+    if isinstance(task, HeldOutTask):
+        return task.fingerprint
+    digest = hashlib.sha256(json.dumps([VERSION, EVALUATION, task.config]).encode())
+    batches = (next(task.batches(seed, split)) for seed in (0, EVALUATION.seed) for split in SPLITS)
+    for tensor in (*task.init(0).values(), *itertools.chain(*batches)):
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def small(folder: Path | None = None) -> tuple[HeldOutTask, ...]:
+    """The perceptrons of the small suite."""
     fashion = folder or datasets.FASHION_MNIST_FOLDER
     return (
         HeldOutTask(data="digits", sizes=(64, 32, 10), batch_size=64),

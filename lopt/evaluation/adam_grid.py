@@ -1,0 +1,113 @@
+"""A grid of Adams trained as one batch: the references of the small suite, cheaper than separate runs."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lopt.evaluation.runs import ROWS_AT_ONCE, Result, counted
+from lopt.evaluation.suites import HeldOutTask
+from lopt.tasks.task import SPLITS, Batch, Task
+
+Schedule = Literal["constant", "cosine"]
+
+#: Learning rates of the references, half decades; each with both schedules.
+LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    """One Adam of a grid."""
+
+    lr: float
+    schedule: Schedule = "constant"
+
+
+GRID = tuple(AdamConfig(lr, schedule) for schedule in SCHEDULES for lr in LRS)
+
+
+def train_adam(
+    task: Task, seed: int, steps: int, configs: Sequence[AdamConfig] = GRID
+) -> tuple[Tensor, dict[str, torch.Size]]:
+    """Train with every configuration at once, and return the flat parameters ``[configs, P]`` and their shapes.
+
+    One step of all of them is one batched gradient and one update of ``[configs, P]`` tensors, by the formula of
+    ``torch.optim.Adam`` (betas .9 and .999, eps 1e-8):
+
+    ``param -= lr_t / (1 - .9^t) * mom / (sqrt(rms / (1 - .999^t)) + eps)`` at t = 1, 2, ...
+
+    where the cosine schedule has ``lr_t = lr (1 + cos(pi (t - 1) / steps)) / 2``.
+
+    Source: D. Kingma, J. Ba, arXiv:1412.6980.
+    """
+    init = task.init(seed)
+    shapes = {name: value.shape for name, value in init.items()}
+    params = flatten(init).repeat(len(configs), 1).requires_grad_()
+    mom, rms = torch.zeros_like(params), torch.zeros_like(params)
+    constant = [config.schedule == "constant" for config in configs]
+    batches = task.batches(seed, "train")
+    for t in range(1, steps + 1):
+        losses = batched_losses(task, params, shapes, next(batches))
+        (grads,) = torch.autograd.grad(losses.sum(), params)
+        half_cosine = (1 + math.cos(math.pi * (t - 1) / steps)) / 2
+        lrs = [c.lr * (1.0 if flat else half_cosine) for c, flat in zip(configs, constant, strict=True)]
+        step_size = torch.tensor([lr / (1 - 0.9**t) for lr in lrs]).unsqueeze(1)
+        with torch.no_grad():
+            mom.lerp_(grads, 1 - 0.9)
+            rms.mul_(0.999).addcmul_(grads, grads, value=1 - 0.999)
+            denominator = rms.sqrt().div_(math.sqrt(1 - 0.999**t)).add_(1e-8)
+            params.addcmul_(step_size, mom / denominator, value=-1.0)
+    return params.detach(), shapes
+
+
+def adam_results(task: HeldOutTask, seed: int, steps: int) -> list[Result]:
+    """One result per configuration of ``GRID``; each gets its share of the seconds of the batch."""
+    begin = time.perf_counter()
+    params, shapes = train_adam(task, seed, steps)
+    seconds = (time.perf_counter() - begin) / len(GRID)
+    initial = _recorded(task, flatten(task.init(seed)).unsqueeze(0), shapes)[0]
+    return [
+        counted(
+            dict(zip(SPLITS, final, strict=True)),
+            dict(zip(SPLITS, initial, strict=True)),
+            seconds,
+            state_bytes_per_param=8.0,
+        )
+        for final in _recorded(task, params, shapes)
+    ]
+
+
+def flatten(params: Mapping[str, Tensor]) -> Tensor:
+    """All parameters in one row ``[P]``."""
+    return torch.cat([value.reshape(-1) for value in params.values()])
+
+
+def batched_losses(task: Task, params: Tensor, shapes: Mapping[str, torch.Size], batch: Batch) -> Tensor:
+    """Losses ``[configs]`` of flat parameters ``[configs, P]`` on one batch."""
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = torch.split(flat, [shape.numel() for shape in shapes.values()])
+        values = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return task.loss(values, batch)
+
+    losses: Tensor = torch.func.vmap(loss)(params)
+    return losses
+
+
+@torch.no_grad()
+def _recorded(task: HeldOutTask, params: Tensor, shapes: Mapping[str, torch.Size]) -> list[tuple[float, ...]]:
+    """For every row of ``params`` the mean losses over all rows of every split."""
+    losses = []
+    for name in SPLITS:
+        rows = task.splits[name]
+        total = torch.zeros(len(params), dtype=torch.float64)
+        for begin in range(0, len(rows.inputs), ROWS_AT_ONCE):
+            part = Batch(rows.inputs[begin : begin + ROWS_AT_ONCE], rows.targets[begin : begin + ROWS_AT_ONCE])
+            total += batched_losses(task, params, shapes, part).double() * len(part.inputs)
+        losses.append((total / len(rows.inputs)).tolist())
+    return list(zip(*losses, strict=True))

@@ -1,0 +1,318 @@
+"""Evaluations with any optimizers: suites, budgets, what a killed evaluation leaves, tables of earlier versions."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lopt.cli import main
+from lopt.commands.evaluate import LINE_UP
+from lopt.evaluation import compare, opponents, sampled_suites, table
+from lopt.evaluation.compare import Plan, execute, missing_packages
+from lopt.evaluation.opponents import OPPONENTS, TUNING_FREE, make_optimizer
+from lopt.evaluation.runs import EVALUATION, evaluation_batches, train_task
+from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint, suite, unavailable
+from lopt.evaluation.table import COLUMNS, TIMED, Run, RunTable
+from lopt.tasks import datasets, sample_task
+from lopt.tasks.data import catalogue
+from lopt.tasks.image_tasks import ImageTask
+from lopt.tasks.task import SPLITS
+
+WINE = HeldOutTask(data="wine", sizes=(13, 6, 3), batch_size=16)
+WINE_FLOW = sampled_suites.held_out("maf", "wine", 5)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run writes into the repository, and Fashion-MNIST is missing even where it is installed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "FASHION_MNIST_FOLDER", tmp_path / "no-such-folder")
+
+
+def a_plan(*optimizers: str, seeds: tuple[int, ...] = (0, 1)) -> Plan:
+    """Two tasks of 16 steps, without the learned optimizer."""
+    tasks = (WINE, WINE_FLOW)
+    return Plan(suite="families", tasks=tasks, horizons=(16,), seeds=seeds, optimizers=optimizers, learned=None)
+
+
+def untimed(path: Path) -> list[dict[str, str]]:
+    """The rows of a table but for what is measured in seconds."""
+    with path.open(newline="") as file:
+        return [{name: value for name, value in row.items() if name not in TIMED} for row in csv.DictReader(file)]
+
+
+# ---- Suites ---------------------------------------------------------------------------------------------------------
+
+
+def test_headline_suite_has_what_it_promises() -> None:
+    """40 tasks, 8 families and 6 real data sets at least, even without the packages that Debian alone has."""
+    tasks = suite("families")
+    assert len({task.name for task in tasks}) == len(tasks)
+    everywhere = [task for task in tasks if data_of(task) not in ("letter", "satellite", "wordnet")]
+    assert len(everywhere) >= 40
+    assert len({family_of(task) for task in everywhere}) >= 8
+    assert len({data_of(task) for task in everywhere}) >= 6
+
+
+@pytest.mark.parametrize("name", ["families", "images", "text"])
+def test_suites_are_held_out(name: Any) -> None:
+    for task in suite(name):
+        assert data_of(task) in catalogue.HELD_OUT
+        assert data_of(task) not in (*catalogue.META_TRAIN, *catalogue.CORE)
+        if not isinstance(task, HeldOutTask):
+            rows = task.data  # type: ignore[attr-defined]
+            assert (rows.train_share, rows.just_train) == (1.0, False)
+            assert not isinstance(task, ImageTask) or rows.augmentation is None
+
+
+def test_sampled_tasks_stay_the_same() -> None:
+    """The samplers must go on making these from the seeds in the table."""
+    sizes = {task.name: task.num_params for task in suite("families") if data_of(task) in ("digits", "topics", "wine")}
+    assert sizes == {
+        "mlp-digits-64-25-114-44-102-10": 15_269,
+        "mlp-digits-64-29-75-10": 4895,
+        "mlp_ae-digits-119-67-linear_center-l1": 20_127,
+        "mlp_ae-digits-75-sigmoid-l1": 9739,
+        "mlp_ae-digits-90-79-70-44-60-sigmoid-l2": 28_367,
+        "mlp_vae-digits-124-44-43-33": 23_234,
+        "mlp_vae-digits-39-33-36-32-92": 22_523,
+        "conv_pooling-digits-32-28-14": 12_104,
+        "conv_pooling-digits-12-11": 1416,
+        "conv_fc-digits-47": 8000,
+        "conv_fc-digits-9-34-42-19": 25_263,
+        "nvp-digits-1x24": 2392,
+        "nvp-digits-1x41-59": 7671,
+        "maf-digits-1x45-53": 12_275,
+        "maf-digits-3x19": 11_385,
+        "vit-digits-1x32-4x4": 13_770,
+        "vit-digits-3x12-4x4": 4258,
+        "mlp-wine-13-22-20-23-3": 1323,
+        "mlp-wine-13-29-75-3": 2884,
+        "maf-wine-4x46": 7464,
+        "char_rnn_language_model-topics-vrnn-33": 12_427,
+        "char_rnn_language_model-topics-gru-94": 71_554,
+        "word_rnn_language_model-topics-vrnn-38": 104_219,
+        "transformer_language_model-topics-4x20": 24_516,
+        "transformer_language_model-topics-3x26": 39_360,
+    }
+
+
+def test_missing_data_is_named() -> None:
+    reasons = {data_of(task): unavailable(task) for task in suite("images")}
+    assert reasons["digits"] is None
+    assert "apt-get install dataset-fashion-mnist" in str(reasons["fashion-mnist"])
+
+
+def test_fingerprint_knows_the_task() -> None:
+    assert fingerprint(WINE) == WINE.fingerprint
+    other = sampled_suites.held_out("maf", "wine", 4)
+    assert len({fingerprint(WINE_FLOW), fingerprint(other), fingerprint(WINE)}) == 3
+    assert fingerprint(sampled_suites.held_out("maf", "wine", 5)) == fingerprint(WINE_FLOW)
+
+
+def test_losses_of_sampled_tasks_are_means_over_fixed_minibatches() -> None:
+    task = sample_task(1, ["mlp"])
+    curve = train_task(task, lambda p, n: make_optimizer("adam", p, n), 3, 4)
+    for split in SPLITS:
+        batches = list(evaluation_batches(task, split))
+        rows = [len(batch.inputs) for batch in batches]
+        assert sum(rows[:-1]) < EVALUATION.rows <= sum(rows)
+        losses = [float(task.loss(curve.params, batch)) * count for batch, count in zip(batches, rows, strict=True)]
+        assert curve.final[split] == pytest.approx(sum(losses) / sum(rows), rel=1e-5)
+
+
+def test_envelope_task_begins_where_the_published_one_does() -> None:
+    """log 10 and a little, as in the published curve (2.298 at step 0); 784-128-128-10 has these parameters."""
+    task = sampled_suites.envelope_task()
+    assert task.num_params == 784 * 128 + 128 + 128 * 128 + 128 + 1280 + 10
+    values = list(sampled_suites.ENVELOPE.values())
+    assert values == sorted(values, reverse=True)
+
+
+# ---- Plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_are_counted_and_nested() -> None:
+    few, more = a_plan("adam8p@2"), a_plan("adam8p@2", "adam8p@3", "adam")
+    assert len(few.jobs) == 2 * 2 * 2
+    assert len(more.jobs) == 2 * 2 * 4  # the two trials are among the three
+    keys = [key for job in more.jobs for key in more.keys(job)]
+    assert len(set(keys)) == len(keys)
+    assert {key for job in few.jobs for key in few.keys(job)} < set(keys)
+
+
+def test_line_up_needs_no_tuning() -> None:
+    assert set(LINE_UP) <= set(TUNING_FREE)
+    assert len(LINE_UP) == 8
+
+
+def test_learned_without_theta() -> None:
+    plan = a_plan("lopt")
+    with pytest.raises(ValueError, match="lopt needs a theta"):
+        plan.keys(plan.jobs[0])
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = dataclasses.replace(OPPONENTS["prodigy"], package="no-such-distribution")
+    monkeypatch.setitem(OPPONENTS, "prodigy", absent)
+    assert missing_packages(["adam", "lopt", "adam-grid"]) == {}
+    (reason,) = missing_packages(["adam", "prodigy"]).values()
+    assert "no-such-distribution is missing; pip install" in reason
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_say_what_happened(tmp_path: Path) -> None:
+    plan = a_plan("sgd-tuned@2", seeds=(4,))
+    runs = execute(plan, RunTable(tmp_path / "runs.csv"), workers=1)
+    assert [(run.task, run.trial, run.lr) for run in runs] == [
+        (task.name, trial, pytest.approx(lr))
+        for task in plan.tasks
+        for trial, lr in enumerate((1e-2, 1e-2 * 10 ** (-1 / 3)))
+    ]
+    for run, task in zip(runs, (WINE, WINE, WINE_FLOW, WINE_FLOW), strict=True):
+        assert json.loads(run.settings) == {"lr": run.lr, "momentum": 0.9}
+        assert (run.family, run.data, run.num_params) == (family_of(task), "wine", task.num_params)
+        assert run.impl == f"torch {torch.__version__}"
+        assert run.state_bytes_per_param == 4.0
+        assert run.steps_per_second == pytest.approx(16 / run.seconds)
+        curve = train_task(
+            task,
+            lambda p, n, run=run: torch.optim.SGD(p, lr=run.lr, momentum=0.9),  # type: ignore[misc]
+            4,
+            16,
+            record_every=4,
+        )
+        assert (run.train_loss, run.valid_loss) == (curve.final["train"], curve.final["outer_valid"])
+        assert (run.test_loss, run.inner_valid_loss) == (curve.final["test"], curve.final["inner_valid"])
+        assert [(step, train) for step, _, train, _ in run.points] == list(
+            zip(curve.steps, curve.losses["train"], strict=True)
+        )
+        assert run.points[-1][3] == run.test_loss
+        assert run.points[-1][1] == pytest.approx(run.seconds, abs=1e-6)
+
+
+def test_repeated_runs_have_the_same_bits(tmp_path: Path) -> None:
+    names = [name for name in (*LINE_UP, "muon", "adam8p@2") if not missing_packages([name])]
+    plan = a_plan(*names, seeds=(0,))
+    for folder in ("one", "two"):
+        execute(plan, RunTable(tmp_path / folder / "runs.csv"), workers=1)
+    first, second = (untimed(tmp_path / folder / "runs.csv") for folder in ("one", "two"))
+    assert first == second
+    assert len(first) == 2 * (len(names) + 1)
+
+
+def test_killed_and_resumed_gives_the_same_table(tmp_path: Path) -> None:
+    """The process is killed without warning while runs come in."""
+    arguments = ["evaluate", "--tasks", "wine-16-3", "spirals-32-32-3", "--horizons", "150", "--seeds", "0", "1"]
+    arguments += ["--optimizers", "lopt", "sgd-tuned@4", "adam", "--workers", "1", "--out"]
+    killed, path = tmp_path / "killed", tmp_path / "killed" / "runs.csv"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from lopt.cli import main; main(sys.argv[1:])", *arguments, str(killed)],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 300
+    while (not path.is_file() or path.read_bytes().count(b"\n") < 4) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = path.read_bytes().count(b"\n") - 1
+    assert 3 <= before < 24
+    assert main([*arguments, str(killed)]) == 0
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    assert untimed(path) == untimed(tmp_path / "whole" / "runs.csv")
+    assert len(untimed(path)) == 24
+
+
+def test_a_broken_run_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    broken = opponents.Opponent("broken", ({"lr": 1.0},), None, break_)
+    monkeypatch.setitem(OPPONENTS, "broken", broken)
+    with pytest.raises(RuntimeError, match=r"2 of 4 jobs failed; the first: broken on .*RuntimeError: out of luck"):
+        execute(a_plan("broken", "adam", seeds=(0,)), RunTable(tmp_path / "runs.csv"), workers=1)
+    assert [row["optimizer"] for row in untimed(tmp_path / "runs.csv")] == ["adam", "adam"]
+
+
+def test_grid_is_refused_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="adam-grid is for the tasks of the small suite; take adam-tuned"):
+        execute(a_plan("adam-grid", seeds=(0,)), RunTable(tmp_path / "runs.csv"), workers=1)
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_table_of_an_earlier_version_is_read_and_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are not run again, and keep their numbers when the file gets its new columns."""
+    path = tmp_path / "runs.csv"
+    plan = dataclasses.replace(a_plan("adam-grid", seeds=(0,)), tasks=(WINE,))
+    whole = execute(plan, RunTable(path), workers=1)
+    old = list(COLUMNS)[:25]
+    assert old[-1] == "python"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, old, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    before = path.read_text()
+    with monkeypatch.context() as context:
+        context.setattr(compare, "_work", lambda *_: pytest.fail("everything is in the table"))
+        again = execute(plan, RunTable(path), workers=1)
+    assert path.read_text() == before  # nothing new, nothing written
+    assert [run.train_loss for run in again] == [run.train_loss for run in whole]
+    assert {(run.name, run.family, run.curve) for run in again} == {
+        ("adam-grid", "", ""),
+        ("adam-cosine-grid", "", ""),
+    }
+    execute(dataclasses.replace(plan, optimizers=("adam",)), RunTable(path), workers=1)
+    found = untimed(path)
+    assert list(found[0]) == [name for name in COLUMNS if name not in TIMED]
+    assert len(found) == len(rows) + 1
+    kept = [{name: row[name] for name in old if name not in TIMED} for row in found if row["impl"] == "torch"]
+    assert sorted(map(str, kept)) == sorted(str({n: row[n] for n in old if n not in TIMED}) for row in rows)
+
+
+def test_two_writers_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    (one, two), (three, four) = (
+        execute(dataclasses.replace(a_plan(name, seeds=(0,))), RunTable(tmp_path / f"{name}.csv"), workers=1)
+        for name in ("adam", "nadam")
+    )
+    first, second = RunTable(path), RunTable(path)
+    first.append([one])
+    second.append([three])
+    first.append([two])
+    first.tidy()
+    second.append([four])
+    found = RunTable(path).runs
+    assert set(found) == {run.key for run in (one, two, three, four)}
+    assert all(isinstance(run, Run) and run == found[run.key] for run in (one, two, three, four))
+
+
+def test_sorting_does_not_depend_on_the_order_of_the_runs(tmp_path: Path) -> None:
+    runs = execute(a_plan("adam", "nadam"), RunTable(tmp_path / "runs.csv"), workers=1)
+    for name, order in (("a", runs), ("b", runs[::-1])):
+        for run in order:
+            RunTable(tmp_path / name / "runs.csv").append([run])
+        RunTable(tmp_path / name / "runs.csv").tidy()
+    assert (tmp_path / "a/runs.csv").read_text() == (tmp_path / "b/runs.csv").read_text()
+    assert table.LOSSES == {
+        "train": "train_loss",
+        "outer_valid": "valid_loss",
+        "test": "test_loss",
+        "inner_valid": "inner_valid_loss",
+    }
