@@ -15,6 +15,7 @@ from lopt.commands.evaluate import Evaluate
 from lopt.commands.experiment import RunExperiment
 from lopt.commands.meta_train import MetaTrain
 from lopt.commands.plot import Plot
+from lopt.commands.report import MakeReport
 from lopt.commands.tasks import CheckTasks, Gallery, List, ShowTask, Time, TrainTask
 from lopt.commands.train import Train
 from lopt.commands.weights import Convert, Show
@@ -35,6 +36,7 @@ Commands = (
     | Annotated[MetaTrain, subcommand("meta-train")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[MakeReport, subcommand("report")]
     | Annotated[RunExperiment, subcommand("experiment")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Doctor, subcommand("doctor")]

@@ -394,9 +394,12 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for command in ("train", "meta-train", "plot", "evaluate", "bench", "doctor", "weights"):
+    for command in ("train", "meta-train", "plot", "evaluate", "report", "experiment", "bench", "doctor", "weights"):
         assert f"• {command} " in text
-    assert "Expected one of {train, meta-train, plot, evaluate, bench, doctor, tasks, weights}" in failure(capsys)
+    assert (
+        "Expected one of {train, meta-train, plot, evaluate, report, experiment, bench, doctor, tasks, weights}"
+        in failure(capsys)
+    )
 
 
 def test_as_a_program(tmp_path: Path) -> None:

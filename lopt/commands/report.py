@@ -1,0 +1,139 @@
+"""``lopt report``: the runs of an evaluation as one HTML file, and its headline on the terminal."""
+
+import statistics
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from lopt.commands.common import Command, Outcome, say, show_table
+from lopt.evaluation.compare import code_sha256
+from lopt.evaluation.comparison import MEASURES, Runs
+from lopt.evaluation.opponents import opponent
+from lopt.evaluation.report import Report
+from lopt.evaluation.table import Run, RunTable
+from lopt.meta.provenance import file_checksum
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeReport(Command):
+    """Compare the learned optimizer with every opponent in the runs of an evaluation, and write report.html.
+
+    Shares of tasks won and lost, geometric-mean ratios with bootstrap intervals, training and test loss, per step and
+    per second, normalised losses, costs, and a plain list of where it loses. A tuned opponent counts with the trial
+    that was best on outer_valid.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = Path("runs/evaluate")
+    """Folder of an evaluation, with runs.csv; or a table of runs."""
+
+    theta: str | None = None
+    """Which theta, if the table has several: a shipped name, a file, or the beginning of its SHA-256."""
+
+    optimizers: tuple[str, ...] = ()
+    """Only these opponents, with budgets as in nadamw-list@10; all with all their trials if none is given."""
+
+    suite: str | None = None
+    """Only the runs of this suite."""
+
+    horizons: tuple[int, ...] = ()
+    """Only these lengths."""
+
+    out: Path | None = None
+    """The file; report.html beside the table if not given."""
+
+    def run(self, console: Console) -> Outcome:
+        path = self.folder / "runs.csv" if self.folder.is_dir() else self.folder
+        if not path.is_file():
+            raise FileNotFoundError(f"folder: no runs in {path}; lopt evaluate --out {self.folder} makes them")
+        runs, theta = self._selected(list(RunTable(path).runs.values()))
+        budgets: dict[str, int] = {}
+        if self.optimizers:
+            for name in self.optimizers:
+                base = name.partition("@")[0]
+                if base != name:
+                    budgets[base] = len(opponent(name).trials)
+            wanted = {name.partition("@")[0] for name in self.optimizers}
+            unknown = wanted - {run.name for run in runs}
+            if unknown:
+                raise ValueError(f"optimizers: no runs of {', '.join(sorted(unknown))} in {path}")
+            runs = [run for run in runs if run.optimizer == "lopt" or run.name in wanted]
+        report = Report(runs=Runs(runs, budgets), title="Evaluation of a learned optimizer", facts=_facts(runs, theta))
+        numbers = []
+        for horizon in report.runs.horizons:
+            say(console, "")
+            say(console, f"{horizon} steps, {len(report.runs.families(horizon))} tasks")
+            for ours in report.ours:
+                header, rows = report.against(horizon, ours)
+                keep = [0, *range(1, 9)]  # by step; the file has more
+                show_table(console, [header[i] for i in keep], [[row[i] for i in keep] for row in rows])
+                for one in report.comparisons(horizon, ours):
+                    numbers.append(
+                        {
+                            **asdict(one),
+                            "won": one.won,
+                            "lost": one.lost,
+                            "ratio": one.ratio,
+                            "interval": one.interval,
+                            "median": one.median,
+                        }
+                    )
+        normalised = {
+            str(horizon): {
+                report.runs.label(name): {
+                    measure: {"mean": statistics.fmean(values.values()), "median": statistics.median(values.values())}
+                    for measure in MEASURES
+                    if (values := report.runs.normalised(name, horizon, measure))
+                }
+                for name in report.runs.chosen
+            }
+            for horizon in report.runs.horizons
+        }
+        out = self.out or path.with_name("report.html")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(report.html())
+        say(console, "")
+        say(console, f"Wrote {out}")
+        return Outcome(0, {"command": "report", "comparisons": numbers, "normalised": normalised, "file": out})
+
+    def _selected(self, runs: list[Run]) -> tuple[list[Run], str]:
+        """The runs of one theta with one code, of the suite and horizons asked for, and that theta's SHA-256."""
+        runs = [run for run in runs if self.suite in (None, run.suite)]
+        runs = [run for run in runs if not self.horizons or run.horizon in self.horizons]
+        thetas = Counter(run.theta_sha256 for run in runs if run.optimizer == "lopt")
+        if not thetas:
+            raise ValueError("folder: no runs of the learned optimizer here; lopt evaluate makes them")
+        sha256 = next(iter(thetas))
+        if self.theta is not None:
+            known = [one for one in thetas if one.startswith(self.theta)]
+            sha256 = known[0] if len(known) == 1 else file_checksum(self.theta)
+            if sha256 not in thetas:
+                raise ValueError(f"theta: no runs of {self.theta} here; there are {', '.join(thetas)}")
+        elif len(thetas) > 1:
+            raise ValueError(f"theta: the table has several, say which: {', '.join(thetas)}")
+        codes = Counter(run.code_sha256 for run in runs if run.theta_sha256 == sha256)
+        now = code_sha256()
+        code = now if now in codes else codes.most_common(1)[0][0]
+        chosen = [r for r in runs if r.optimizer != "lopt" or (r.theta_sha256, r.code_sha256) == (sha256, code)]
+        return chosen, sha256
+
+
+def _facts(runs: list[Run], theta: str) -> dict[str, str]:
+    """What was run, in words."""
+
+    def several(values: list[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    return {
+        "theta, SHA-256": theta,
+        "suite": several([run.suite for run in runs]),
+        "families": several(sorted(run.family for run in runs if run.family)),
+        "data": several(sorted(run.data for run in runs if run.data)),
+        "seeds": several(sorted(str(run.seed) for run in runs)),
+        "opponents' code": several(sorted(run.impl for run in runs if run.optimizer != "lopt")),
+        "versions": several([f"lopt {run.lopt}, torch {run.torch}, python {run.python}" for run in runs]),
+        "commits": several([run.commit[:10] for run in runs if run.commit]),
+    }

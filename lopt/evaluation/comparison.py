@@ -1,0 +1,217 @@
+"""What the rows of an evaluation say: one optimizer against each of the others, over tasks, by step and by second.
+
+A ratio is ``(L - b + f) / (L_other - b + f)`` with losses L that are means over the seeds, f = 1% of what the initial
+loss is above b, and b = 0, or the lowest loss of any run of the task where that is negative (flows): below 1 is
+better. A task counts as won below .98 and as lost above 1.02. Intervals are those of the bootstrap over tasks, 95%.
+
+The trial of an optimizer with several is that of the least mean outer_valid loss, for each task and horizon. By second,
+two optimizers are compared when the quicker of them ends; the other's loss is interpolated there.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from lopt.evaluation.scores import FLOOR, NO_WORSE
+from lopt.evaluation.table import Run
+
+Measure = Literal["train", "test"]
+Per = Literal["step", "second"]
+MEASURES: tuple[Measure, ...] = ("train", "test")
+
+#: Resamples of a bootstrap, and its seed.
+RESAMPLES = 10_000
+
+Place = tuple[str, int]  # task and horizon
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One optimizer against another at one horizon; ``ratios`` by task."""
+
+    name: str
+    other: str
+    horizon: int
+    measure: Measure
+    per: Per
+    ratios: dict[str, float]
+
+    @property
+    def won(self) -> float:
+        """Share of tasks with a clearly smaller loss."""
+        return statistics.fmean(value < 2 - NO_WORSE for value in self.ratios.values())
+
+    @property
+    def lost(self) -> float:
+        """Share of tasks with a clearly larger loss."""
+        return statistics.fmean(value > NO_WORSE for value in self.ratios.values())
+
+    @property
+    def ratio(self) -> float:
+        """Geometric mean over tasks."""
+        return statistics.geometric_mean(self.ratios.values())
+
+    @property
+    def median(self) -> float:
+        """Median over tasks."""
+        return statistics.median(self.ratios.values())
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """Of :attr:`ratio`: 95% of the bootstrap over tasks."""
+        return bootstrap(list(self.ratios.values()))
+
+
+class Runs:
+    """Runs of an evaluation, grouped; tuned optimizers by their chosen trial.
+
+    Args:
+        runs: rows of one theta (and of any opponents).
+        budgets: how many trials an optimizer with several has; all that the rows hold if it is not named.
+    """
+
+    def __init__(self, runs: Iterable[Run], budgets: Mapping[str, int] | None = None) -> None:
+        self.all = list(runs)
+        self._trials: dict[tuple[str, Place], dict[str, list[Run]]] = {}
+        for run in self.all:
+            key = run.settings or f"{run.schedule} {run.lr}"
+            self._trials.setdefault((run.name, (run.task, run.horizon)), {}).setdefault(key, []).append(run)
+        names = list(dict.fromkeys(run.name for run in self.all))
+        self.budgets: dict[str, int] = {}
+        for name in names:
+            found = [len(trials) for (other, _), trials in self._trials.items() if other == name]
+            self.budgets[name] = min(found)
+        for name, budget in (budgets or {}).items():
+            if not 1 <= budget <= self.budgets.get(name, 0):
+                have = self.budgets.get(name, 0)
+                raise ValueError(f"budget: {name} has {have} trials on every task, got {budget}; run more")
+            self.budgets[name] = budget
+        self.chosen: dict[str, dict[Place, list[Run]]] = {name: {} for name in names}
+        for (name, place), trials in self._trials.items():
+            self.chosen[name][place] = _choose(trials, self.budgets[name], name.endswith("grid"))
+
+    def label(self, name: str) -> str:
+        """The name with its budget, if it has one."""
+        return f"{name}@{self.budgets[name]}" if self.budgets[name] > 1 else name
+
+    @property
+    def horizons(self) -> list[int]:
+        """In rising order."""
+        return sorted({run.horizon for run in self.all})
+
+    def families(self, horizon: int) -> dict[str, str]:
+        """Family of every task of that horizon."""
+        return {run.task: run.family or "mlp" for run in self.all if run.horizon == horizon}
+
+    def compare(self, name: str, other: str, horizon: int, measure: Measure, per: Per = "step") -> Comparison | None:
+        """``name`` against ``other`` on the tasks and seeds that both have; None if there is none."""
+        ratios: dict[str, float] = {}
+        for place, ours in self.chosen[name].items():
+            pairs = _pairs(ours, self.chosen[other].get(place, []))
+            if (
+                place[1] != horizon
+                or not pairs
+                or (per == "second" and not all(a.points and b.points for a, b in pairs))
+            ):
+                continue
+            if per == "step":
+                losses = [(_loss(a, measure), _loss(b, measure)) for a, b in pairs]
+            else:
+                losses = [at_equal_time(a, b, measure) for a, b in pairs]
+            mine, theirs = (statistics.fmean(column) for column in zip(*losses, strict=True))
+            start = statistics.fmean(_initial(a, measure) for a, _ in pairs)
+            base = self._base(place, measure)
+            floor = FLOOR * (start - base)
+            ratios[place[0]] = (mine - base + floor) / (theirs - base + floor)
+        if not ratios:
+            return None
+        return Comparison(name=name, other=other, horizon=horizon, measure=measure, per=per, ratios=ratios)
+
+    def normalised(self, name: str, horizon: int, measure: Measure) -> dict[str, float]:
+        """``(L - L_best) / (L_initial - L_best)`` by task, with the best mean over seeds of any optimizer and trial.
+
+        Source: arXiv:2009.11243, appendix E.
+        """
+        found = {}
+        for place, runs in self.chosen[name].items():
+            if place[1] == horizon:
+                mean = statistics.fmean(_loss(run, measure) for run in runs)
+                start = statistics.fmean(_initial(run, measure) for run in runs)
+                best = self._best[place, measure]
+                found[place[0]] = (mean - best) / (start - best) if start > best else 0.0
+        return found
+
+    @cached_property
+    def _best(self) -> dict[tuple[Place, Measure], float]:
+        best: dict[tuple[Place, Measure], float] = {}
+        for (_, place), trials in self._trials.items():
+            for measure in MEASURES:
+                means = [statistics.fmean(_loss(run, measure) for run in runs) for runs in trials.values()]
+                best[place, measure] = min(best.get((place, measure), math.inf), *means)
+        return best
+
+    @cached_property
+    def _lowest(self) -> dict[tuple[Place, Measure], float]:
+        lowest: dict[tuple[Place, Measure], float] = {}
+        for run in self.all:
+            for measure in MEASURES:
+                key = (run.task, run.horizon), measure
+                along = [train if measure == "train" else test for _, _, train, test in run.points]
+                lowest[key] = min(lowest.get(key, math.inf), _loss(run, measure), *along)
+        return lowest
+
+    def _base(self, place: Place, measure: Measure) -> float:
+        return min(0.0, self._lowest[place, measure])
+
+
+def bootstrap(ratios: Sequence[float], share: float = 0.95) -> tuple[float, float]:
+    """Interval of the geometric mean: the middle ``share`` of its values over resampled ratios.
+
+    Example:
+        >>> bootstrap([0.5, 0.5, 0.5])
+        (0.5, 0.5)
+    """
+    logs = np.log(np.asarray(ratios))
+    draws = np.random.Generator(np.random.PCG64(0)).integers(len(logs), size=(RESAMPLES, len(logs)))
+    low, high = np.quantile(logs[draws].mean(axis=1), [(1 - share) / 2, (1 + share) / 2])
+    return float(np.exp(low)), float(np.exp(high))
+
+
+def at_equal_time(a: Run, b: Run, measure: Measure) -> tuple[float, float]:
+    """The losses of two runs after as many seconds of training as the quicker one took; linear between points."""
+    until = min(a.points[-1][1], b.points[-1][1])
+    found = []
+    for run in (a, b):
+        seconds = [point[1] for point in run.points]
+        losses = [point[2] if measure == "train" else point[3] for point in run.points]
+        found.append(float(np.interp(until, seconds, losses)))
+    return found[0], found[1]
+
+
+def _choose(trials: Mapping[str, Sequence[Run]], budget: int, in_order: bool) -> list[Run]:
+    """The runs of the trial with the least mean outer_valid loss, among the first of the budget."""
+    groups = list(trials.values())
+    if not in_order:
+        groups.sort(key=lambda runs: runs[0].trial)
+    seeds = {run.seed for runs in groups[:budget] for run in runs}
+    whole = [runs for runs in groups[:budget] if {run.seed for run in runs} == seeds] or groups[:1]
+    return list(min(whole, key=lambda runs: statistics.fmean(run.valid_loss for run in runs)))
+
+
+def _pairs(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs of the same seed."""
+    other = {run.seed: run for run in theirs}
+    return [(run, other[run.seed]) for run in ours if run.seed in other]
+
+
+def _loss(run: Run, measure: Measure) -> float:
+    return run.train_loss if measure == "train" else run.test_loss
+
+
+def _initial(run: Run, measure: Measure) -> float:
+    return run.initial_train_loss if measure == "train" else run.initial_test_loss

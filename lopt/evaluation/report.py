@@ -1,0 +1,275 @@
+"""An evaluation as one HTML file that needs nothing else: tables, figures inside, and a plain list of what was lost."""
+
+from __future__ import annotations
+
+import html
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lopt.evaluation.comparison import MEASURES, Comparison, Measure, Runs
+from lopt.evaluation.opponents import LEARNED
+from lopt.evaluation.plots import COLOURS, require_matplotlib
+from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
+from lopt.evaluation.scores import NO_WORSE
+
+Table = tuple[list[str], list[list[str]]]
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 76em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
+th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+.won { color: #00664b } .lost { color: #b02a00 }
+svg { max-width: 100%; height: auto } h2 { margin-top: 2em } caption, .note { text-align: left; color: #555 }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is reported: the learned optimizer's names in the runs, its opponents, and where the runs come from."""
+
+    runs: Runs
+    title: str
+    facts: dict[str, str]
+
+    @property
+    def ours(self) -> list[str]:
+        """The names of the learned optimizer that the runs have."""
+        return [name for name in LEARNED if name in self.runs.chosen]
+
+    @property
+    def others(self) -> list[str]:
+        """The opponents, in the order of the runs."""
+        return sorted(name for name in self.runs.chosen if name not in LEARNED)
+
+    def comparisons(self, horizon: int, ours: str) -> list[Comparison]:
+        """Against every opponent, by step and by second, training and test loss."""
+        found = [
+            self.runs.compare(ours, other, horizon, measure, per)
+            for other in self.others
+            for per in ("step", "second")
+            for measure in MEASURES
+        ]
+        return [one for one in found if one is not None]
+
+    # ---- Tables -----------------------------------------------------------------------------------------------------
+
+    def against(self, horizon: int, ours: str) -> Table:
+        """One row per opponent: won and lost, geometric mean and its interval, median."""
+        header = [f"{ours} against"]
+        for per in ("step", "second"):
+            for measure in MEASURES:
+                end = "" if per == "step" else ", equal time"
+                header += [f"{measure}{end}: won / lost", "ratio", "95%", "median"]
+        rows = []
+        for other in self.others:
+            row = [self.runs.label(other)]
+            for per in ("step", "second"):
+                for measure in MEASURES:
+                    one = self.runs.compare(ours, other, horizon, measure, per)  # type: ignore[arg-type]
+                    row += ["", "", "", ""] if one is None else _cells(one)
+            if any(row[1:]):
+                rows.append(row)
+        return header, rows
+
+    def normalised(self, horizon: int) -> Table:
+        """Normalised losses as the paper has them."""
+        header = ["normalised loss", *(f"{m} {what}" for m in MEASURES for what in ("mean", "median"))]
+        rows = []
+        for name in (*self.ours, *self.others):
+            row = [self.runs.label(name)]
+            for measure in MEASURES:
+                values = list(self.runs.normalised(name, horizon, measure).values())
+                row += [f"{statistics.fmean(values):.4f}", f"{statistics.median(values):.4f}"] if values else ["", ""]
+            rows.append(row)
+        return header, rows
+
+    def costs(self, horizon: int) -> Table:
+        """Time and memory of every optimizer, medians over tasks, and what diverged."""
+        header = ["cost", "trials", "ms per step", "state, bytes per parameter", "diverged"]
+        rows = []
+        for name in (*self.ours, *self.others):
+            same = [run for place, runs in self.runs.chosen[name].items() if place[1] == horizon for run in runs]
+            if same:
+                ms = statistics.median(1e3 * run.seconds / run.horizon for run in same)
+                state = statistics.median(run.state_bytes_per_param for run in same)
+                diverged = f"{sum(run.diverged for run in same)} of {len(same)}"
+                rows.append([name, str(self.runs.budgets[name]), f"{ms:.2f}", f"{state:.1f}", diverged])
+        return header, rows
+
+    def tasks(self, horizon: int, ours: str, measure: Measure) -> Table:
+        """Ratios by task; the tasks where the geometric mean over opponents is worst come first."""
+        found = self._against_all(horizon, ours, measure)
+        by_task: dict[str, dict[str, float]] = {}
+        for one in found:
+            for task, value in one.ratios.items():
+                by_task.setdefault(task, {})[one.other] = value
+        order = sorted(by_task, key=lambda task: -statistics.geometric_mean(by_task[task].values()))
+        others = [one.other for one in found]
+        rows = [
+            [task, *(f"{by_task[task][other]:.3f}" if other in by_task[task] else "" for other in others)]
+            for task in order
+        ]
+        return [f"{measure}: ratio to", *(self.runs.label(other) for other in others)], rows
+
+    def losses(self, horizon: int, ours: str) -> list[str]:
+        """Where we lose, in sentences: opponents, families, tasks."""
+        lines = []
+        for measure in MEASURES:
+            found = self._against_all(horizon, ours, measure)
+            for one in found:
+                other, (low, high) = self.runs.label(one.other), one.interval
+                if one.ratio > 1 or one.lost > one.won:
+                    lines.append(
+                        f"{measure}: behind {other}, ratio {one.ratio:.3f} ({low:.3f} to {high:.3f}), "
+                        f"lost {one.lost:.0%}, won {one.won:.0%} of {len(one.ratios)} tasks"
+                    )
+                    continue
+                behind = [f"{family} {mean:.2f}" for family, mean in self._by_family(one).items() if mean > NO_WORSE]
+                if behind:
+                    lines.append(f"{measure}: ahead of {other} on the whole, behind on {', '.join(behind)}")
+            worst = [(value, task, self.runs.label(one.other)) for one in found for task, value in one.ratios.items()]
+            worst = [max(group) for group in (_same(worst, task) for task in dict.fromkeys(w[1] for w in worst))]
+            for value, task, other in sorted(worst, reverse=True)[:5]:
+                if value > NO_WORSE:
+                    lines.append(f"{measure}: {value:.2f} times the loss of {other} on {task}")
+        return lines
+
+    def _against_all(self, horizon: int, ours: str, measure: Measure) -> list[Comparison]:
+        found = (self.runs.compare(ours, other, horizon, measure) for other in self.others)
+        return [one for one in found if one is not None]
+
+    def _by_family(self, one: Comparison) -> dict[str, float]:
+        """Geometric mean of the ratios of each family."""
+        families = self.runs.families(one.horizon)
+        groups: dict[str, list[float]] = {}
+        for task, value in one.ratios.items():
+            groups.setdefault(families[task], []).append(value)
+        return {family: statistics.geometric_mean(groups[family]) for family in sorted(groups)}
+
+    def envelope(self) -> Table | None:
+        """Training losses on the task with a published envelope, beside it; None if it was not run."""
+        task = envelope_task().name
+        horizons = [h for h in self.runs.horizons if h in ENVELOPE]
+        names = [name for name in (*self.ours, *self.others) if any(task == t for t, _ in self.runs.chosen[name])]
+        if not names or not horizons:
+            return None
+        rows = [["published envelope", *(f"{ENVELOPE[h]:.4f}" for h in horizons)]]
+        for name in names:
+            cells = []
+            for horizon in horizons:
+                runs = self.runs.chosen[name].get((task, horizon), [])
+                cells.append(f"{statistics.fmean(run.train_loss for run in runs):.4f}" if runs else "")
+            rows.append([self.runs.label(name), *cells])
+        return [f"training loss on {task}", *(f"{h} steps" for h in horizons)], rows
+
+    # ---- The file ---------------------------------------------------------------------------------------------------
+
+    def html(self) -> str:
+        """The whole report.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing.
+        """
+        require_matplotlib()
+        body = [
+            f"<h1>{html.escape(self.title)}</h1>",
+            _list([f"{name}: {value}" for name, value in self.facts.items()]),
+        ]
+        body.append(
+            "<p class=note>A ratio is (L + f) / (L_other + f), means over the seeds, f = 1% of the initial loss (where "
+            "losses are negative, from the lowest seen): below 1 is better. Won: below .98; lost: above 1.02. "
+            "Ratios are geometric means over tasks, intervals those of the bootstrap over tasks. Of several trials "
+            "the one with the least loss on outer_valid counts. Equal time: when the quicker of the two ends.</p>"
+        )
+        for horizon in self.runs.horizons:
+            body.append(f"<h2>{horizon} steps, {len(self.runs.families(horizon))} tasks</h2>")
+            for ours in self.ours:
+                body += [_table(*self.against(horizon, ours), colour=True)]
+            body += [self._forest(horizon), _table(*self.normalised(horizon)), _table(*self.costs(horizon))]
+            for ours in self.ours:
+                body += [f"<h3>Where {ours} loses</h3>", _list(self.losses(horizon, ours) or ["nowhere"])]
+            for ours in self.ours:
+                for measure in MEASURES:
+                    body += [f"<details><summary>{ours}, {measure} loss, every task</summary>"]
+                    body += [_table(*self.tasks(horizon, ours, measure), colour=True), "</details>"]
+        envelope = self.envelope()
+        if envelope is not None:
+            body += ["<h2>Beside a published envelope</h2>", _table(*envelope)]
+        return (
+            "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+            + "\n".join(body)
+            + "\n</body></html>\n"
+        )
+
+    def _forest(self, horizon: int) -> str:
+        """Ratios with their intervals, one line per opponent, as an inline figure."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 1.2 + 0.32 * len(self.others)), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
+        for axes, measure in zip(panels, MEASURES, strict=True):
+            for at, ours in enumerate(self.ours):
+                found = [self.runs.compare(ours, other, horizon, measure) for other in self.others]
+                for row, one in enumerate(found):
+                    if one is None:
+                        continue
+                    y = row + 0.22 * (at - (len(self.ours) - 1) / 2)
+                    low, high = one.interval
+                    axes.plot([low, high], [y, y], color=COLOURS[at], linewidth=2)
+                    label = ours if row == next(i for i, c in enumerate(found) if c is not None) else None
+                    axes.plot([one.ratio], [y], "o", color=COLOURS[at], markersize=5, label=label)
+            axes.axvline(1.0, color="0.4", linewidth=0.8)
+            axes.set_xscale("log")
+            axes.set_title(f"{measure} loss, ratio (left is better)", loc="left", fontsize=10)
+            axes.set_yticks(range(len(self.others)), [self.runs.label(other) for other in self.others])
+            axes.invert_yaxis() if axes is panels[0] else None
+            axes.grid(axis="x", color="0.92")
+            axes.spines[["top", "right"]].set_visible(False)
+        if self.others:
+            panels[0].legend(frameon=False, fontsize=9)
+        return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "lopt", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _cells(one: Comparison) -> list[str]:
+    low, high = one.interval
+    return [f"{one.won:.0%} / {one.lost:.0%}", f"{one.ratio:.3f}", f"{low:.3f} to {high:.3f}", f"{one.median:.3f}"]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool = False) -> str:
+    """HTML; with ``colour``, numbers that are ratios show whether they are below .98 or above 1.02."""
+
+    def cell(text: str, head: str) -> str:
+        mark = ""
+        if colour and text.replace(".", "", 1).isdigit() and head != "rank":
+            value = float(text)
+            mark = " class=won" if value < 2 - NO_WORSE else " class=lost" if value > NO_WORSE else ""
+        return f"<td{mark}>{html.escape(text)}</td>"
+
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
+    body = "\n".join(
+        "<tr>" + "".join(cell(text, name) for text, name in zip(row, header, strict=True)) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>\n{body}</table>"
+
+
+def _same(entries: Sequence[tuple[float, str, str]], task: str) -> list[tuple[float, str, str]]:
+    return [entry for entry in entries if entry[1] == task]
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"

@@ -1,0 +1,244 @@
+"""What is made of the rows of an evaluation: choice of trials, ratios, intervals, equal time, the report."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lopt.cli import main
+from lopt.evaluation.comparison import Runs, at_equal_time, bootstrap
+from lopt.evaluation.report import Report
+from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
+from lopt.evaluation.table import Run, RunTable
+
+
+def a_run(optimizer: str, task: str, train: float, test: float, **changes: Any) -> Run:
+    """A run from the initial loss 10; ``valid`` is the test loss if nothing else is said."""
+    values: dict[str, Any] = dict.fromkeys(("impl", "code_sha256", "commit", "lopt", "torch", "numpy", "python"), "x")
+    values |= {
+        "suite": "families",
+        "task": task,
+        "task_sha256": task,
+        "optimizer": optimizer,
+        "schedule": "",
+        "lr": 1.0,
+    }
+    values |= {
+        "lr": 1.0,
+        "seed": 0,
+        "horizon": 100,
+        "hint": optimizer == "lopt",
+        "train_loss": train,
+        "test_loss": test,
+    }
+    values |= {"valid_loss": test, "diverged": False, "seconds": 1.0, "family": "mlp", "data": "wine"}
+    values |= {f"initial_{name}_loss": 10.0 for name in ("train", "valid", "test")}
+    values |= {"theta_sha256": "t" if optimizer == "lopt" else "", "settings": f'{{"lr": {changes.get("lr", 1.0)}}}'}
+    values |= {"state_bytes_per_param": 8.0}
+    return Run(**{**values, **changes})
+
+
+def curve(*points: tuple[int, float, float, float]) -> dict[str, str]:
+    """The columns of a curve of step, seconds, training and test loss."""
+    return {
+        "curve": json.dumps([(step, train, test) for step, _, train, test in points]),
+        "times": json.dumps([seconds for _, seconds, _, _ in points]),
+    }
+
+
+def tuned(task: str, trial: int, valid: tuple[float, float], test: tuple[float, float]) -> list[Run]:
+    """Two seeds of one trial."""
+    return [
+        a_run("sgd-tuned", task, 1.0, test[seed], seed=seed, trial=trial, lr=float(trial), valid_loss=valid[seed])
+        for seed in (0, 1)
+    ]
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_by_hand() -> None:
+    runs = [a_run("lopt", "a", 0.9, 4.9), a_run("lopt", "b", 1.9, 1.0), a_run("lopt", "c", 1.0, 1.0)]
+    runs += [a_run("adam", "a", 1.9, 0.9), a_run("adam", "b", 0.9, 1.0), a_run("adam", "d", 1.0, 1.0)]
+    compared = Runs(runs)
+    train, test = (compared.compare("lopt", "adam", 100, measure) for measure in ("train", "test"))  # type: ignore[arg-type]
+    assert train is not None
+    assert test is not None
+    assert train.ratios == pytest.approx({"a": 0.5, "b": 2.0})  # the floor is 1% of 10
+    assert (train.won, train.lost) == (0.5, 0.5)
+    assert train.ratio == pytest.approx(1.0)
+    assert test.ratios == pytest.approx({"a": 5.0, "b": 1.0})
+    assert (test.won, test.lost, test.median) == (0.0, 0.5, pytest.approx(3.0))
+    assert compared.compare("lopt", "adam", 200, "train") is None
+    assert compared.compare("lopt", "adam", 100, "train", "second") is None  # no curves
+
+
+def test_losses_below_zero_count_from_the_lowest() -> None:
+    """The lowest loss is -30, along the way of the opponent: initial 40 above it, floor .4."""
+    points = curve((0, 0.0, 10.0, 10.0), (50, 1.0, -30.0, 0.0), (100, 2.0, -20.0, 0.0))
+    compared = Runs([a_run("lopt", "a", -10.0, 1.0), a_run("adam", "a", -20.0, 1.0, **points)])
+    found = compared.compare("lopt", "adam", 100, "train")
+    assert found is not None
+    assert found.ratios["a"] == pytest.approx((20 + 0.4) / (10 + 0.4))
+
+
+def test_only_common_seeds_count() -> None:
+    runs = [a_run("lopt", "a", 0.9, 1.0, seed=seed) for seed in (0, 1)]
+    runs += [a_run("adam", "a", 1.9, 1.0, seed=1), a_run("adam", "a", 9.0, 1.0, seed=2)]
+    found = Runs(runs).compare("lopt", "adam", 100, "train")
+    assert found is not None
+    assert found.ratios["a"] == pytest.approx(0.5)
+
+
+def test_trials_are_chosen_on_outer_valid_within_the_budget() -> None:
+    """Trial 0 has the best test loss, 1 the best valid loss of two, 2 of all; seeds are averaged before choosing."""
+    runs = [*tuned("a", 2, (0.5, 0.5), (3.0, 3.0)), *tuned("a", 0, (0.1, 4.0), (0.5, 0.5))]
+    runs += tuned("a", 1, (1.0, 1.0), (2.0, 2.0))
+    for budget, loss in ((1, 0.5), (2, 2.0), (3, 3.0)):
+        compared = Runs(runs, {"sgd-tuned": budget})
+        assert [run.test_loss for run in compared.chosen["sgd-tuned"]["a", 100]] == [loss, loss]
+        assert compared.label("sgd-tuned") == ("sgd-tuned" if budget == 1 else f"sgd-tuned@{budget}")
+    assert Runs(runs).budgets["sgd-tuned"] == 3
+    with pytest.raises(ValueError, match="budget: sgd-tuned has 3 trials on every task, got 4"):
+        Runs(runs, {"sgd-tuned": 4})
+
+
+def test_budget_is_what_every_task_has() -> None:
+    runs = [*tuned("a", 0, (1.0, 1.0), (1.0, 1.0)), *tuned("a", 1, (0.5, 0.5), (2.0, 2.0))]
+    runs += tuned("b", 0, (1.0, 1.0), (1.0, 1.0))
+    compared = Runs(runs)
+    assert compared.budgets["sgd-tuned"] == 1
+    assert compared.chosen["sgd-tuned"]["a", 100][0].trial == 0
+
+
+def test_equal_time() -> None:
+    """Ours ends after 2 seconds; by then the other, half as fast, is between its points of 1 and 3 seconds."""
+    ours = a_run("lopt", "a", 1.0, 2.0, **curve((0, 0.0, 10.0, 10.0), (100, 2.0, 1.0, 2.0)))
+    points = curve((0, 0.0, 10.0, 10.0), (50, 1.0, 5.0, 6.0), (100, 3.0, 3.0, 4.0), (150, 4.0, 0.5, 0.5))
+    other = a_run("adam", "a", 0.5, 0.5, **points)
+    assert at_equal_time(ours, other, "train") == pytest.approx((1.0, 4.0))
+    assert at_equal_time(other, ours, "test") == pytest.approx((5.0, 2.0))
+    found = Runs([ours, other]).compare("lopt", "adam", 100, "test", "second")
+    assert found is not None
+    assert found.ratios["a"] == pytest.approx(2.1 / 5.1)
+
+
+def test_normalised_losses_are_the_papers() -> None:
+    runs = [a_run("lopt", "a", 4.0, 1.0), a_run("adam", "a", 7.0, 3.0), *tuned("a", 0, (1.0, 1.0), (0.0, 0.0))]
+    compared = Runs(runs)
+    assert compared.normalised("lopt", 100, "train") == pytest.approx({"a": (4 - 1) / (10 - 1)})
+    assert compared.normalised("adam", 100, "test") == pytest.approx({"a": 0.3})
+    assert compared.normalised("sgd-tuned", 100, "test") == {"a": 0.0}
+
+
+def test_bootstrap_is_the_normal_interval_for_many_tasks() -> None:
+    logs = np.random.RandomState(0).standard_normal(400)
+    low, high = bootstrap(np.exp(logs).tolist())
+    middle, half = logs.mean(), 1.96 * logs.std() / math.sqrt(400)
+    assert math.log(low) == pytest.approx(middle - half, abs=0.01)
+    assert math.log(high) == pytest.approx(middle + half, abs=0.01)
+
+
+# ---- The report -----------------------------------------------------------------------------------------------------
+
+
+def several() -> list[Run]:
+    """Four tasks of two families: lopt loses flows to adam, and one task of its own worst."""
+    runs = []
+    for at, task in enumerate("abcd"):
+        family = "maf" if at > 1 else "mlp"
+        loss = (0.4, 0.4, 2.1, 1.5)[at]
+        points = curve((0, 0.0, 10.0, 10.0), (100, 1.0, loss, loss))
+        for seed in (0, 1):
+            runs.append(a_run("lopt", task, loss, loss, seed=seed, family=family, **points))
+            runs.append(a_run("lopt", task, 9.9, 9.9, seed=seed, family=family, hint=False, **points))
+            points = curve((0, 0.0, 10.0, 10.0), (100, 1.0, 0.9, 0.9))
+            runs.append(a_run("adam", task, 0.9, 0.9, seed=seed, family=family, **points))
+    return runs
+
+
+def test_report_says_where_we_lose() -> None:
+    pytest.importorskip("matplotlib")
+    report = Report(runs=Runs(several()), title="A < B", facts={"seeds": "0, 1"})
+    assert report.ours == ["lopt", "lopt-untold"]
+    lines = report.losses(100, "lopt")
+    assert "train: ahead of adam on the whole, behind on maf 1.88" in lines
+    assert "test: 2.20 times the loss of adam on c" in lines
+    (line,) = (line for line in report.losses(100, "lopt-untold") if line.startswith("train: behind"))
+    assert line == "train: behind adam, ratio 10.000 (10.000 to 10.000), lost 100%, won 0% of 4 tasks"
+    header, rows = report.against(100, "lopt")
+    found = dict(zip(header[1:9], rows[0][1:9], strict=True))
+    assert found["train: won / lost"] == "50% / 50%"
+    assert rows[0][2] == f"{(0.5 * 0.5 * 2.2 * 1.6) ** 0.25:.3f}"
+    header, rows = report.normalised(100)
+    assert rows[0][:3] == ["lopt", f"{(1.2 + 0.6) / 9.1 / 4:.4f}", f"{0.6 / 9.1 / 2:.4f}"]
+    text = report.html()
+    assert text.startswith("<!doctype html>")
+    assert "A &lt; B" in text
+    assert len(re.findall("<svg ", text)) == 1
+    assert not re.search(r"(src|href)=[\"']?(?!#)", re.sub(r"xlink:href=\"#[^\"]*\"", "", text))  # needs nothing else
+    assert report.html() == text
+
+
+def test_published_envelope_stands_beside_our_losses() -> None:
+    task = envelope_task().name
+    runs = [a_run("lopt", task, 0.11, 0.4, horizon=10_000), a_run("adam", task, 0.2, 0.4, horizon=10_000)]
+    table = Report(runs=Runs(runs), title="", facts={}).envelope()
+    assert table is not None
+    header, rows = table
+    assert header[1:] == ["10000 steps"]
+    assert rows == [["published envelope", f"{ENVELOPE[10_000]:.4f}"], ["lopt", "0.1100"], ["adam", "0.2000"]]
+    assert Report(runs=Runs(several()), title="", facts={}).envelope() is None
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    RunTable(tmp_path / "runs.csv").append(several())
+    assert main(["report", str(tmp_path), "--json", str(tmp_path / "numbers.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "100 steps, 4 tasks" in shown
+    assert "50% / 50%" in shown
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    told = [one for one in numbers["comparisons"] if (one["name"], one["measure"]) == ("lopt", "train")]
+    assert [one["per"] for one in told] == ["step", "second"]
+    assert told[0]["ratio"] == pytest.approx((0.5 * 0.5 * 2.2 * 1.6) ** 0.25)
+    assert told[0]["interval"][0] < told[0]["ratio"] < told[0]["interval"][1]
+    assert numbers["normalised"]["100"]["adam"]["train"]["median"] == pytest.approx(0.5 / 9.6 / 2)
+    assert (tmp_path / "report.html").read_text().count("<table>") >= 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere"], "folder: no runs in nowhere"),
+        (["--theta", "u"], "theta: no runs of|u"),
+        (["--optimizers", "prodigy"], "optimizers: no runs of prodigy"),
+        (["--optimizers", "adam@2"], "optimizer: expected adam@1 to adam@1"),
+        (["--suite", "images"], "no runs of the learned optimizer"),
+    ],
+)
+def test_mistakes_are_explained(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunTable(tmp_path / "runs/evaluate/runs.csv").append(several())
+    assert main(["report", *options]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_several_thetas_must_be_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    other = a_run("lopt", "a", 5.0, 5.0, theta_sha256="uvw")
+    RunTable(tmp_path / "runs.csv").append([*several(), other])
+    assert main(["report", str(tmp_path)]) == 2
+    assert "theta: the table has several, say which: t, uvw" in " ".join(capsys.readouterr().err.split())
+    assert main(["report", str(tmp_path), "--theta", "uv"]) == 0
+    assert "100 steps" in capsys.readouterr().out
