@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from lopt.tasks import attention, convolutions, flows, losg, perceptrons, quadratics, recurrent, synthetic
+from lopt.tasks.augmented import AugmentedTask
 from lopt.tasks.data import catalogue
 from lopt.tasks.pieces import Random
 from lopt.tasks.sampled import SampledTask, from_config
@@ -104,6 +105,9 @@ def task_from_config(config: Mapping[str, Any]) -> Task:
         ValueError: another type of task, or fields that do not belong to it.
     """
     name = config.get("type")
+    if name == AugmentedTask.__name__:
+        fields = {key: value for key, value in config.items() if key != "type"}
+        return from_config(AugmentedTask, {**fields, "task": task_from_config(fields.get("task", {}))})
     if name in TYPES:
         return from_config(TYPES[name], {key: value for key, value in config.items() if key != "type"})
     if name not in synthetic.TYPES:
@@ -114,6 +118,8 @@ def task_from_config(config: Mapping[str, Any]) -> Task:
 
 def with_batch_size(task: Task, batch_size: int, length: int | None = None) -> Task:
     """The same task with minibatches of at most this many rows, and texts of at most this many symbols."""
+    if isinstance(task, AugmentedTask):
+        return dataclasses.replace(task, task=with_batch_size(task.task, batch_size, length))
     data = getattr(task, "data", None)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         changes: dict[str, Any] = {"batch_size": min(batch_size, data.batch_size)}  # type: ignore[attr-defined]
@@ -123,3 +129,9 @@ def with_batch_size(task: Task, batch_size: int, length: int | None = None) -> T
     if hasattr(task, "batch_size"):
         return dataclasses.replace(task, batch_size=min(batch_size, task.batch_size))  # type: ignore[type-var]
     return task
+
+
+def with_batch_share(task: Task, share: float) -> Task:
+    """The same task with this share of the rows in a minibatch, at least one."""
+    rows = getattr(getattr(task, "data", None), "batch_size", getattr(task, "batch_size", 1))
+    return with_batch_size(task, max(1, int(share * rows)))

@@ -87,8 +87,8 @@ class LosgTask(SampledTask):
         return f"losg-{wrapper}{type(self.problem).__name__}-{settings}"
 
     @property
-    def num_params(self) -> int:
-        return sum(math.prod(shape) for shape in self.problem.shapes.values())
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.problem.shapes
 
     @property
     def loss_floor(self) -> float | None:

@@ -81,6 +81,12 @@ class QuadraticForm(SampledTask):
     def loss_floor(self) -> float:
         return self.scale * math.log(1e-8) if self.log else 0.0
 
+    @property
+    def batch_work(self) -> float:
+        """Noise with given eigenvalues takes an orthogonal basis and two products in float64."""
+        noise = self.noise
+        return 5.0 * self.dim**3 if noise is not None and noise.kind.endswith("eigen") else 0.0
+
     def init(self, seed: int) -> dict[str, Tensor]:
         return {"x": _float32(self.start.draw(generator(seed, "init"), (self.dim,)))}
 

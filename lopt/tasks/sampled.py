@@ -6,7 +6,6 @@ config is those fields; they make the task again on any machine that has the dat
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,8 +41,8 @@ class SampledTask(Task):
         return {"type": type(self).__name__, **fields}
 
     @property
-    def num_params(self) -> int:
-        return sum(math.prod(weights.shape) for weights in self.layout.values())
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: weights.shape for name, weights in self.layout.items()}
 
     def init(self, seed: int) -> dict[str, Tensor]:
         random = generator(seed, "init")

@@ -7,6 +7,7 @@ gives gradients, ``inner_valid`` the validation loss the optimizer may see, ``ou
 Source: arXiv:2009.11243, section 3 and appendix C.1 (the four splits).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -94,14 +95,24 @@ class Task(ABC):
         return copies[device, name]
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters, in order."""
+        return {name: tuple(value.shape) for name, value in self.init(0).items()}
+
+    @property
     def num_params(self) -> int:
         """Number of parameters, all tensors together."""
-        return sum(value.numel() for value in self.init(0).values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def loss_floor(self) -> float | None:
         """A value below which no loss can fall; None when none is known."""
         return None
+
+    @property
+    def batch_work(self) -> float:
+        """Multiply-adds that making a minibatch takes, where they count beside those of the loss."""
+        return 0.0
 
     def initial_loss(self, seed: int, num_batches: int = 8) -> float:
         """Mean ``outer_valid`` loss of ``init(seed)`` over the first minibatches of ``seed``."""
