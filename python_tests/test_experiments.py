@@ -83,9 +83,9 @@ def test_a_learned_outer_optimizer_is_one_stepped_by_hand(tmp_path: Path) -> Non
         scale = outer.scales(spec, "prior", SELF.phases[phase].groups)
         theta = torch.cat([value.detach().reshape(-1) for value in params.values()])
         shared = Shared(SELF, spec, theta, scale, phase, 3 * phase, iteration)
-        results = [pairs.unroll_pair(shared, (pair, None)) for pair in range(3)]
+        results = [pairs.unroll_group(shared, (pair, None)) for pair in range(3)]
         eps = torch.stack([pairs.perturbation(SELF, iteration, pair, len(theta)) for pair in range(3)])
-        delta = torch.tensor([result.delta for result in results])
+        delta = torch.tensor([result.deltas[0] for result in results])
         gradient = (es.es_gradient(eps, delta, SELF.sigma) * (scale > 0)).clamp(-0.2, 0.2)
         for (name, value), grad, unit in zip(
             params.items(), unflatten(spec, gradient).values(), unflatten(spec, scale).values(), strict=True

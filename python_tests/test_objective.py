@@ -7,23 +7,42 @@ import torch
 
 from lopt import Theta
 from lopt.meta import objective, outer
-from lopt.meta.objective import Losses
+from lopt.meta.objective import Losses, Unit
 from lopt.theta import unflatten
 
 
 def test_normalised_loss_is_the_log_of_the_clipped_ratio_and_always_finite() -> None:
     loss = torch.tensor([1.0, 4.0, 9.0, -1.0, math.inf, -math.inf, math.nan], dtype=torch.float64)
     expected = [math.log(ratio + 0.01) for ratio in (0.5, 2.0, 3.0, 0.0, 3.0, 3.0, 3.0)]
-    assert objective.normalise(loss, 2.0, 3.0).tolist() == pytest.approx(expected, abs=1e-12)
+    assert objective.normalise(loss, Unit(0.0, 2.0), 3.0).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("initial", "floor", "loss", "ratio"),
+    [
+        (2.0, None, 0.5, 0.25),
+        (2.0, 1.0, 1.25, 0.25),  # above its floor
+        (-4.0, -8.0, -7.0, 0.25),
+        (-4.0, None, -7.0, 0.25),  # as far below its start as .5 is below 2: 1 - 3 / 4
+        (-4.0, None, -1.0, 1.75),
+        (2.0, 2.5, 0.5, 0.25),  # a floor that the first losses are below is none
+        (0.0, None, 1e-7, 0.1),
+        (math.nan, 0.0, 1.0, 3.0),
+        (math.inf, None, 1.0, 3.0),
+    ],
+)
+def test_the_unit_of_a_loss(initial: float, floor: float | None, loss: float, ratio: float) -> None:
+    found = objective.normalise(torch.tensor(loss, dtype=torch.float64), Unit.of(initial, floor), 3.0)
+    assert float(found) == pytest.approx(math.log(ratio + 0.01), abs=1e-6)
 
 
 def test_train_losses_are_averaged_where_held_out_ones_are_sampled() -> None:
     losses = Losses(torch.tensor([[2.0, 1.0]]), torch.tensor([[8.0, 6.0, 4.0, 2.0]]))
     logs = [math.log(value + 0.01) for value in (2.0, 1.5, 1.0, 0.5)]
-    assert objective.per_point(losses, "train", 4.0, 3.0)[0].tolist() == pytest.approx(
+    assert objective.per_point(losses, "train", Unit(0.0, 4.0), 3.0)[0].tolist() == pytest.approx(
         [(logs[0] + logs[1]) / 2, (logs[2] + logs[3]) / 2], abs=1e-6
     )
-    held_out = objective.per_point(losses, "held_out", 4.0, 3.0)[0].tolist()
+    held_out = objective.per_point(losses, "held_out", Unit(0.0, 4.0), 3.0)[0].tolist()
     assert held_out == pytest.approx([math.log(0.51), math.log(0.26)], abs=1e-6)
 
 

@@ -1,6 +1,7 @@
 """lopt/meta/pairs.py and inner.py: units of work from seed, iteration and pair; two engines, one meaning."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lopt import Theta
-from lopt.meta import inner, objective, outer, pairs
+from lopt.meta import es, inner, objective, outer, pairs
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.es import EstimatorName
 from lopt.meta.pairs import Carry, Shared
+from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 
 CONFIG = MetaTrainConfig(
@@ -41,16 +43,16 @@ def windows(estimator: EstimatorName, window: int, horizon: int, **changes: Any)
 def test_a_pair_is_the_mean_log_loss_difference_of_two_runs_by_hand() -> None:
     """Every part from its definition: eps, theta +- sigma scale eps, two unrolls, clip(L / L_init), log, mean."""
     item = shared(iteration=3)
-    result = pairs.unroll_pair(item, (2, None))
+    result = pairs.unroll_group(item, (2, None))
     eps = pairs.perturbation(CONFIG, 3, 2, THETA.num_floats)
     run = pairs.sample_run(CONFIG, 0, 3, 2)
     thetas = torch.stack([item.theta + sign * CONFIG.sigma * item.scale * eps for sign in (1.0, -1.0)])
     _, losses = inner.unroll(THETA.spec, thetas, run, inner.start(THETA.spec, thetas, run), 0, run.horizon)
-    means = torch.log(torch.clamp(losses.outer / run.initial_loss, max=3.0) + 0.01).double().mean(dim=1)
-    assert result.delta == pytest.approx(float(means[0] - means[1]), abs=1e-6)
+    means = torch.log(torch.clamp(losses.outer / run.unit.above, max=3.0) + 0.01).double().mean(dim=1)
+    assert result.deltas[0] == pytest.approx(float(means[0] - means[1]), abs=1e-6)
     assert result.meta_loss == pytest.approx(float(means.mean()), abs=1e-6)
     assert (result.inner_steps, result.divergences, result.carry) == (2 * run.horizon, 0, None)
-    assert abs(result.delta) > 1e-4
+    assert abs(result.deltas[0]) > 1e-4
 
 
 def test_runs_are_log_uniform_and_told_as_often_as_asked() -> None:
@@ -80,7 +82,7 @@ def drive(config: MetaTrainConfig, count: int, pair: int = 3) -> list[tuple[Shar
     found = []
     for iteration in range(count):
         common = shared(config, iteration, begun=0)
-        result = pairs.unroll_pair(common, (pair, carry))
+        result = pairs.unroll_group(common, (pair, carry))
         found.append((common, carry, result))
         carry = result.carry
     return found
@@ -95,7 +97,7 @@ def test_windows_of_a_pair(estimator: EstimatorName) -> None:
         eps, direction = pairs.eps_and_direction(common, 3, carry)
         begun = iteration - iteration % 3
         of = begun if estimator == "nres" else iteration
-        assert torch.equal(eps, pairs.perturbation(config, of, 3, THETA.num_floats))
+        assert torch.equal(eps, pairs.perturbation(config, of, 3, THETA.num_floats)[None])
         total = eps if iteration == begun else total + eps
         assert torch.equal(direction, total if estimator == "pes" else eps)
         assert result.inner_steps == 8
@@ -119,8 +121,8 @@ def test_first_runs_of_a_phase_are_spread_over_their_windows() -> None:
 def test_windows_of_nres_add_up_to_the_whole_run(weighting: Any, which: Any) -> None:
     """With one eps for the run, the mean over windows of delta is the delta of the whole run."""
     changes = {"weighting": weighting, "objective": which, "tell_horizon": 1.0}
-    parts = [result.delta for *_, result in drive(windows("nres", 10, 40, **changes), 4)]
-    whole = pairs.unroll_pair(shared(windows("nres", 40, 40, **changes), 0, begun=0), (3, None)).delta
+    parts = [result.deltas[0] for *_, result in drive(windows("nres", 10, 40, **changes), 4)]
+    whole = pairs.unroll_group(shared(windows("nres", 40, 40, **changes), 0, begun=0), (3, None)).deltas[0]
     assert sum(parts) / 4 == pytest.approx(whole, abs=1e-6)
     assert abs(whole) > 1e-5
 
@@ -139,7 +141,7 @@ def test_the_fused_engine_and_torch_mean_the_same(objective_name: Any, monkeypat
     monkeypatch.setattr(inner, "_problem", forbid)
     assert not inner.uses_engine(task)
     for (*_, ours), (*_, torchs) in zip(fused, drive(config, 2), strict=True):
-        assert ours.delta == pytest.approx(torchs.delta, abs=1e-5)
+        assert ours.deltas == pytest.approx(torchs.deltas, abs=1e-5)
         assert ours.meta_loss == pytest.approx(torchs.meta_loss, abs=1e-5)
         assert ours[2:4] == torchs[2:4]
     thetas, run = shared().theta[None], pairs.sample_run(config, 0, 5, 1)
@@ -155,19 +157,58 @@ def losses_of(thetas: Tensor, run: Any, monkeypatch: pytest.MonkeyPatch, torch_o
     return losses
 
 
+@pytest.mark.parametrize("estimator", ["truncated_es", "pes", "nres"])
+@pytest.mark.parametrize("family", ["mixture", "noisy_quadratic"])
+def test_pairs_that_share_a_task_are_those_pairs_by_themselves(estimator: EstimatorName, family: Family) -> None:
+    """Group 1 of two pairs: the deltas of pairs 2 and 3 on its run, in two windows, in the engine and in torch."""
+    config = windows(estimator, 5, 10, tasks=(family,), pairs_per_task=2)
+    carry: Carry | None = None
+    alone: list[Any] = [None, None]
+    for iteration in range(2):
+        common = shared(config, iteration, begun=0)
+        eps, direction = pairs.eps_and_direction(common, 1, carry)
+        result = pairs.unroll_group(common, (1, carry))
+        assert result.inner_steps == 2 * 2 * 5
+        run = pairs.sample_run(config, 0, 0, 1)
+        for place in range(2):
+            of = 0 if estimator == "nres" else iteration
+            assert torch.equal(eps[place], pairs.perturbation(config, of, 2 + place, THETA.num_floats))
+            thetas = es.antithetic(common.theta, eps[place : place + 1], config.sigma * common.scale)
+            before = inner.start(THETA.spec, thetas, run) if iteration == 0 else alone[place]
+            after, losses = inner.unroll(THETA.spec, thetas, run, before, 5 * iteration, 5)
+            points = objective.per_point(losses, "held_out", run.unit, config.loss_limit)
+            means = points.double().mean(dim=1)
+            expected = float((means[0] - means[1]).clamp(-config.delta_clip, config.delta_clip))
+            assert result.deltas[place] == pytest.approx(expected, abs=1e-6)
+            alone[place] = inner.select(after, [0, 0]) if estimator == "truncated_es" else after
+        carry = result.carry
+        assert (carry is None) == (iteration == 1)
+        if carry is not None:
+            assert (carry.direction is not None) == (estimator == "pes")
+    assert direction.shape == eps.shape
+
+
+def test_groups_have_tasks_of_their_own() -> None:
+    config = dataclasses.replace(CONFIG, pairs=6, pairs_per_task=3)
+    assert config.groups == 2
+    assert pairs.sample_run(config, 0, 0, 0).task != pairs.sample_run(config, 0, 0, 1).task
+    with pytest.raises(ValueError, match="pairs: expected a multiple of pairs_per_task=4, got 6"):
+        dataclasses.replace(config, pairs_per_task=4)
+
+
 @pytest.mark.parametrize("family", ["mixture", "noisy_quadratic"])
 def test_divergence_is_the_worst_loss_and_counted(family: Family) -> None:
     config = dataclasses.replace(CONFIG, tasks=(family,))
     spec = dataclasses.replace(THETA.spec, step_multiplier=1e38)
-    result = pairs.unroll_pair(shared(config)._replace(spec=spec), (0, None))
+    result = pairs.unroll_group(shared(config)._replace(spec=spec), (0, None))
     assert result.divergences == 2
-    assert result.delta == 0.0
+    assert result.deltas[0] == 0.0
     assert result.meta_loss == pytest.approx(math.log(3.01), abs=1e-6)
 
 
 def test_delta_is_clipped() -> None:
     clipped = dataclasses.replace(CONFIG, delta_clip=1e-5, sigma=0.2)
-    assert abs(pairs.unroll_pair(shared(clipped), (1, None)).delta) == 1e-5
+    assert abs(pairs.unroll_group(shared(clipped), (1, None)).deltas[0]) == 1e-5
 
 
 def test_validation_does_not_depend_on_the_seed_and_repeats() -> None:
@@ -195,7 +236,38 @@ def test_tasks_are_no_larger_than_the_phase_allows() -> None:
         pairs.sample_run(none, 0, 0, 0)
 
 
+MIXTURE = TaskDistribution(
+    {"quadratic": 1.0, "teacher": 2.0, "losg_tasks": 1.0},
+    max_seconds=0.005,
+    reparametrise=0.5,
+    gradient_noise=0.5,
+)
+
+
+def test_a_mixture_is_trained_and_validated_on() -> None:
+    """Tasks of the mixture, those that the engine can run in the engine; JSON keeps it."""
+    config = dataclasses.replace(CONFIG, tasks=MIXTURE, pairs_per_task=2, phases=(Phase(1.0, (4, 12)),))
+    assert MetaTrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    tasks = [pairs.sample_run(config, 0, iteration, 0).task for iteration in range(8)]
+    assert len({inner.uses_engine(task) for task in tasks}) == 2
+    results = [pairs.unroll_group(shared(config, iteration), (0, None)) for iteration in range(8)]
+    assert all(math.isfinite(delta) for result in results for delta in result.deltas)
+    assert sum(any(result.deltas) for result in results) > 4
+    config = dataclasses.replace(config, validation_horizons=(10,), validation_tasks=3)
+    scores = [pairs.validate_task(shared(config), index)[0] for index in range(3)]
+    assert scores == [pairs.validate_task(shared(config), index)[0] for index in range(3)]
+
+
+def test_configurations_of_before_still_load() -> None:
+    before = CONFIG.to_json()
+    for name in ("outer", "pairs_per_task"):
+        del before[name]
+    assert MetaTrainConfig.from_json(before) == CONFIG
+    with pytest.raises(ValueError, match=r"missing fields \['sigma'\]"):
+        MetaTrainConfig.from_json({name: value for name, value in before.items() if name != "sigma"})
+
+
 def test_every_family_can_be_trained_on() -> None:
     for family in FAMILIES:
         config = dataclasses.replace(CONFIG, tasks=(family,), phases=(Phase(1.0, (4, 4)),))
-        assert math.isfinite(pairs.unroll_pair(shared(config), (0, None)).delta)
+        assert math.isfinite(pairs.unroll_group(shared(config), (0, None)).deltas[0])

@@ -90,7 +90,7 @@ class KilledAt(Serial):
         self.iteration = iteration
 
     def map(self, function: Any, shared: Any, items: Any) -> Any:
-        if shared.iteration == self.iteration and function is pairs.unroll_pair:
+        if shared.iteration == self.iteration and function is pairs.unroll_group:
             super().map(function, shared, items[:2])
             raise Killed
         return super().map(function, shared, items)
@@ -168,8 +168,8 @@ def test_an_iteration_is_scaled_clipped_adam_on_the_estimate(tmp_path: Path) -> 
     shared = Shared(config, theta.spec, theta.flatten(), scale, 0, 0, 0)
     gradient, losses = torch.zeros(theta.num_floats), []
     for pair in range(3):
-        result = pairs.unroll_pair(shared, (pair, None))
-        gradient += pairs.perturbation(config, 0, pair, theta.num_floats) * result.delta / (3 * 2 * config.sigma)
+        result = pairs.unroll_group(shared, (pair, None))
+        gradient += pairs.perturbation(config, 0, pair, theta.num_floats) * result.deltas[0] / (3 * 2 * config.sigma)
         losses.append(result.meta_loss)
     gradient = (gradient * (scale > 0)).clamp(-0.05, 0.05)
     state = checkpoint.load(tmp_path / "checkpoint.pt")[2]

@@ -31,7 +31,7 @@ class TrainState:
     average: Tensor  # [P] running mean of theta
     moments: Moments
     best: Tensor  # [P] mean with the lowest validation score
-    carries: list[Carry | None]  # of each pair
+    carries: list[Carry | None]  # of each group of pairs
     start_sha256: str | None  # of the file that theta started from
     iteration: int = 0
     phase: int = 0
@@ -45,7 +45,7 @@ class TrainState:
     @classmethod
     def begin(cls, config: MetaTrainConfig, theta: Tensor, start_sha256: str | None = None) -> "TrainState":
         """The state before the first iteration."""
-        return cls(theta, theta, Moments.zeros(len(theta)), theta, [None] * config.pairs, start_sha256)
+        return cls(theta, theta, Moments.zeros(len(theta)), theta, [None] * config.groups, start_sha256)
 
     @property
     def best_iteration(self) -> int:

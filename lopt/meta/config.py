@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lopt.meta.es import ESTIMATORS, EstimatorName
+from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 
 Groups = Literal["linear", "mlp", "lstm", "all"]
 Objective = Literal["held_out", "train"]
 Weighting = Literal["mean", "linear", "last"]
 Scaling = Literal["prior", "none"]
+
+
+#: Fields that older configurations lack, with what they were before there was a choice.
+ADDED = {"outer": "adam", "pairs_per_task": 1}
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,9 @@ class MetaTrainConfig:
     is some .01, and with a bound of 1 a few pairs drown the others: the same gradient took 1.4 to 1.8 times as many.
     The price is bias, towards what helps most tasks a little rather than the mean."""
 
-    tasks: tuple[Family, ...] = ENGINE_FAMILIES
-    """Families to draw tasks from, each equally often; a family named twice is drawn twice as often. Those that the
-    unroll engine cannot run are some hundred times as slow."""
+    tasks: tuple[Family, ...] | TaskDistribution = ENGINE_FAMILIES
+    """Synthetic families to draw tasks from, each equally often, a family named twice twice as often; or any mixture.
+    Tasks that the unroll engine cannot run are some hundred times as slow."""
 
     tell_horizon: float = 0.6
     """Share of the inner runs in which the optimizer is told the length of the run (total_steps)."""
@@ -110,7 +115,11 @@ class MetaTrainConfig:
     """Share of the inner runs in which the optimizer sees a validation loss, every tenth step."""
 
     pairs: int = 128
-    """Antithetic pairs of perturbed thetas in an iteration; each has a task of its own."""
+    """Antithetic pairs of perturbed thetas in an iteration."""
+
+    pairs_per_task: int = 1
+    """Pairs that share a task, with its initial parameters and minibatches: runs that PyTorch makes at once, where the
+    fused engine cannot. More tasks teach more, so 1 where it can."""
 
     scaling: Scaling = "prior"
     """Units of theta in which perturbations and steps are equal: ``prior``, those of :func:`lopt.meta.outer.scales`."""
@@ -161,7 +170,10 @@ class MetaTrainConfig:
     """Every random number derives from it."""
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "betas", "validation_horizons", "phases"):
+        if isinstance(self.tasks, Mapping):  # from JSON
+            object.__setattr__(self, "tasks", TaskDistribution.from_json(self.tasks))
+        names = ("betas", "validation_horizons", "phases")
+        for name in names if isinstance(self.tasks, TaskDistribution) else ("tasks", *names):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         given: tuple[Any, ...] = self.phases  # mappings when they come from JSON
         phases = tuple(phase if isinstance(phase, Phase) else Phase(**phase) for phase in given)
@@ -173,10 +185,13 @@ class MetaTrainConfig:
             ("scaling", get_args(Scaling)),
         ):
             _one_of(name, getattr(self, name), allowed)
-        _positive(self, "inner_steps", "pairs", "validation_tasks", "validate_every", "checkpoint_every")
+        _positive(self, "inner_steps", "pairs", "pairs_per_task", "validation_tasks")
+        _positive(self, "validate_every", "checkpoint_every")
         _positive(self, "loss_limit", "delta_clip", "sigma", "lr", "final_lr", "gradient_clip")
-        if not self.tasks or not set(self.tasks) <= set(FAMILIES):
-            raise ValueError(f"tasks: expected some of {list(FAMILIES)}, got {list(self.tasks)}")
+        if self.pairs % self.pairs_per_task:
+            raise ValueError(f"pairs: expected a multiple of pairs_per_task={self.pairs_per_task}, got {self.pairs}")
+        if isinstance(self.tasks, tuple) and (not self.tasks or not set(self.tasks) <= set(FAMILIES)):
+            raise ValueError(f"tasks: expected some of {list(FAMILIES)} or a mixture, got {list(self.tasks)}")
         if not self.phases or abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:
             shares = [phase.share for phase in self.phases]
             raise ValueError(f"phases: expected shares that add up to 1, got {shares}")
@@ -193,6 +208,11 @@ class MetaTrainConfig:
         for name in ("seed", "warmup", "warmup_from_file"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a non-negative integer, got {getattr(self, name)}")
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of pairs that share a task."""
+        return self.pairs // self.pairs_per_task
 
     @property
     def from_file(self) -> bool:
@@ -216,12 +236,15 @@ class MetaTrainConfig:
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         values = dataclasses.asdict(self)
+        if isinstance(self.tasks, TaskDistribution):
+            values["tasks"] = self.tasks.to_json()
         values["phases"] = [{**phase, "horizon": list(phase["horizon"])} for phase in values["phases"]]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "MetaTrainConfig":
-        """The inverse of :meth:`to_json`; unknown or missing fields are errors."""
+        """The inverse of :meth:`to_json`; unknown or missing fields are errors, except those of ``ADDED``."""
+        values = {**ADDED, **values}
         names = {field.name for field in dataclasses.fields(cls)}
         if set(values) != names:
             raise ValueError(

@@ -14,7 +14,8 @@ from lopt.meta import engine
 from lopt.meta import unroll as torch_unroll
 from lopt.meta.objective import Losses
 from lopt.meta.unroll import Run, RunState
-from lopt.tasks.synthetic import sample_task
+from lopt.tasks.distribution import TaskDistribution
+from lopt.tasks.synthetic import Family, sample_task
 from lopt.tasks.task import Task, map_tensors
 from lopt.theta import ThetaSpec, unflatten
 
@@ -27,7 +28,12 @@ MEMORY = 1 << 30
 
 _problem = lru_cache(maxsize=256)(engine.problem_of)  # generating data takes about a millisecond
 _bytes_per_run = lru_cache(maxsize=256)(torch_unroll.bytes_per_run)
-cached_task = lru_cache(maxsize=256)(sample_task)
+
+
+@lru_cache(maxsize=256)
+def cached_task(seed: int, tasks: tuple[Family, ...] | TaskDistribution) -> Task:
+    """The task called ``seed`` of a mixture."""
+    return tasks.sample(seed) if isinstance(tasks, TaskDistribution) else sample_task(seed, tasks)
 
 
 def uses_engine(task: Task) -> bool:

@@ -1,4 +1,4 @@
-"""The unit of work: one window of the inner run of one antithetic pair, and one task of the validation set.
+"""The unit of work: one window of the runs of antithetic pairs that share a task, and one task of the validation set.
 
 Both are pure functions of what they are given, so they can run anywhere, in any order, and twice. Perturbations, tasks
 and lengths follow from ``(config.seed, iteration, pair)``: a unit needs theta and a few integers, and gives a few
@@ -25,13 +25,13 @@ DRAWS = 1000  # of a task, until one is small enough
 
 
 class Carry(NamedTuple):
-    """An inner run of a pair between two windows."""
+    """The inner runs of a group of pairs between two windows."""
 
-    begun: int  # iteration in which it began, which determines the run
+    begun: int  # iteration in which they began, which determines the runs
     step: int
-    stop: int  # steps after which it is replaced
-    state: inner.State  # of the runs under +eps and -eps
-    direction: Tensor | None  # [P] of the last window, where the next one needs it
+    stop: int  # steps after which they are replaced
+    state: inner.State  # of the runs under +eps of all pairs, then under -eps
+    direction: Tensor | None  # [pairs, P] of the last window, where the next one needs it
 
 
 class Shared(NamedTuple):
@@ -47,14 +47,14 @@ class Shared(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a window of a pair gave."""
+    """What a window of a group of pairs gave."""
 
-    delta: float  # meta-loss under +eps minus that under -eps, clipped
-    meta_loss: float  # mean of both
+    deltas: tuple[float, ...]  # of each pair the meta-loss under +eps minus that under -eps, clipped
+    meta_loss: float  # mean of all
     divergences: int
     inner_steps: int
     cpu_seconds: float
-    carry: Carry | None  # None when the run has ended
+    carry: Carry | None  # None when the runs have ended
 
 
 def perturbation(config: MetaTrainConfig, iteration: int, pair: int, num_floats: int) -> Tensor:
@@ -63,19 +63,19 @@ def perturbation(config: MetaTrainConfig, iteration: int, pair: int, num_floats:
     return torch.from_numpy(random.standard_normal(num_floats, dtype="float32"))
 
 
-def horizon_of(config: MetaTrainConfig, phase: int, iteration: int, pair: int) -> int:
-    """Length of the run that ``pair`` begins at ``iteration``: log-uniform, rounded to whole windows or losses."""
+def horizon_of(config: MetaTrainConfig, phase: int, iteration: int, group: int) -> int:
+    """Length of the runs that ``group`` begins at ``iteration``: log-uniform, rounded to whole windows or losses."""
     shortest, longest = config.phases[phase].horizon
-    random = generator(config.seed, "horizon", iteration, pair)
+    random = generator(config.seed, "horizon", iteration, group)
     horizon = round(math.exp(random.uniform(math.log(shortest), math.log(longest))))
     unit = config.phases[phase].window or max(1, horizon // objective.LOSSES_PER_RUN)
     return unit * max(1, round(horizon / unit))
 
 
-def sample_run(config: MetaTrainConfig, phase: int, iteration: int, pair: int) -> Run:
-    """The inner run that ``pair`` begins at ``iteration``."""
-    horizon = horizon_of(config, phase, iteration, pair)
-    random = generator(config.seed, "run", iteration, pair)
+def sample_run(config: MetaTrainConfig, phase: int, iteration: int, group: int) -> Run:
+    """The inner run that all pairs of ``group`` begin at ``iteration``."""
+    horizon = horizon_of(config, phase, iteration, group)
+    random = generator(config.seed, "run", iteration, group)
     task = _task(config, random, config.phases[phase].max_params)
     told = random.random() < config.tell_horizon
     spacing = objective.spacing(horizon, config.phases[phase].window or horizon)
@@ -88,57 +88,62 @@ def _task(config: MetaTrainConfig, random: np.random.Generator, max_params: int 
         task = inner.cached_task(int(random.integers(2**63)), config.tasks)
         if max_params is None or task.num_params <= max_params:
             return task
-    raise ValueError(f"max_params: {DRAWS} tasks of {list(config.tasks)} all have more than {max_params} parameters")
+    families = config.tasks if isinstance(config.tasks, tuple) else [name for name, _ in config.tasks.families]
+    raise ValueError(f"max_params: {DRAWS} tasks of {list(families)} all have more than {max_params} parameters")
 
 
-def eps_and_direction(shared: Shared, pair: int, carry: Carry | None) -> tuple[Tensor, Tensor]:
-    """Perturbation ``[P]`` of this window, and what its delta is multiplied by."""
-    estimator = ESTIMATORS[shared.config.phases[shared.phase].estimator]
+def eps_and_direction(shared: Shared, group: int, carry: Carry | None) -> tuple[Tensor, Tensor]:
+    """Perturbations ``[pairs, P]`` of this window, and what their deltas are multiplied by."""
+    config = shared.config
+    estimator = ESTIMATORS[config.phases[shared.phase].estimator]
     begun = carry.begun if carry is not None and estimator.one_eps_per_run else shared.iteration
-    eps = perturbation(shared.config, begun, pair, len(shared.theta))
-    return eps, estimator.direction(eps, None if carry is None else carry.direction)
+    pairs = range(group * config.pairs_per_task, (group + 1) * config.pairs_per_task)
+    eps = torch.stack([perturbation(config, begun, pair, len(shared.theta)) for pair in pairs])
+    return eps, estimator.direction(eps, carry.direction if carry is not None else None)
 
 
-def first_stop(shared: Shared, horizon: int, window: int, pair: int) -> int:
-    """Where the first run of a pair in a phase is cut short: spread over its windows, so that pairs are not all at
-    one stage."""
+def first_stop(shared: Shared, horizon: int, window: int, group: int) -> int:
+    """Where the first runs of a group in a phase are cut short: spread over their windows, so that groups are not all
+    at one stage."""
     if shared.iteration != shared.phase_begun:
         return horizon
-    return window * math.ceil(horizon // window * (pair + 1) / shared.config.pairs)
+    return window * math.ceil(horizon // window * (group + 1) / shared.config.groups)
 
 
-def unroll_pair(shared: Shared, item: tuple[int, Carry | None]) -> Result:
-    """One window of a pair.
+def unroll_group(shared: Shared, item: tuple[int, Carry | None]) -> Result:
+    """One window of the pairs that share a task.
 
     Args:
-        item: number of the pair, and where its run stands; None to begin one.
+        item: number of the group, and where its runs stand; None to begin them.
     """
     clock = time.process_time()
-    config, spec, (pair, carry) = shared.config, shared.spec, item
+    config, spec, (group, carry) = shared.config, shared.spec, item
     phase = config.phases[shared.phase]
     estimator = ESTIMATORS[phase.estimator]
-    eps, direction = eps_and_direction(shared, pair, carry)
-    thetas = es.antithetic(shared.theta[None], eps[None], config.sigma * shared.scale)
-    run = sample_run(config, shared.phase, shared.iteration if carry is None else carry.begun, pair)
+    eps, direction = eps_and_direction(shared, group, carry)
+    thetas = es.antithetic(shared.theta, eps, config.sigma * shared.scale)
+    run = sample_run(config, shared.phase, shared.iteration if carry is None else carry.begun, group)
     window = phase.window or run.horizon
     if carry is None:
-        stop = first_stop(shared, run.horizon, window, pair)
+        stop = first_stop(shared, run.horizon, window, group)
         carry = Carry(shared.iteration, 0, stop, inner.start(spec, thetas, run), None)
     state, losses = inner.unroll(spec, thetas, run, carry.state, carry.step, window)
 
-    points = objective.per_point(losses, config.objective, run.initial_loss, config.loss_limit)
+    points = objective.per_point(losses, config.objective, run.unit, config.loss_limit)
     weights = objective.weights(config.weighting, run.horizon // run.loss_every)
     first = carry.step // run.loss_every
-    plus, minus = (points * weights[first : first + points.shape[1]]).double().mean(dim=1).tolist()
-    delta = max(-config.delta_clip, min(config.delta_clip, plus - minus))
+    means = (points * weights[first : first + points.shape[1]]).double().mean(dim=1)
+    plus, minus = means.tensor_split(2)
+    deltas = torch.clamp(plus - minus, -config.delta_clip, config.delta_clip).tolist()
 
     after = None
     if carry.step + window < carry.stop:
-        state = inner.select(state, [0, 0]) if estimator.shares_state else state
+        if estimator.shares_state:
+            state = inner.select(state, [*range(len(eps)), *range(len(eps))])
         after = Carry(carry.begun, carry.step + window, carry.stop, state, direction if estimator.sums_eps else None)
     divergences = int(objective.diverged(losses).sum())
     seconds = time.process_time() - clock
-    return Result(delta, (plus + minus) / 2.0, divergences, losses.train.numel(), seconds, after)
+    return Result(tuple(deltas), float(means.mean()), divergences, losses.train.numel(), seconds, after)
 
 
 class Score(NamedTuple):
@@ -164,7 +169,7 @@ def validate_task(shared: Shared, index: int) -> tuple[list[Score], float]:
         run = Run(task, seed, horizon, horizon if told else 0, loss_every=objective.spacing(horizon, horizon))
         thetas = shared.theta[None]
         _, losses = inner.unroll(shared.spec, thetas, run, inner.start(shared.spec, thetas, run), 0, horizon)
-        points = objective.per_point(losses, config.objective, run.initial_loss, config.loss_limit)[0].double()
+        points = objective.per_point(losses, config.objective, run.unit, config.loss_limit)[0].double()
         last = points[-max(1, len(points) // 10) :]
         scores.append(Score(float(last.mean()), float(points.mean())))
     return scores, time.process_time() - clock

@@ -135,15 +135,15 @@ def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, execut
     """One outer iteration: advances ``state`` and returns its line of metrics."""
     number = config.phase_at(state.inner_steps)
     if number != state.phase:  # runs of another kind begin
-        state.phase, state.phase_begun, state.carries = number, state.iteration, [None] * config.pairs
+        state.phase, state.phase_begun, state.carries = number, state.iteration, [None] * config.groups
     scale = outer.scales(spec, config.scaling, config.phases[number].groups)
     shared = Shared(config, spec, state.theta, scale, number, state.phase_begun, state.iteration)
     results = _unroll_pairs(shared, state, executor)
 
-    chosen = [pairs.eps_and_direction(shared, pair, carry)[1] for pair, carry in enumerate(state.carries)]
-    delta = torch.tensor([result.delta for result in results])
+    chosen = [pairs.eps_and_direction(shared, group, carry)[1] for group, carry in enumerate(state.carries)]
+    delta = torch.tensor([delta for result in results for delta in result.deltas])
     trained = scale > 0
-    gradient = es.es_gradient(torch.stack(chosen), delta, config.sigma) * trained
+    gradient = es.es_gradient(torch.cat(chosen), delta, config.sigma) * trained
     clipped = torch.clamp(gradient, -config.gradient_clip, config.gradient_clip)
     meta_loss, lr = sum(result.meta_loss for result in results) / len(results), config.lr_at(state.inner_steps)
     if config.outer == "adam":
@@ -176,9 +176,9 @@ def _unroll_pairs(shared: Shared, state: TrainState, executor: Executor) -> list
     """Results of all pairs; the longest runs are begun first, so that no worker waits long for another."""
     order = list(range(len(state.carries)))
     if shared.config.phases[shared.phase].window is None:
-        lengths = [pairs.horizon_of(shared.config, shared.phase, shared.iteration, pair) for pair in order]
-        order.sort(key=lambda pair: -lengths[pair])
-    results = executor.map(pairs.unroll_pair, shared, [(pair, state.carries[pair]) for pair in order])
+        lengths = [pairs.horizon_of(shared.config, shared.phase, shared.iteration, group) for group in order]
+        order.sort(key=lambda group: -lengths[group])
+    results = executor.map(pairs.unroll_group, shared, [(group, state.carries[group]) for group in order])
     return [result for _, result in sorted(zip(order, results, strict=True), key=lambda entry: entry[0])]
 
 
@@ -238,11 +238,11 @@ def measure_speed(config: MetaTrainConfig, executor: Executor, seconds: float = 
         theta = start_theta(config)
         scale = outer.scales(theta.spec, config.scaling, config.phases[0].groups)
         shared = Shared(config, theta.spec, theta.flatten(), scale, 0, 0, 0)
-        items = [(pair, None) for pair in range(config.pairs)]
-        executor.map(pairs.unroll_pair, shared, items[:1] * 8)  # processes start
+        items = [(group, None) for group in range(config.groups)]
+        executor.map(pairs.unroll_group, shared, items[:1] * 8)  # processes start
         begun, steps, iteration = time.monotonic(), 0, 0
         while time.monotonic() < begun + seconds:
-            results = executor.map(pairs.unroll_pair, shared._replace(iteration=iteration), items)
+            results = executor.map(pairs.unroll_group, shared._replace(iteration=iteration), items)
             steps, iteration = steps + sum(result.inner_steps for result in results), iteration + 1
         return steps / (time.monotonic() - begun)
 

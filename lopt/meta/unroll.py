@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lopt import ops, reference
-from lopt.meta.objective import Losses
+from lopt.meta.objective import Losses, Unit
 from lopt.tasks.task import SplitName, Task, map_tensors
 from lopt.tensor_lstm import Globals, Rows
 from lopt.theta import Theta, ThetaSpec
@@ -56,9 +56,9 @@ class Run:
     loss_every: int = 1
 
     @cached_property
-    def initial_loss(self) -> float:
-        """``L_init``, by which the losses are normalised."""
-        return max(self.task.initial_loss(self.seed), 1e-6)
+    def unit(self) -> Unit:
+        """By what the losses are normalised."""
+        return Unit.of(self.task.initial_loss(self.seed), self.task.loss_floor)
 
     @cached_property
     def vectorised(self) -> bool:

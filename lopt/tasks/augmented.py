@@ -25,7 +25,7 @@ class NoisyGradientBatch(NamedTuple):
     """A minibatch of the task within, and what is added to the gradient of its loss."""
 
     batch: Any
-    noise: Tensor  # [num_params] of deviation 1
+    noise: Tensor  # [num_params]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +104,14 @@ class AugmentedTask(Task):
         return torch.from_numpy(np.asarray(10.0 ** (self.decades * exponent), dtype=np.float32))
 
     @cached_property
-    def noise_scales(self) -> dict[str, Tensor]:
-        """Deviation ``[]`` of the noise of every tensor."""
+    def noise_deviations(self) -> Tensor:
+        """Of the noise of every parameter ``[num_params]``."""
         params = {name: value.requires_grad_() for name, value in self.init(0).items()}
         with torch.enable_grad():
             loss = self._clean_loss(params, next(self.task.batches(0, "train")))
             grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
-        sizes = [grad.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt() for grad in grads]
-        return {name: self.gradient_noise * size for name, size in zip(params, sizes, strict=True)}
+        flat = [grad.nan_to_num(0.0, 0.0, 0.0).reshape(-1) for grad in grads]
+        return torch.cat([self.gradient_noise * grad.square().mean().sqrt().expand_as(grad) for grad in flat])
 
     def init(self, seed: int) -> dict[str, Tensor]:
         return {name: value / self.scales[name] for name, value in self.task.init(seed).items()}
@@ -125,10 +125,9 @@ class AugmentedTask(Task):
         if not isinstance(batch, NoisyGradientBatch):
             return self._clean_loss(params, batch)
         loss, begin = self._clean_loss(params, batch.batch), 0
-        sizes = self.on(loss.device, "noise_scales")
-        for name, value in params.items():  # zero in value; in the gradient the noise
+        for value in params.values():  # zero in value; in the gradient the noise
             noise = batch.noise[begin : begin + value.numel()].reshape(value.shape)
-            loss = loss + ((value - value.detach()) * (sizes[name] * noise)).sum()
+            loss = loss + ((value - value.detach()) * noise).sum()
             begin += value.numel()
         return loss
 
@@ -138,5 +137,5 @@ class AugmentedTask(Task):
             if noisy:
                 random = generator(seed, "gradient noise", step)
                 noise = torch.from_numpy(random.standard_normal(self.num_params, dtype=np.float32))
-                batch = NoisyGradientBatch(batch, noise)
+                batch = NoisyGradientBatch(batch, noise * self.noise_deviations)
             yield batch

@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lopt.tasks import measure
 from lopt.tasks.task import Task, map_tensors
 
-
 BATCH_OPS = 10
 
 
@@ -42,11 +41,11 @@ class _Enough(Exception):
     """No need to count on."""
 
 
-class _Count(TorchDispatchMode):
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the work of what runs under it, until ``enough`` says that it is."""
 
     def __init__(self, elements: int, multiply_adds: float, enough: Callable[[Work], bool]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops, self.elements, self.multiply_adds, self.enough = BATCH_OPS, elements, multiply_adds, enough
 
     @property

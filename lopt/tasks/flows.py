@@ -56,6 +56,12 @@ class Flow(ImageTask):
         return f"{self.family}-{self.data.label}-{self.steps}x{'-'.join(map(str, self.hidden))}"
 
     @property
+    def loss_floor(self) -> float:
+        """In the mean over the noise: no density is nearer to noisy images than to the noise itself, whose entropy
+        this is."""
+        return self.data.size * (math.log(2 * math.pi * math.e) / 2 + math.log(NOISE))
+
+    @property
     def noise_shape(self) -> tuple[int, ...]:
         return (self.data.batch_size, self.data.size)
 
