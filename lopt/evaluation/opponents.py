@@ -263,7 +263,7 @@ OPPONENTS: dict[str, Opponent] = {
         Opponent("mechanic", ({"lr": 1.0},), "mechanic-pytorch", _mechanic),
         Opponent("schedule-free", ({"lr": 2.5e-3},), "schedulefree", _SCHEDULE_FREE),
         Opponent("prodigy-schedule-free", (_PRODIGY_PLUS_TRIAL,), "prodigy-plus-schedule-free", _PRODIGY_PLUS),
-        Opponent("soap", ({"lr": 3e-3},), "pytorch_optimizer", _SOAP),
+        Opponent("soap", ({"lr": 3e-3},), "pytorch-optimizer", _SOAP),
         # tuned for each task: 14 learning rates
         Opponent("adam-tuned", _lrs(1e-3), None, _torch(_ADAM)),
         Opponent("adamw-tuned", _lrs(1e-3), None, _torch(_ADAMW)),
@@ -273,8 +273,8 @@ OPPONENTS: dict[str, Opponent] = {
         Opponent("sgd-cosine-tuned", _lrs(1e-2, momentum=0.9), None, _torch(_SGD, cosine=True)),
         Opponent("muon-tuned", _lrs(1e-3), None, _muon),
         Opponent("schedule-free-tuned", _lrs(2.5e-3), "schedulefree", _SCHEDULE_FREE),
-        Opponent("soap-tuned", _lrs(3e-3), "pytorch_optimizer", _SOAP),
-        Opponent("shampoo-tuned", _lrs(1e-1), "pytorch_optimizer", _SHAMPOO),
+        Opponent("soap-tuned", _lrs(3e-3), "pytorch-optimizer", _SOAP),
+        Opponent("shampoo-tuned", _lrs(1e-1), "pytorch-optimizer", _SHAMPOO),
         # tuned for each task: 1000 configurations; mind the budget, as in nadamw-list@10
         Opponent("nadamw-list", _LIST, None, _nadamw),
         Opponent("nadamw-list-jax", _LIST, None, _nadamw_jax),

@@ -209,6 +209,7 @@ class Report:
     def _forest(self, horizon: int) -> str:
         """Ratios with their intervals, one line per opponent, as an inline figure."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
 
         figure = Figure(figsize=(11, 1.2 + 0.32 * len(self.others)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
@@ -225,11 +226,14 @@ class Report:
                     axes.plot([one.ratio], [y], "o", color=COLOURS[at], markersize=5, label=label)
             axes.axvline(1.0, color="0.4", linewidth=0.8)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.set_title(f"{measure} loss, ratio (left is better)", loc="left", fontsize=10)
             axes.set_yticks(range(len(self.others)), [self.runs.label(other) for other in self.others])
-            axes.invert_yaxis() if axes is panels[0] else None
             axes.grid(axis="x", color="0.92")
             axes.spines[["top", "right"]].set_visible(False)
+        panels[0].invert_yaxis()
         if self.others:
             panels[0].legend(frameon=False, fontsize=9)
         return _svg(figure)

@@ -40,8 +40,8 @@ class Evaluation(NamedTuple):
     As many as have ``rows`` rows together, but at most ``batches``.
     """
 
-    rows: int = 512
-    batches: int = 64
+    rows: int = 1024
+    batches: int = 32
     seed: int = 20_201_123
 
 
