@@ -7,22 +7,23 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from rich.console import Console
 from torch.nn import functional
 
-from lopt import LearnedOptimizer, Theta
+from lopt import LearnedOptimizer, Theta, cli
+from lopt.commands.experiment import Name
 from lopt.evaluation.opponents import FACTORS, LEARNED
 from lopt.evaluation.suites import HeldOutTask
-from lopt.experiments import EXPERIMENTS, implicit_regularization
+from lopt.experiments import EXPERIMENTS, implicit_regularization, normalised_table, self_training
 from lopt.experiments.axes import FewRows
 from lopt.experiments.experiment import execute
 from lopt.experiments.implicit_regularization import Valley
-from lopt.experiments.resnet import ResNet
-from lopt.experiments.rows import Row, RowTable
+from lopt.experiments.resnet import Drawings, ResNet
+from lopt.experiments.rows import Row, RowTable, best, relative, select, values
 from lopt.experiments.runs import Result, Run, Setting
 from lopt.experiments.self_training import MetaRun
 from lopt.experiments.training import BLIND, TaskRun
@@ -31,7 +32,6 @@ from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.executors import Serial
 from lopt.meta.metrics import read_metrics
 from lopt.meta.pairs import Shared
-from lopt.tasks.image_tasks import ImageData
 from lopt.theta import unflatten
 
 #: A meta-training whose outer optimizer is learned; only the tensors of the second phase's group move in it.
@@ -214,7 +214,7 @@ def test_few_rows_are_the_first_of_the_training_split() -> None:
 def test_resnet_is_the_network_of_torch_modules() -> None:
     """The same weights in torch.nn modules, batch normalisation in training mode; 14 layers have weights."""
     blocks = ((16, 4, 1), (16, 4, 2), (16, 8, 1), (24, 8, 2))
-    task = ResNet(blocks=blocks, stem=8, data=ImageData("photo-patches", batch_size=6))
+    task = ResNet(blocks=blocks, stem=8, data=Drawings(batch_size=6))
     params, batch = task.init(3), next(task.batches(0, "train"))
     params = {name: value + 0.1 * torch.randn(value.shape) for name, value in params.items()}
 
@@ -366,6 +366,7 @@ def test_wins_and_losses_are_said_with_the_same_words(name: str, planned: dict[s
         texts[factor] = text.read_text()
     good, bad = texts[0.5], texts[2.0]
     assert good != bad
+    tasks = len({run.task for run in planned[name]})
     told = {
         "implicit-regularization": ("lopt ends 50% nearer to the origin", "lopt ends 100% further from the origin"),
         "horizon": ("lower in 10 of 10", "higher in 10"),
@@ -373,7 +374,7 @@ def test_wins_and_losses_are_said_with_the_same_words(name: str, planned: dict[s
         "batch-size": ("48% lower than that of the best", "96% higher than that of the best"),
         "dataset-size": ("48% lower than that of the best", "96% higher than that of the best"),
         "time": ("50% lower than that of Adam", "2 times that of Adam"),
-        "validation-ablation": ("lower in 13 of 13", "equal within 2% in 0, higher in 13"),
+        "validation-ablation": (f"lower in {tasks} of {tasks}", f"equal within 2% in 0, higher in {tasks}"),
         "self-training": ("of 12 (Adam, lr 0.003", "of 12 (Adam, lr 0.003"),
         "transformer": ("48% lower than that of Adam", "96% higher than that of Adam"),
         "resnet": ("48% lower than that of Adam", "96% higher than that of Adam"),
@@ -381,3 +382,84 @@ def test_wins_and_losses_are_said_with_the_same_words(name: str, planned: dict[s
     }[name]
     assert told[0] in good
     assert told[1] in bad
+
+
+def test_what_tuning_picks_and_what_is_compared() -> None:
+    """A trial is picked by the training or the validation loss, a mean over seeds, never by the test loss."""
+
+    def row(optimizer: str, trial: int, seed: int, train: float, valid: float, test: float) -> Row:
+        run = wine(optimizer, trial=trial, seed=seed)
+        return Row.of(run, Result(initial=(1.0, 2.0, 3.0), final=(train, valid, test), seconds=1.0))
+
+    rows = [
+        *(row("adam-tuned", 0, seed, 0.2, 0.4 + 0.2 * seed, 0.1) for seed in (0, 1)),
+        *(row("adam-tuned", 1, seed, 0.1, 0.6, 0.9) for seed in (0, 1)),
+        *(row("adam-tuned", 2, seed, 0.3, 0.1 + 0.6 * seed, 0.7) for seed in (0, 1)),
+        *(row("lopt", 0, seed, 0.4, 0.4, 0.2 + 0.4 * seed) for seed in (0, 1)),
+    ]
+    adams = select(rows, optimizer="adam-tuned")
+    assert [found.trial for found in best(adams, "train_loss")] == [1, 1]
+    assert [found.trial for found in best(adams, "test_loss")] == [2, 2]
+    assert relative(rows, "lopt", "adam-tuned", "train_loss") == pytest.approx((0.4 + 0.01) / (0.1 + 0.01))
+    assert relative(rows, "lopt", "adam-tuned", "test_loss") == pytest.approx((0.4 + 0.03) / (0.7 + 0.03))
+    assert values(rows, "optimizer") == ["adam-tuned", "lopt"]
+    assert len(select(rows, optimizer="adam-tuned", trial=(0, 2), seed=1)) == 2
+
+
+def test_normalised_losses_of_a_table() -> None:
+    """0 for the lowest loss on a task, 1 for the start and whatever is worse."""
+
+    def row(task: str, optimizer: str, trial: int, valid: float, test: float) -> Row:
+        run = dataclasses.replace(wine(optimizer, trial=trial), task=task)
+        return Row.of(run, Result(initial=(2.0,) * 3, final=(1.0, valid, test), seconds=1.0))
+
+    rows = [row("a", "lopt", 0, 1.0, 0.5), row("b", "lopt", 0, 1.0, 3.0), row("a", "adam-tuned", 0, 0.7, 1.0)]
+    rows += [row("a", "adam-tuned", 1, 0.8, 0.0), row("b", "adam-tuned", 0, 0.9, 0.1)]
+    rows += [row("b", "adam-tuned", 1, 0.3, 1.0)]
+    found = normalised_table.normalised(rows, "test_loss")
+    assert found["lopt"] == pytest.approx({"a": 0.25, "b": 1.0})
+    assert found["adam-tuned, 2 trials"] == pytest.approx({"a": 0.5, "b": 0.9 / 1.9})
+
+
+def test_the_share_of_the_best_adam_in_self_training() -> None:
+    def row(optimizer: str, trial: int, end: float) -> Row:
+        settings = dataclasses.replace(SELF, outer="adam")
+        fields: dict[str, Any] = {"optimizer": optimizer, "trial": trial, "lr": 0.01 * (trial + 1), "steps": 6}
+        run = MetaRun(task="random", settings=settings, **fields)
+        return Row.of(run, Result(initial=(-0.1,) * 3, final=(end,) * 3, seconds=1.0))
+
+    rows = [row("lopt", 0, -1.0), row("adam", 0, -0.6), row("adam", 1, -1.1), row("adam-decay", 0, -0.9)]
+    said = "\n".join(self_training.text([*rows, row("adam-decay", 1, -0.5)]))
+    assert "makes 90% of the improvement of the best Adam of 4 (Adam, lr 0.02" in said
+    assert "which meets the bar of 90%. It is ahead of or level with 3 of the 4 Adams." in said
+    rows[0] = row("lopt", 0, -0.98)
+    assert "makes 88%" in (said := "\n".join(self_training.text([*rows, row("adam-decay", 1, -0.5)])))
+    assert "which misses the bar of 90%" in said
+
+
+def test_the_command_runs_resumes_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = dataclasses.replace(
+        EXPERIMENTS["implicit-regularization"],
+        runs=lambda setting: [
+            dataclasses.replace(run, steps=5)
+            for run in implicit_regularization.runs(setting)
+            if run.x == setting.seeds[0]
+        ],
+    )
+    monkeypatch.setitem(EXPERIMENTS, "implicit-regularization", short)
+    command = ["experiment", "implicit-regularization", "--seeds", "3", "--workers", "1", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(files) == ["README.md", "implicit-regularization.csv", "implicit-regularization.png"]
+    assert files["README.md"].decode().strip() in said
+    assert "5 runs, 0 of them in" in said
+    assert cli.main(command) == 0
+    assert "5 runs, 5 of them in" in capsys.readouterr().out
+    assert (tmp_path / "implicit-regularization.csv").read_bytes() == files["implicit-regularization.csv"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["experiment", "width", "--seeds", "1", "1"])
+    assert "seeds: expected numbers from 0 on" in capsys.readouterr().err
+    assert get_args(Name) == tuple(EXPERIMENTS)

@@ -16,7 +16,7 @@ from lopt.experiments.rows import Row, best, mean, relative, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import ADAM as ADAM_NAME
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
-from lopt.experiments.words import LOSSES, change, table, tally
+from lopt.experiments.words import LOSSES, TUNED, bullets, change, table, tally
 from lopt.tasks.task import Batch
 
 
@@ -74,7 +74,7 @@ def along(setting: Setting, points: Mapping[str, Sequence[tuple[float, HeldOutTa
 
 
 def ratios(rows: Sequence[Row], name: str, loss: str, data: str) -> dict[float, float]:
-    """x -> loss of the learned optimizer over that of the best Adam there, chosen by the same loss."""
+    """x -> loss of the learned optimizer over that of the best Adam there."""
     here = select(rows, task=data)
     return {x: relative(select(here, x=x), name, ADAM_NAME, loss) for x in sorted(values(here, "x"))}
 
@@ -109,9 +109,8 @@ def _means(rows: Sequence[Row], xs: Sequence[float], loss: str) -> list[float]:
 
 def text(axis: str, rows: Sequence[Row]) -> list[str]:
     parts = [
-        f"Final losses after {rows[0].steps:,} steps relative to those of the best of eight Adams (at the same "
-        f"{axis}, chosen by the loss that is compared, which nobody could do for a test loss), with 1% of the initial "
-        "loss added to both; below 1 is better than the best Adam."
+        f"Final losses after {rows[0].steps:,} steps relative to those of the best of eight Adams at the same {axis}, "
+        f"{TUNED}; 1% of the initial loss is added to both. Below 1 is better than the best Adam."
     ]
     for data in values(rows, "task"):
         columns = {
@@ -125,20 +124,19 @@ def text(axis: str, rows: Sequence[Row]) -> list[str]:
             rates = [best(select(here, optimizer=ADAM_NAME, x=x), loss)[0].lr for loss in LOSSES]
             cells.append([f"{x:,g}", *(f"{found[x]:.3f}" for found in columns.values()), *map("{:.1e}".format, rates)])
         header = [axis, *columns, "best Adam lr, training", "best Adam lr, test"]
-        parts += [f"**{data}**", table(header, cells), _sentences(axis, data, columns), _edges(rows, data)]
+        parts += [f"**{data}**", table(header, cells), _sentences(axis, columns), _edges(rows, data)]
     return [part for part in parts if part]
 
 
-def _sentences(axis: str, data: str, columns: Mapping[str, Mapping[float, float]]) -> str:
+def _sentences(axis: str, columns: Mapping[str, Mapping[float, float]]) -> str:
     said = []
     for name, found in columns.items():
         first, last = min(found), max(found)
         said.append(
-            f"{name} loss on {data} against the best Adam: {tally({f'{axis} {x:,g}': r for x, r in found.items()})}. "
-            f"At the smallest {axis} it is {change(found[first])}, at the largest {change(found[last])} that of the "
-            "best."
+            f"{name} loss: {tally({f'{x:,g}': r for x, r in found.items()})}; {change(found[first])} that of the best "
+            f"Adam at {axis} {first:,g}, {change(found[last])} that at {last:,g}."
         )
-    return " ".join(said)
+    return bullets(said)
 
 
 def _edges(rows: Sequence[Row], data: str) -> str:

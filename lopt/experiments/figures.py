@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 LOPT, ADAM, UNTOLD, OTHER, MORE = COLOURS[0], COLOURS[1], COLOURS[4], COLOURS[2], COLOURS[3]
 GREY = "0.75"
 
+FLOOR = 1e-7  # lower values are drawn here on a logarithmic axis: losses can be zero
+
+#: Multiples of powers of ten at the ticks of a logarithmic axis of fewer decades than this.
+TICKS = ((1.0, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), (2.0, (1.0, 2.0, 5.0)), (3.0, (1.0, 3.0)), (math.inf, (1.0,)))
+
 #: Label and colour of the learned optimizer, told the number of steps or not.
 LEARNED = {"lopt": ("lopt", LOPT), "lopt-untold": ("lopt, untold", UNTOLD)}
 
@@ -74,10 +79,12 @@ def draw(panels: Sequence[Panel], title: str, path: Path, columns: int = 3) -> N
 
 
 def _panel(axes: Axes, panel: Panel) -> None:
+    floor = FLOOR if "y" in panel.log else -math.inf
+    below = any(value < floor for line in panel.lines for value in line.y)
     for line in panel.lines:
         axes.plot(
             line.x,
-            line.y,
+            [max(value, floor) for value in line.y],
             label=line.label or "_",
             color=line.colour,
             linestyle=line.style or "none",
@@ -85,7 +92,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
             markersize=4,
             linewidth=line.width,
         )
-    axes.set_title(panel.title, loc="left", fontsize=10.5)
+    axes.set_title(f"{panel.title} (at least {FLOOR:g})" if below else panel.title, loc="left", fontsize=10.5)
     axes.set_xlabel(panel.xlabel)
     axes.set_ylabel(panel.ylabel)
     axes.grid(color="0.92", linewidth=0.8)
@@ -100,14 +107,14 @@ def _panel(axes: Axes, panel: Panel) -> None:
 
 
 def _logarithmic(axes: Axes, name: str) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten, written as plain numbers, as far as there is room."""
+    """Ticks at multiples of powers of ten, written as plain numbers, as far as there is room."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis = axes.xaxis if name == "x" else axes.yaxis
     (axes.set_xscale if name == "x" else axes.set_yscale)("log")
     low, high = axes.get_xlim() if name == "x" else axes.get_ylim()
     decades = math.log10(high / low)
-    subs = (1.0, 2.0, 5.0) if decades < 2 else (1.0, 3.0) if decades < 3 else (1.0,)
+    subs = next(subs for most, subs in TICKS if decades < most)
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")

@@ -11,7 +11,7 @@ from lopt.experiments.figures import ADAM, LEARNED, OTHER, Line, Panel, draw
 from lopt.experiments.rows import Row, best, mean, relative, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
-from lopt.experiments.words import LOSSES, table, tally
+from lopt.experiments.words import LOSSES, TUNED, bullets, table, tally
 
 CONSTANT, COSINE = "adam-tuned", "adamw-cosine-tuned"
 RIVALS = {CONSTANT: ("Adam, best lr", ADAM), COSINE: ("AdamW cosine, best lr", OTHER)}
@@ -57,8 +57,8 @@ def figure(rows: Sequence[Row], path: Path) -> None:
 def text(rows: Sequence[Row]) -> list[str]:
     lrs, xs = len(values(select(rows, optimizer=CONSTANT), "trial")), sorted(values(rows, "x"))
     parts = [
-        f"Final loss relative to that of the best of {lrs} learning rates, chosen for each task and length by the loss "
-        "that is compared, with 1% of the initial loss added to both; below 1 is better than the opponent."
+        f"Final loss relative to that of the best of {lrs} learning rates for each task and length, {TUNED}; 1% of the "
+        "initial loss is added to both. Below 1 is better than the opponent."
     ]
     for loss, word in LOSSES.items():
         cells, sentences = [], []
@@ -75,7 +75,7 @@ def text(rows: Sequence[Row]) -> list[str]:
                 spoken = {f"{task} at {x:,g} steps": r for x in xs for task, r in found[x].items()}
                 sentences.append(f"{word.capitalize()} loss of {label} against {rival_label}: {tally(spoken)}.")
         header = [f"{word} loss, geometric mean over tasks", *(f"{x:,g} steps" for x in xs)]
-        parts += [table(header, cells), " ".join(sentences)]
+        parts += [table(header, cells), bullets(sentences)]
     return parts
 
 

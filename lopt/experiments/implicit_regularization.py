@@ -17,7 +17,7 @@ from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, GREY, LOPT, MORE, OTHER, UNTOLD, Line, Panel, draw
 from lopt.experiments.rows import Row, mean, select, values
 from lopt.experiments.runs import Result, Run, Setting
-from lopt.experiments.words import number, table
+from lopt.experiments.words import bullets, number, table
 
 POINTS = 50  # of a path
 SGD, ADAM_NAME = "sgd-tuned", "adam-tuned"
@@ -150,7 +150,7 @@ def text(rows: Sequence[Row]) -> list[str]:
         f"Mean distances over {len(values(rows, 'x'))} starts: of the nearest minimum and of the end from the "
         "origin, along the line of minima; between the two; and of the end from the line."
     )
-    return [explanation, table(header, cells), " ".join(sentences)]
+    return [explanation, table(header, cells), bullets(sentences)]
 
 
 EXPERIMENT = Experiment(

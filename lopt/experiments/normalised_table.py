@@ -11,19 +11,20 @@ from pathlib import Path
 from lopt.evaluation.opponents import OPPONENTS
 from lopt.evaluation.plots import COLOURS
 from lopt.experiments.experiment import Experiment
+from lopt.experiments.figures import LEARNED as LABELS
 from lopt.experiments.figures import Line, Panel, draw
 from lopt.experiments.rows import Row, best, mean, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
-from lopt.experiments.words import LOSSES, number, table
+from lopt.experiments.words import LOSSES, bullets, number, table
 from lopt.tasks import SAMPLED_FAMILIES, Task, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.families import with_batch_size
 
 TUNED, LIST = "adam-tuned", "nadamw-list"
-LEARNED = ("lopt", "lopt-untold")
 FIXED = ("adam", "adamw-cosine", "nadamw-list-1", "schedule-free", "prodigy")
-LIMITS = {"small": 20_000, "full": 200_000}  # parameters of a task
+OTHERS = tuple(colour for colour in COLOURS if colour not in [colour for _, colour in LABELS.values()])
+LIMITS = {"small": 20_000, "full": 100_000}  # parameters of a task
 
 
 def sample(setting: Setting) -> list[Task]:
@@ -48,10 +49,10 @@ def sample(setting: Setting) -> list[Task]:
 def runs(setting: Setting) -> list[Run]:
     """Every optimizer that is installed."""
     fixed = [name for name in FIXED if OPPONENTS[name].missing is None]
-    how = [*learned(setting.theta, LEARNED), *(one for name in fixed for one in tuned(name, (0,)))]
+    how = [*learned(setting.theta), *(one for name in fixed for one in tuned(name, (0,)))]
     how += tuned(TUNED, EIGHT) + tuned(LIST, range(setting.pick(4, 10)))
     return [
-        TaskRun(task=f"{number_} {task.name}", problem=task, steps=setting.pick(200, 1000), seed=seed, **one)
+        TaskRun(task=f"{task.name} #{number_}", problem=task, steps=setting.pick(200, 500), seed=seed, **one)
         for number_, task in enumerate(sample(setting))
         for one in how
         for seed in setting.seeds[:1]
@@ -96,8 +97,9 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         lines = []
         for order, (name, found) in enumerate(normalised(rows, loss).items()):
             ranks = [(rank + 1) / len(found) for rank in range(len(found))]
-            colour, style = COLOURS[order % len(COLOURS)], "-" if order < len(COLOURS) else "--"
-            lines.append(Line(name, sorted(found.values()), ranks, colour, style))
+            label, colour = LABELS.get(name, (name, OTHERS[order % len(OTHERS)]))
+            style = "-" if name in LABELS or order < len(LABELS) + len(OTHERS) else "--"
+            lines.append(Line(label, sorted(found.values()), ranks, colour, style))
         panels.append(Panel(f"{word} loss", lines[::-1], "normalised loss", "share of tasks at or below"))
     draw(panels, f"Normalised losses after {rows[0].steps:,} steps: further left and up is better", path)
 
@@ -112,23 +114,23 @@ def text(rows: Sequence[Row]) -> list[str]:
     header = ["optimizer", *(f"{word} {f}" for word in LOSSES.values() for f in ("mean", "median"))]
     sentences = []
     for loss, word in LOSSES.items():
-        for which, f in (("Mean", statistics.fmean), ("Median", statistics.median)):
+        for which, f in (("mean", statistics.fmean), ("median", statistics.median)):
             order = sorted(names, key=lambda name: f(list(found[loss][name].values())))
-            places = [f"{name} is number {order.index(name) + 1}" for name in LEARNED]
+            places = [f"{name} is number {order.index(name) + 1}" for name in LABELS]
             sentences.append(
                 f"By the {which} {word} loss, {' and '.join(places)} of {len(order)}; {order[0]} is first."
             )
-        for name in LEARNED:
+        for name in LABELS:
             worst = sorted(found[loss][name], key=lambda task: -found[loss][name][task])[:3]
             said = ", ".join(f"{task} ({number(found[loss][name][task])})" for task in worst)
             sentences.append(f"{name}'s worst, {word} loss: {said}.")
     note = (
-        f"{len(values(rows, 'task'))} tasks of {len(SAMPLED_FAMILIES)} families on held-out data, {rows[0].steps:,} "
+        f"{len(values(rows, 'task'))} tasks of the families for which there is held-out data here, {rows[0].steps:,} "
         "steps, normalised loss (L - L_best) / (L_init - L_best): 0 is the best of all runs of the table on that "
         "task, 1 is the start or worse. The trial of a tuned optimizer is the one with the best validation loss on "
         "the task."
     )
-    return [note, table(header, cells), " ".join(sentences)]
+    return [note, table(header, cells), bullets(sentences)]
 
 
 EXPERIMENT = Experiment(

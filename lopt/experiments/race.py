@@ -7,7 +7,7 @@ from lopt.experiments.figures import ADAM, GREY, LEARNED, OTHER, Line, Panel, dr
 from lopt.experiments.rows import Row, best, mean, relative, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
-from lopt.experiments.words import LOSSES, change, number, table
+from lopt.experiments.words import LOSSES, TUNED, bullets, change, number, table
 from lopt.tasks.task import Task
 
 RIVALS = {"adam-tuned": ("Adam, best lr", ADAM), "adamw-cosine-tuned": ("AdamW cosine, best lr", OTHER)}
@@ -17,7 +17,7 @@ def race(setting: Setting, tasks: Sequence[Task], steps: int) -> list[Run]:
     """The learned optimizer, told and untold, and two opponents at four (small) or eight learning rates."""
     trials = setting.pick(EIGHT[1::2], EIGHT)
     return [
-        TaskRun(task=problem.name, problem=problem, steps=steps, seed=seed, points=40, **how)
+        TaskRun(task=problem.name, problem=problem, steps=steps, seed=seed, points=setting.pick(10, 40), **how)
         for problem in tasks
         for how in (*learned(setting.theta), *(one for name in RIVALS for one in tuned(name, trials)))
         for seed in setting.seeds
@@ -68,10 +68,10 @@ def text(rows: Sequence[Row]) -> list[str]:
             if rise > 1.02:
                 sentences.append(f"Its test loss ends {100 * (rise - 1):.0f}% above its lowest value along the run.")
         rates = len(values(select(here, optimizer="adam-tuned"), "trial"))
-        note = f"{here[0].steps:,} steps; opponents at the best of {rates} learning rates for the loss of the column."
+        note = f"{here[0].steps:,} steps; opponents at the best of {rates} learning rates, {TUNED}."
         parts += [
             f"**{task}**: {note}",
             table(["optimizer", *LOSSES.values(), "ms per step"], cells),
-            " ".join(sentences),
+            bullets(sentences),
         ]
     return parts

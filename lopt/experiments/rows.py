@@ -146,16 +146,20 @@ def values(rows: Sequence[Row], column: str) -> list[Any]:
     return list(dict.fromkeys(getattr(row, column) for row in rows))
 
 
-def best(rows: Sequence[Row], column: str) -> list[Row]:
-    """The rows, one per seed, of the optimizer and trial with the lowest mean of a column."""
+#: By which loss the trials of an optimizer are compared when a loss is to be low: nobody may look at test rows.
+CHOICE = {"train_loss": "train_loss", "valid_loss": "valid_loss", "test_loss": "valid_loss"}
+
+
+def best(rows: Sequence[Row], loss: str) -> list[Row]:
+    """The rows, one per seed, of the optimizer and trial that tuning for this loss picks, see ``CHOICE``."""
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.optimizer, row.trial), []).append(row)
-    return min(groups.values(), key=lambda group: mean(group, column))
+    return min(groups.values(), key=lambda group: mean(group, CHOICE[loss]))
 
 
 def relative(rows: Sequence[Row], optimizer: str, rival: str, loss: str) -> float:
-    """Loss of an optimizer over that of a rival, whose trial is chosen by the same loss; see
-    :func:`~lopt.evaluation.scores.ratio`. All rows are of one task and one place on the axis."""
+    """Loss of an optimizer over that of a tuned rival, see :func:`~lopt.evaluation.scores.ratio`; all rows are of one
+    task and one place on the axis."""
     ours, theirs = select(rows, optimizer=optimizer), best(select(rows, optimizer=rival), loss)
     return ratio(mean(ours, loss), mean(theirs, loss), mean(ours, f"initial_{loss}"))

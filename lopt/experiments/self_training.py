@@ -17,7 +17,7 @@ from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, GREY, LOPT, OTHER, Line, Panel, draw
 from lopt.experiments.rows import Row, best, mean, select, values
 from lopt.experiments.runs import Result, Run, Setting
-from lopt.experiments.words import number, table
+from lopt.experiments.words import bullets, number, table
 from lopt.meta import trainer
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.metrics import read_metrics
@@ -164,7 +164,7 @@ def text(rows: Sequence[Row]) -> list[str]:
         f"Meta-loss: mean over a run of {50} steps of log(loss / initial loss + .01), on validation tasks; at the "
         f"end, the mean of the last {LAST} of {VALIDATIONS} validations. {rows[0].steps} outer iterations."
     )
-    return [note, table(header, cells), *sentences]
+    return [note, table(header, cells), bullets(sentences)]
 
 
 EXPERIMENT = Experiment(

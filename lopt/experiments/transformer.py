@@ -12,9 +12,9 @@ from lopt.tasks.text_tasks import TextData
 
 
 def runs(setting: Setting) -> Sequence[Run]:
-    """Small: one block of width 32; full: two of width 128, on every held-out text that is here."""
+    """Small: one block of width 32; full: two of width 64, on every held-out text that is here."""
     names = [name for name in ("topics", "shakespeare") if catalogue.missing(name) is None]
-    layers, head_width, length, rows = setting.pick((1, 16, 24, 16), (2, 32, 64, 32))
+    layers, head_width, length, rows = setting.pick((1, 16, 24, 16), (2, 16, 48, 16))
     model = Transformer(
         layers=layers,
         heads=setting.pick(2, 4),
@@ -27,7 +27,7 @@ def runs(setting: Setting) -> Sequence[Run]:
         TransformerLanguageModel(transformer=model, data=TextData(name, vocabulary=128, length=length, batch_size=rows))
         for name in setting.pick(names[:1], names)
     ]
-    return race(setting, tasks, setting.pick(400, 3000))
+    return race(setting, tasks, setting.pick(400, 2000))
 
 
 EXPERIMENT = Experiment(

@@ -11,7 +11,7 @@ from lopt.experiments.figures import ADAM, GREY, LOPT, Line, Panel, draw
 from lopt.experiments.rows import Row, mean, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import BLIND, TaskRun, learned
-from lopt.experiments.words import LOSSES, table, tally
+from lopt.experiments.words import LOSSES, bullets, table, tally
 
 
 def runs(setting: Setting) -> list[Run]:
@@ -60,7 +60,7 @@ def text(rows: Sequence[Row]) -> list[str]:
         "The same runs, told the number of steps, with the loss of an inner_valid minibatch every tenth step and "
         "without any; 1% of the initial loss is added to both losses. Below 1 the validation losses help."
     )
-    return [note, table(header, cells), *parts]
+    return [note, table(header, cells), bullets(parts)]
 
 
 EXPERIMENT = Experiment(

@@ -9,7 +9,7 @@ from lopt.experiments.figures import ADAM, LOPT, OTHER, Line, Panel, draw
 from lopt.experiments.rows import Row, best, mean, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
-from lopt.experiments.words import change, number, table
+from lopt.experiments.words import bullets, change, number, table
 
 TUNED, FIXED = "adam-tuned", "adamw-cosine"
 SHOWN = {"lopt": ("lopt", LOPT), TUNED: ("Adam, best lr", ADAM), FIXED: ("AdamW cosine, 1e-3", OTHER)}
@@ -17,8 +17,8 @@ SHOWN = {"lopt": ("lopt", LOPT), TUNED: ("Adam, best lr", ADAM), FIXED: ("AdamW 
 
 def runs(setting: Setting) -> list[Run]:
     """Perceptrons of several sizes, as the share of the optimizer in a step depends on the model and the minibatch."""
-    sizes = setting.pick(((32, 32), (256, 64)), ((32, 32), (128, 64), (512, 64), (512, 512)))  # width, rows
-    steps, trials = setting.pick(600, 3000), setting.pick(EIGHT[1::2], EIGHT)
+    sizes = setting.pick(((32, 32), (256, 64)), ((32, 32), (128, 64), (512, 64)))  # width, rows
+    steps, trials = setting.pick(600, 1500), setting.pick(EIGHT[1::2], EIGHT)
     return [
         TaskRun(task=f"{data}, width {width}, batch {rows}", problem=problem, steps=steps, seed=seed, points=60, **how)
         for data in available(setting, setting.pick(("digits",), ("digits", "characters")))
@@ -47,7 +47,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
                 Line(SHOWN[name][0], average(found, axis), average(found, "train"), SHOWN[name][1])
                 for name, found in reversed(chosen(rows, task).items())
             ]
-            panels.append(Panel(f"{task}: training loss", lines, word, log="y"))
+            panels.append(Panel(task, lines, word, "training loss", log="y"))
     draw(panels, "Training loss against time (one thread) and against steps", path, columns=4)
 
 
@@ -83,7 +83,7 @@ def text(rows: Sequence[Row]) -> list[str]:
     note = (
         "Adam's learning rate is chosen for each task by the final training loss; the time to find it is not counted."
     )
-    return [table(header, cells), note, " ".join(sentences)]
+    return [table(header, cells), note, bullets(sentences)]
 
 
 def _at(rows: Sequence[Row], seconds: float) -> float:

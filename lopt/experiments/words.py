@@ -8,6 +8,9 @@ from lopt.evaluation.scores import NO_WORSE
 #: Columns of losses that are compared, and what they are called.
 LOSSES = {"train_loss": "training", "test_loss": "test"}
 
+#: How :func:`lopt.experiments.rows.best` chooses.
+TUNED = "chosen by the final training loss or, for test losses, by the final validation loss"
+
 
 def number(value: float) -> str:
     """Three figures, without a zero before the point, as in the other tables.
@@ -35,7 +38,7 @@ def change(ratio: float) -> str:
         return f"not comparable ({ratio}) with"
     if 1 / NO_WORSE <= ratio <= NO_WORSE:
         return f"equal ({100 * (ratio - 1):+.0f}%) to"
-    if ratio >= 2:
+    if not 0.5 <= ratio < 2:
         return f"{number(ratio)} times"
     return f"{100 * abs(ratio - 1):.0f}% {'lower' if ratio < 1 else 'higher'} than"
 
@@ -56,6 +59,11 @@ def tally(ratios: Mapping[str, float]) -> str:
         f"from {number(ratios[ends[0]])} ({ends[0]}) to {number(ratios[ends[1]])} ({ends[1]}), "
         f"geometric mean {number(mean)}"
     )
+
+
+def bullets(sentences: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"* {sentence}" for sentence in sentences)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
