@@ -39,8 +39,8 @@ class RunExperiment(Command):
     """Run one of the paper's experiments: every run is a row of NAME.csv, beside it NAME.png and README.md.
 
     Rows that are there are not run again: an experiment that was stopped goes on where it was, and one that is complete
-    is drawn and written anew. Repeated runs give the same losses to the bit. A row is found by what it depends on, theta
-    included but not the code: after a change of the optimizer begin in an empty folder.
+    is drawn and written anew. Repeated runs give the same losses to the bit. A row is found by what it depends on, with
+    theta but without the code: after a change of the optimizer begin in an empty folder.
     """
 
     name: Annotated[Name, tyro.conf.Positional]
