@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -316,3 +317,24 @@ def test_sorting_does_not_depend_on_the_order_of_the_runs(tmp_path: Path) -> Non
         "test": "test_loss",
         "inner_valid": "inner_valid_loss",
     }
+
+
+def test_command_compares_with_opponents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Budgets are named, a missing task is skipped with its remedy, and what is shown follows from the rows."""
+    options = ["--suite", "families", "--tasks", "maf-wine-4x46", "diabetes-16-16-1", "mlp-fashion-mnist-784-29-75-10"]
+    options += ["--optimizers", "lopt", "sgd-tuned@2", "--horizons", "8", "--seeds", "1", "--workers", "1"]
+    assert main(["evaluate", *options, "--out", str(tmp_path), "--json", str(tmp_path / "numbers.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "Skipped mlp-fashion-mnist-784-29-75-10: data set fashion-mnist: not found on this machine" in shown
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert len(numbers["runs"]) == 2 * 3
+    assert list(numbers["tasks"]) == ["maf-wine-4x46", "diabetes-16-16-1"]
+    logs = []
+    for task in numbers["tasks"]:
+        here = [run for run in numbers["runs"] if run["task"] == task]
+        (ours,) = (run for run in here if run["optimizer"] == "lopt")
+        other = min((run for run in here if run["optimizer"] != "lopt"), key=lambda run: run["valid_loss"])
+        floor = 0.01 * ours["initial_train_loss"]
+        logs.append(math.log((ours["train_loss"] + floor) / (other["train_loss"] + floor)))
+    (line,) = (line for line in shown.splitlines() if line.startswith("sgd-tuned@2"))
+    assert f"{math.exp(sum(logs) / 2):.3f}" in line

@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from lopt.commands.common import Command, Outcome, say, show_table
+from lopt.commands.report import show_comparisons
 from lopt.commands.weights import describe_theta
 from lopt.evaluation.adam_grid import LRS
 from lopt.evaluation.compare import ADAM_GRID, Learned, Plan, execute, missing_packages
+from lopt.evaluation.comparison import Runs
 from lopt.evaluation.opponents import LEARNED
+from lopt.evaluation.report import Report
 from lopt.evaluation.runs import LOSS_LIMIT
 from lopt.evaluation.scores import NO_WORSE, REFERENCES, Score, scores
 from lopt.evaluation.suites import HeldOutTask, SuiteName, data_of, family_of, fingerprint, load, suite, unavailable
@@ -138,7 +141,11 @@ class Evaluate(Command):
         table = RunTable(self.out / "runs.csv")
         runs = self._execute(console, plan, table)
         numbers = self._against_adam(console, plan, runs) if ADAM_GRID in names else {}
+        report = Report(runs=Runs(runs), title="", facts={})
         for horizon in () if numbers else self.horizons:
+            if report.ours and report.others:
+                show_comparisons(console, report, horizon)
+                continue
             say(console, "")
             say(console, f"{horizon} steps, {len(tasks)} tasks")
             _show_losses(console, [run for run in runs if run.horizon == horizon])

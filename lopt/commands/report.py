@@ -17,6 +17,9 @@ from lopt.evaluation.report import Report
 from lopt.evaluation.table import Run, RunTable
 from lopt.meta.provenance import file_checksum
 
+#: Columns of a comparison by step: the opponent, and four numbers each for training and test loss.
+BY_STEP = 9
+
 
 @dataclass(frozen=True, kw_only=True)
 class MakeReport(Command):
@@ -64,12 +67,8 @@ class MakeReport(Command):
         report = Report(runs=Runs(runs, budgets), title="Evaluation of a learned optimizer", facts=_facts(runs, theta))
         numbers = []
         for horizon in report.runs.horizons:
-            say(console, "")
-            say(console, f"{horizon} steps, {len(report.runs.families(horizon))} tasks")
+            show_comparisons(console, report, horizon)
             for ours in report.ours:
-                header, rows = report.against(horizon, ours)
-                keep = [0, *range(1, 9)]  # by step; the file has more
-                show_table(console, [header[i] for i in keep], [[row[i] for i in keep] for row in rows])
                 for one in report.comparisons(horizon, ours):
                     numbers.append(
                         {
@@ -119,6 +118,15 @@ class MakeReport(Command):
         code = now if now in codes else codes.most_common(1)[0][0]
         chosen = [r for r in runs if r.optimizer != "lopt" or (r.theta_sha256, r.code_sha256) == (sha256, code)]
         return chosen, sha256
+
+
+def show_comparisons(console: Console, report: Report, horizon: int) -> None:
+    """The learned optimizer against every opponent, by step; the file has more."""
+    say(console, "")
+    say(console, f"{horizon} steps, {len(report.runs.families(horizon))} tasks")
+    for ours in report.ours:
+        header, rows = report.against(horizon, ours)
+        show_table(console, header[:BY_STEP], [row[:BY_STEP] for row in rows])
 
 
 def _facts(runs: list[Run], theta: str) -> dict[str, str]:
