@@ -11,13 +11,16 @@ from typing import Any
 
 from lopt.evaluation.suites import CONTEXT, HeldOutTask, Splits
 from lopt.experiments.experiment import Experiment
-from lopt.experiments.figures import ADAM, GREY, LEARNED, Line, Panel, draw
+from lopt.experiments.figures import ADAM, GREY, LEARNED, MORE, Line, Panel, draw
 from lopt.experiments.rows import Row, best, mean, relative, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import ADAM as ADAM_NAME
-from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
+from lopt.experiments.training import BLIND, EIGHT, TaskRun, learned, tuned
 from lopt.experiments.words import LOSSES, TUNED, bullets, change, table, tally
 from lopt.tasks.task import Batch
+
+#: The learned optimizers of the axes; blind is the one that is told no validation losses.
+SHOWN = LEARNED | {BLIND: ("lopt, blind", MORE)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +66,12 @@ def available(setting: Setting, names: Sequence[str]) -> list[str]:
 
 
 def along(setting: Setting, points: Mapping[str, Sequence[tuple[float, HeldOutTask]]], steps: int) -> list[Run]:
-    """Runs of both learned optimizers and eight Adams at every point of every data set."""
+    """Runs of the learned optimizers and eight Adams at every point of every data set."""
     return [
         TaskRun(task=data, problem=problem, x=x, steps=steps, seed=seed, **how)
         for data, tasks in points.items()
         for x, problem in tasks
-        for how in (*learned(setting.theta), *tuned(ADAM_NAME, EIGHT))
+        for how in (*learned(setting.theta, tuple(SHOWN)), *tuned(ADAM_NAME, EIGHT))
         for seed in setting.seeds
     ]
 
@@ -91,7 +94,7 @@ def figure(axis: str, rows: Sequence[Row], path: Path) -> None:
                 lines.append(Line("Adam, each of 8 learning rates", xs, _means(same, xs, loss), GREY, width=0.8))
             envelope = [mean(best(select(here, optimizer=ADAM_NAME, x=x), loss), loss) for x in xs]
             lines.append(Line("Adam, the best of them at each point", xs, envelope, ADAM, marker="o"))
-            for name, (label, colour) in reversed(LEARNED.items()):
+            for name, (label, colour) in reversed(SHOWN.items()):
                 same = select(here, optimizer=name)
                 lines.append(Line(label, xs, _means(same, xs, loss), colour, marker="o"))
             panels.append(Panel(f"{data}: {word} loss", lines, axis, log="xy"))
@@ -110,12 +113,14 @@ def _means(rows: Sequence[Row], xs: Sequence[float], loss: str) -> list[float]:
 def text(axis: str, rows: Sequence[Row]) -> list[str]:
     parts = [
         f"Final losses after {rows[0].steps:,} steps relative to those of the best of eight Adams at the same {axis}, "
-        f"{TUNED}; 1% of the initial loss is added to both. Below 1 is better than the best Adam."
+        f"{TUNED}; 1% of the initial loss is added to both. Below 1 is better than the best Adam. "
+        "The learned optimizer is told the number of steps and validation losses, is not told the former (untold), "
+        "or not the latter (blind)."
     ]
     for data in values(rows, "task"):
         columns = {
             f"{label}, {word}": ratios(rows, name, loss, data)
-            for name, (label, _) in LEARNED.items()
+            for name, (label, _) in SHOWN.items()
             for loss, word in LOSSES.items()
         }
         here = select(rows, task=data)
@@ -197,7 +202,8 @@ BATCH_SIZE = experiment(
     "batch-size",
     "batch size",
     "Perceptrons with two hidden layers of 64, trained for the same number of steps with minibatches of a single row "
-    "up to hundreds: from gradients that are nearly all noise to nearly exact ones.",
+    "up to hundreds: from gradients that are nearly all noise to nearly exact ones. The validation losses that the "
+    "learned optimizer is told are of as many rows as a minibatch, so that they are as noisy.",
     batch_size_runs,
 )
 DATASET_SIZE = experiment(
