@@ -29,6 +29,20 @@ def test_unroll_rows_are_complete_and_append(tmp_path, monkeypatch, capsys):
     assert "4-3 batch 2" in capsys.readouterr().out
 
 
+def test_torch_unroll_rows_are_complete(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(unroll, "TORCH_TASKS", {"mlp_ae": 15})
+    monkeypatch.setattr(unroll, "RUNS", 3)
+    out = tmp_path / "rows.csv"
+    options = ["bench", "torch-unroll", "--steps", "1000", "--repeats", "2", "--presets", "compact", "--out", str(out)]
+    assert main(options) == 0
+    with out.open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["name"], row["parameters"], row["runs"], row["steps"]) == ("mlp_ae", "454", "3", "10")
+    ratio = float(row["steps_per_second"]) / float(row["steps_per_second_alone"])
+    assert float(row["over_alone"]) == pytest.approx(ratio)
+    assert row["problem"] in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["kernel", "step"])
 def test_layouts_are_measured_written_and_compared(what, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "measure_peaks", lambda *_: peaks.Peaks(1e10, 1e11))

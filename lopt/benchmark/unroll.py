@@ -1,4 +1,5 @@
-"""Throughput of the fused unroll engine: inner steps per second and core, two processes at once, memory."""
+"""Throughput of inner runs: of the fused engine per core, with two processes at once, and its memory; of the torch
+unroll with many runs at once against one by one."""
 
 import multiprocessing
 import resource
@@ -9,10 +10,34 @@ import torch
 from lopt.benchmark.rows import Row
 from lopt.benchmark.timing import Timing
 from lopt.meta import engine
-from lopt.theta import Theta
+from lopt.meta import unroll as torch_unroll
+from lopt.tasks import sample_task
+from lopt.tasks.families import Family, with_batch_size
+from lopt.theta import Theta, unflatten
 
 #: Layer widths and batch sizes: two tasks of the literature and a smaller one.
 PROBLEMS = (((16, 16, 8), 16), ((64, 16, 10), 16), ((64, 32, 10), 64))
+
+
+#: A small task of every family with more than perceptrons: the seed it is sampled by.
+TORCH_TASKS: dict[Family, int] = {
+    "mlp": 36,
+    "mlp_ae": 15,
+    "mlp_vae": 34,
+    "conv_pooling": 0,
+    "conv_fc": 12,
+    "nvp": 25,
+    "maf": 17,
+    "char_rnn_language_model": 10,
+    "word_rnn_language_model": 20,
+    "rnn_text_classification": 20,
+    "quadratic": 5,
+    "losg_tasks": 22,
+    "transformer_language_model": 10,
+    "vit": 34,
+    "noisy_quadratic": 0,
+}
+RUNS = 32  # at once
 
 
 def measure(preset: str, sizes: tuple[int, ...], batch: int, steps: int, repeats: int) -> Row:
@@ -70,3 +95,41 @@ def wall_seconds(processes: int, preset: str, sizes: tuple[int, ...], batch: int
 def peak_memory() -> int:
     """Peak resident memory of this process so far, in kB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure_torch(preset: str, family: Family, steps: int, repeats: int) -> Row:
+    """One row, without the environment: ``RUNS`` runs at once, under thetas that differ, and one of them alone.
+
+    Minibatches have at most 16 rows of 16 symbols; steps are counted for every run, and losses on the way are in them.
+    """
+    task = with_batch_size(sample_task(TORCH_TASKS[family], [family]), 16, 16)
+    theta = Theta.init_adam(preset)
+    noise = torch.randn(RUNS, theta.num_floats, generator=torch.Generator().manual_seed(0))
+    weights = unflatten(theta.spec, theta.flatten() + 0.01 * noise)
+    run = torch_unroll.Run(task, 0, steps, loss_every=10)
+
+    def seconds(runs: int) -> Timing:
+        some = {name: value[:runs] for name, value in weights.items()}
+        times = []
+        for _ in range(repeats + 1):
+            state, began = torch_unroll.start(theta.spec, some, run), time.perf_counter()
+            torch_unroll.unroll(theta.spec, some, run, state, steps)
+            times.append(time.perf_counter() - began)
+        return Timing.of(times[1:])
+
+    together, alone = seconds(RUNS), seconds(1)
+    return {
+        "benchmark": "torch-unroll",
+        "name": family,
+        "preset": preset,
+        "problem": task.name,
+        "parameters": task.num_params,
+        "runs": RUNS,
+        "steps": steps,
+        "steps_per_second": RUNS * steps / together.median,
+        "steps_per_second_20": RUNS * steps / together.high,
+        "steps_per_second_80": RUNS * steps / together.low,
+        "steps_per_second_alone": steps / alone.median,
+        "over_alone": RUNS * alone.median / together.median,
+        "megabytes_per_run": torch_unroll.bytes_per_run(theta.spec, task) / 1e6,
+    }

@@ -21,11 +21,12 @@ class Bench(Command):
     kernel: ``accumulate`` and ``apply`` by themselves, as a share of the measured copy and multiply-add peaks.
     step: whole optimizer steps against torch's AdamW, fused and foreach, and against other projects where installed.
     unroll: inner steps per second and core of the fused unroll engine.
+    torch-unroll: the same of the unroll in PyTorch, many runs at once against one, on a small task of every family.
 
     Inputs are random, caches are flushed before every repetition, numbers are medians with 20% and 80% points.
     """
 
-    what: Annotated[Literal["kernel", "step", "unroll"], tyro.conf.Positional]
+    what: Annotated[Literal["kernel", "step", "unroll", "torch-unroll"], tyro.conf.Positional]
     """What to measure."""
 
     presets: tuple[str, ...] = ("compact", "paper")
@@ -59,7 +60,8 @@ class Bench(Command):
     """Measurements of each row."""
 
     steps: int = 4000
-    """Inner steps of one measurement of the compact preset for unroll; the paper preset takes a fifth."""
+    """Inner steps of one measurement of the compact preset for unroll; the paper preset takes a fifth. Of each run of
+    torch-unroll a hundredth."""
 
     out: Path | None = None
     """Append the rows to this CSV file."""
@@ -80,12 +82,13 @@ class Bench(Command):
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
-            found = self._unroll(console) if self.what == "unroll" else self._layouts(console)
+            measure = {"unroll": self._unroll, "torch-unroll": self._torch_unroll}.get(self.what, self._layouts)
+            found = measure(console)
         finally:
             torch.set_num_threads(before)
         if self.out is not None:
             say(console, f"Appended {len(found)} rows to {self.out}")
-        if self.plot is not None and self.what != "unroll":
+        if self.plot is not None and self.what in ("kernel", "step"):
             plots.time_per_parameter(found, self.plot)
             say(console, f"Wrote {self.plot}")
         slower = self._compare(console, found, old)
@@ -127,6 +130,32 @@ class Bench(Command):
                     f"{row['steps_per_second_20']:,.0f} to {row['steps_per_second_80']:,.0f}",
                     f"x {row['two_processes']:.2f}",
                     f"+ {row['memory_growth_kb']:,} kB",
+                ]
+                for row in found
+            ],
+        )
+        return found
+
+    def _torch_unroll(self, console: Console) -> list[Row]:
+        environment, steps = rows.environment(torch.device("cpu")), max(1, self.steps // 1000) * 10
+        found = [
+            {**unroll.measure_torch(preset, family, steps, self.repeats), **environment}
+            for preset in self.presets
+            for family in unroll.TORCH_TASKS
+        ]
+        if self.out is not None:
+            rows.append_csv(self.out, found)
+        show_table(
+            console,
+            ["problem", f"steps/s, {unroll.RUNS} runs", "20% to 80%", "steps/s, 1 run", "ratio", "MB per run"],
+            [
+                [
+                    f"{row['preset']} {row['problem']}",
+                    f"{row['steps_per_second']:,.0f}",
+                    f"{row['steps_per_second_20']:,.0f} to {row['steps_per_second_80']:,.0f}",
+                    f"{row['steps_per_second_alone']:,.0f}",
+                    f"x {row['over_alone']:.1f}",
+                    f"{row['megabytes_per_run']:.2f}",
                 ]
                 for row in found
             ],
