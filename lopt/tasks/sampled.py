@@ -15,7 +15,6 @@ from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lopt.tasks.pieces import Layout, initial_values
 from lopt.tasks.seeds import generator
@@ -89,5 +88,6 @@ def with_noise(batch: Batch, shape: tuple[int, ...] | None, seed: int, split: st
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean softmax cross-entropy; logits ``[rows, classes]``."""
-    return functional.cross_entropy(logits, labels)
+    """Mean softmax cross-entropy; logits ``[rows, classes]``. Under vmap quicker than torch's, which is taken
+    apart there."""
+    return -torch.log_softmax(logits, dim=1).gather(1, labels[:, None]).mean()
