@@ -118,7 +118,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
                 of = select(here, optimizer=name)
                 chosen = best(of, "test_loss")
                 for trial in values(of, "trial"):
-                    lines.append(_line(f"{label}, other lrs", select(of, trial=trial), at, what, GREY, 0.7))
+                    lines.append(_line("Adam, other lrs", select(of, trial=trial), at, what, GREY, 0.7))
                 lines.append(_line(f"{label}, best lr", chosen, at, what, colour))
             lines.sort(key=lambda line: line.width)
             lines.append(_line("lopt", select(here, optimizer="lopt"), at, what, LOPT))
@@ -150,7 +150,8 @@ def text(rows: Sequence[Row]) -> list[str]:
             ends = [number(mean(found, column)) for column in ("initial_test_loss", "test_loss")]
             part = improvement(found) / gains[rival]
             cells.append([start, f"{label}{lr}", *ends, number(improvement(found)), f"{100 * part:.0f}%"])
-        others = [improvement(select(here, optimizer=n, trial=t)) for n in RIVALS for t in values(here, "trial")]
+        adams = [select(here, optimizer=name) for name in RIVALS]
+        others = [improvement(select(of, trial=trial)) for of in adams for trial in values(of, "trial")]
         better = sum(improvement(ours) >= other for other in others)
         verdict = "which meets" if share >= BAR else "which misses"
         sentences.append(
