@@ -23,6 +23,7 @@ from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.executors import Executor, LocalProcesses, Serial
 from lopt.meta.pairs import Shared
 from lopt.meta.recipes import RECIPES, recipe
+from lopt.tasks.distribution import TaskDistribution
 
 #: Three phases, two iterations each or so; states are carried over in the second, the LSTM joins in the third.
 SMALL = MetaTrainConfig(
@@ -108,6 +109,19 @@ def test_a_killed_and_resumed_run_is_bit_identical_to_one_that_never_stopped(
     resumed = train(SMALL, tmp_path, resume=True)
     assert same(tmp_path, whole)
     assert torch.equal(resumed.flatten(), Theta.load(whole / "theta.safetensors").flatten())
+
+
+def test_runs_on_a_mixture_resume_as_well(tmp_path: Path) -> None:
+    """With pairs that share tasks, some in the engine and some in torch, and workers instead of this process."""
+    tasks = TaskDistribution({"quadratic": 1.0, "teacher": 1.0}, max_params=200, max_seconds=0.002, reparametrise=0.5)
+    config = dataclasses.replace(SMALL, tasks=tasks, pairs=4, pairs_per_task=2, inner_steps=500)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", executor=KilledAt(2))
+    workers = LocalProcesses(1)
+    train(config, tmp_path / "killed", resume=True, executor=workers)
+    workers.close()
+    assert same(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_sigkill_of_the_program_loses_nothing_but_time(tmp_path: Path) -> None:

@@ -232,6 +232,10 @@ def _theta(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, best: bo
     return Theta(spec, unflatten(spec, flat.clone()), provenance)
 
 
+def _start(shared: Shared, item: int) -> None:
+    """A unit without work."""
+
+
 def measure_speed(config: MetaTrainConfig, executor: Executor, seconds: float = 10.0) -> float:
     """Inner steps per second of this executor on the first iterations of ``config``; nothing is trained."""
     with one_thread():
@@ -239,7 +243,7 @@ def measure_speed(config: MetaTrainConfig, executor: Executor, seconds: float = 
         scale = outer.scales(theta.spec, config.scaling, config.phases[0].groups)
         shared = Shared(config, theta.spec, theta.flatten(), scale, 0, 0, 0)
         items = [(group, None) for group in range(config.groups)]
-        executor.map(pairs.unroll_group, shared, items[:1] * 8)  # processes start
+        executor.map(_start, shared, range(8))  # processes start
         begun, steps, iteration = time.monotonic(), 0, 0
         while time.monotonic() < begun + seconds:
             results = executor.map(pairs.unroll_group, shared._replace(iteration=iteration), items)
