@@ -54,7 +54,9 @@ def text(rows: Sequence[Row]) -> list[str]:
             row = [label]
             for loss in LOSSES:
                 found = best(select(here, optimizer=name), loss)
-                row.append(number(mean(found, loss)) + (f" (lr {found[0].lr:.1e})" if name in RIVALS else ""))
+                lrs = values(select(here, optimizer=name), "lr")
+                edge = ", at the edge of the grid" if found[0].lr in (min(lrs), max(lrs)) else ""
+                row.append(number(mean(found, loss)) + (f" (lr {found[0].lr:.1e}{edge})" if name in RIVALS else ""))
             found = select(here, optimizer=name)
             row.append(f"{1e3 * mean(found, 'seconds') / found[0].steps:.1f}")
             cells.append(row)
