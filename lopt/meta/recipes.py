@@ -32,6 +32,21 @@ TRAIN_LOSS: dict[str, Any] = {
     "validate_every": 5_000_000,
 }
 
+#: From a theta made of small tasks: those of all sizes. What was learned from at most 2,000 parameters takes too long steps
+#: in larger and deeper perceptrons when it knows the length of the run; the groups in the order of their noise again.
+CONTINUE: dict[str, Any] = {
+    "init": "default",
+    "phases": (
+        Phase(0.20, (200, 2000), "linear", lr=1.5, max_params=16_000),
+        Phase(0.80, (200, 4000), "all", lr=0.6, max_params=16_000),
+    ),
+    "delta_clip": 0.15,
+    "average": 0.95,
+    "warmup_from_file": 8,
+    "validation_horizons": (200, 1000, 5000),
+    "validate_every": 30_000_000,
+}
+
 #: ``paper`` has neither skip nor step control, and 35,799 floats are too many to perturb at once for long.
 PAPER = (
     Phase(0.70, (100, 1000), "mlp", lr=3.0, max_params=1000),
@@ -86,6 +101,7 @@ MIXTURE: dict[str, Any] = {
 #: Settings that differ from the defaults of :class:`MetaTrainConfig`, and what each recipe is for.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"phases": CURRICULUM},  # held-out loss: generalisation
+    "continue": CONTINUE,  # larger tasks and longer runs, from ``default``
     "train-loss": TRAIN_LOSS,  # the training loss alone
     "paper": {"phases": PAPER, "preset": "paper"},  # the architecture of arXiv:2009.11243, 35,799 floats
     "mixture": MIXTURE,  # all families, from ``default``
