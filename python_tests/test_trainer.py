@@ -352,6 +352,8 @@ def test_recipes_are_whole(name: str) -> None:
         recipe("Default")
     with pytest.raises(ValueError, match=r"recipe: unknown fields \['pair'\]"):
         recipe(name, pair=3)
+    with pytest.raises(ValueError, match=r"average: expected a number, as in 3 or 0.5, got '.9'"):
+        recipe(name, inner_steps=1, average=".9")
     if name != "tiny":
         with pytest.raises(ValueError, match=r"inner_steps: recipe '.*' needs a budget"):
             recipe(name)

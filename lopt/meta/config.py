@@ -170,6 +170,9 @@ class MetaTrainConfig:
     """Every random number derives from it."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type in (int, float) and not isinstance(getattr(self, field.name), (int, float)):
+                raise ValueError(f"{field.name}: expected a number, as in 3 or 0.5, got {getattr(self, field.name)!r}")
         if isinstance(self.tasks, Mapping):  # from JSON
             object.__setattr__(self, "tasks", TaskDistribution.from_json(self.tasks))
         names = ("betas", "validation_horizons", "phases")
