@@ -32,8 +32,8 @@ TRAIN_LOSS: dict[str, Any] = {
     "validate_every": 5_000_000,
 }
 
-#: From a theta made of small tasks: those of all sizes. What was learned from at most 2,000 parameters takes too long steps
-#: in larger and deeper perceptrons when it knows the length of the run; the groups in the order of their noise again.
+#: From a theta made of small tasks: those of all sizes. What was learned from at most 2,000 parameters takes too long
+#: steps in larger and deeper perceptrons when it knows the length of the run. Again the group with least noise first.
 CONTINUE: dict[str, Any] = {
     "init": "default",
     "phases": (
