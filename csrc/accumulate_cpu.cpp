@@ -6,21 +6,27 @@ namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-template <class Features>
+template <class Features, bool kRounding>
 void run_chunk(const AccumulateParams& params, int64_t index) {
+  using AccumulatorOf = Accumulator<Features, kRounding>;
   const Chunk chunk = params.chunks[index];
   const TensorEntry& tensor = params.tensors[chunk.tensor];
   const int64_t left = tensor.numel - chunk.begin;
-  const Accumulator<Features> accumulator{
+  AccumulatorOf accumulator{
       params.mom_decay,
       params.rms_decay,
       params.clip_limit[chunk.tensor],
-      tensor.stride,
       Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
       Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype == kBFloat16, chunk.begin),
-      reinterpret_cast<float*>(tensor.mom) + chunk.begin,
-      reinterpret_cast<float*>(tensor.rms) + chunk.begin,
+      {Numbers::at(tensor.mom, kRounding, chunk.begin), tensor.stride},
+      {Numbers::at(tensor.rms, kRounding, chunk.begin), tensor.stride},
   };
+  if (kRounding) {
+    const uint64_t key = rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),
+                                      static_cast<uint64_t>(chunk.tensor));
+    accumulator.words = RoundingWords<AccumulatorOf::kPairs>::of(key, chunk.begin);
+    accumulator.first = static_cast<uint32_t>(chunk.begin);
+  }
   accumulator.run(left < kChunk ? left : kChunk, params.partials + index * kNumStats<Features>);
 }
 
@@ -44,7 +50,12 @@ bool accumulate(const AccumulateParams& params, int feature_set, int num_threads
 #pragma omp parallel num_threads(num_threads)
     {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < params.num_chunks; ++i) run_chunk<Features>(params, i);
+      for (int64_t i = 0; i < params.num_chunks; ++i) {
+        if (params.state_dtype == kBFloat16)
+          run_chunk<Features, true>(params, i);
+        else
+          run_chunk<Features, false>(params, i);
+      }
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < params.num_tensors; ++t) merge_tensor<Features>(params, t);
     }

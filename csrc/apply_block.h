@@ -19,9 +19,8 @@ struct Applier {
   static constexpr int kBlock = 32 * kLanes;  // parameters per block, hidden layers summed in float
   static constexpr int kSums = kWidth < kRegisters / 2 ? kWidth : kRegisters / 2;  // of a layer, in registers
   Numbers param, grad;
-  const float* mom;  // [kNumMom, stride]
-  const float* rms;  // [kNumRms, stride]
-  const int64_t stride;
+  Planes<Features::kNumMom, kBlock> mom;
+  Planes<Features::kNumRms, kBlock> rms;
   const float* scale;    // [columns]
   const float* shift;    // [columns]
   const float* bias;     // [width]
@@ -31,12 +30,13 @@ struct Applier {
   // The first `count` parameters; total[width] is the sum of their last hidden layers.
   void run(int64_t count, double* total) const {
     alignas(64) float param_buffer[kBlock], grad_buffer[kBlock];
+    alignas(64) float mom_buffer[Features::kNumMom * kBlock], rms_buffer[Features::kNumRms * kBlock];
     for (int j = 0; j < kWidth; ++j) total[j] = 0.0;
     for (int64_t begin = 0; begin < count; begin += kBlock) {
       const int64_t size = count - begin < kBlock ? count - begin : kBlock;
       float* p = param.read(begin, size, param_buffer);
       const float* g = grad.read(begin, size, grad_buffer);
-      block(p, g, mom + begin, rms + begin, size, total);
+      block(p, g, mom.read(begin, size, mom_buffer), rms.read(begin, size, rms_buffer), size, total);
       if (moves()) param.write(begin, size, p);
     }
   }
@@ -56,6 +56,7 @@ struct Applier {
   template <int kVectors>
   LOPT_INLINE void rows(float* p_at, const float* g_at, const float* mom_at, const float* rms_at, int lanes,
                         Vec* hidden_sum) const {
+    const int64_t mom_step = mom.step(), rms_step = rms.step();
     Vec p[kVectors], x[kColumns * kVectors], hidden[kWidth * kVectors];
     LOPT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -64,9 +65,9 @@ struct Applier {
       p[v] = load(p_at + i, lanes);
       Vec m[Features::kNumMom], r[Features::kNumRms], raw[kColumns];
       LOPT_UNROLL
-      for (int k = 0; k < Features::kNumMom; ++k) m[k] = load(mom_at + k * stride + i, lanes);
+      for (int k = 0; k < Features::kNumMom; ++k) m[k] = load(mom_at + k * mom_step + i, lanes);
       LOPT_UNROLL
-      for (int k = 0; k < Features::kNumRms; ++k) r[k] = load(rms_at + k * stride + i, lanes);
+      for (int k = 0; k < Features::kNumRms; ++k) r[k] = load(rms_at + k * rms_step + i, lanes);
       Features::columns(g, p[v], m, r, raw);
       LOPT_UNROLL
       for (int c = 0; c < kColumns; ++c)

@@ -16,9 +16,8 @@ void run_chunk(const ApplyParams& params, int64_t index) {
   const Applier<Features, kWidth> applier{
       Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
       Numbers::at(params.grads[t], tensor.grad_dtype == kBFloat16, chunk.begin),
-      reinterpret_cast<const float*>(tensor.mom) + chunk.begin,
-      reinterpret_cast<const float*>(tensor.rms) + chunk.begin,
-      tensor.stride,
+      {Numbers::at(tensor.mom, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
+      {Numbers::at(tensor.rms, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
       params.scale + t * kColumns,
       params.shift + t * kColumns,
       params.bias + t * kWidth,

@@ -9,6 +9,7 @@
 
 #include "features.h"
 #include "mlp.h"
+#include "rounding.h"
 #include "stats.h"
 
 namespace lopt {
@@ -25,8 +26,8 @@ enum Precision : int32_t { kExact = 0, kHigh = 1, kFast = 2 };
 // One row of the tensor table. Accumulators are planes of `stride` elements, in row-major order of the parameter.
 struct TensorEntry {
   int64_t param;        // address of [numel] values of param_dtype, read and written
-  int64_t mom;          // address of float [num_mom, stride]
-  int64_t rms;          // address of float [num_rms, stride]
+  int64_t mom;          // address of [num_mom, stride] values of the state's dtype
+  int64_t rms;          // address of [num_rms, stride]
   int64_t numel;        // > 0
   int64_t stride;       // elements between accumulator planes, >= numel
   int64_t first_chunk;  // this tensor's first row in the chunk table; its chunks follow in order
@@ -50,9 +51,12 @@ struct AccumulateParams {
   const float* clip_limit;  // [T] gradients are clamped to +-limit
   float mom_decay[kMaxDecays];
   float rms_decay[kMaxDecays];
-  double* partials;    // [num_chunks, S] scratch
-  uint32_t* finished;  // [T] scratch of the CUDA kernel: zero before and after
-  float* stats;        // [T, S] written; see enum Stat
+  const int64_t* step;  // [1] steps so far, and
+  int64_t seed;         // a number: they choose the random bits that round a bfloat16 state (rounding.h)
+  Dtype state_dtype;    // of mom and rms
+  double* partials;     // [num_chunks, S] scratch
+  uint32_t* finished;   // [T] scratch of the CUDA kernel: zero before and after
+  float* stats;         // [T, S] written; see enum Stat
 };
 
 struct ApplyParams {
@@ -71,6 +75,7 @@ struct ApplyParams {
   float magnitude_rate;
   float feature_clip;   // +inf: no clipping
   Precision precision;  // of the CUDA kernels; the CPU's are exact
+  Dtype state_dtype;    // of mom and rms
   double* partials;     // [num_chunks, width] scratch
   uint32_t* finished;   // [T] scratch of the CUDA kernel: zero before and after
   float* hidden;        // [T, width] written: mean of hidden2 over the tensor

@@ -23,6 +23,7 @@ constexpr int kLanes = 4, kRegisters = 16;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 
 LOPT_HD Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: it changes -0
 
@@ -137,6 +138,13 @@ LOPT_HD Vec lane_mask(int count) {
   return lane < count ? splat(1.0f) : Vec{};
 }
 
+// first, first + 1, ...
+LOPT_HD Bits count_from(uint32_t first) {
+  Bits lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+  return lane + first;
+}
+
 // f(begin, lanes) for all vectors of `count` values; `lanes` is kLanes but for a rest at the end.
 template <class Function>
 LOPT_HD void for_vectors(int64_t count, const Function& f) {
@@ -161,7 +169,15 @@ LOPT_HD double sum_of(const V& x) {
 
 LOPT_HD double sum_lanes(Vec x) { return sum_of(__builtin_convertvector(x, Doubles<kLanes>::Type)); }
 
-// Numbers in memory, float or bfloat16 (the upper half of a float), that the kernels see as floats.
+// bfloat16 is the upper half of a float32.
+LOPT_HD void widen(const uint16_t* source, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = uint32_t{source[i]} << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+// Numbers in memory, float or bfloat16, that the kernels see as floats.
 struct Numbers {
   void* address;
   bool is_bfloat16 = false;
@@ -173,11 +189,7 @@ struct Numbers {
   // From `begin` on: where they are, or a copy in `buffer`.
   float* read(int64_t begin, int64_t count, float* buffer) const {
     if (!is_bfloat16) return static_cast<float*>(address) + begin;
-    const uint16_t* source = static_cast<const uint16_t*>(address) + begin;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = uint32_t{source[i]} << 16;
-      std::memcpy(buffer + i, &bits, sizeof bits);
-    }
+    widen(static_cast<const uint16_t*>(address) + begin, count, buffer);
     return buffer;
   }
 
@@ -190,6 +202,35 @@ struct Numbers {
       std::memcpy(&bits, buffer + i, sizeof bits);
       const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
       target[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    }
+  }
+};
+
+// kPlanes accumulators of a tensor, `stride` elements apart. Those in bfloat16 are seen through a buffer of kSpan
+// floats for each; what is written there must be bfloat16 numbers.
+template <int kPlanes, int kSpan>
+struct Planes {
+  Numbers numbers;  // of the first
+  int64_t stride;
+
+  // From `begin` on: where they are, or copies in `buffer` [kPlanes, kSpan].
+  float* read(int64_t begin, int64_t count, float* buffer) const {
+    if (!numbers.is_bfloat16) return static_cast<float*>(numbers.address) + begin;
+    for (int k = 0; k < kPlanes; ++k) numbers.read(k * stride + begin, count, buffer + k * kSpan);
+    return buffer;
+  }
+  int64_t step() const { return numbers.is_bfloat16 ? kSpan : stride; }  // between planes of what `read` returned
+
+  // Puts back what `read` returned.
+  void write(int64_t begin, int64_t count, const float* buffer) const {
+    if (!numbers.is_bfloat16) return;
+    for (int k = 0; k < kPlanes; ++k) {
+      uint16_t* target = static_cast<uint16_t*>(numbers.address) + k * stride + begin;
+      for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, buffer + k * kSpan + i, sizeof bits);
+        target[i] = static_cast<uint16_t>(bits >> 16);
+      }
     }
   }
 };

@@ -183,9 +183,13 @@ struct Engine {
     int64_t offset = 0;
     for (int t = 0; t < tensors; offset += shapes[t].numel, ++t) {
       double total[kStats];
-      const Accumulator<Features> accumulator{
-          s.mom_decay,        s.rms_decay,       limit, params, {state.param + offset}, {grad + offset},
-          state.mom + offset, state.rms + offset};
+      const Accumulator<Features> accumulator{s.mom_decay,
+                                              s.rms_decay,
+                                              limit,
+                                              {state.param + offset},
+                                              {grad + offset},
+                                              {{state.mom + offset}, params},
+                                              {{state.rms + offset}, params}};
       accumulator.run(shapes[t].numel, total);
       finish_stats<Features, double>(total, static_cast<double>(shapes[t].numel), stats + int64_t{t} * kStats);
     }
@@ -197,9 +201,8 @@ struct Engine {
       float hidden[kWidth];
       const Applier<Features, kWidth> applier{{state.param + offset},
                                               {grad + offset},
-                                              state.mom + offset,
-                                              state.rms + offset,
-                                              params,
+                                              {{state.mom + offset}, params},
+                                              {{state.rms + offset}, params},
                                               level.scale + t * kColumns,
                                               level.shift + t * kColumns,
                                               level.bias + t * kWidth,

@@ -1,7 +1,7 @@
 // accumulate on the GPU: for every parameter
 //   grad  = clamp(grad, +-limit)
 //   mom_k = d_k mom_k + (1 - d_k) grad,  rms_k = d_k rms_k + (1 - d_k) grad^2
-// and per tensor the statistics of stats.h. One block per chunk, four parameters per thread and round (Note [Quads]).
+// (a bfloat16 state rounded at once, rounding.h) and per tensor the statistics of stats.h. One block per chunk, four parameters per thread and round (Note [Quads]).
 // Source: arXiv:2009.11243; moments are merged after Chan, Golub and LeVeque (1979). See Note [Order of reduction].
 #include "chunks.cuh"
 #include "reduce.cuh"
@@ -72,6 +72,20 @@ __device__ __forceinline__ double merge_column(int c, int64_t rows, double numel
   });
 }
 
+// Accumulators of parameter j of a quad -> the bfloat16 numbers that are stored (rounding.h).
+template <int kPairs, int kMom, int kRms>
+__device__ __forceinline__ void round_state(const RoundingWords<kPairs>& words, uint32_t element, int j,
+                                            float (&mom)[kMom][kQuad], float (&rms)[kRms][kQuad]) {
+  uint32_t random[kPairs];
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) random[pair] = words.bits(pair, element);
+#pragma unroll
+  for (int k = 0; k < kMom + kRms; ++k) {
+    float& value = k < kMom ? mom[k][j] : rms[k - kMom][j];
+    if (value == value) value = bits_float(rounded_bits(float_bits(value), random[k / 2], k));
+  }
+}
+
 // How many of a chunk's parameters one thread handled.
 __device__ __forceinline__ int parameters_of_thread(int count, int thread) {
   const int rounds = count / (kQuad * kThreads), rest = count % (kQuad * kThreads) - kQuad * thread;
@@ -79,7 +93,7 @@ __device__ __forceinline__ int parameters_of_thread(int count, int thread) {
 }
 
 // Three or four blocks per multiprocessor leave 168 or 128 registers: enough loads in flight, and nothing spills.
-template <class Features>
+template <Dtype kState, class Features>
 __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRms > 5 ? 3 : 4)
     accumulate_kernel(AccumulateParams params) {
   constexpr int kStats = kNumStats<Features>;
@@ -91,17 +105,30 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
   const int64_t grads = params.grads[chunk.tensor];
   const float limit = params.clip_limit[chunk.tensor];
 
-  const bool aligned = aligned_quads(tensor, grads);
+  constexpr int kMom = Features::kNumMom, kRms = Features::kNumRms, kPairs = (kMom + kRms + 1) / 2;
+  __shared__ RoundingWords<kPairs> words;
+  if (kState == kBFloat16) {
+    if (threadIdx.x == 0)
+      words = RoundingWords<kPairs>::of(
+          rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),
+                       static_cast<uint64_t>(chunk.tensor)),
+          chunk.begin);
+    __syncthreads();
+  }
+
+  const bool aligned = aligned_quads<kState>(tensor, grads);
   float row[kStats] = {};
   float seen = 0.0f;
   for (int i = kQuad * static_cast<int>(threadIdx.x); i < chunk.count; i += kQuad * kThreads) {
     const Quad quad = quad_at(chunk, i, aligned);
     const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad);
     const RawQuad raw_grad = load_raw(grads, tensor.grad_dtype, quad);
-    float mom[Features::kNumMom][kQuad], rms[Features::kNumRms][kQuad];
-    load_planes(tensor.mom, tensor.stride, quad, mom);
-    load_planes(tensor.rms, tensor.stride, quad, rms);
-    float param[kQuad], unclipped[kQuad], grad[kQuad];
+    RawQuad raw_mom[kMom], raw_rms[kRms];
+    load_planes<kState>(tensor.mom, tensor.stride, quad, raw_mom);
+    load_planes<kState>(tensor.rms, tensor.stride, quad, raw_rms);
+    float mom[kMom][kQuad], rms[kRms][kQuad], param[kQuad], unclipped[kQuad], grad[kQuad];
+    decode_planes<kState>(raw_mom, mom);
+    decode_planes<kState>(raw_rms, rms);
     decode(raw_param, tensor.param_dtype, param);
     decode(raw_grad, tensor.grad_dtype, unclipped);
 #pragma unroll
@@ -112,9 +139,10 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
 #pragma unroll
       for (int k = 0; k < Features::kNumRms; ++k)
         rms[k][j] = next_accumulator(rms[k][j], params.rms_decay[k], grad[j] * grad[j]);
+      if (kState == kBFloat16) round_state(words, static_cast<uint32_t>(quad.at + j), j, mom, rms);
     }
-    store_planes(tensor.mom, tensor.stride, quad, mom);
-    store_planes(tensor.rms, tensor.stride, quad, rms);
+    store_planes<kState>(tensor.mom, tensor.stride, quad, mom);
+    store_planes<kState>(tensor.rms, tensor.stride, quad, rms);
 
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
@@ -161,7 +189,10 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
 
 bool accumulate_cuda(const AccumulateParams& params, int feature_set, int device, uint64_t stream) {
   return with_feature_set(feature_set, [&](auto features) {
-    launch_per_chunk("accumulate", accumulate_kernel<decltype(features)>, params, device, stream);
+    using Features = decltype(features);
+    const auto kernel =
+        params.state_dtype == kFloat32 ? accumulate_kernel<kFloat32, Features> : accumulate_kernel<kBFloat16, Features>;
+    launch_per_chunk("accumulate", kernel, params, device, stream);
   });
 }
 

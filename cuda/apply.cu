@@ -11,7 +11,7 @@ namespace lopt {
 namespace {
 
 // Three blocks per multiprocessor leave 168 registers: with less, some compilers spill.
-template <class Features, int kWidth>
+template <Dtype kState, class Features, int kWidth>
 __global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) {
   __shared__ Rule<Features, kWidth> rule;
   __shared__ float rows[kWidth][kThreads];  // one row of hidden sums per thread, transposed: registers are dearer
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) 
 
   for (int i = static_cast<int>(threadIdx.x); i < chunk.count; i += kThreads) {
     float hidden[kWidth];
-    apply_one(params, rule, operands, chunk.begin + i, hidden);
+    apply_one<kState>(params, rule, operands, chunk.begin + i, hidden);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) rows[j][threadIdx.x] += hidden[j];
   }
@@ -39,8 +39,11 @@ bool apply_mma_cuda(const ApplyParams& params, int feature_set, int width, int d
 bool apply_cuda(const ApplyParams& params, int feature_set, int width, int device, uint64_t stream) {
   if (params.precision != kExact) return apply_mma_cuda(params, feature_set, width, device, stream);
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
-    launch_per_chunk("apply", apply_kernel<decltype(features), decltype(width_constant)::value>, params, device,
-                     stream);
+    using Features = decltype(features);
+    constexpr int kWidth = decltype(width_constant)::value;
+    const auto kernel = params.state_dtype == kFloat32 ? apply_kernel<kFloat32, Features, kWidth>
+                                                       : apply_kernel<kBFloat16, Features, kWidth>;
+    launch_per_chunk("apply", kernel, params, device, stream);
   });
 }
 

@@ -64,35 +64,24 @@ __device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64
 }
 
 // The update of one parameter in plain float, the oracle of the faster ones; writes its last hidden layer to `hidden`.
-template <class Features, int kWidth>
+template <Dtype kState, class Features, int kWidth>
 __device__ __forceinline__ void apply_one(const ApplyParams& params, const Rule<Features, kWidth>& rule,
                                           const Operands& operands, int64_t at, float (&hidden)[kWidth]) {
   const TensorEntry& tensor = operands.tensor;
-  const float* mom_at = reinterpret_cast<const float*>(tensor.mom) + at;
-  const float* rms_at = reinterpret_cast<const float*>(tensor.rms) + at;
   const float param = load_value(tensor.param, tensor.param_dtype, at);
   const float grad = clip_gradient(load_value(operands.grads, tensor.grad_dtype, at), operands.limit);
   float mom[Features::kNumMom], rms[Features::kNumRms], x[Features::kNumColumns];
 #pragma unroll
-  for (int k = 0; k < Features::kNumMom; ++k) mom[k] = __ldcg(mom_at + k * tensor.stride);
+  for (int k = 0; k < Features::kNumMom; ++k)
+    mom[k] = load_value(plane_at<kState>(tensor.mom, tensor.stride, k), kState, at);
 #pragma unroll
-  for (int k = 0; k < Features::kNumRms; ++k) rms[k] = __ldcg(rms_at + k * tensor.stride);
+  for (int k = 0; k < Features::kNumRms; ++k)
+    rms[k] = load_value(plane_at<kState>(tensor.rms, tensor.stride, k), kState, at);
   rule.columns(grad, param, mom, rms, params.feature_clip, x);
   const MlpOutput<float> out = small_mlp<Features::kNumColumns, kWidth>(x, rule.weights, rule.bias, hidden);
   if (operands.moves())
     store_value(tensor.param, tensor.param_dtype, at,
                 next_param(param, out, operands.keep, operands.step_size, params.magnitude_rate));
-}
-
-__device__ __forceinline__ uint32_t float_bits(float value) {
-  FloatBits x;
-  x.value = value;
-  return x.bits;
-}
-__device__ __forceinline__ float bits_float(uint32_t bits) {
-  FloatBits x;
-  x.bits = bits;
-  return x.value;
 }
 
 // Sums of hidden units, kRows per unit in shared memory -> the chunk's partials -> the tensor's mean.

@@ -126,7 +126,7 @@ constexpr int resident_blocks(int columns, int width, int parts) {
   return columns < 16 && width < 32 ? 4 : columns >= 16 && width == 32 && parts == 2 ? 2 : 3;
 }
 
-template <class Features, int kWidth, int kParts>
+template <Dtype kState, class Features, int kWidth, int kParts>
 __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumns, kWidth, kParts))
     apply_mma_kernel(ApplyParams params) {
   using Layout = MlpLayout<Features::kNumColumns, kWidth>;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumn
   const ChunkRange chunk = chunk_of_block(params.tensors, params.chunks);
   const Operands operands = operands_of(params, chunk.tensor);
   const TensorEntry& tensor = operands.tensor;
-  const bool aligned = aligned_quads(tensor, operands.grads);
+  const bool aligned = aligned_quads<kState>(tensor, operands.grads);
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
   auto& stage = stages[warp_index()];
   alignas(16) __shared__ float last_layer[kTiles][4][8];  // for every lane t and two units: bias, direction, magnitude
@@ -184,9 +184,12 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumn
     const Quad quad{chunk.begin + base + kQuad * lane, kQuad, true};
     const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad);
     const RawQuad raw_grad = load_raw(operands.grads, tensor.grad_dtype, quad);
+    RawQuad raw_mom[Features::kNumMom], raw_rms[Features::kNumRms];
+    load_planes<kState>(tensor.mom, tensor.stride, quad, raw_mom);
+    load_planes<kState>(tensor.rms, tensor.stride, quad, raw_rms);
     float mom[Features::kNumMom][kQuad], rms[Features::kNumRms][kQuad];
-    load_planes(tensor.mom, tensor.stride, quad, mom);
-    load_planes(tensor.rms, tensor.stride, quad, rms);
+    decode_planes<kState>(raw_mom, mom);
+    decode_planes<kState>(raw_rms, rms);
     float param[kQuad], grad[kQuad];
     decode(raw_param, tensor.param_dtype, param);
     decode(raw_grad, tensor.grad_dtype, grad);
@@ -278,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumn
 #pragma unroll 1
     for (int i = base + lane; i < base + kWindow; i += 32) {
       float hidden[kWidth] = {};
-      if (i < chunk.count) apply_one(params, rule, operands, chunk.begin + i, hidden);
+      if (i < chunk.count) apply_one<kState>(params, rule, operands, chunk.begin + i, hidden);
 #pragma unroll
       for (int unit = 0; unit < kWidth; ++unit) {
         float sum = hidden[unit];
@@ -297,10 +300,13 @@ bool apply_mma_cuda(const ApplyParams& params, int feature_set, int width, int d
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
     using Features = decltype(features);
     constexpr int kWidth = decltype(width_constant)::value;
-    launch_per_chunk(
-        "apply_mma",
-        params.precision == kFast ? apply_mma_kernel<Features, kWidth, 1> : apply_mma_kernel<Features, kWidth, 2>,
-        params, device, stream);
+    const auto launch = [&](auto kernel) { launch_per_chunk("apply_mma", kernel, params, device, stream); };
+    if (params.state_dtype == kFloat32)
+      launch(params.precision == kFast ? apply_mma_kernel<kFloat32, Features, kWidth, 1>
+                                       : apply_mma_kernel<kFloat32, Features, kWidth, 2>);
+    else
+      launch(params.precision == kFast ? apply_mma_kernel<kBFloat16, Features, kWidth, 1>
+                                       : apply_mma_kernel<kBFloat16, Features, kWidth, 2>);
   });
 }
 

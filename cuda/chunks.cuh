@@ -33,6 +33,17 @@ union FloatBits {
   uint32_t bits;
 };
 
+__device__ __forceinline__ uint32_t float_bits(float value) {
+  FloatBits x;
+  x.value = value;
+  return x.bits;
+}
+__device__ __forceinline__ float bits_float(uint32_t bits) {
+  FloatBits x;
+  x.bits = bits;
+  return x.value;
+}
+
 // bfloat16 is the upper half of a float32.
 __device__ __forceinline__ float load_value(int64_t address, int32_t dtype, int64_t i) {
   if (dtype == kFloat32) return __ldcg(reinterpret_cast<const float*>(address) + i);
@@ -66,8 +77,10 @@ struct Quad {
 };
 
 // Whether the quads of a tensor are aligned; chunks begin at multiples of a quad.
+template <Dtype kState>
 __device__ __forceinline__ bool aligned_quads(const TensorEntry& tensor, int64_t grads) {
-  const int64_t floats = tensor.mom | tensor.rms | tensor.stride * 4 |
+  const int64_t state = tensor.mom | tensor.rms;
+  const int64_t floats = (kState == kFloat32 ? state : state * 2) | tensor.stride * 4 |
                          (tensor.param_dtype == kFloat32 ? tensor.param : tensor.param * 2) |
                          (tensor.grad_dtype == kFloat32 ? grads : grads * 2);
   return floats % 16 == 0;
@@ -83,29 +96,31 @@ struct RawQuad {
   uint32_t words[kQuad];
 };
 
-// Nothing where the quad has no parameter.
-__device__ __forceinline__ RawQuad load_raw(int64_t address, int32_t dtype, const Quad& quad) {
-  RawQuad raw{};
+__device__ __forceinline__ RawQuad load_wide(int64_t address, int32_t dtype, int64_t at) {
   if (dtype == kFloat32) {
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(address) + quad.at;
-    if (quad.wide) {
-      const uint4 four = __ldcg(reinterpret_cast<const uint4*>(from));
-      return {{four.x, four.y, four.z, four.w}};
-    }
+    const uint4 four = __ldcg(reinterpret_cast<const uint4*>(reinterpret_cast<const uint32_t*>(address) + at));
+    return {{four.x, four.y, four.z, four.w}};
+  }
+  const uint2 four = __ldcg(reinterpret_cast<const uint2*>(reinterpret_cast<const uint16_t*>(address) + at));
+  return {{four.x, four.y, 0, 0}};
+}
+
+// Zero where the quad has no parameter.
+__device__ __forceinline__ RawQuad load_narrow(int64_t address, int32_t dtype, const Quad& quad) {
+  RawQuad raw{};
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j)
-      if (j < quad.count) raw.words[j] = __ldcg(from + j);
-  } else {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(address) + quad.at;
-    if (quad.wide) {
-      const uint2 four = __ldcg(reinterpret_cast<const uint2*>(from));
-      return {{four.x, four.y, 0, 0}};
-    }
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j)
-      if (j < quad.count) raw.words[j / 2] |= uint32_t{__ldcg(from + j)} << 16 * (j % 2);
+  for (int j = 0; j < kQuad; ++j) {
+    if (j >= quad.count) break;
+    if (dtype == kFloat32)
+      raw.words[j] = __ldcg(reinterpret_cast<const uint32_t*>(address) + quad.at + j);
+    else
+      raw.words[j / 2] |= uint32_t{__ldcg(reinterpret_cast<const uint16_t*>(address) + quad.at + j)} << 16 * (j % 2);
   }
   return raw;
+}
+
+__device__ __forceinline__ RawQuad load_raw(int64_t address, int32_t dtype, const Quad& quad) {
+  return quad.wide ? load_wide(address, dtype, quad.at) : load_narrow(address, dtype, quad);
 }
 
 __device__ __forceinline__ void decode(const RawQuad& raw, int32_t dtype, float* values) {
@@ -133,40 +148,62 @@ __device__ __forceinline__ void store_quad(int64_t address, int32_t dtype, const
   }
 }
 
-// The quad of every accumulator plane; zero where it has no parameter.
-template <int kPlanes>
-__device__ __forceinline__ void load_planes(int64_t address, int64_t stride, const Quad& quad,
-                                            float (&values)[kPlanes][kQuad]) {
-  const float* from = reinterpret_cast<const float*>(address) + quad.at;
-  if (quad.wide) {
-#pragma unroll
-    for (int k = 0; k < kPlanes; ++k) {
-      const float4 four = __ldcg(reinterpret_cast<const float4*>(from + k * stride));
-      values[k][0] = four.x, values[k][1] = four.y, values[k][2] = four.z, values[k][3] = four.w;
-    }
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kPlanes; ++k)
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) values[k][j] = j < quad.count ? __ldcg(from + k * stride + j) : 0.0f;
+// ---- Quads of all accumulators --------------------------------------------------------------------------------------
+
+template <Dtype kState>
+__device__ __forceinline__ int64_t plane_at(int64_t address, int64_t stride, int k) {
+  return address + k * stride * (kState == kFloat32 ? 4 : 2);
 }
 
-template <int kPlanes>
-__device__ __forceinline__ void store_planes(int64_t address, int64_t stride, const Quad& quad,
-                                             const float (&values)[kPlanes][kQuad]) {
-  float* to = reinterpret_cast<float*>(address) + quad.at;
+template <Dtype kState, int kPlanes>
+__device__ __forceinline__ void load_planes(int64_t address, int64_t stride, const Quad& quad,
+                                            RawQuad (&raw)[kPlanes]) {
   if (quad.wide) {
 #pragma unroll
-    for (int k = 0; k < kPlanes; ++k)
-      __stcg(reinterpret_cast<float4*>(to + k * stride), {values[k][0], values[k][1], values[k][2], values[k][3]});
+    for (int k = 0; k < kPlanes; ++k) raw[k] = load_wide(plane_at<kState>(address, stride, k), kState, quad.at);
     return;
   }
 #pragma unroll
-  for (int k = 0; k < kPlanes; ++k)
+  for (int k = 0; k < kPlanes; ++k) raw[k] = load_narrow(plane_at<kState>(address, stride, k), kState, quad);
+}
+
+template <Dtype kState, int kPlanes>
+__device__ __forceinline__ void decode_planes(const RawQuad (&raw)[kPlanes], float (&values)[kPlanes][kQuad]) {
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j)
-      if (j < quad.count) __stcg(to + k * stride + j, values[k][j]);
+  for (int k = 0; k < kPlanes; ++k) decode(raw[k], kState, values[k]);
+}
+
+// For a bfloat16 state, the values must be bfloat16 numbers.
+template <Dtype kState, int kPlanes>
+__device__ __forceinline__ void store_planes(int64_t address, int64_t stride, const Quad& quad,
+                                             const float (&values)[kPlanes][kQuad]) {
+#pragma unroll
+  for (int k = 0; k < kPlanes; ++k) {
+    const int64_t plane = plane_at<kState>(address, stride, k);
+    if (kState == kFloat32) {
+      float* to = reinterpret_cast<float*>(plane) + quad.at;
+      if (quad.wide) {
+        __stcg(reinterpret_cast<float4*>(to), {values[k][0], values[k][1], values[k][2], values[k][3]});
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j)
+        if (j < quad.count) __stcg(to + j, values[k][j]);
+    } else {
+      uint16_t* to = reinterpret_cast<uint16_t*>(plane) + quad.at;
+      uint32_t bits[kQuad];
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) bits[j] = float_bits(values[k][j]);
+      if (quad.wide) {
+        __stcg(reinterpret_cast<uint2*>(to),
+               {bits[0] >> 16 | (bits[1] & 0xffff0000u), bits[2] >> 16 | (bits[3] & 0xffff0000u)});
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j)
+        if (j < quad.count) __stcg(to + j, static_cast<uint16_t>(bits[j] >> 16));
+    }
+  }
 }
 
 }  // namespace lopt

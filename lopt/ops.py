@@ -181,10 +181,12 @@ class Plan:
         backend: ``"cpu"``, ``"cuda"``, or ``"sim"`` (the CUDA kernels on the CPU, for tests).
         feature_set: a key of ``FEATURE_SETS``.
         params: contiguous, non-empty float32 or bfloat16 tensors on one device, written by :meth:`apply`.
-        mom, rms: contiguous float32 ``[num_mom, numel]`` and ``[num_rms, numel]`` for each; :meth:`accumulate` writes.
+        mom, rms: contiguous ``[num_mom, numel]`` and ``[num_rms, numel]`` for each, all float32 or all bfloat16;
+            :meth:`accumulate` writes, and rounds bfloat16 stochastically (csrc/rounding.h).
         theta_index: for each tensor the row of the MLP weights that drives it; zeros by default.
         precision: of the small MLP in the CUDA kernels. ``"exact"`` is plain float32; ``"high"`` splits a float32 into
             two halves for tensor cores and keeps its accuracy; ``"fast"`` rounds to 11 bits.
+        seed: chooses, with the step and the position of an element, how a bfloat16 state is rounded.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, device, size or layout, named with its position.
@@ -199,6 +201,7 @@ class Plan:
         rms: Sequence[Tensor],
         theta_index: Sequence[int] | None = None,
         precision: str = "high",
+        seed: int = 0,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -220,12 +223,14 @@ class Plan:
             raise ValueError(f"params[0]: on {self.device}, which back end {backend!r} cannot reach; use impl='auto'")
         sizes = [param.numel() for param in params]
         decays = len(self.features.mom_decays), len(self.features.rms_decays)
+        self.state_dtype = mom[0].dtype
+        state_dtypes = (self.state_dtype,) if self.state_dtype in DTYPES else tuple(DTYPES)
         for i, (param, m, r) in enumerate(zip(params, mom, rms, strict=True)):
             if sizes[i] == 0:
                 raise ValueError(f"params[{i}]: empty; leave empty tensors out")
             _check(f"params[{i}]", param, tuple(DTYPES), sizes[i], self.device)
-            _check(f"mom[{i}]", m, (torch.float32,), decays[0] * sizes[i], self.device)
-            _check(f"rms[{i}]", r, (torch.float32,), decays[1] * sizes[i], self.device)
+            _check(f"mom[{i}]", m, state_dtypes, decays[0] * sizes[i], self.device)
+            _check(f"rms[{i}]", r, state_dtypes, decays[1] * sizes[i], self.device)
         self.sizes = sizes
         self.param_addresses = [param.data_ptr() for param in params]
         self.keep_alive = (list(mom), list(rms))
@@ -264,9 +269,11 @@ class Plan:
         self._accumulate, self._apply = np.zeros((), ACCUMULATE), np.zeros((), APPLY)
         for record in (self._accumulate, self._apply):
             record["num_tensors"], record["num_chunks"] = self.num_tensors, self.num_chunks
+            record["state_dtype"] = DTYPES[self.state_dtype]
             for name in ("tensors", "chunks", "partials", "finished"):
                 record[name] = getattr(self, name).data_ptr()
         self._accumulate["stats"], self._apply["precision"] = self.stats.data_ptr(), self.precision
+        self._accumulate["seed"] = seed
         #: Addresses of AccumulateParams and ApplyParams.
         self.addresses = self._accumulate.ctypes.data, self._apply.ctypes.data
 
@@ -312,7 +319,11 @@ class Plan:
         return {"num_threads": torch.get_num_threads(), **_stream(self.device)}
 
     def accumulate(
-        self, clip_limit: Tensor, mom_decays: Sequence[float] = (), rms_decays: Sequence[float] = ()
+        self,
+        clip_limit: Tensor,
+        mom_decays: Sequence[float] = (),
+        rms_decays: Sequence[float] = (),
+        step: Tensor | None = None,
     ) -> Tensor:
         """Clip gradients, update ``mom`` and ``rms`` in place, and return the statistics ``[T, S]``.
 
@@ -321,11 +332,23 @@ class Plan:
         Args:
             clip_limit: ``[T]`` float32, bound of the gradient elements.
             mom_decays, rms_decays: the feature set's own when not given.
+            step: ``[]`` int64, steps so far; needed for a bfloat16 state.
         """
         self._check_grads()
         self.bind_accumulate(clip_limit, mom_decays, rms_decays)
+        self.set_step(step)
         _C.accumulate(self.backend, self.index, self.addresses[0], **self._place())
         return self.stats
+
+    def set_step(self, step: Tensor | None) -> None:
+        """The number of steps so far, ``[]`` int64 on the device, by which a bfloat16 state is rounded."""
+        if self.state_dtype == torch.float32:
+            return
+        if step is None or step.dtype != torch.int64 or step.numel() != 1 or step.device != self.device:
+            came = "nothing" if step is None else f"{step.dtype} of shape {tuple(step.shape)} on {step.device}"
+            raise ValueError(f"step: a bfloat16 state needs one int64 on {self.device} to be rounded by, got {came}")
+        self._accumulate["step"] = step.data_ptr()
+        self._operands["step"] = [step]
 
     def bind_accumulate(
         self, clip_limit: Tensor, mom_decays: Sequence[float] = (), rms_decays: Sequence[float] = ()

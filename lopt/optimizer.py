@@ -22,6 +22,7 @@ from lopt.theta import Theta
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
 NONFINITE = ("ignore", "raise", "skip")
 PRECISIONS = ("high", "fast")
+STATE_DTYPES = (torch.float32, torch.bfloat16)
 _dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 GLOBALS = (*Globals._fields, "pending_loss", "nonfinite")  # kept in param_groups[0]
 
@@ -96,6 +97,8 @@ class LearnedOptimizer(Optimizer):
             raises FloatingPointError before anything changes; both read a value back from the device.
         precision: of the small MLP on a GPU. ``"high"`` (default) has the accuracy of float32; ``"fast"`` rounds
             features, weights and hidden units to 11 bits, as TF32 does. Elsewhere it has no effect.
+        state_dtype: of the accumulators. ``torch.bfloat16`` halves their memory. They are rounded stochastically, so
+            that slow ones do not stall, by bits that depend on step and position only: runs repeat bit for bit.
 
     Raises:
         ValueError, TypeError, RuntimeError: the operand, what was expected, what came, and what to do.
@@ -111,9 +114,9 @@ class LearnedOptimizer(Optimizer):
 
     Losses reach it through ``step(loss=...)``, ``step(closure)`` or :meth:`observe`; without any it works too.
 
-    ``state[p]`` is ``{"mom": [K, numel], "rms": [K', numel], "lstm": {"h", "c", "feedback", "scale", "updates"}}`` in
-    float32 (row-major order of the parameter), created in the first step; what all tensors share is in
-    ``param_groups[0]``. State dicts resume bit for bit.
+    ``state[p]`` is ``{"mom": [K, numel], "rms": [K', numel], "lstm": {"h", "c", "feedback", "scale", "updates"}}``
+    (row-major order of the parameter; ``mom`` and ``rms`` in ``state_dtype``, the rest in float32), created in the
+    first step; what all tensors share is in ``param_groups[0]``. State dicts resume bit for bit.
 
     On CUDA a step is five launches and waits for nothing. After one step outside, ``torch.cuda.graph`` can hold it. A
     replay reads losses, gradients and ``lr`` anew where they are tensors, and takes numbers of Python as they were. The
@@ -136,6 +139,7 @@ class LearnedOptimizer(Optimizer):
         impl: str = "auto",
         on_nonfinite: str = "ignore",
         precision: Literal["high", "fast"] = "high",
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
@@ -143,6 +147,8 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"on_nonfinite: expected one of {NONFINITE}, got {on_nonfinite!r}")
         if precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype: expected one of {STATE_DTYPES}, got {state_dtype!r}")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps: expected a positive number or None, got {total_steps}")
         if not isinstance(theta, (Theta, str, os.PathLike)):
@@ -151,6 +157,7 @@ class LearnedOptimizer(Optimizer):
         self.total_steps = total_steps
         self.on_nonfinite = on_nonfinite
         self.precision = precision
+        self.state_dtype = state_dtype
         self.impl = impl
         self._active: _Active | None = None
         self._weights: dict[str, Tensor] = {}
@@ -267,10 +274,15 @@ class LearnedOptimizer(Optimizer):
         spec, weights = self.theta.spec, self._theta_weights()
         like = weights["initial_h"]
         state = self.state[param]
-        state["mom"] = like.new_zeros(len(spec.mom_decays), param.numel())
-        state["rms"] = like.new_zeros(len(spec.rms_decays), param.numel())
+        dtype = self._accumulator_dtype(like)
+        state["mom"] = like.new_zeros(len(spec.mom_decays), param.numel(), dtype=dtype)
+        state["rms"] = like.new_zeros(len(spec.rms_decays), param.numel(), dtype=dtype)
         rows = tensor_lstm.init_rows(spec, weights, 1)
         state["lstm"] = {name: value[0] for name, value in rows._asdict().items()}
+
+    def _accumulator_dtype(self, like: Tensor) -> torch.dtype:
+        """``state_dtype``, and float64 in place of float32 for float64 parameters."""
+        return like.dtype if self.state_dtype == torch.float32 else self.state_dtype
 
     def _prepare(self, params: list[Tensor], groups: list[int]) -> _Active:
         """Tables and stacked rows for the tensors of this step; kept while the same tensors come."""
@@ -302,7 +314,7 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("theta", "total_steps", "on_nonfinite", "precision", "impl", "implementation"):
+        for name in ("theta", "total_steps", "on_nonfinite", "precision", "state_dtype", "impl", "implementation"):
             state[name] = getattr(self, name)
         return state
 
@@ -311,7 +323,7 @@ class LearnedOptimizer(Optimizer):
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict; float32 state stays float32 whatever the dtype of the parameters.
+        """Load a state dict; the state gets this optimizer's dtypes, whatever the dtype of the parameters.
 
         Raises:
             ValueError: the state belongs to a theta of another architecture; nothing was changed.
@@ -351,7 +363,9 @@ class LearnedOptimizer(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(ids, params, strict=True):
             if index in source["state"]:
-                self.state[param] = copy(source["state"][index])
+                state = self.state[param] = copy(source["state"][index])
+                for name in {"mom", "rms"} & set(state):
+                    state[name] = state[name].to(self._accumulator_dtype(like))
         for name in GLOBALS:
             if name in self.param_groups[0]:
                 self.param_groups[0][name] = copy(self.param_groups[0][name])
@@ -524,7 +538,7 @@ class LearnedOptimizer(Optimizer):
         """The step of the reference."""
         spec, weights, group = self.theta.spec, self._theta_weights(), self._globals()
         like = weights["initial_h"]
-        plan.set_tensors(active.params, grads)
+        plan.set_tensors(active.params, grads, group["step"])
         lr, decay = (self._per_tensor(name, active, like) for name in ("lr", "weight_decay"))
         globals_ = Globals(*(group[name] for name in Globals._fields))
         total, count = group["pending_loss"]

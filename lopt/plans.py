@@ -42,9 +42,10 @@ class ReferencePlan:
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.dtype = weights["mlp.b1"].dtype
+        self.step = torch.zeros((), dtype=torch.int64)
 
-    def set_tensors(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        self.params, self.grads = params, grads
+    def set_tensors(self, params: list[Tensor], grads: list[Tensor], step: Tensor) -> None:
+        self.params, self.grads, self.step = params, grads, step
 
     def _flat(self, tensor: Tensor) -> Tensor:  # contiguous, since strides change the order of sums
         return tensor.reshape(-1).to(self.dtype).contiguous()
@@ -53,7 +54,9 @@ class ReferencePlan:
         stats = []
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
             flat = self._flat(param), self._flat(grad)
-            clipped, mom, rms, row = reference.accumulate(self.spec, *flat, self.mom[i], self.rms[i], clip_limit)
+            rounding = reference.Rounding(int(self.step), i) if self.mom[i].dtype == torch.bfloat16 else None
+            mom, rms = self.mom[i].to(self.dtype), self.rms[i].to(self.dtype)
+            clipped, mom, rms, row = reference.accumulate(self.spec, *flat, mom, rms, clip_limit, rounding)
             self.grads[i] = clipped
             self.mom[i].copy_(mom)
             self.rms[i].copy_(rms)
@@ -66,7 +69,15 @@ class ReferencePlan:
             row = Conditioning(*(value[i] for value in conditioning))
             flat = self._flat(param)
             new, mean, _, _ = reference.apply(
-                self.spec, self.weights, flat, grad, self.mom[i], self.rms[i], row, step_size[i], keep[i]
+                self.spec,
+                self.weights,
+                flat,
+                grad,
+                self.mom[i].to(self.dtype),
+                self.rms[i].to(self.dtype),
+                row,
+                step_size[i],
+                keep[i],
             )
             param.copy_(new.view_as(param))
             feedback.append(mean)
@@ -113,6 +124,7 @@ class KernelPlan:
         plan.set_tensors(copies, ops.contiguous(grads))
         level.set_options(groups, total_steps)
         level.set_losses(groups[0], loss)
+        plan.set_step(groups[0]["step"])
         ops.step(plan, level)
         if copies is not params:
             for param, copy in zip(params, copies, strict=True):

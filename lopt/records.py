@@ -19,6 +19,8 @@ ACCUMULATE = np.dtype(
         *((name, "i8") for name in ("tensors", "grads", "chunks", "num_tensors", "num_chunks", "clip_limit")),
         ("mom_decay", "f4", MAX_DECAYS),
         ("rms_decay", "f4", MAX_DECAYS),
+        *((name, "i8") for name in ("step", "seed")),
+        *((name, "i4") for name in ("state_dtype", "unused")),
         *((name, "i8") for name in ("partials", "finished", "stats")),
     ]
 )
@@ -27,7 +29,7 @@ APPLY = np.dtype(
         *((name, "i8") for name in ("tensors", "grads", "chunks", "num_tensors", "num_chunks", "clip_limit")),
         *((name, "i8") for name in ("scale", "shift", "bias", "step_size", "keep", "weights")),
         *((name, "f4") for name in ("magnitude_rate", "feature_clip")),
-        *((name, "i4") for name in ("precision", "unused")),
+        *((name, "i4") for name in ("precision", "state_dtype")),
         *((name, "i8") for name in ("partials", "finished", "hidden")),
     ]
 )

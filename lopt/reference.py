@@ -18,6 +18,7 @@ Source: arXiv:2009.11243, appendix C, and its author's port (rnn_mlp_lopt in goo
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -88,8 +89,69 @@ def moments(spec: ThetaSpec, grad: Tensor, param: Tensor, mom: Tensor, rms: Tens
     return values.mean(dim=1)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """Stochastic rounding of accumulators to bfloat16: up with the probability of the rest, so right on average.
+
+    Rounding to nearest would never move an accumulator of decay .9999, whose steps are smaller than bfloat16's. The
+    random bits are a hash of seed, step, tensor, element and accumulator, the same as in the kernels (csrc/rounding.h).
+
+    Args:
+        step: number of steps so far.
+        tensor: position of the tensor in the list.
+    """
+
+    step: int
+    tensor: int
+    seed: int = 0
+
+    def bits(self, accumulators: int, numel: int) -> Tensor:
+        """``[accumulators, numel]`` int64, random numbers below 2^16."""
+        key = _mix_bits(self.seed + 0x9E3779B97F4A7C15)
+        key = _mix_bits(_mix_bits(key + self.step) + self.tensor)
+        element = torch.arange(numel)
+        words = []
+        for pair in range((accumulators + 1) // 2):  # elements beyond 2^32 have other words
+            word = torch.tensor(
+                [_mix_bits(key + high * 16 + pair + 1) for high in range(max(numel - 1, 0) // 2**32 + 1)],
+                dtype=torch.uint64,
+            ).view(torch.int64)[element >> 32]
+            x = (element ^ word) & 0xFFFFFFFF
+            x = _times(x ^ (x >> 16), 0x7FEB352D) + ((word >> 32) & 0xFFFFFFFF) & 0xFFFFFFFF
+            x = _times(x ^ (x >> 15), 0x846CA68B)
+            x = x ^ (x >> 16)
+            words += [x & 0xFFFF, x >> 16]
+        return torch.stack(words[:accumulators])
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """``values`` ``[accumulators, numel]``, as float32, rounded to bfloat16 numbers, in their own dtype."""
+        bits = self.bits(*values.shape).to(values.device)
+        single = values.float()
+        rounded = (single.view(torch.int32).long() + bits & -0x10000).to(torch.int32).view(torch.float32)
+        return torch.where(torch.isnan(single), single, rounded).to(values.dtype)
+
+
+def _mix_bits(x: int) -> int:
+    x &= 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """Product modulo 2^32, without leaving 63 bits."""
+    low, high = (x & 0xFFFF) * factor, (x >> 16) * (factor & 0xFFFF)
+    return low + (high << 16) & 0xFFFFFFFF
+
+
 def accumulate(
-    spec: ThetaSpec, param: Tensor, grad: Tensor, mom: Tensor, rms: Tensor, limit: Tensor
+    spec: ThetaSpec,
+    param: Tensor,
+    grad: Tensor,
+    mom: Tensor,
+    rms: Tensor,
+    limit: Tensor,
+    rounding: Rounding | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First operation, for one tensor: clip, update the accumulators, reduce statistics.
 
@@ -97,6 +159,7 @@ def accumulate(
         param, grad: ``[numel]``.
         mom, rms: ``[num_mom, numel]``, ``[num_rms, numel]``.
         limit: ``[]`` clip limit.
+        rounding: how a bfloat16 state is rounded, at once; statistics see what the next step will see.
 
     Returns:
         Clipped gradient, new mom, new rms, and the statistics ``[S]`` in the order of csrc/stats.h.
@@ -107,6 +170,9 @@ def accumulate(
     rms_decay = round_decays(spec.rms_decays, grad)[:, None]
     mom = mom_decay * mom + (1.0 - mom_decay) * grad
     rms = rms_decay * rms + (1.0 - rms_decay) * torch.square(grad)
+    if rounding is not None:
+        rounded = rounding(torch.cat([mom, rms]))
+        mom, rms = rounded[: len(mom)], rounded[len(mom) :]
     common = [
         torch.square(grad).mean(),
         torch.square(param).mean(),

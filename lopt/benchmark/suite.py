@@ -72,9 +72,11 @@ class Suite:
 
 
 def traffic_table(presets: Sequence[str], dtype: torch.dtype) -> Table:
-    """Bytes moved and held per parameter, for the presets and for AdamW."""
+    """Bytes moved and held per parameter, for the presets with both dtypes of their state, and for AdamW."""
     size = dtype.itemsize
-    counted = [*(traffic.learned(name, PRESETS[name], size, size) for name in presets), traffic.adamw(size, size)]
+    counted = [traffic.learned(name, PRESETS[name], size, size) for name in presets]
+    counted += [traffic.learned(f"{name}, bfloat16 state", PRESETS[name], size, size, 2) for name in presets]
+    counted.append(traffic.adamw(size, size))
     columns = ["bytes per parameter", "accumulate", "apply", "step", "single sweep", "state", "held", "MLP flop"]
     names = ("accumulate", "apply", "step", "single_sweep", "state", "held", "flops")
     return columns, [[t.name, *(str(getattr(t, name)) for name in names)] for t in counted]

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from lopt.theta import ThetaSpec
 
-STATE_BYTES = 4  # accumulators are float32 whatever the parameters are
-
 
 @dataclass(frozen=True)
 class Traffic:
@@ -35,19 +33,19 @@ class Traffic:
         return self.accumulate + self.apply
 
 
-def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 4) -> Traffic:
+def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 4, state_bytes: int = 4) -> Traffic:
     """Counted for the learned optimizer.
 
     ``accumulate`` reads parameter, gradient and state and writes the state; ``apply`` reads all of them again and
-    writes the parameter. The MLP has ``columns * width + width^2 + 2 * width`` multiply-adds, and for the skip
-    ``columns`` more.
+    writes the parameter. Accumulators take 4 bytes, or 2 with ``state_dtype=torch.bfloat16``. The MLP has
+    ``columns * width + width^2 + 2 * width`` multiply-adds, and for the skip ``columns`` more.
 
     Example:
         >>> from lopt.theta import PRESETS
         >>> learned("paper", PRESETS["paper"]).step
         140
     """
-    state = STATE_BYTES * (len(spec.mom_decays) + len(spec.rms_decays))
+    state = state_bytes * (len(spec.mom_decays) + len(spec.rms_decays))
     columns, width = len(spec.features.columns), spec.mlp_width
     read = param_bytes + grad_bytes + state
     multiply_adds = columns * width + width * width + 2 * width + (columns if spec.linear_skip else 0)

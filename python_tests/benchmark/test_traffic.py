@@ -33,6 +33,16 @@ def test_bfloat16_halves_parameters_and_gradients_only(preset: str) -> None:
     assert wide.apply - narrow.apply == 6  # the same, and one parameter written
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_bfloat16_state_is_half_of_the_state_wherever_it_moves(preset: str) -> None:
+    wide, narrow = (traffic.learned(preset, PRESETS[preset], state_bytes=size) for size in (4, 2))
+    saved = wide.state - narrow.state
+    assert narrow.state == wide.state / 2
+    assert wide.held - narrow.held == saved
+    assert wide.accumulate - narrow.accumulate == 2 * saved
+    assert wide.apply - narrow.apply == saved
+
+
 def test_the_skip_and_the_width_count() -> None:
     plain = dataclasses.replace(PRESETS["compact"], linear_skip=False, mlp_width=16)
     assert traffic.learned("compact", plain).flops == 2 * (12 * 16 + 16 * 16 + 2 * 16)
