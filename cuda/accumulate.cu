@@ -123,14 +123,14 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
     const Quad quad = quad_at(chunk, i, aligned);
     const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad);
     const RawQuad raw_grad = load_raw(grads, tensor.grad_dtype, quad);
-    RawQuad raw_mom[kMom], raw_rms[kRms];
-    load_planes<kState>(tensor.mom, tensor.stride, quad, raw_mom);
-    load_planes<kState>(tensor.rms, tensor.stride, quad, raw_rms);
-    float mom[kMom][kQuad], rms[kRms][kQuad], param[kQuad], unclipped[kQuad], grad[kQuad];
-    decode_planes<kState>(raw_mom, mom);
-    decode_planes<kState>(raw_rms, rms);
+    float mom[kMom][kQuad], rms[kRms][kQuad];
+    load_planes<kState>(tensor.mom, tensor.stride, quad, mom);
+    load_planes<kState>(tensor.rms, tensor.stride, quad, rms);
+    float param[kQuad], unclipped[kQuad], grad[kQuad];
     decode(raw_param, tensor.param_dtype, param);
     decode(raw_grad, tensor.grad_dtype, unclipped);
+    decode_planes<kState>(mom);
+    decode_planes<kState>(rms);
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
       grad[j] = clip_gradient(unclipped[j], limit);

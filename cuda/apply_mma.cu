@@ -184,15 +184,14 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumn
     const Quad quad{chunk.begin + base + kQuad * lane, kQuad, true};
     const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad);
     const RawQuad raw_grad = load_raw(operands.grads, tensor.grad_dtype, quad);
-    RawQuad raw_mom[Features::kNumMom], raw_rms[Features::kNumRms];
-    load_planes<kState>(tensor.mom, tensor.stride, quad, raw_mom);
-    load_planes<kState>(tensor.rms, tensor.stride, quad, raw_rms);
     float mom[Features::kNumMom][kQuad], rms[Features::kNumRms][kQuad];
-    decode_planes<kState>(raw_mom, mom);
-    decode_planes<kState>(raw_rms, rms);
+    load_planes<kState>(tensor.mom, tensor.stride, quad, mom);
+    load_planes<kState>(tensor.rms, tensor.stride, quad, rms);
     float param[kQuad], grad[kQuad];
     decode(raw_param, tensor.param_dtype, param);
     decode(raw_grad, tensor.grad_dtype, grad);
+    decode_planes<kState>(mom);
+    decode_planes<kState>(rms);
 
     float next[kQuad], sum[kTiles][2] = {};  // sum: of hidden units over these 128 parameters
 #pragma unroll

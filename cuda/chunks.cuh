@@ -110,10 +110,9 @@ __device__ __forceinline__ RawQuad load_narrow(int64_t address, int32_t dtype, c
   RawQuad raw{};
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
-    if (j >= quad.count) break;
     if (dtype == kFloat32)
-      raw.words[j] = __ldcg(reinterpret_cast<const uint32_t*>(address) + quad.at + j);
-    else
+      raw.words[j] = j < quad.count ? __ldcg(reinterpret_cast<const uint32_t*>(address) + quad.at + j) : 0;
+    else if (j < quad.count)
       raw.words[j / 2] |= uint32_t{__ldcg(reinterpret_cast<const uint16_t*>(address) + quad.at + j)} << 16 * (j % 2);
   }
   return raw;
@@ -155,54 +154,90 @@ __device__ __forceinline__ int64_t plane_at(int64_t address, int64_t stride, int
   return address + k * stride * (kState == kFloat32 ? 4 : 2);
 }
 
+// The quad of every accumulator plane; zero where it has no parameter.
 template <Dtype kState, int kPlanes>
 __device__ __forceinline__ void load_planes(int64_t address, int64_t stride, const Quad& quad,
-                                            RawQuad (&raw)[kPlanes]) {
-  if (quad.wide) {
+                                            float (&values)[kPlanes][kQuad]) {
+  if constexpr (kState == kFloat32) {
+    const float* from = reinterpret_cast<const float*>(address) + quad.at;
+    if (quad.wide) {
 #pragma unroll
-    for (int k = 0; k < kPlanes; ++k) raw[k] = load_wide(plane_at<kState>(address, stride, k), kState, quad.at);
-    return;
+      for (int k = 0; k < kPlanes; ++k) {
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(from + k * stride));
+        values[k][0] = four.x, values[k][1] = four.y, values[k][2] = four.z, values[k][3] = four.w;
+      }
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) values[k][j] = j < quad.count ? __ldcg(from + k * stride + j) : 0.0f;
+  } else {  // two in a word, until decode_planes
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(address) + quad.at;
+    if (quad.wide) {
+#pragma unroll
+      for (int k = 0; k < kPlanes; ++k) {
+        const uint2 four = __ldcg(reinterpret_cast<const uint2*>(from + k * stride));
+        values[k][0] = bits_float(four.x), values[k][1] = bits_float(four.y);
+      }
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+      for (int i = 0; i < kQuad / 2; ++i) {
+        const uint32_t low = 2 * i < quad.count ? __ldcg(from + k * stride + 2 * i) : 0;
+        const uint32_t high = 2 * i + 1 < quad.count ? __ldcg(from + k * stride + 2 * i + 1) : 0;
+        values[k][i] = bits_float(low | high << 16);
+      }
   }
-#pragma unroll
-  for (int k = 0; k < kPlanes; ++k) raw[k] = load_narrow(plane_at<kState>(address, stride, k), kState, quad);
 }
 
+// What load_planes left for later, so that all loads are under way before the first value is used.
 template <Dtype kState, int kPlanes>
-__device__ __forceinline__ void decode_planes(const RawQuad (&raw)[kPlanes], float (&values)[kPlanes][kQuad]) {
+__device__ __forceinline__ void decode_planes(float (&values)[kPlanes][kQuad]) {
+  if constexpr (kState == kBFloat16) {
 #pragma unroll
-  for (int k = 0; k < kPlanes; ++k) decode(raw[k], kState, values[k]);
+    for (int k = 0; k < kPlanes; ++k) {
+      const uint32_t words[2] = {float_bits(values[k][0]), float_bits(values[k][1])};
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j)
+        values[k][j] = bits_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+    }
+  }
 }
 
 // For a bfloat16 state, the values must be bfloat16 numbers.
 template <Dtype kState, int kPlanes>
 __device__ __forceinline__ void store_planes(int64_t address, int64_t stride, const Quad& quad,
                                              const float (&values)[kPlanes][kQuad]) {
+  if constexpr (kState == kFloat32) {
+    float* to = reinterpret_cast<float*>(address) + quad.at;
+    if (quad.wide) {
 #pragma unroll
-  for (int k = 0; k < kPlanes; ++k) {
-    const int64_t plane = plane_at<kState>(address, stride, k);
-    if (kState == kFloat32) {
-      float* to = reinterpret_cast<float*>(plane) + quad.at;
-      if (quad.wide) {
-        __stcg(reinterpret_cast<float4*>(to), {values[k][0], values[k][1], values[k][2], values[k][3]});
-        continue;
-      }
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j)
-        if (j < quad.count) __stcg(to + j, values[k][j]);
-    } else {
-      uint16_t* to = reinterpret_cast<uint16_t*>(plane) + quad.at;
-      uint32_t bits[kQuad];
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) bits[j] = float_bits(values[k][j]);
-      if (quad.wide) {
-        __stcg(reinterpret_cast<uint2*>(to),
-               {bits[0] >> 16 | (bits[1] & 0xffff0000u), bits[2] >> 16 | (bits[3] & 0xffff0000u)});
-        continue;
-      }
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j)
-        if (j < quad.count) __stcg(to + j, static_cast<uint16_t>(bits[j] >> 16));
+      for (int k = 0; k < kPlanes; ++k)
+        __stcg(reinterpret_cast<float4*>(to + k * stride), {values[k][0], values[k][1], values[k][2], values[k][3]});
+      return;
     }
+#pragma unroll
+    for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j)
+        if (j < quad.count) __stcg(to + k * stride + j, values[k][j]);
+  } else {
+    uint16_t* to = reinterpret_cast<uint16_t*>(address) + quad.at;
+    if (quad.wide) {
+#pragma unroll
+      for (int k = 0; k < kPlanes; ++k)
+        __stcg(reinterpret_cast<uint2*>(to + k * stride), {float_bits(values[k][0]) >> 16 | float_bits(values[k][1]),
+                                                           float_bits(values[k][2]) >> 16 | float_bits(values[k][3])});
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j)
+        if (j < quad.count) __stcg(to + k * stride + j, static_cast<uint16_t>(float_bits(values[k][j]) >> 16));
   }
 }
 

@@ -115,8 +115,9 @@ def test_a_slow_accumulator_does_not_stall(backend: Backend) -> None:
     r"""It follows float32 where rounding to nearest stands still.
 
     A stored value m is a bfloat16 number, the next one m + (1 - d)(g - m); with spacing s it is rounded up or down with
-    a variance of at most :math:`s (1 - d) |g - m|`. Errors of earlier steps shrink by d, so after T steps the variance is
-    at most T times that, and of the mean of n values 1 / n of it.
+    a variance of at most :math:`s (1 - d) |g - m|`, where stored values only rise from the start towards g. Errors of
+    earlier steps shrink by d, so after T steps the variance is at most T times that, and that of the mean of n values
+    is 1 / n of it.
     """
     steps, count, start, decay = 200, 8192, 0.8984375, 0.9999
     state = {name: [torch.full((5, count), start).bfloat16()] for name in ("mom", "rms")}
