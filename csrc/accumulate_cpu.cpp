@@ -1,6 +1,7 @@
 // accumulate on the CPU: all tensors, in chunks over threads; the formulas are in accumulate_block.h. Compiled once per
 // instruction set; cpu_dispatch.cpp picks.
 #include "accumulate_block.h"
+#include "chunks_cpu.h"
 
 namespace lopt {
 namespace LOPT_ISA {
@@ -44,20 +45,27 @@ void merge_tensor(const AccumulateParams& params, int64_t t) {
 
 }  // namespace
 
+void accumulate_chunk(const AccumulateParams& params, int feature_set, int64_t index) {
+  with_feature_set(feature_set, [&](auto features) {
+    if (params.state_dtype == kBFloat16)
+      run_chunk<decltype(features), true>(params, index);
+    else
+      run_chunk<decltype(features), false>(params, index);
+  });
+}
+
+void merge_stats(const AccumulateParams& params, int feature_set, int64_t t) {
+  with_feature_set(feature_set, [&](auto features) { merge_tensor<decltype(features)>(params, t); });
+}
+
 bool accumulate(const AccumulateParams& params, int feature_set, int num_threads) {
-  return with_feature_set(feature_set, [&](auto features) {
-    using Features = decltype(features);
+  return with_feature_set(feature_set, [&](auto) {
 #pragma omp parallel num_threads(num_threads)
     {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < params.num_chunks; ++i) {
-        if (params.state_dtype == kBFloat16)
-          run_chunk<Features, true>(params, i);
-        else
-          run_chunk<Features, false>(params, i);
-      }
+      for (int64_t i = 0; i < params.num_chunks; ++i) accumulate_chunk(params, feature_set, i);
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < params.num_tensors; ++t) merge_tensor<Features>(params, t);
+      for (int64_t t = 0; t < params.num_tensors; ++t) merge_stats(params, feature_set, t);
     }
   });
 }

@@ -1,6 +1,7 @@
 // apply on the CPU: all tensors, in chunks over threads; the formulas are in apply_block.h. Compiled once per instruction
-// set; cpu_dispatch.cpp picks.
+// set; cpu_dispatch.cpp picks. apply takes the chunks in descending order: accumulate left the last ones in the caches.
 #include "apply_block.h"
+#include "chunks_cpu.h"
 
 namespace lopt {
 namespace LOPT_ISA {
@@ -51,9 +52,30 @@ bool apply(const ApplyParams& params, int feature_set, int width, int num_thread
 #pragma omp parallel num_threads(num_threads)
     {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < params.num_chunks; ++i) run_chunk<Features, kWidth>(params, i);
+      for (int64_t i = 0; i < params.num_chunks; ++i) run_chunk<Features, kWidth>(params, params.num_chunks - 1 - i);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < params.num_tensors; ++t) merge_tensor<kWidth>(params, t);
+    }
+  });
+}
+
+bool sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
+           int num_threads) {
+  return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
+    using Features = decltype(features);
+    constexpr int kWidth = decltype(width_constant)::value;
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < applying.num_chunks; ++i) {
+        accumulate_chunk(accumulating, feature_set, i);
+        run_chunk<Features, kWidth>(applying, i);
+      }
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < applying.num_tensors; ++t) {
+        merge_stats(accumulating, feature_set, t);
+        merge_tensor<kWidth>(applying, t);
+      }
     }
   });
 }

@@ -90,10 +90,22 @@ LOPT_LEVEL(begin)
 LOPT_LEVEL(advance)
 LOPT_LEVEL(finish)
 
-void step(const std::string& backend, uint64_t level, uint64_t accumulating, uint64_t applying, int num_threads,
-          int device, uint64_t stream) {
+void step(const std::string& backend, uint64_t level, uint64_t accumulating, uint64_t applying, bool lagged,
+          int num_threads, int device, uint64_t stream) {
   const Spec& s = *pointer<AdvanceParams>(level)->spec;
   begin(backend, level, device, stream);
+  if (lagged) {
+    advance(backend, level, device, stream);
+    if (backend == "cpu") {
+      check_ran(sweep_cpu(*pointer<AccumulateParams>(accumulating), *pointer<ApplyParams>(applying), s.feature_set,
+                          s.width, num_threads),
+                s.feature_set, s.width);
+    } else {
+      accumulate(backend, s.feature_set, accumulating, num_threads, device, stream);
+      apply(backend, s.feature_set, s.width, applying, num_threads, device, stream);
+    }
+    return finish(backend, level, device, stream);
+  }
   accumulate(backend, s.feature_set, accumulating, num_threads, device, stream);
   advance(backend, level, device, stream);
   apply(backend, s.feature_set, s.width, applying, num_threads, device, stream);
@@ -196,8 +208,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("apply", &lopt::apply, "backend"_a, "feature_set"_a, "width"_a, "params"_a, "num_threads"_a, "device"_a,
         "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "Features, small MLP, parameter update; see ApplyParams in csrc/kernels.h.");
-  m.def("step", &lopt::step, "backend"_a, "level"_a, "accumulating"_a, "applying"_a, "num_threads"_a, "device"_a,
-        "stream"_a, py::call_guard<py::gil_scoped_release>(), "begin, accumulate, advance, apply and finish.");
+  m.def("step", &lopt::step, "backend"_a, "level"_a, "accumulating"_a, "applying"_a, "lagged"_a, "num_threads"_a,
+        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+        "begin, accumulate, advance, apply and finish; lagged: begin, advance, accumulate and apply, finish.");
   m.def("sim_launches", &lopt::sim_launches, "Kernels that sim has run so far.");
   m.def("write_words", &lopt::write_words, "backend"_a, "to"_a, "words"_a, "device"_a, "stream"_a,
         "Write 64-bit integers to the device as kernel arguments, for CUDA graphs.");

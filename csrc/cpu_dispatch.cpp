@@ -12,6 +12,8 @@ namespace lopt {
   bool accumulate(const AccumulateParams& params, int feature_set, int num_threads);                                \
   bool advance(const AdvanceParams& params);                                                                        \
   bool apply(const ApplyParams& params, int feature_set, int width, int num_threads);                               \
+  bool sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,         \
+             int num_threads);                                                                                      \
   bool finish(const AdvanceParams& params);                                                                         \
   double multiply_add_rate(int num_threads, double seconds);                                                        \
   int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
@@ -32,15 +34,16 @@ struct CpuKernels {
   decltype(&baseline::accumulate) accumulate;
   decltype(&baseline::advance) advance;
   decltype(&baseline::apply) apply;
+  decltype(&baseline::sweep) sweep;
   decltype(&baseline::finish) finish;
   decltype(&baseline::multiply_add_rate) multiply_add_rate;
   decltype(&baseline::start_run) start_run;
   decltype(&baseline::unroll) unroll;
 };
 
-#define LOPT_KERNELS(name, isa)                                                                                \
-  {name,           isa::begin, isa::accumulate, isa::advance, isa::apply, isa::finish, isa::multiply_add_rate, \
-   isa::start_run, isa::unroll}
+#define LOPT_KERNELS(name, isa)                                                 \
+  {name,       isa::begin,  isa::accumulate,        isa::advance,   isa::apply, \
+   isa::sweep, isa::finish, isa::multiply_add_rate, isa::start_run, isa::unroll}
 
 constexpr CpuKernels kKernels[] = {
 #if defined(__x86_64__)
@@ -103,6 +106,11 @@ bool accumulate_cpu(const AccumulateParams& params, int feature_set, int num_thr
 
 bool apply_cpu(const ApplyParams& params, int feature_set, int width, int num_threads) {
   return selected()->apply(params, feature_set, width, num_threads);
+}
+
+bool sweep_cpu(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
+               int num_threads) {
+  return selected()->sweep(accumulating, applying, feature_set, width, num_threads);
 }
 
 bool begin_cpu(const AdvanceParams& params) { return selected()->begin(params); }

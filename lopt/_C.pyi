@@ -32,5 +32,12 @@ def apply(
     backend: str, feature_set: int, width: int, params: int, num_threads: int, device: int, stream: int
 ) -> None: ...
 def step(
-    backend: str, level: int, accumulating: int, applying: int, num_threads: int, device: int, stream: int
+    backend: str,
+    level: int,
+    accumulating: int,
+    applying: int,
+    lagged: bool,
+    num_threads: int,
+    device: int,
+    stream: int,
 ) -> None: ...

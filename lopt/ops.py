@@ -258,8 +258,10 @@ class Plan:
         self.finished = torch.zeros(self.num_tensors, dtype=torch.int32, device=self.device)
         self.stats = torch.empty(self.num_tensors, self.features.num_stats, device=self.device, dtype=torch.float32)
         self.hidden = self.stats.new_empty(0)
-        partials = max(self.features.num_stats, *WIDTHS)
-        self.partials = torch.empty(self.num_chunks, partials, device=self.device, dtype=torch.float64)
+        self.partials, self.hidden_partials = (
+            torch.empty(self.num_chunks, columns, device=self.device, dtype=torch.float64)
+            for columns in (self.features.num_stats, max(WIDTHS))
+        )
         self.grads: Sequence[Tensor] = []
         self.grad_addresses: list[int] = []
         self.grad_table = torch.empty(0)
@@ -272,6 +274,7 @@ class Plan:
             record["state_dtype"] = DTYPES[self.state_dtype]
             for name in ("tensors", "chunks", "partials", "finished"):
                 record[name] = getattr(self, name).data_ptr()
+        self._apply["partials"] = self.hidden_partials.data_ptr()
         self._accumulate["stats"], self._apply["precision"] = self.stats.data_ptr(), self.precision
         self._accumulate["seed"] = seed
         #: Addresses of AccumulateParams and ApplyParams.
@@ -461,6 +464,10 @@ class TensorLevel:
         groups: of each tensor, its param group, in ascending order; all the first one by default.
         inputs: where to write the inputs of apply, rows of :func:`apply_inputs`; memory of its own by default. So
             several levels, each with its theta, can share a :class:`Plan`.
+        lagged: the caller gives :meth:`advance` the statistics of the step before (:func:`lopt.reference.lag`).
+
+    Raises:
+        ValueError: theta was made for lagged statistics and the caller has current ones, or the other way round.
     """
 
     def __init__(
@@ -471,8 +478,14 @@ class TensorLevel:
         rows: Rows,
         groups: Sequence[int] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        lagged: bool = False,
     ) -> None:
         spec, num_tensors, device = theta.spec, len(shapes), rows.h.device
+        if num_tensors and lagged != (spec.stats == "lagged"):
+            raise ValueError(
+                f"theta: has stats={spec.stats!r}, which this computation does not have; use another theta"
+            )
+        self.lagged = lagged
         groups = [0] * num_tensors if groups is None else groups
 
         def empty(*shape: int) -> Tensor:
@@ -534,6 +547,10 @@ class TensorLevel:
                 counts as none.
         """
         self.set_losses(shared, train_loss, valid_loss)
+        self.start()
+
+    def start(self) -> None:
+        """:meth:`begin`, of what :meth:`set_losses` was given."""
         self._call(_C.begin)
 
     def set_losses(
@@ -566,5 +583,9 @@ class TensorLevel:
 
 
 def step(plan: Plan, level: TensorLevel) -> None:
-    """begin, accumulate, advance, apply and finish in one call, of operands that were bound before."""
-    _C.step(plan.backend, level.address, *plan.addresses, **plan._place())
+    """begin, accumulate, advance, apply and finish in one call, of operands that were bound before.
+
+    With lagged statistics advance comes before accumulate and sees what ``plan.stats`` holds; on the CPU accumulate and
+    apply are then one sweep.
+    """
+    _C.step(plan.backend, level.address, *plan.addresses, level.lagged, **plan._place())

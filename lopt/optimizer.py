@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopt import ops, tensor_lstm
+from lopt import ops, reference, tensor_lstm
 from lopt.features import STATS
 from lopt.plans import KernelPlan, ReferencePlan, one_thread
 from lopt.tensor_lstm import Globals, Rows
@@ -37,6 +37,7 @@ class _Active(NamedTuple):
     rows: Rows  # stacked state; state[p]["lstm"] holds views of its rows
     states: list[dict[str, Any]]  # state of each
     all_states: list[dict[str, Any]]  # of all parameters, in the order of the optimizer's
+    stats: Tensor | None  # [T, S] of the step before, where they lag; state[p]["stats"] holds views of its rows
 
     def serves(self, params: list[Tensor], groups: list[int], state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether the same tensors come again, and nobody has cleared or replaced their state."""
@@ -279,6 +280,8 @@ class LearnedOptimizer(Optimizer):
         state["rms"] = like.new_zeros(len(spec.rms_decays), param.numel(), dtype=dtype)
         rows = tensor_lstm.init_rows(spec, weights, 1)
         state["lstm"] = {name: value[0] for name, value in rows._asdict().items()}
+        if spec.stats == "lagged":
+            state["stats"] = like.new_zeros(spec.features.num_stats)
 
     def _accumulator_dtype(self, like: Tensor) -> torch.dtype:
         """``state_dtype``, and float64 in place of float32 for float64 parameters."""
@@ -302,14 +305,19 @@ class LearnedOptimizer(Optimizer):
             state["lstm"] = {name: value[i] for name, value in rows._asdict().items()}
         spec, weights = self.theta.spec, self._theta_weights()
         mom, rms = [state["mom"] for state in states], [state["rms"] for state in states]
+        before = stats = torch.stack([state["stats"] for state in states]) if spec.stats == "lagged" else None
         plan: ReferencePlan | KernelPlan
         if self.implementation == "reference":
             plan = ReferencePlan(spec, weights, [tuple(param.shape) for param in params], mom, rms)
         else:
-            state = mom, rms, rows
-            plan = KernelPlan(self.implementation, self.theta, weights, params, groups, *state, self.precision)
+            kept = mom, rms, rows
+            plan = KernelPlan(self.implementation, self.theta, weights, params, groups, *kept, self.precision, before)
             self._losses = plan.level
-        self._active = _Active(params, groups, plan, mom, rows, states, list(self.state.values()))
+            stats = plan.plan.stats
+        if stats is not None:
+            for row, state in zip(stats, states, strict=True):
+                state["stats"] = row
+        self._active = _Active(params, groups, plan, mom, rows, states, list(self.state.values()), stats)
         return self._active
 
     def __getstate__(self) -> dict[str, Any]:
@@ -384,6 +392,7 @@ class LearnedOptimizer(Optimizer):
                 "mom": (len(spec.mom_decays), param.numel()),
                 "rms": (len(spec.rms_decays), param.numel()),
                 **{f"lstm.{name}": tuple(value.shape[1:]) for name, value in rows.items()},
+                **({"stats": (spec.features.num_stats,)} if spec.stats == "lagged" else {}),
             }
             _check_shapes(f"state[{index}]", state, expected)
         if groups and (states or any(name in groups[0][0] for name in shared)):
@@ -545,9 +554,13 @@ class LearnedOptimizer(Optimizer):
         loss = torch.where(count > 0, total / count, torch.full_like(total, float("nan")))
         horizon = torch.full((), float(self.total_steps or 0), dtype=like.dtype, device=like.device)
         stats = plan.accumulate(tensor_lstm.clip_limit(spec, globals_))
+        seen = stats
+        if active.stats is not None:
+            seen, kept = reference.lag(stats, active.stats, active.rows.updates)
+            active.stats.copy_(kept)
         with one_thread(like.device):
             globals_, rows, conditioning, _ = tensor_lstm.advance(
-                spec, weights, globals_, active.rows, stats, plan.shapes, loss, horizon
+                spec, weights, globals_, active.rows, seen, plan.shapes, loss, horizon
             )
         step_size = torch.where(lr > 0, lr * spec.step_multiplier * conditioning.multiplier, 0.0)
         feedback = plan.apply(conditioning, step_size, 1.0 - lr * decay)
@@ -556,7 +569,7 @@ class LearnedOptimizer(Optimizer):
         for old, new in zip(active.rows, rows._replace(feedback=feedback), strict=True):
             old.copy_(new)
         group["pending_loss"].zero_()
-        group["nonfinite"] += stats[:, STATS.index("nonfinite")].sum().to(torch.int64)
+        group["nonfinite"] += seen[:, STATS.index("nonfinite")].sum().to(torch.int64)
 
     def _per_tensor(self, name: str, active: _Active, like: Tensor) -> Tensor:
         """``[T]`` values of a group option."""

@@ -87,7 +87,8 @@ class ReferencePlan:
 class KernelPlan:
     """A step by the compiled kernels, on a GPU five launches: begin, accumulate, advance, apply, finish.
 
-    Parameters that are not contiguous pass through a staging copy.
+    Parameters that are not contiguous pass through a staging copy. With lagged statistics, ``before`` ``[T, S]`` are
+    those of the step before; ``plan.stats`` holds them from then on.
     """
 
     def __init__(
@@ -101,14 +102,22 @@ class KernelPlan:
         rms: list[Tensor],
         rows: Rows,
         precision: str,
+        before: Tensor | None,
     ) -> None:
         spec = theta.spec
         self.plan = ops.Plan(backend, spec.feature_set, ops.contiguous(params), mom, rms, precision=precision)
-        self.level = level = ops.TensorLevel(backend, theta, [tuple(param.shape) for param in params], rows, groups)
+        shapes = [tuple(param.shape) for param in params]
+        self.level = level = ops.TensorLevel(backend, theta, shapes, rows, groups, lagged=before is not None)
         self.plan.bind_accumulate(level.clip_limit, spec.mom_decays, spec.rms_decays)
         rows_ = level.clip_limit, level.scale, level.shift, level.bias, level.step_size, level.keep
-        self.plan.bind_apply(*rows_, ops.pack_mlp(spec, weights), spec.magnitude_rate, spec.feature_clip)
+        packed = ops.pack_mlp(spec, weights)
+        self.plan.bind_apply(*rows_, packed, spec.magnitude_rate, spec.feature_clip)
         level.bind(self.plan)
+        self.decays = spec.mom_decays, spec.rms_decays
+        self.updates, self.operands = rows.updates, (*rows_, packed, spec.magnitude_rate, spec.feature_clip)
+        self.some_first = before is not None and bool((rows.updates == 0).any())
+        if before is not None:
+            self.plan.stats.copy_(before)
 
     def step(
         self,
@@ -125,10 +134,26 @@ class KernelPlan:
         level.set_options(groups, total_steps)
         level.set_losses(groups[0], loss)
         plan.set_step(groups[0]["step"])
-        ops.step(plan, level)
+        if self.some_first:
+            self._first_step(groups[0]["step"])
+        else:
+            ops.step(plan, level)
         if copies is not params:
             for param, copy in zip(params, copies, strict=True):
                 if copy is not param:
                     param.copy_(copy)
         torch.autograd.graph.increment_version(params)  # a backward pass that needs the old values must fail
         plan.grads = []  # zero_grad frees their memory
+
+    def _first_step(self, step: Tensor) -> None:
+        """With lagged statistics, while some tensors have none yet: in two sweeps."""
+        plan, level = self.plan, self.level
+        level.start()
+        before = plan.stats.clone()
+        stats = plan.accumulate(level.clip_limit, *self.decays, step)
+        seen, kept = reference.lag(stats, before, self.updates)
+        level.advance(seen)
+        level.finish(plan.apply(*self.operands))
+        plan.stats.copy_(kept)
+        level.bind(plan)
+        self.some_first = False

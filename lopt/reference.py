@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lopt import tensor_lstm
+from lopt.features import STATS
 from lopt.tensor_lstm import Conditioning, Globals, Rows, Shapes, Weights, round_decays
 from lopt.theta import ThetaSpec
 
@@ -36,6 +37,7 @@ class State(NamedTuple):
     rows: Rows
     mom: list[Tensor]  # per tensor [num_mom, numel]
     rms: list[Tensor]  # per tensor [num_rms, numel]
+    stats: Tensor | None = None  # [T, S] of the step before, for stats="lagged"
 
 
 class Update(NamedTuple):
@@ -49,11 +51,13 @@ class Update(NamedTuple):
 def init_state(spec: ThetaSpec, weights: Weights, params: Sequence[Tensor]) -> State:
     """State before the first step, in the dtype of ``weights``."""
     like = weights["initial_h"]
+    lagged = like.new_zeros(len(params), spec.features.num_stats) if spec.stats == "lagged" else None
     return State(
         tensor_lstm.init_globals(spec, weights),
         tensor_lstm.init_rows(spec, weights, len(params)),
         [like.new_zeros(len(spec.mom_decays), param.numel()) for param in params],
         [like.new_zeros(len(spec.rms_decays), param.numel()) for param in params],
+        lagged,
     )
 
 
@@ -219,6 +223,21 @@ def apply(
     return torch.where(still, param, moved), out[:, 2:].mean(dim=0), x, out
 
 
+def lag(stats: Tensor, before: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step with ``stats="lagged"`` sees, and what the next one will.
+
+    A tensor's first step has nothing before it and sees its own statistics; the next one sees them again, without the
+    number of non-finite gradients, which is counted once.
+
+    Args:
+        stats, before: ``[T, S]`` of this step and of the one before.
+        updates: ``[T]`` how often the accumulators were updated before this step.
+    """
+    first = (updates == 0)[:, None]
+    counted = torch.arange(stats.shape[1], device=stats.device) == STATS.index("nonfinite")
+    return torch.where(first, stats, before), torch.where(first & counted, 0.0, stats)
+
+
 def observe_valid(spec: ThetaSpec, state: State, loss: Tensor) -> State:
     """State after a validation loss."""
     return state._replace(globals=tensor_lstm.observe_valid(spec, state.globals, loss))
@@ -260,10 +279,15 @@ def update(
         for param, grad, mom, rms in zip(flat, grads, state.mom, state.rms, strict=True)
     ]
     stats = torch.stack([item[3] for item in accumulated])
+    seen, kept = stats, None
+    if spec.stats == "lagged":
+        if state.stats is None:
+            raise ValueError("state: a theta with stats='lagged' needs the statistics of the step before, got none")
+        seen, kept = lag(stats, state.stats, state.rows.updates)
     shapes = Shapes.of(spec, [tuple(param.shape) for param in params], stats)
     total = torch.as_tensor(total_steps, dtype=stats.dtype, device=stats.device)
     globals_, rows, conditioning, lstm_input = tensor_lstm.advance(
-        spec, weights, state.globals, state.rows, stats, shapes, loss, total
+        spec, weights, state.globals, state.rows, seen, shapes, loss, total
     )
     applied = [
         apply(
@@ -288,5 +312,5 @@ def update(
         "mlp_output": [item[3] for item in applied],
     }
     new_params = [item[0].reshape(param.shape) for item, param in zip(applied, params, strict=True)]
-    new_state = State(globals_, rows, [item[1] for item in accumulated], [item[2] for item in accumulated])
+    new_state = State(globals_, rows, [item[1] for item in accumulated], [item[2] for item in accumulated], kept)
     return Update(new_params, new_state, trace)

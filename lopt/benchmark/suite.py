@@ -1,5 +1,6 @@
 """``kernel`` and ``step`` over many layouts, with the peaks of the same run; shared by ``lopt bench`` and gpu.sh."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,10 +73,12 @@ class Suite:
 
 
 def traffic_table(presets: Sequence[str], dtype: torch.dtype) -> Table:
-    """Bytes moved and held per parameter, for the presets with both dtypes of their state, and for AdamW."""
+    """Bytes moved and held per parameter: presets, with a state of half the size, with lagged statistics; AdamW."""
     size = dtype.itemsize
     counted = [traffic.learned(name, PRESETS[name], size, size) for name in presets]
     counted += [traffic.learned(f"{name}, bfloat16 state", PRESETS[name], size, size, 2) for name in presets]
+    lagged = {name: dataclasses.replace(PRESETS[name], stats="lagged") for name in presets}
+    counted += [traffic.learned(f"{name}, lagged stats", spec, size, size) for name, spec in lagged.items()]
     counted.append(traffic.adamw(size, size))
     columns = ["bytes per parameter", "accumulate", "apply", "step", "single sweep", "state", "held", "MLP flop"]
     names = ("accumulate", "apply", "step", "single_sweep", "state", "held", "flops")

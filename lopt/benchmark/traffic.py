@@ -37,8 +37,9 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
     """Counted for the learned optimizer.
 
     ``accumulate`` reads parameter, gradient and state and writes the state; ``apply`` reads all of them again and
-    writes the parameter. Accumulators take 4 bytes, or 2 with ``state_dtype=torch.bfloat16``. The MLP has
-    ``columns * width + width^2 + 2 * width`` multiply-adds, and for the skip ``columns`` more.
+    writes the parameter. With lagged statistics both are one sweep (on the CPU; on CUDA not yet). Accumulators take
+    4 bytes, or 2 with ``state_dtype=torch.bfloat16``. The MLP has ``columns * width + width^2 + 2 * width``
+    multiply-adds, and for the skip ``columns`` more.
 
     Example:
         >>> from lopt.theta import PRESETS
@@ -48,14 +49,15 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
     state = state_bytes * (len(spec.mom_decays) + len(spec.rms_decays))
     columns, width = len(spec.features.columns), spec.mlp_width
     read = param_bytes + grad_bytes + state
+    lagged, one_sweep = spec.stats == "lagged", read + state + param_bytes
     multiply_adds = columns * width + width * width + 2 * width + (columns if spec.linear_skip else 0)
     return Traffic(
         name,
-        accumulate=read + state,
-        apply=read + param_bytes,
+        accumulate=0 if lagged else read + state,
+        apply=one_sweep if lagged else read + param_bytes,
         state=state,
         held=read,
-        single_sweep=read + state + param_bytes,
+        single_sweep=one_sweep,
         flops=2 * multiply_adds,
     )
 
