@@ -92,12 +92,12 @@ class Kernel:
     @property
     def template(self) -> tuple[str, tuple[int, ...]]:
         """Name of the feature set, width and parts of the halves, as far as the kernel has them."""
-        first, *others = self.name.split("<")[1].rstrip(">").split(", ")
+        first, *others = self.name.replace("bfloat16, ", "").split("<")[1].rstrip(">").split(", ")
         return first.removesuffix("Features").lower(), tuple(int(other) for other in others)
 
     def predict(self) -> dict[str, float]:
-        """See the docstring of this file; empty for kernels of the tensor level."""
-        if not self.predictable:
+        """See the docstring of this file; empty for kernels of the tensor level and for a bfloat16 state."""
+        if not self.predictable or "bfloat16" in self.name:
             return {}
         features = next(facts for facts in _C.feature_sets() if facts["name"] == self.template[0])
         planes = int(features["num_mom"]) + int(features["num_rms"])
@@ -126,6 +126,8 @@ class Kernel:
         features = next(facts for facts in _C.feature_sets() if facts["name"] == name)
         planes, counts = int(features["num_mom"]) + int(features["num_rms"]), self.counts
         least = {"LDG.128": planes + 2, "STG.128": planes if self.operation == "accumulate" else 1}
+        if "bfloat16" in self.name:  # four accumulators are 8 bytes
+            least = {"LDG.128": 2, "LDG.64": planes, "STG.64": least["STG.128"]}
         warps, products = 12, 0
         if self.operation == "apply":
             least = {}
@@ -145,10 +147,10 @@ class Kernel:
 
 
 def count(code: list[Instruction]) -> collections.Counter[str]:
-    """Instructions by first word; those that move 16 bytes also as word + `.128`."""
+    """Instructions by first word; those that move 8 or 16 bytes also as word + `.64` or `.128`."""
     counts = collections.Counter(all=len(code))
     for one in code:
-        counts.update([one.parts[0], *([f"{one.parts[0]}.128"] if "128" in one.parts else [])])
+        counts.update([one.parts[0], *(f"{one.parts[0]}.{size}" for size in ("64", "128") if size in one.parts)])
     return counts
 
 
@@ -231,10 +233,11 @@ def main_path(code: list[Instruction]) -> list[Instruction]:
 
 
 def readable(symbols: list[str]) -> list[str]:
-    """Mangled names -> such as `apply_kernel<PaperFeatures, 32>`."""
+    """Mangled names -> such as `apply_kernel<PaperFeatures, 32>`, or `accumulate_kernel<bfloat16, PaperFeatures>`."""
     names = subprocess.run(["c++filt", *symbols], check=True, capture_output=True, text=True).stdout
     short = (re.sub(r"lopt::|\(anonymous namespace\)::|^void |\(int\)", "", name) for name in names.splitlines())
-    return [name.split("(")[0] for name in short]
+    named = (name.replace("(Dtype)0, ", "").replace("(Dtype)1, ", "bfloat16, ") for name in short)
+    return [name.split("(")[0] for name in named]
 
 
 def tool() -> str | None:

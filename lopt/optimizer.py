@@ -313,7 +313,7 @@ class LearnedOptimizer(Optimizer):
             kept = mom, rms, rows
             plan = KernelPlan(self.implementation, self.theta, weights, params, groups, *kept, self.precision, before)
             self._losses = plan.level
-            stats = plan.plan.stats
+            stats = None if before is None else plan.plan.stats
         if stats is not None:
             for row, state in zip(stats, states, strict=True):
                 state["stats"] = row

@@ -37,7 +37,6 @@ class State(NamedTuple):
     rows: Rows
     mom: list[Tensor]  # per tensor [num_mom, numel]
     rms: list[Tensor]  # per tensor [num_rms, numel]
-    stats: Tensor | None = None  # [T, S] of the step before, for stats="lagged"
 
 
 class Update(NamedTuple):
@@ -51,13 +50,11 @@ class Update(NamedTuple):
 def init_state(spec: ThetaSpec, weights: Weights, params: Sequence[Tensor]) -> State:
     """State before the first step, in the dtype of ``weights``."""
     like = weights["initial_h"]
-    lagged = like.new_zeros(len(params), spec.features.num_stats) if spec.stats == "lagged" else None
     return State(
         tensor_lstm.init_globals(spec, weights),
         tensor_lstm.init_rows(spec, weights, len(params)),
         [like.new_zeros(len(spec.mom_decays), param.numel()) for param in params],
         [like.new_zeros(len(spec.rms_decays), param.numel()) for param in params],
-        lagged,
     )
 
 
@@ -254,6 +251,7 @@ def update(
     lr: float | Tensor = 1.0,
     weight_decay: float | Tensor = 0.0,
     total_steps: float | Tensor = 0.0,
+    before: Tensor | None = None,
 ) -> Update:
     """One training update of all tensors.
 
@@ -262,6 +260,10 @@ def update(
         params, grads: non-empty tensors of any shape, in one dtype.
         loss: training loss ``[]``; None repeats the last one.
         total_steps: number of steps planned, 0 when unknown.
+        before: ``[T, S]`` for ``stats="lagged"``: ``trace["kept"]`` of the step before, zeros in the first.
+
+    Raises:
+        ValueError: theta needs ``before``, which was not given.
 
     Example:
         >>> from lopt import Theta
@@ -279,11 +281,11 @@ def update(
         for param, grad, mom, rms in zip(flat, grads, state.mom, state.rms, strict=True)
     ]
     stats = torch.stack([item[3] for item in accumulated])
-    seen, kept = stats, None
+    seen = kept = stats
     if spec.stats == "lagged":
-        if state.stats is None:
-            raise ValueError("state: a theta with stats='lagged' needs the statistics of the step before, got none")
-        seen, kept = lag(stats, state.stats, state.rows.updates)
+        if before is None:
+            raise ValueError("before: a theta with stats='lagged' needs the statistics of the step before, got none")
+        seen, kept = lag(stats, before, state.rows.updates)
     shapes = Shapes.of(spec, [tuple(param.shape) for param in params], stats)
     total = torch.as_tensor(total_steps, dtype=stats.dtype, device=stats.device)
     globals_, rows, conditioning, lstm_input = tensor_lstm.advance(
@@ -306,11 +308,12 @@ def update(
         "clip_limit": limit,
         "grad": [item[0] for item in accumulated],
         "stats": stats,
+        "kept": kept,
         "lstm_input": lstm_input,
         "conditioning": conditioning,
         "mlp_input": [item[2] for item in applied],
         "mlp_output": [item[3] for item in applied],
     }
     new_params = [item[0].reshape(param.shape) for item, param in zip(applied, params, strict=True)]
-    new_state = State(globals_, rows, [item[1] for item in accumulated], [item[2] for item in accumulated], kept)
+    new_state = State(globals_, rows, [item[1] for item in accumulated], [item[2] for item in accumulated])
     return Update(new_params, new_state, trace)

@@ -199,11 +199,11 @@ class ThetaSpec:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ThetaSpec":
         """The inverse of :meth:`to_json`; unknown or missing fields are errors, but ``stats``, once always current."""
-        values = {"stats": "current", **values}
         names = {f.name for f in dataclasses.fields(cls)}
-        if set(values) != names:
+        missing = names - set(values) - {"stats"}
+        if missing or not set(values) <= names:
             raise ValueError(
-                f"spec: unknown fields {sorted(set(values) - names)}, missing fields {sorted(names - set(values))}; "
+                f"spec: unknown fields {sorted(set(values) - names)}, missing fields {sorted(missing)}; "
                 "the file was written by another version of lopt"
             )
         return cls(**{**values, "mom_decays": tuple(values["mom_decays"]), "rms_decays": tuple(values["rms_decays"])})

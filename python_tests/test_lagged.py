@@ -32,11 +32,14 @@ def test_the_second_step_sees_the_statistics_of_the_first(preset: str) -> None:
     spec, weights = theta.spec, theta.tensors
     state = reference.init_state(spec, weights, params)
     current = dataclasses.replace(spec, stats="current")
-    first = reference.update(spec, weights, state, params, make_grads(params, 0))
-    own = reference.update(current, weights, state._replace(stats=None), params, make_grads(params, 0))
+    zeros = torch.zeros(len(params), spec.features.num_stats)
+    first = reference.update(spec, weights, state, params, make_grads(params, 0), before=zeros)
+    own = reference.update(current, weights, state, params, make_grads(params, 0))
     assert_same_bits(first.params, own.params)  # a first step sees its own
-    assert_same_bits(first.state.stats, first.trace["stats"])
-    second = reference.update(spec, weights, first.state, first.params, make_grads(params, 1))
+    assert_same_bits(first.trace["kept"], first.trace["stats"])
+    second = reference.update(
+        spec, weights, first.state, first.params, make_grads(params, 1), before=first.trace["kept"]
+    )
     shapes = tensor_lstm.Shapes.of(spec, [tuple(param.shape) for param in params], weights["initial_h"])
     _, _, conditioning, _ = tensor_lstm.advance(
         spec, weights, first.state.globals, first.state.rows, first.trace["stats"], shapes, None, torch.zeros(())
@@ -135,8 +138,8 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="theta: has stats='lagged', which this computation does not have"):
         ops.TensorLevel("cpu", theta, [(3,)], rows)
     params = [param.detach() for param in make_params()]
-    state = reference.init_state(theta.spec, theta.tensors, params)._replace(stats=None)
-    with pytest.raises(ValueError, match="state: a theta with stats='lagged' needs the statistics"):
+    state = reference.init_state(theta.spec, theta.tensors, params)
+    with pytest.raises(ValueError, match="before: a theta with stats='lagged' needs the statistics"):
         reference.update(theta.spec, theta.tensors, state, params, params)
     with pytest.raises(ValueError, match="spec: the unroll engine computes with stats='current', got 'lagged'"):
         engine._check_stats(theta.spec)

@@ -75,10 +75,10 @@ def arch(request: pytest.FixtureRequest, sass: ModuleType) -> str:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"], indirect=True)
 def test_kernels(sass: ModuleType, arch: str) -> None:
-    """Two of accumulate, six of apply, twelve of apply on tensor cores; all as they should be."""
+    """Two of accumulate, six of apply, twelve on tensor cores, each for two dtypes of the state; as they should be."""
     kernels = sass.kernels(arch)
     operations = [kernel.operation for kernel in kernels]
-    assert [operations.count(name) for name in ("accumulate", "apply", "apply_mma")] == [2, 6, 12]
+    assert [operations.count(name) for name in ("accumulate", "apply", "apply_mma")] == [4, 12, 24]
     assert [problem for kernel in kernels for problem in kernel.problems()] == []
 
 
