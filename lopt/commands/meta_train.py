@@ -1,4 +1,4 @@
-"""``lopt meta-train``: meta-train theta on synthetic tasks."""
+"""``lopt meta-train``: meta-train theta on tasks that need no data."""
 
 import json
 import shlex
@@ -23,7 +23,7 @@ RecipeName = Literal["default", "train-loss", "continue", "paper", "mixture", "t
 
 @dataclass(frozen=True, kw_only=True)
 class MetaTrain(Command):
-    """Meta-train theta by evolution strategies on small synthetic tasks.
+    """Meta-train theta by evolution strategies on small synthetic tasks, or with --recipe mixture on all families.
 
     Writes theta.safetensors (the best on the validation tasks), theta_last.safetensors, metrics.jsonl, meta_loss.png,
     config.json and checkpoint.pt. lopt train --theta tries the result.
