@@ -547,7 +547,8 @@ class LearnedOptimizer(Optimizer):
         """The step of the reference."""
         spec, weights, group = self.theta.spec, self._theta_weights(), self._globals()
         like = weights["initial_h"]
-        plan.set_tensors(active.params, grads, group["step"])
+        lagged = active.stats is not None  # in one sweep advance, which counts the step, comes before accumulate
+        plan.set_tensors(active.params, grads, group["step"] + int(lagged))
         lr, decay = (self._per_tensor(name, active, like) for name in ("lr", "weight_decay"))
         globals_ = Globals(*(group[name] for name in Globals._fields))
         total, count = group["pending_loss"]

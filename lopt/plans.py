@@ -150,7 +150,8 @@ class KernelPlan:
         plan, level = self.plan, self.level
         level.start()
         before = plan.stats.clone()
-        stats = plan.accumulate(level.clip_limit, *self.decays, step)
+        # In one sweep advance, which counts the step, comes before accumulate.
+        stats = plan.accumulate(level.clip_limit, *self.decays, step + 1)
         seen, kept = reference.lag(stats, before, self.updates)
         level.advance(seen)
         level.finish(plan.apply(*self.operands))
