@@ -1,7 +1,8 @@
 // accumulate on the GPU: for every parameter
 //   grad  = clamp(grad, +-limit)
 //   mom_k = d_k mom_k + (1 - d_k) grad,  rms_k = d_k rms_k + (1 - d_k) grad^2
-// (a bfloat16 state rounded at once, rounding.h) and per tensor the statistics of stats.h. One block per chunk, four parameters per thread and round (Note [Quads]).
+// (a bfloat16 state rounded at once, rounding.h) and per tensor the statistics of stats.h. One block per chunk, four
+// parameters per thread and round (Note [Quads]).
 // Source: arXiv:2009.11243; moments are merged after Chan, Golub and LeVeque (1979). See Note [Order of reduction].
 #include "chunks.cuh"
 #include "reduce.cuh"

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lopt import LearnedOptimizer, Theta
+from lopt.benchmark.unroll import TORCH_TASKS
 from lopt.meta import inner
 from lopt.meta.unroll import Run, RunState, activation_bytes, bytes_per_run, start, unroll
 from lopt.tasks import FAMILIES, SAMPLED_FAMILIES, sample_task
@@ -26,24 +27,7 @@ SPEC = THETA.spec
 
 #: A small task of each family whose runs do not amplify rounding: with others, two runs under the same theta differ by
 #: 1e-3 after 20 steps, because gradients that are exactly zero in theory become steps of ordinary size.
-SEEDS = {
-    "mlp": 36,
-    "mlp_ae": 15,
-    "mlp_vae": 34,
-    "conv_pooling": 0,
-    "conv_fc": 12,
-    "nvp": 25,
-    "maf": 17,
-    "char_rnn_language_model": 10,
-    "word_rnn_language_model": 20,
-    "rnn_text_classification": 20,
-    "quadratic": 5,
-    "losg_tasks": 22,
-    "transformer_language_model": 10,
-    "vit": 34,
-    "noisy_quadratic": 0,
-    "teacher": 0,
-}
+SEEDS: dict[str, int] = {**TORCH_TASKS, "teacher": 0}
 SLOW = ("word_rnn_language_model", "rnn_text_classification", "transformer_language_model", "vit")
 
 

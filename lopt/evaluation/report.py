@@ -257,17 +257,15 @@ def _cells(one: Comparison) -> list[str]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool = False) -> str:
     """HTML; with ``colour``, numbers that are ratios show whether they are below .98 or above 1.02."""
 
-    def cell(text: str, head: str) -> str:
+    def cell(text: str) -> str:
         mark = ""
-        if colour and text.replace(".", "", 1).isdigit() and head != "rank":
+        if colour and text.replace(".", "", 1).isdigit():
             value = float(text)
             mark = " class=won" if value < 2 - NO_WORSE else " class=lost" if value > NO_WORSE else ""
         return f"<td{mark}>{html.escape(text)}</td>"
 
     head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
-    body = "\n".join(
-        "<tr>" + "".join(cell(text, name) for text, name in zip(row, header, strict=True)) + "</tr>" for row in rows
-    )
+    body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>\n{body}</table>"
 
 

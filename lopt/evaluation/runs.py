@@ -18,7 +18,7 @@ from lopt.evaluation.opponents import evaluating
 from lopt.evaluation.suites import EVALUATION
 from lopt.tasks.task import SPLITS, Batch, SplitName, Task
 
-#: Splits on which optimizers are compared; for choices it is the second.
+#: Splits of the experiments' losses: optimizers are compared on the first and last, tuned by the first or second.
 RECORDED: tuple[SplitName, ...] = ("train", "outer_valid", "test")
 
 #: The learned optimizer is told the loss of an inner_valid minibatch before every such step.

@@ -28,8 +28,8 @@ LIMITS = {"small": 20_000, "full": 100_000}  # parameters of a task
 
 
 def sample(setting: Setting) -> list[Task]:
-    """The same number of tasks of every family, on held-out data, with small minibatches; large models are passed "
-    "over."""
+    """The same number of tasks of every family, on held-out data, with small minibatches; large models are passed
+    over."""
     data = [name for name in catalogue.SOURCES if name in catalogue.HELD_OUT and catalogue.missing(name) is None]
     tasks = []
     for family in SAMPLED_FAMILIES:
@@ -60,8 +60,7 @@ def runs(setting: Setting) -> list[Run]:
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Optimizers of the table, each with the rows that count: for tuned ones the trial with the best validation "
-    "loss."""
+    """Optimizers of the table, each with the rows that count: for tuned ones those of the best validation loss."""
     found: dict[str, list[Row]] = {}
     for name in values(rows, "optimizer"):
         of = select(rows, optimizer=name)

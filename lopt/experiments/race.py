@@ -70,7 +70,10 @@ def text(rows: Sequence[Row]) -> list[str]:
             if rise > 1.02:
                 sentences.append(f"Its test loss ends {100 * (rise - 1):.0f}% above its lowest value along the run.")
         rates = len(values(select(here, optimizer="adam-tuned"), "trial"))
-        note = f"{here[0].steps:,} steps; opponents at the best of {rates} learning rates, {TUNED}."
+        note = (
+            f"{here[0].steps:,} steps; opponents at the best of {rates} learning rates, {TUNED}. "
+            "Where final losses are compared, 1% of the initial loss is added to both."
+        )
         parts += [
             f"**{task}**: {note}",
             table(["optimizer", *LOSSES.values(), "ms per step"], cells),
