@@ -32,7 +32,7 @@ TRAIN_LOSS: dict[str, Any] = {
     "validate_every": 5_000_000,
 }
 
-#: From a theta made of small tasks: those of all sizes. What was learned from at most 2,000 parameters takes too long
+#: From a theta made mostly of tasks of at most 2,000 parameters: those of all sizes, since such a theta takes too long
 #: steps in larger and deeper perceptrons when it knows the length of the run. Again the group with least noise first.
 CONTINUE: dict[str, Any] = {
     "init": "default",
