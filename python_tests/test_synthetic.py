@@ -21,6 +21,7 @@ from lopt.tasks.generators import (
     mixture,
     patches,
     sequence,
+    sheets,
     teacher,
 )
 from lopt.tasks.seeds import generator
@@ -258,6 +259,17 @@ def progress(task: SyntheticTask, steps: int) -> float:
     return best / start
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_sheets_hardly_overlap_and_have_few_dimensions(seed: int) -> None:
+    """The nearest other row is of the same class, and not much farther than noise in 40 dimensions would put it."""
+    x, labels = sheets(generator(seed), ROWS, 40, 5)
+    shares = np.bincount(labels, minlength=5) / ROWS
+    assert np.abs(shares - 0.2).max() < 5 * math.sqrt(0.2 * 0.8 / ROWS)
+    distance = np.linalg.norm(x[:300, None] - x[None, 300:], axis=2)
+    assert (labels[300:][distance.argmin(axis=1)] == labels[:300]).mean() > 0.95
+    assert np.median(distance.min(axis=1)) < 0.5 * np.median(distance)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adam_makes_progress(family: Family) -> None:
     tasks = [sample_task(seed, [family]) for seed in range(6)]
@@ -277,6 +289,7 @@ CHECKSUMS: dict[Family, tuple[str, int, int]] = {
     "logistic": ("logistic-classes-33x24x21x18", 0xE4DBD86D, 0xA61923F6),
     "index": ("index-classes-32x15x4", 0xE318DF25, 0xCD368C30),
     "sequence": ("sequence-classes-26x21x13", 0x3B64B578, 0xF9D214C3),
+    "sheets": ("sheets-classes-53x30x30x30x30x18", 0x21B6C750, 0x33FABD59),
 }
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from lopt.meta.config import MetaTrainConfig, Phase
-from lopt.tasks import FAMILIES, SAMPLED_FAMILIES
+from lopt.tasks import ENGINE_FAMILIES, FAMILIES, SAMPLED_FAMILIES
 from lopt.tasks.distribution import TaskDistribution
 
 CURRICULUM = (
@@ -34,8 +34,10 @@ TRAIN_LOSS: dict[str, Any] = {
 
 #: From a theta made mostly of tasks of at most 2,000 parameters: those of all sizes, since such a theta takes too long
 #: steps in larger and deeper perceptrons when it knows the length of the run. Again the group with least noise first.
+#: Classes that can be told apart come more often, as in natural data: few rows of them are soon learned by heart.
 CONTINUE: dict[str, Any] = {
     "init": "default",
+    "tasks": (*ENGINE_FAMILIES, "sheets"),
     "phases": (
         Phase(0.20, (200, 2000), "linear", lr=1.5, max_params=16_000),
         Phase(0.80, (200, 4000), "all", lr=0.6, max_params=16_000),

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-Data = Literal["mixture", "teacher", "low_rank", "patches", "linear", "logistic", "index", "sequence"]
+Data = Literal["mixture", "teacher", "low_rank", "patches", "linear", "logistic", "index", "sequence", "sheets"]
 Random = np.random.Generator
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -120,6 +120,21 @@ def sequence(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Arra
     return np.eye(outputs)[symbols[:, order:-1]].reshape(rows, inputs), symbols[:, -1]
 
 
+def sheets(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, Array]:
+    """Classes that hardly overlap: every class is a smooth curved sheet of one to eight dimensions, with little noise.
+
+    Coordinates ``z`` on the sheet of class ``c`` are normal, and ``x = W sin(A_c z + b_c)``, with one ``W`` for all.
+    """
+    dims = int(random.integers(1, min(8, max(1, inputs // 2)) + 1))
+    bends = log_uniform(random, 0.2, 2.0) / math.sqrt(dims) * random.standard_normal((outputs, dims, 32))
+    phases = random.uniform(0.0, 2.0 * math.pi, (outputs, 32))
+    labels = random.integers(outputs, size=rows)
+    z = random.standard_normal((rows, dims))
+    waves = np.sin(np.einsum("ij,ijk->ik", z, bends[labels]) + phases[labels])
+    x = _product(waves, random.standard_normal((32, inputs)) / 4.0)
+    return _round(x + log_uniform(random, 0.02, 0.3) * random.standard_normal((rows, inputs))), labels
+
+
 class Kind(NamedTuple):
     """A generator, and what it can be used for."""
 
@@ -138,6 +153,7 @@ KINDS: dict[Data, Kind] = {
     "logistic": Kind(logistic, classes=True, values=False),
     "index": Kind(index, classes=True, values=True),
     "sequence": Kind(sequence, classes=True, values=False),
+    "sheets": Kind(sheets, classes=True, values=False),
 }
 
 

@@ -238,6 +238,7 @@ def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
         )
     kind = KINDS[family]
     regression = kind.values and (not kind.classes or bool(random.random() < 0.5))
+    noisy = 0.2 if family == "sheets" else 0.6  # share of the tasks
     inputs, outputs = _size(random, 2, 64), _size(random, 1 if regression else 2, 20)
     if family == "patches":
         inputs = int(random.integers(3, 9)) ** 2
@@ -253,7 +254,7 @@ def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
         hidden=_hidden(random, family),
         activation=("relu", "tanh", "gelu")[int(random.integers(3))],
         regression=regression,
-        noise=log_uniform(random, 0.01, 0.3) if not kind.autoencoder and random.random() < 0.6 else 0.0,
+        noise=log_uniform(random, 0.01, 0.3) if not kind.autoencoder and random.random() < noisy else 0.0,
         input_scale=log_uniform(random, 0.3, 3.0),
         init_gain=log_uniform(random, 0.5, 1.6) if random.random() < 0.7 else None,
     )
