@@ -115,6 +115,16 @@ def test_budget_is_what_every_task_has() -> None:
     assert compared.chosen["sgd-tuned"]["a", 100][0].trial == 0
 
 
+def test_suites_are_told_apart() -> None:
+    """Tasks of one name in two suites are two tasks, each compared within its suite."""
+    runs = [a_run("lopt", "a", 0.9, 1.0), a_run("adam", "a", 1.9, 1.0), a_run("lopt", "b", 0.9, 1.0)]
+    runs += [a_run("lopt", "a", 1.9, 1.0, suite="text"), a_run("adam", "a", 0.4, 1.0, suite="text")]
+    runs.append(a_run("adam", "b", 0.4, 1.0))
+    found = Runs(runs).compare("lopt", "adam", 100, "train")
+    assert found is not None
+    assert found.ratios == pytest.approx({"families: a": 1 / 2, "b": 1 / 0.5, "text: a": 2 / 0.5})
+
+
 def test_equal_time() -> None:
     """Ours ends after 2 seconds; by then the other, half as fast, is between its points of 1 and 3 seconds."""
     ours = a_run("lopt", "a", 1.0, 2.0, **curve((0, 0.0, 10.0, 10.0), (100, 2.0, 1.0, 2.0)))

@@ -28,6 +28,7 @@ from lopt.tasks.data import catalogue
 from lopt.tasks.image_tasks import ImageTask
 from lopt.tasks.task import SPLITS
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WINE = HeldOutTask(data="wine", sizes=(13, 6, 3), batch_size=16)
 WINE_FLOW = sampled_suites.held_out("maf", "wine", 5)
 
@@ -287,6 +288,24 @@ def test_table_of_an_earlier_version_is_read_and_completed(tmp_path: Path, monke
     assert len(found) == len(rows) + 1
     kept = [{name: row[name] for name in old if name not in TIMED} for row in found if row["impl"] == "torch"]
     assert sorted(map(str, kept)) == sorted(str({n: row[n] for n in old if n not in TIMED}) for row in rows)
+
+
+def test_suites_in_one_table_have_rows_of_their_own(tmp_path: Path) -> None:
+    """A task that two suites have is run for each, and no row takes the place of the other's."""
+    plans = [dataclasses.replace(a_plan("adam", seeds=(0,)), suite=name) for name in ("families", "text")]
+    for plan in plans:
+        assert {run.suite for run in execute(plan, RunTable(tmp_path / "runs.csv"), workers=1)} == {plan.suite}
+    rows = RunTable(tmp_path / "runs.csv").runs.values()
+    assert [(run.suite, run.task) for run in rows] == [(p.suite, t.name) for p in plans for t in p.tasks[::-1]]
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "suite"), [("evaluate_small", 3360, "small"), ("families/runs", 980, "families")]
+)
+def test_published_tables_are_read_whole(file: str, rows: int, suite: Any) -> None:
+    table = RunTable(RESULTS / f"{file}.csv")
+    assert len(table.runs) == rows
+    assert {run.suite for run in table.runs.values()} == {suite}
 
 
 def test_two_writers_lose_nothing(tmp_path: Path) -> None:

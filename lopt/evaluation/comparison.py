@@ -8,9 +8,10 @@ The trial of an optimizer with several is that of the least mean outer_valid los
 two optimizers are compared when the quicker of them ends; the other's loss is interpolated there.
 """
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -71,12 +72,13 @@ class Runs:
     """Runs of an evaluation, grouped; tuned optimizers by their chosen trial.
 
     Args:
-        runs: rows of one theta (and of any opponents).
+        runs: rows of one theta (and of any opponents). A task that several suites have counts once for each, by the
+            name of the suite and its own.
         budgets: how many trials an optimizer with several has; all that the rows hold if it is not named.
     """
 
     def __init__(self, runs: Iterable[Run], budgets: Mapping[str, int] | None = None) -> None:
-        self.all = list(runs)
+        self.all = list(_told_apart(list(runs)))
         self._trials: dict[tuple[str, Place], dict[str, list[Run]]] = {}
         for run in self.all:
             key = run.settings or f"{run.schedule} {run.lr}"
@@ -191,6 +193,15 @@ def at_equal_time(a: Run, b: Run, measure: Measure) -> tuple[float, float]:
         losses = [point[2] if measure == "train" else point[3] for point in run.points]
         found.append(float(np.interp(until, seconds, losses)))
     return found[0], found[1]
+
+
+def _told_apart(runs: Sequence[Run]) -> Iterator[Run]:
+    """The runs, those of tasks whose name several suites have under the name "suite: task"."""
+    suites: dict[str, set[str]] = {}
+    for run in runs:
+        suites.setdefault(run.task, set()).add(run.suite)
+    for run in runs:
+        yield dataclasses.replace(run, task=f"{run.suite}: {run.task}") if len(suites[run.task]) > 1 else run
 
 
 def _choose(trials: Mapping[str, Sequence[Run]], budget: int, in_order: bool) -> list[Run]:

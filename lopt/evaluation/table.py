@@ -31,6 +31,7 @@ LOSSES: dict[SplitName, LossName] = {
 
 #: The columns that identify a run.
 KEY = (
+    "suite",
     "task_sha256",
     "horizon",
     "seed",
