@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from torch.nn import functional
 from lopt import LearnedOptimizer, Theta, cli
 from lopt.commands.experiment import Name
 from lopt.evaluation.opponents import FACTORS, LEARNED
+from lopt.evaluation.runs import train_task
 from lopt.evaluation.suites import HeldOutTask
 from lopt.experiments import EXPERIMENTS, implicit_regularization, normalised_table, self_training
 from lopt.experiments.axes import FewRows
@@ -32,6 +34,7 @@ from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.executors import Serial
 from lopt.meta.metrics import read_metrics
 from lopt.meta.pairs import Shared
+from lopt.tasks import datasets
 from lopt.theta import unflatten
 
 #: A meta-training whose outer optimizer is learned; only the tensors of the second phase's group move in it.
@@ -459,3 +462,36 @@ def test_the_command_runs_resumes_and_writes(
         cli.main(["experiment", "width", "--seeds", "1", "1"])
     assert "seeds: expected numbers from 0 on" in capsys.readouterr().err
     assert get_args(Name) == tuple(EXPERIMENTS)
+
+
+def test_the_folder_of_fashion_mnist_holds_for_every_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For what is sampled (as by ``table``), and in the processes that run it."""
+    monkeypatch.setattr(datasets, "FASHION_MNIST_FOLDER", tmp_path / "absent")
+    for (images, labels), rows in zip(datasets.IDX_FILES, (36, 8), strict=True):
+        pixels = np.random.RandomState(rows).randint(0, 256, rows * 28 * 28).astype(np.uint8).tobytes()
+        header = b"".join(size.to_bytes(4, "big") for size in (rows, 28, 28))
+        (tmp_path / images).write_bytes(bytes([0, 0, 8, 3]) + header + pixels)
+        (tmp_path / labels).write_bytes(bytes([0, 0, 8, 1]) + header[:4] + bytes(row % 10 for row in range(rows)))
+
+    def runs(setting: Setting) -> list[Run]:
+        assert tmp_path == datasets.FASHION_MNIST_FOLDER
+        problem = HeldOutTask(data="fashion-mnist-7x7", sizes=(49, 10))
+        return [TaskRun(task="a", problem=problem, optimizer="adam", steps=2, seed=seed) for seed in (0, 1)]
+
+    monkeypatch.setitem(
+        EXPERIMENTS,
+        "table",
+        dataclasses.replace(
+            EXPERIMENTS["table"], runs=runs, figure=lambda rows, path: path.touch(), text=lambda rows: []
+        ),
+    )
+    command = ["experiment", "table", "--workers", "2", "--out", str(tmp_path / "out"), "--data"]
+    assert cli.main([*command, str(tmp_path)]) == 0
+    problem = HeldOutTask(data="fashion-mnist-7x7", sizes=(49, 10), folder=tmp_path)
+    for row in RowTable(tmp_path / "out/table.csv").rows.values():
+        curve = train_task(problem, lambda params, steps: torch.optim.Adam(params, 1e-3), row.seed, 2)
+        assert row.train_loss == pytest.approx(curve.final["train"], rel=1e-6)
+    assert cli.main([*command, str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is not a folder" in " ".join(capsys.readouterr().err.split())

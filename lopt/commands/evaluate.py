@@ -23,10 +23,18 @@ from lopt.evaluation.opponents import LEARNED
 from lopt.evaluation.report import Report
 from lopt.evaluation.runs import LOSS_LIMIT
 from lopt.evaluation.scores import NO_WORSE, REFERENCES, Score, scores
-from lopt.evaluation.suites import HeldOutTask, SuiteName, data_of, family_of, fingerprint, load, suite, unavailable
+from lopt.evaluation.suites import (
+    HeldOutTask,
+    SuiteName,
+    data_of,
+    family_of,
+    fingerprint,
+    suite,
+    take_fashion_mnist_from,
+    unavailable,
+)
 from lopt.evaluation.table import Run, RunTable
 from lopt.meta.provenance import commit, versions
-from lopt.tasks import datasets
 from lopt.tasks.data import catalogue
 from lopt.tasks.task import Task
 from lopt.tasks.text_tasks import TextData
@@ -217,8 +225,7 @@ class Evaluate(Command):
     def _tasks(self) -> tuple[tuple[Task, ...], dict[str, str]]:
         """The tasks to run, and why others are not."""
         if self.data is not None:
-            load("fashion-mnist", self.data)  # a folder that was asked for must be good
-            datasets.FASHION_MNIST_FOLDER = self.data
+            take_fashion_mnist_from(self.data)
         everything = suite(self.suite, self.data)
         names = [task.name for task in everything]
         unknown = sorted(set(self.tasks) - set(names))

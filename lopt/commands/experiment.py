@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from lopt.commands.common import Command, Outcome, say
 from lopt.evaluation.plots import require_matplotlib
+from lopt.evaluation.suites import take_fashion_mnist_from
 from lopt.experiments import EXPERIMENTS
 from lopt.experiments.experiment import execute
 from lopt.experiments.rows import Row, RowTable
@@ -76,7 +77,9 @@ class RunExperiment(Command):
         experiment = EXPERIMENTS[self.name]
         out = self.out or Path("runs/experiments") / f"{self.name}-{self.scale}"
         seeds = SEEDS[self.scale] if self.seeds is None else self.seeds
-        setting = Setting(scale=self.scale, theta=self.theta, seeds=seeds, folder=self.data)
+        if self.data is not None:
+            take_fashion_mnist_from(self.data)
+        setting = Setting(scale=self.scale, theta=self.theta, seeds=seeds)
         runs = experiment.runs(setting)
         table = RowTable(out / f"{self.name}.csv")
         rows = self._execute(console, runs, table)
@@ -97,8 +100,12 @@ class RunExperiment(Command):
                 elif done % max(1, total // LINES) == 0:
                     say(console, f"{done} of {total} runs")
 
-            return execute(runs, table, workers, line)
+            return execute(runs, table, workers, line, self.data)
         columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task(self.name, total=None)
-            return execute(runs, table, workers, lambda done, total: progress.update(bar, completed=done, total=total))
+
+            def update(done: int, total: int) -> None:
+                progress.update(bar, completed=done, total=total)
+
+            return execute(runs, table, workers, update, self.data)

@@ -233,7 +233,7 @@ def _map(
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(), data))
+    pool = ProcessPoolExecutor(workers, context, initializer=begin, initargs=(os.getpid(), data))
     try:
         futures = {pool.submit(_work, job, learned): job for job in jobs}
         for future in as_completed(futures):
@@ -242,7 +242,7 @@ def _map(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int, data: Path | None) -> None:
+def begin(parent: int, data: Path | None) -> None:
     """What a worker does first: one thread, the data, and an end of its own when its parent is no more."""
     torch.set_num_threads(1)
     if data is not None:

@@ -258,6 +258,16 @@ def small(folder: Path | None = None) -> tuple[HeldOutTask, ...]:
     )
 
 
+def take_fashion_mnist_from(folder: Path) -> None:
+    """From now on this process reads Fashion-MNIST there.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or broken; the message names the folder.
+    """
+    load("fashion-mnist", folder)
+    datasets.FASHION_MNIST_FOLDER = folder
+
+
 @cache
 def load(data: DataName, folder: Path | None = None) -> Splits:
     """The four standardised splits of a data set; kept in memory.

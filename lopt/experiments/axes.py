@@ -52,17 +52,16 @@ ENDS: dict[str, tuple[int, int]] = {
 }
 
 
-def perceptron(data: str, setting: Setting, hidden: Sequence[int] = (64, 64), batch_size: int = 64) -> HeldOutTask:
+def perceptron(data: str, hidden: Sequence[int] = (64, 64), batch_size: int = 64) -> HeldOutTask:
     """A perceptron on ``data`` with these hidden layers."""
     inputs, outputs = ENDS[data]
-    folder = {"folder": setting.folder} if data == "fashion-mnist" and setting.folder else {}
     sizes = (inputs, *hidden, outputs)
-    return HeldOutTask(data=data, sizes=sizes, batch_size=batch_size, **folder)  # type: ignore[arg-type]
+    return HeldOutTask(data=data, sizes=sizes, batch_size=batch_size)  # type: ignore[arg-type]
 
 
-def available(setting: Setting, names: Sequence[str]) -> list[str]:
+def available(names: Sequence[str]) -> list[str]:
     """Those data sets that are here."""
-    return [name for name in names if perceptron(name, setting).unavailable is None]
+    return [name for name in names if perceptron(name).unavailable is None]
 
 
 def along(setting: Setting, points: Mapping[str, Sequence[tuple[float, HeldOutTask]]], steps: int) -> list[Run]:
@@ -167,16 +166,16 @@ def experiment(name: str, axis: str, about: str, runs: Callable[[Setting], Seque
 def width_runs(setting: Setting) -> list[Run]:
     """Two hidden layers of the same width."""
     widths = setting.pick((4, 16, 64, 256), (4, 8, 16, 32, 64, 128, 256, 512))
-    data = available(setting, setting.pick(("digits",), tuple(ENDS)))
-    points = {name: [(float(w), perceptron(name, setting, (w, w))) for w in widths] for name in data}
+    data = available(setting.pick(("digits",), tuple(ENDS)))
+    points = {name: [(float(w), perceptron(name, (w, w))) for w in widths] for name in data}
     return along(setting, points, setting.pick(500, 2000))
 
 
 def batch_size_runs(setting: Setting) -> list[Run]:
     """Rows of a minibatch; the number of steps stays the same."""
     sizes = setting.pick((1, 4, 16, 64, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
-    data = available(setting, setting.pick(("digits",), tuple(ENDS)))
-    points = {name: [(float(b), perceptron(name, setting, batch_size=b)) for b in sizes] for name in data}
+    data = available(setting.pick(("digits",), tuple(ENDS)))
+    points = {name: [(float(b), perceptron(name, batch_size=b)) for b in sizes] for name in data}
     return along(setting, points, setting.pick(500, 2000))
 
 
@@ -184,10 +183,10 @@ def dataset_size_runs(setting: Setting) -> list[Run]:
     """The first rows of the training split; validation and test rows stay the same."""
     sizes = setting.pick((32, 128, 512, 1024), (32, 64, 128, 256, 512, 1024, 4096, 16_384))
     points = {}
-    for data in available(setting, setting.pick(("digits",), tuple(ENDS))):
-        whole = perceptron(data, setting)
+    for data in available(setting.pick(("digits",), tuple(ENDS))):
+        whole = perceptron(data)
         rows = [size for size in sizes if size <= len(whole.splits["train"].inputs)]
-        fields = {"data": whole.data, "sizes": whole.sizes, "folder": whole.folder}
+        fields = {"data": whole.data, "sizes": whole.sizes}
         points[data] = [(float(n), FewRows(**fields, batch_size=32, rows=n)) for n in rows]  # type: ignore[arg-type]
     return along(setting, points, setting.pick(500, 2000))
 

@@ -5,6 +5,7 @@ What is in the table of rows is not run again, so an experiment that was stopped
 
 import itertools
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lopt.evaluation.compare import begin
 from lopt.experiments.rows import Row, RowTable
 from lopt.experiments.runs import Result, Run, Setting
 
@@ -61,12 +63,17 @@ def _origin(name: str, rows: Sequence[Row]) -> str:
 
 
 def execute(
-    runs: Sequence[Run], table: RowTable, workers: int = 1, on_done: Callable[[int, int], None] | None = None
+    runs: Sequence[Run],
+    table: RowTable,
+    workers: int = 1,
+    on_done: Callable[[int, int], None] | None = None,
+    data: Path | None = None,
 ) -> list[Row]:
     """Measure what ``table`` lacks, in ``workers`` processes of one thread, and return the rows in order.
 
     Args:
         on_done: called with the numbers of runs done and to do, at the beginning and after every run.
+        data: folder with Fashion-MNIST's IDX files, for the processes.
     """
     keys = [run.sha256 for run in runs]
     missing = {key: run for key, run in zip(keys, runs, strict=True) if key not in table.rows}
@@ -75,7 +82,7 @@ def execute(
         if on_done is not None:
             on_done(done, len(order))
         if done == 0:
-            results = _map(order, min(workers, len(order)))
+            results = _map(order, min(workers, len(order)), data)
         found = next(results, None)
         if found is None:
             break
@@ -85,7 +92,7 @@ def execute(
     return [table.rows[key] for key in keys]
 
 
-def _map(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
+def _map(runs: Sequence[Run], workers: int, data: Path | None) -> Iterator[tuple[Run, Result]]:
     """The runs with their results, as they end."""
     if workers <= 1:
         threads = torch.get_num_threads()
@@ -97,7 +104,7 @@ def _map(runs: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(workers, context, initializer=begin, initargs=(os.getpid(), data))
     try:
         futures = {pool.submit(run.measure): run for run in runs}
         for future in as_completed(futures):

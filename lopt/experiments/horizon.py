@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lopt.evaluation.suites import CONTEXT, HeldOutTask
 from lopt.experiments.experiment import Experiment
@@ -20,12 +19,11 @@ RIVALS = {CONSTANT: ("Adam, best lr", ADAM), COSINE: ("AdamW cosine, best lr", O
 def runs(setting: Setting) -> list[Run]:
     """Every length is a run of its own: schedules and the learned optimizer know how long they have."""
     horizons = setting.pick((200, 500, 1000, 2000, 5000), (200, 500, 1000, 2000, 5000, 10_000, 20_000))
-    folder: dict[str, Any] = {"folder": setting.folder} if setting.folder else {}
     tasks = (
         HeldOutTask(data="digits", sizes=(64, 32, 10), batch_size=64),
         HeldOutTask(data="characters", sizes=(CONTEXT * 28, 32, 28), batch_size=64),
         HeldOutTask(data="friedman1", sizes=(10, 32, 1)),
-        HeldOutTask(data="fashion-mnist-7x7", sizes=(49, 32, 10), batch_size=64, **folder),
+        HeldOutTask(data="fashion-mnist-7x7", sizes=(49, 32, 10), batch_size=64),
     )
     trials = setting.pick(EIGHT[1::2], EIGHT)
     return [

@@ -8,7 +8,6 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lopt.meta.provenance import file_checksum
@@ -27,13 +26,11 @@ class Setting:
         scale: ``small`` fits ten minutes of two cores, ``full`` is the real one.
         theta: of the learned optimizer, a shipped name or a file.
         seeds: each decides initial parameters and minibatches.
-        folder: with the files of Fashion-MNIST, where they are not in their usual place.
     """
 
     scale: Scale = "small"
     theta: str = "default"
     seeds: tuple[int, ...] = (0,)
-    folder: Path | None = None
 
     def pick(self, small: T, full: T) -> T:
         """The one of the two that belongs to the scale."""

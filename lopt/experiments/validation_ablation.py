@@ -16,7 +16,7 @@ from lopt.experiments.words import LOSSES, bullets, table, tally
 
 def runs(setting: Setting) -> list[Run]:
     """All tasks of the small held-out suite that are here."""
-    tasks = [task for task in suite("small", setting.folder) if task.unavailable is None]
+    tasks = [task for task in suite("small") if task.unavailable is None]
     return [
         TaskRun(task=problem.name, problem=problem, x=float(steps), steps=steps, seed=seed, **how)
         for problem in tasks

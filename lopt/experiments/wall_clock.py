@@ -21,9 +21,9 @@ def runs(setting: Setting) -> list[Run]:
     steps, trials = setting.pick(600, 1500), setting.pick(EIGHT[1::2], EIGHT)
     return [
         TaskRun(task=f"{data}, width {width}, batch {rows}", problem=problem, steps=steps, seed=seed, points=60, **how)
-        for data in available(setting, setting.pick(("digits",), ("digits", "characters")))
+        for data in available(setting.pick(("digits",), ("digits", "characters")))
         for width, rows in sizes
-        for problem in (perceptron(data, setting, (width, width), rows),)
+        for problem in (perceptron(data, (width, width), rows),)
         for how in (*learned(setting.theta, ("lopt",)), *tuned(TUNED, trials), *tuned(FIXED, (0,)))
         for seed in setting.seeds
     ]
