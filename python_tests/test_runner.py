@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -323,6 +325,33 @@ def test_two_writers_lose_nothing(tmp_path: Path) -> None:
     found = RunTable(path).runs
     assert set(found) == {run.key for run in (one, two, three, four)}
     assert all(isinstance(run, Run) and run == found[run.key] for run in (one, two, three, four))
+
+
+def test_a_writer_waits_until_the_other_is_killed(tmp_path: Path) -> None:
+    (run, _) = execute(a_plan("adam", seeds=(0,)), RunTable(tmp_path / "other.csv"), workers=1)
+    hold = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        writer = threading.Thread(target=RunTable(tmp_path / "runs.csv").append, args=([run],))
+        writer.start()
+        writer.join(0.2)
+        assert not (tmp_path / "runs.csv").exists()
+        process.kill()
+        writer.join(60)
+    assert list(RunTable(tmp_path / "runs.csv").runs.values()) == [run]
+
+
+def test_tables_need_nothing_of_unix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    spec = importlib.util.spec_from_file_location("table_elsewhere", str(table.__file__))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "table_elsewhere", module)
+    spec.loader.exec_module(module)
+    assert module.KEY == table.KEY
 
 
 def test_sorting_does_not_depend_on_the_order_of_the_runs(tmp_path: Path) -> None:

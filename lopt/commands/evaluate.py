@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from lopt.evaluation.suites import (
     unavailable,
 )
 from lopt.evaluation.table import Run, RunTable
+from lopt.meta.executors import usable_cores
 from lopt.meta.provenance import commit, versions
 from lopt.tasks.data import catalogue
 from lopt.tasks.task import Task
@@ -240,7 +240,7 @@ class Evaluate(Command):
         return tasks, skipped
 
     def _execute(self, console: Console, plan: Plan, table: RunTable) -> list[Run]:
-        workers = self.workers or len(os.sched_getaffinity(0))
+        workers = self.workers or usable_cores()
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("batches of runs", total=None)

@@ -6,16 +6,16 @@ interrupted evaluation goes on where it stopped. Files of earlier versions, with
 
 import csv
 import dataclasses
-import fcntl
 import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock
 
 from lopt.tasks.task import SplitName
 
@@ -126,7 +126,8 @@ _REQUIRED = sum(field.default is dataclasses.MISSING for field in dataclasses.fi
 class RunTable:
     """The runs in a CSV file: read at once, appended to as they come in.
 
-    Several processes may append to one file. The last row of a process that was killed while it wrote is ignored.
+    Several processes may append to one file; they wait at ``.lock`` beside it. The last row of a process that was
+    killed while it wrote is ignored.
 
     Raises:
         ValueError: the file is a table of something else.
@@ -185,15 +186,9 @@ class RunTable:
         os.replace(part, self.path)
         self._complete = True
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While inside, no other process writes into the folder's tables."""
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
+    def _alone(self) -> FileLock:
+        """While inside, no other process writes into the folder's tables; a process that is killed lets go."""
+        return FileLock(self.path.parent / ".lock")
 
 
 def _sortable(key: tuple[Any, ...]) -> tuple[str, ...]:
