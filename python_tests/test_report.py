@@ -252,3 +252,31 @@ def test_several_thetas_must_be_told_apart(tmp_path: Path, capsys: pytest.Captur
     assert "theta: the table has several, say which: t, uvw" in " ".join(capsys.readouterr().err.split())
     assert main(["report", str(tmp_path), "--theta", "uv"]) == 0
     assert "100 steps" in capsys.readouterr().out
+
+
+def test_rows_of_different_origin_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several versions, commits or packages are compared, and named; other code of the same theta is left out."""
+    pytest.importorskip("matplotlib")
+    one = several()  # 24 runs, 16 of them of lopt
+    RunTable(tmp_path / "one/runs.csv").append(one)
+    changes = {"seed": 7, "commit": "0123456789abcdef", "torch": "3.0", "impl": "y"}
+    more = [a_run("adam", "a", 1.0, 1.0, **changes), a_run("lopt", "a", 1.0, 1.0, seed=7, commit="")]
+    RunTable(tmp_path / "two/runs.csv").append([*one, *more, a_run("lopt", "a", 1.0, 1.0, seed=8, code_sha256="c")])
+    said = {}
+    for name in ("one", "two"):
+        assert main(["report", str(tmp_path / name), "--json", str(tmp_path / "numbers.json")]) == 0
+        said[name] = capsys.readouterr().out.splitlines()
+    assert not [line for line in said["one"] if line.startswith(("Compared", "Left"))]
+    expected = [
+        "Compared although of several versions: lopt x, torch x, numpy x, python x (25 runs); "
+        "lopt x, torch 3.0, numpy x, python x (1 runs)",
+        "Compared although of several commits: x (24 runs); 0123456789 (1 runs); unknown (1 runs)",
+        "Compared although of several code of adam: x (8 runs); y (1 runs)",
+        "Left out: theta t with code c (1 runs)",
+    ]
+    assert said["two"][:4] == expected
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["warnings"] == expected
+    assert numbers["facts"]["theta, SHA-256"] == "t (17 runs)"
+    assert numbers["facts"]["commits"] == "x (24 runs); 0123456789 (1 runs); unknown (1 runs)"
+    assert all(f"<p class=lost>{line}</p>" in (tmp_path / "two/report.html").read_text() for line in expected)

@@ -52,7 +52,7 @@ class MakeReport(Command):
         path = self.folder / "runs.csv" if self.folder.is_dir() else self.folder
         if not path.is_file():
             raise FileNotFoundError(f"folder: no runs in {path}; lopt evaluate --out {self.folder} makes them")
-        runs, theta = self._selected(list(RunTable(path).runs.values()))
+        runs, left_out = self._selected(list(RunTable(path).runs.values()))
         budgets: dict[str, int] = {}
         if self.optimizers:
             for name in self.optimizers:
@@ -64,7 +64,14 @@ class MakeReport(Command):
             if unknown:
                 raise ValueError(f"optimizers: no runs of {', '.join(sorted(unknown))} in {path}")
             runs = [run for run in runs if run.optimizer == "lopt" or run.name in wanted]
-        report = Report(runs=Runs(runs, budgets), title="Evaluation of a learned optimizer", facts=_facts(runs, theta))
+        report = Report(
+            runs=Runs(runs, budgets),
+            title="Evaluation of a learned optimizer",
+            facts=_facts(runs),
+            warnings=_warnings(runs, left_out),
+        )
+        for warning in report.warnings:
+            say(console, warning)
         numbers = []
         for horizon in report.runs.horizons:
             show_comparisons(console, report, horizon)
@@ -96,10 +103,11 @@ class MakeReport(Command):
         out.write_text(report.html())
         say(console, "")
         say(console, f"Wrote {out}")
-        return Outcome(0, {"command": "report", "comparisons": numbers, "normalised": normalised, "file": out})
+        said = {"facts": report.facts, "warnings": report.warnings}
+        return Outcome(0, {"command": "report", **said, "comparisons": numbers, "normalised": normalised, "file": out})
 
-    def _selected(self, runs: list[Run]) -> tuple[list[Run], str]:
-        """The runs of one theta with one code, of the suite and horizons asked for, and that theta's SHA-256."""
+    def _selected(self, runs: list[Run]) -> tuple[list[Run], list[Run]]:
+        """The runs of one theta with one code, of the suite and horizons asked for, and those of others."""
         runs = [run for run in runs if self.suite in (None, run.suite)]
         runs = [run for run in runs if not self.horizons or run.horizon in self.horizons]
         thetas = Counter(run.theta_sha256 for run in runs if run.optimizer == "lopt")
@@ -116,8 +124,11 @@ class MakeReport(Command):
         codes = Counter(run.code_sha256 for run in runs if run.theta_sha256 == sha256)
         now = code_sha256()
         code = now if now in codes else codes.most_common(1)[0][0]
-        chosen = [r for r in runs if r.optimizer != "lopt" or (r.theta_sha256, r.code_sha256) == (sha256, code)]
-        return chosen, sha256
+
+        def belongs(run: Run) -> bool:
+            return run.optimizer != "lopt" or (run.theta_sha256, run.code_sha256) == (sha256, code)
+
+        return [run for run in runs if belongs(run)], [run for run in runs if not belongs(run)]
 
 
 def show_comparisons(console: Console, report: Report, horizon: int) -> None:
@@ -129,19 +140,44 @@ def show_comparisons(console: Console, report: Report, horizon: int) -> None:
         show_table(console, header[:BY_STEP], [row[:BY_STEP] for row in rows])
 
 
-def _facts(runs: list[Run], theta: str) -> dict[str, str]:
+def _facts(runs: list[Run]) -> dict[str, str]:
     """What was run, in words."""
 
     def several(values: list[str]) -> str:
         return ", ".join(dict.fromkeys(values))
 
     return {
-        "theta, SHA-256": theta,
         "suite": several([run.suite for run in runs]),
         "families": several(sorted(run.family for run in runs if run.family)),
         "data": several(sorted(run.data for run in runs if run.data)),
         "seeds": several(sorted(str(run.seed) for run in runs)),
         "opponents' code": several(sorted(run.impl for run in runs if run.optimizer != "lopt")),
-        "versions": several([f"lopt {run.lopt}, torch {run.torch}, python {run.python}" for run in runs]),
-        "commits": several([run.commit[:10] for run in runs if run.commit]),
+        **{name: _counted(values) for name, values in _origins(runs).items()},
     }
+
+
+def _origins(runs: list[Run]) -> dict[str, Counter[str]]:
+    """What the rows were made by: how many rows by which."""
+    ours = [run for run in runs if run.optimizer == "lopt"]
+    return {
+        "theta, SHA-256": Counter(run.theta_sha256 for run in ours),
+        "code of lopt, SHA-256": Counter(run.code_sha256 for run in ours),
+        "implementation of lopt": Counter(run.impl for run in ours),
+        "versions": Counter(f"lopt {r.lopt}, torch {r.torch}, numpy {r.numpy}, python {r.python}" for r in runs),
+        "commits": Counter(run.commit[:10] or "unknown" for run in runs),
+    }
+
+
+def _warnings(runs: list[Run], left_out: list[Run]) -> list[str]:
+    """What the rows that are compared do not have in common, and which others there are."""
+    origins = _origins(runs)
+    for run in runs:
+        if run.optimizer != "lopt":
+            origins.setdefault(f"code of {run.name}", Counter())[run.impl] += 1
+    found = [f"Compared although of several {name}: {_counted(v)}" for name, v in origins.items() if len(v) > 1]
+    others = Counter(f"theta {run.theta_sha256[:12]} with code {run.code_sha256[:12]}" for run in left_out)
+    return found + ([f"Left out: {_counted(others)}"] if others else [])
+
+
+def _counted(values: Counter[str]) -> str:
+    return "; ".join(f"{value} ({count} runs)" for value, count in values.items())

@@ -29,11 +29,13 @@ svg { max-width: 100%; height: auto } h2 { margin-top: 2em } caption, .note { te
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is reported: the learned optimizer's names in the runs, its opponents, and where the runs come from."""
+    """What is reported: the learned optimizer's names in the runs, its opponents, and where the runs come from;
+    ``warnings`` are sentences on what they do not have in common."""
 
     runs: Runs
     title: str
     facts: dict[str, str]
+    warnings: Sequence[str] = ()
 
     @property
     def ours(self) -> list[str]:
@@ -178,6 +180,7 @@ class Report:
         body = [
             f"<h1>{html.escape(self.title)}</h1>",
             _list([f"{name}: {value}" for name, value in self.facts.items()]),
+            *(f"<p class=lost>{html.escape(warning)}</p>" for warning in self.warnings),
         ]
         body.append(
             "<p class=note>A ratio is (L + f) / (L_other + f), means over the seeds, f = 1% of the initial loss (where "
