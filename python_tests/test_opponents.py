@@ -428,6 +428,39 @@ def test_run_without_end_is_a_divergence_and_stops() -> None:
     assert all(math.isnan(value) for values in curve.losses.values() for value in values[1:])
 
 
+@pytest.mark.parametrize("what", ["param", "grad", "loss"])
+def test_an_error_in_a_step_is_divergence_where_something_is_not_finite_or_large(what: str) -> None:
+    task = small_task()
+
+    class Fails(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            (first, *_) = self.param_groups[0]["params"]
+            if what == "loss":  # steps far up the hill, and then fails
+                if first.grad.abs().max() < 1e3:
+                    for param in self.param_groups[0]["params"]:
+                        param.data.mul_(1e6)
+                    return
+            else:
+                (first.data if what == "param" else first.grad).fill_(math.nan)
+            raise torch.linalg.LinAlgError("no way down")
+
+    curve = train_task(task, lambda p, _: Fails(p, lr=0.1), 0, 8, record_every=4)
+    assert curve.diverged
+    assert len(curve.batch_losses) == (2 if what == "loss" else 1)
+    assert math.isnan(curve.final["train"])
+
+
+def test_an_error_in_a_step_is_raised_otherwise() -> None:
+    class Fails(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            assert len(self.state) > 0, "out of luck"
+
+    task = small_task()
+    message = rf"^Fails on {task.name}, step 0, loss \S+, parameters and gradients finite: AssertionError: out of luck"
+    with pytest.raises(RuntimeError, match=message):
+        train_task(task, lambda p, _: Fails(p), 0, 20)
+
+
 @pytest.mark.parametrize(
     ("name", "floats"),
     [("sgd-tuned", 1), ("adam", 2), ("nadamw-list-1", 2), ("adam8p", 2), ("dog", 1), ("schedule-free", 2)],

@@ -7,7 +7,7 @@ loss on whole splits, or on fixed minibatches of them where a task has no whole 
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 5000  # evaluated at once
 #: ``make_optimizer(leaf tensors, steps)``: every optimizer, learned or not, is made this way.
 OptimizerFactory = Callable[[list[Tensor], int], torch.optim.Optimizer]
 
-#: What an optimizer without guards raises when its gradients are not finite any more.
+#: What an optimizer without guards raises when gradients are not finite any more: then a divergence, otherwise a fault.
 _BROKEN = (AssertionError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
@@ -97,6 +97,7 @@ def train_task(
 
     Raises:
         ValueError: a number below one.
+        RuntimeError: the optimizer raised in a step though parameters and gradients were finite and the loss was low.
 
     Example:
         >>> from lopt.evaluation.opponents import make_optimizer
@@ -130,12 +131,19 @@ def train_task(
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 batch_losses.append(loss.detach())
-                if not math.isfinite(batch_losses[-1].item()) and not _finite(params):
+                if not math.isfinite(batch_losses[-1].item()) and not _finite(params.values()):
                     finite = False
                     break
                 try:
                     optimizer.step(**({} if observe is None else {"loss": batch_losses[-1]}))  # type: ignore[call-overload]
-                except _BROKEN:
+                except _BROKEN as error:
+                    now = batch_losses[-1].item()
+                    _, exploded = limit([now], [losses[0]["train"]])
+                    if not exploded and _finite(params.values()) and _finite(v.grad for v in params.values()):
+                        raise RuntimeError(
+                            f"{type(optimizer).__name__} on {task.name}, step {step}, loss {now:.4g}, "
+                            f"parameters and gradients finite: {type(error).__name__}: {error}"
+                        ) from error
                     finite = False
                     break
             times.append(times[-1] + time.perf_counter() - started)
@@ -241,8 +249,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(seen.values())
 
 
-def _finite(params: Mapping[str, Tensor]) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in params.values())
+def _finite(tensors: Iterable[Tensor | None]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
 
 @torch.no_grad()
