@@ -2,7 +2,7 @@
 
 The optimizer itself calls :class:`lopt.ops.Plan`, which keeps its tables between steps; these make a plan per call.
 Both write their mutable arguments in place: ``mom`` and ``rms``, and ``params``. Arguments are those of the plan's
-methods.
+methods; ``step``, by which a bfloat16 state is rounded, may be left out with a float32 one.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,15 @@ def _accumulate(
     mom: Sequence[Tensor],
     rms: Sequence[Tensor],
     clip_limit: Tensor,
+    step: Tensor | None = None,
 ) -> Tensor:
     plan = Plan("cuda" if params[0].is_cuda else "cpu", feature_set, params, mom, rms)
     plan.set_tensors(params, grads)
-    return plan.accumulate(clip_limit)
+    return plan.accumulate(clip_limit, step=step)
 
 
 def _accumulate_fake(feature_set: str, params: Sequence[Tensor], *others: Any) -> Tensor:
-    clip_limit: Tensor = others[-1]
+    clip_limit: Tensor = others[3]
     return clip_limit.new_empty(len(params), FEATURE_SETS[feature_set].num_stats)
 
 
@@ -63,7 +64,7 @@ def _apply_fake(*arguments: Any) -> Tensor:
 _library: Any = torch.library.Library("lopt", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "accumulate(str feature_set, Tensor[] params, Tensor[] grads, Tensor(a!)[] mom, Tensor(b!)[] rms, "
-    "Tensor clip_limit) -> Tensor"
+    "Tensor clip_limit, Tensor? step=None) -> Tensor"
 )
 _library.define(
     "apply(str feature_set, Tensor(a!)[] params, Tensor[] grads, Tensor[] mom, Tensor[] rms, Tensor clip_limit, "

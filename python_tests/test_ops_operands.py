@@ -202,6 +202,27 @@ def test_library_operations_are_the_plan(device: torch.device, feature_set: str)
     assert same([stats, hidden, *params, *mom, *rms], expected)  # type: ignore[misc]
 
 
+@SETS
+def test_library_accumulates_in_bfloat16(device: torch.device, feature_set: str) -> None:
+    """Bits of the plan, which rounds by the number of the step."""
+    found = []
+    for step in (0, 7):
+        (_, params, grads, mom, rms, limit), _ = library_operands(feature_set, device)
+        at = torch.tensor(step, device=device)
+        mine, theirs = ([[x.to(BF16) for x in state] for state in (mom, rms)] for _ in range(2))  # type: ignore[attr-defined]
+        operands = (feature_set, params, grads, *mine, limit, at)
+        plan = ops.Plan(device.type, feature_set, params, *theirs)  # type: ignore[arg-type]
+        plan.set_tensors(params, grads)  # type: ignore[arg-type]
+        expected = plan.accumulate(limit, step=at)  # type: ignore[arg-type]
+        stats = torch.ops.lopt.accumulate(*operands)
+        assert same([stats, *mine[0], *mine[1]], [expected, *theirs[0], *theirs[1]])
+        found.append(mine[0])
+        torch.library.opcheck(torch.ops.lopt.accumulate.default, operands)
+    assert not same(*found)
+    with pytest.raises(ValueError, match=r"step: a bfloat16 state needs one int64 on .*, got nothing"):
+        torch.ops.lopt.accumulate(*operands[:-1])
+
+
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compile(device: torch.device, compiler: str) -> None:
     """One graph, the same bits as without a compiler."""
