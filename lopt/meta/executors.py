@@ -106,9 +106,9 @@ class LocalProcesses:
         return [results[index] for index in range(len(items))]
 
     def close(self) -> None:
-        """End the processes."""
-        for worker in self.workers:
-            worker.end()
+        """End the processes; a second call does nothing."""
+        while self.workers:
+            self.workers.pop().end()
 
 
 class _Worker:

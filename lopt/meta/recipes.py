@@ -76,15 +76,15 @@ SLOW = (
     "vit",
 )
 
-#: All families, for a theta that begins as ``default``. Tasks of TaskSet's families take .1 to 10 ms per step, so there
+#: All families, for a theta that begins as ``default``. Tasks of TaskSet's families take .1 to 20 ms per step, so there
 #: are fewer iterations than with the engine's, of pairs that share tasks: again the group with least noise first.
 MIXTURE: dict[str, Any] = {
     "init": "default",
     "tasks": TaskDistribution(
         tuple((name, 0.25 if name in SLOW else 1.0) for name in SAMPLED_FAMILIES)
         + tuple((name, 0.5) for name in FAMILIES),
-        max_seconds=0.01,
-        max_params=50_000,
+        max_seconds=0.02,
+        max_params=150_000,
         reparametrise=0.5,
         reduce_batch=0.2,
         gradient_noise=0.2,
