@@ -452,7 +452,7 @@ def test_the_command_runs_resumes_and_writes(
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(files) == ["README.md", "implicit-regularization.csv", "implicit-regularization.png"]
+    assert sorted(files) == [".lock", "README.md", "implicit-regularization.csv", "implicit-regularization.png"]
     assert files["README.md"].decode().strip() in said
     assert "5 runs, 0 of them in" in said
     assert cli.main(command) == 0

@@ -19,17 +19,18 @@ import torch
 
 from lopt.cli import main
 from lopt.commands.evaluate import LINE_UP
-from lopt.evaluation import compare, opponents, sampled_suites, table
+from lopt.evaluation import compare, csv_table, opponents, sampled_suites, table
 from lopt.evaluation.compare import Plan, execute, missing_packages
 from lopt.evaluation.opponents import OPPONENTS, TUNING_FREE, make_optimizer
 from lopt.evaluation.runs import EVALUATION, evaluation_batches, train_task
 from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint, suite, unavailable
-from lopt.evaluation.table import COLUMNS, TIMED, Run, RunTable
+from lopt.evaluation.table import TIMED, Run, RunTable
 from lopt.tasks import datasets, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.image_tasks import ImageTask
 from lopt.tasks.task import SPLITS
 
+COLUMNS = [field.name for field in dataclasses.fields(Run)]
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WINE = HeldOutTask(data="wine", sizes=(13, 6, 3), batch_size=16)
 WINE_FLOW = sampled_suites.held_out("maf", "wine", 5)
@@ -266,7 +267,7 @@ def test_table_of_an_earlier_version_is_read_and_completed(tmp_path: Path, monke
     path = tmp_path / "runs.csv"
     plan = dataclasses.replace(a_plan("adam-grid", seeds=(0,)), tasks=(WINE,))
     whole = execute(plan, RunTable(path), workers=1)
-    old = list(COLUMNS)[:25]
+    old = COLUMNS[:25]
     assert old[-1] == "python"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -297,7 +298,7 @@ def test_suites_in_one_table_have_rows_of_their_own(tmp_path: Path) -> None:
     plans = [dataclasses.replace(a_plan("adam", seeds=(0,)), suite=name) for name in ("families", "text")]
     for plan in plans:
         assert {run.suite for run in execute(plan, RunTable(tmp_path / "runs.csv"), workers=1)} == {plan.suite}
-    rows = RunTable(tmp_path / "runs.csv").runs.values()
+    rows = RunTable(tmp_path / "runs.csv").rows.values()
     assert [(run.suite, run.task) for run in rows] == [(p.suite, t.name) for p in plans for t in p.tasks[::-1]]
 
 
@@ -306,8 +307,8 @@ def test_suites_in_one_table_have_rows_of_their_own(tmp_path: Path) -> None:
 )
 def test_published_tables_are_read_whole(file: str, rows: int, suite: Any) -> None:
     table = RunTable(RESULTS / f"{file}.csv")
-    assert len(table.runs) == rows
-    assert {run.suite for run in table.runs.values()} == {suite}
+    assert len(table.rows) == rows
+    assert {run.suite for run in table.rows.values()} == {suite}
 
 
 def test_two_writers_lose_nothing(tmp_path: Path) -> None:
@@ -322,7 +323,7 @@ def test_two_writers_lose_nothing(tmp_path: Path) -> None:
     first.append([two])
     first.tidy()
     second.append([four])
-    found = RunTable(path).runs
+    found = RunTable(path).rows
     assert set(found) == {run.key for run in (one, two, three, four)}
     assert all(isinstance(run, Run) and run == found[run.key] for run in (one, two, three, four))
 
@@ -340,18 +341,18 @@ def test_a_writer_waits_until_the_other_is_killed(tmp_path: Path) -> None:
         assert not (tmp_path / "runs.csv").exists()
         process.kill()
         writer.join(60)
-    assert list(RunTable(tmp_path / "runs.csv").runs.values()) == [run]
+    assert list(RunTable(tmp_path / "runs.csv").rows.values()) == [run]
 
 
 def test_tables_need_nothing_of_unix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    spec = importlib.util.spec_from_file_location("table_elsewhere", str(table.__file__))
+    spec = importlib.util.spec_from_file_location("elsewhere", str(csv_table.__file__))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "table_elsewhere", module)
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
     spec.loader.exec_module(module)
-    assert module.KEY == table.KEY
+    assert len(module.CsvTable(RESULTS / "evaluate_small.csv", Run).rows) == 3360
 
 
 def test_sorting_does_not_depend_on_the_order_of_the_runs(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class MakeReport(Command):
         path = self.folder / "runs.csv" if self.folder.is_dir() else self.folder
         if not path.is_file():
             raise FileNotFoundError(f"folder: no runs in {path}; lopt evaluate --out {self.folder} makes them")
-        runs, left_out = self._selected(list(RunTable(path).runs.values()))
+        runs, left_out = self._selected(list(RunTable(path).rows.values()))
         budgets: dict[str, int] = {}
         if self.optimizers:
             for name in self.optimizers:

@@ -194,7 +194,7 @@ def execute(
     Raises:
         RuntimeError: jobs that failed, after all others have ended.
     """
-    missing = [job for job in plan.jobs if not all(key in table.runs for key in plan.keys(job))]
+    missing = [job for job in plan.jobs if not all(key in table.rows for key in plan.keys(job))]
     missing.sort(key=_cost, reverse=True)  # the long ones first, so that no worker is left alone with one at the end
     done = 0
 
@@ -216,7 +216,7 @@ def execute(
         table.tidy()
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(missing)} jobs failed; the first: {failures[0]}")
-    return [table.runs[key] for job in plan.jobs for key in plan.keys(job)]
+    return [table.rows[key] for job in plan.jobs for key in plan.keys(job)]
 
 
 def _map(

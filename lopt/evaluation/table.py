@@ -4,19 +4,13 @@ A row is found again by what its result depends on (:attr:`Run.key`): what is in
 interrupted evaluation goes on where it stopped. Files of earlier versions, with fewer columns, are read as well.
 """
 
-import csv
-import dataclasses
-import io
 import json
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
-
+from lopt.evaluation.csv_table import CsvTable
 from lopt.tasks.task import SplitName
 
 LossName = Literal["train_loss", "valid_loss", "test_loss", "inner_valid_loss"]
@@ -119,93 +113,16 @@ class Run:
         return [(step, at, train, test) for (step, train, test), at in zip(curve, times, strict=True)]
 
 
-COLUMNS = {field.name: field.type for field in dataclasses.fields(Run)}
-_REQUIRED = sum(field.default is dataclasses.MISSING for field in dataclasses.fields(Run))
-
-
-class RunTable:
-    """The runs in a CSV file: read at once, appended to as they come in.
-
-    Several processes may append to one file; they wait at ``.lock`` beside it. The last row of a process that was
-    killed while it wrote is ignored.
-
-    Raises:
-        ValueError: the file is a table of something else.
-    """
+class RunTable(CsvTable[Run]):
+    """The runs in a CSV file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.runs: dict[tuple[Any, ...], Run] = {}
-        self._complete = self._read()
-
-    def append(self, runs: Sequence[Run]) -> None:
-        """Add runs, here and in the file."""
-        self.runs.update({run.key: run for run in runs})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            if not self._complete:
-                self._read()
-                self.runs.update({run.key: run for run in runs})
-                self._write()
-                return
-            before = self.path.read_bytes()[-1:] if self.path.is_file() else b""
-            text = _text(runs, header=not before)
-            with self.path.open("a") as file:
-                file.write(("\n" if before not in (b"", b"\n") else "") + text)
+        super().__init__(path, Run)
 
     def tidy(self) -> None:
-        """Sort the file by what was run, so that it does not tell in which order, or how often it was interrupted."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            self._read()
-            self._write()
-
-    def _read(self) -> bool:
-        """Take in the rows of the file; whether it has all columns (or does not exist) and whole rows only."""
-        content = self.path.read_text() if self.path.is_file() else ""
-        rows = list(csv.reader(io.StringIO(content)))
-        if not rows:
-            return True
-        names = list(COLUMNS)
-        header = rows[0]
-        if len(header) < _REQUIRED or header != names[: len(header)]:
-            columns = ", ".join(names)
-            raise ValueError(f"{self.path}: expected the columns {columns}; move the file or choose another --out")
-        whole = rows[1:] if content.endswith("\n") else rows[1:-1]
-        for row in whole:
-            if len(row) == len(header):
-                run = _parse(row)
-                self.runs[run.key] = run
-        return header == names and content.endswith("\n")
-
-    def _write(self) -> None:
-        """Replace the file by all runs, sorted."""
-        order = sorted(self.runs.values(), key=lambda run: (run.suite, run.task, run.horizon, *_sortable(run.key)))
-        part = self.path.with_suffix(".part")
-        part.write_text(_text(order, header=True))
-        os.replace(part, self.path)
-        self._complete = True
-
-    def _alone(self) -> FileLock:
-        """While inside, no other process writes into the folder's tables; a process that is killed lets go."""
-        return FileLock(self.path.parent / ".lock")
+        """Sort the file by what was run."""
+        self.sort(lambda run: (run.suite, run.task, run.horizon, *_sortable(run.key)))
 
 
 def _sortable(key: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(f"{value:020.10f}" if isinstance(value, (int, float)) else str(value) for value in key)
-
-
-def _text(runs: Sequence[Run], header: bool) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    if header:
-        writer.writerow(COLUMNS)
-    writer.writerows(dataclasses.astuple(run) for run in runs)
-    return text.getvalue()
-
-
-def _parse(row: Sequence[str]) -> Run:
-    values: dict[str, Any] = {}
-    for (name, kind), text in zip(COLUMNS.items(), row, strict=False):
-        values[name] = text == "True" if kind is bool else math.nan if text == "nan" else kind(text)  # type: ignore[operator]
-    return Run(**values)

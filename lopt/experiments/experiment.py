@@ -86,9 +86,9 @@ def execute(
         found = next(results, None)
         if found is None:
             break
-        table.append(Row.of(*found))
+        table.append([Row.of(*found)])
     if order:
-        table.sort(runs)
+        table.tidy(runs)
     return [table.rows[key] for key in keys]
 
 

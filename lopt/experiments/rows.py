@@ -1,18 +1,15 @@
 """What runs gave: one row each, a CSV file of them, and the questions that figures and texts ask."""
 
-import csv
-import dataclasses
 import datetime
-import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lopt.benchmark.rows import cpu_name
+from lopt.evaluation.csv_table import CsvTable
 from lopt.evaluation.scores import ratio
 from lopt.experiments.runs import Result, Run
 from lopt.meta.provenance import commit, versions
@@ -69,62 +66,27 @@ class Row:
             **found,
         )
 
+    @property
+    def key(self) -> str:
+        """Hash of what the result depends on."""
+        return self.run_sha256
+
     def along(self, name: str) -> list[float]:
         """A list of the curve."""
         values: list[float] = json.loads(self.curve)[name]
         return values
 
 
-COLUMNS = {column.name: column.type for column in dataclasses.fields(Row)}
-
-
-class RowTable:
-    """The rows of a CSV file: read at once, appended to as they come in; a last line cut short is ignored.
-
-    Raises:
-        ValueError: the file is a table of something else.
-    """
+class RowTable(CsvTable[Row]):
+    """The rows of an experiment in a CSV file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[str, Row] = {}
-        lines = list(csv.reader(io.StringIO(path.read_text()))) if path.is_file() else []
-        if lines and lines[0] != list(COLUMNS):
-            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; move it or choose another --out")
-        for line in lines[1:]:
-            if len(line) == len(COLUMNS) and line[-1]:
-                row = _parse(line)
-                self.rows[row.run_sha256] = row
+        super().__init__(path, Row)
 
-    def append(self, row: Row) -> None:
-        """Add a row, here and in the file."""
-        self.rows[row.run_sha256] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = self.path.read_bytes()[-1:] if self.path.is_file() else b""
-        with self.path.open("a", newline="") as file:
-            file.write("\n" if before not in (b"", b"\n") else "")
-            writer = csv.writer(file, lineterminator="\n")
-            if not before:
-                writer.writerow(COLUMNS)
-            writer.writerow(dataclasses.astuple(row))
-
-    def sort(self, runs: Sequence[Run]) -> None:
-        """Write the file anew: these runs in their order, then the others."""
-        keys = dict.fromkeys([*(run.sha256 for run in runs), *self.rows])
-        self.rows = {key: self.rows[key] for key in keys if key in self.rows}
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows(dataclasses.astuple(row) for row in self.rows.values())
-        os.replace(partial, self.path)
-
-
-def _parse(line: Sequence[str]) -> Row:
-    values: dict[str, Any] = {}
-    for (name, kind), text in zip(COLUMNS.items(), line, strict=True):
-        values[name] = text == "True" if kind is bool else kind(text)  # type: ignore[operator]
-    return Row(**values)
+    def tidy(self, runs: Sequence[Run]) -> None:
+        """Sort the file: these runs in their order, then the others."""
+        order = {run.sha256: at for at, run in enumerate(runs)}
+        self.sort(lambda row: order.get(row.key, len(order)))
 
 
 def mean(rows: Sequence[Row], column: str) -> float:

@@ -1,0 +1,109 @@
+"""A CSV file of rows that grows while runs come in: what is in it is not run again."""
+
+import csv
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from filelock import FileLock
+
+
+class Keyed(Protocol):
+    """A row: a dataclass of str, bool, int and float."""
+
+    @property
+    def key(self) -> Any:
+        """By which it is found again."""
+
+
+R = TypeVar("R", bound=Keyed)
+
+
+class CsvTable(Generic[R]):
+    """The rows in a CSV file by their keys: read at once, appended to as they come in.
+
+    Several processes may append to one file; they wait at ``.lock`` beside it. The last row of a process that was
+    killed while it wrote is ignored. Columns with defaults may be missing at the end.
+
+    Args:
+        kind: the dataclass; its fields are the columns.
+
+    Raises:
+        ValueError: the file is a table of something else.
+    """
+
+    def __init__(self, path: Path, kind: Any) -> None:
+        self.path, self.kind = path, kind
+        self.columns: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
+        self.rows: dict[Any, R] = {}
+        self._complete = self._read()
+
+    def append(self, rows: Sequence[R]) -> None:
+        """Add rows, here and in the file."""
+        self.rows.update({row.key: row for row in rows})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            if not self._complete:
+                self._read()
+                self.rows.update({row.key: row for row in rows})
+                self._write()
+                return
+            before = self.path.read_bytes()[-1:] if self.path.is_file() else b""
+            text = self._text(rows, header=not before)
+            with self.path.open("a", newline="") as file:
+                file.write(("\n" if before not in (b"", b"\n") else "") + text)
+
+    def sort(self, order: Callable[[R], Any]) -> None:
+        """Sort the file, so that it does not tell when rows came in, or how often the runs were interrupted."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self._read()
+            self.rows = {row.key: row for row in sorted(self.rows.values(), key=order)}
+            self._write()
+
+    def _read(self) -> bool:
+        """Take in the rows of the file; whether it has all columns (or does not exist) and whole rows only."""
+        content = self.path.read_text() if self.path.is_file() else ""
+        lines = list(csv.reader(io.StringIO(content)))
+        if not lines:
+            return True
+        names, header = list(self.columns), lines[0]
+        required = sum(field.default is dataclasses.MISSING for field in dataclasses.fields(self.kind))
+        if len(header) < required or header != names[: len(header)]:
+            columns = ", ".join(names)
+            raise ValueError(f"{self.path}: expected the columns {columns}; move the file or choose another --out")
+        for line in lines[1:] if content.endswith("\n") else lines[1:-1]:
+            if len(line) == len(header):
+                row = self._parse(line)
+                self.rows[row.key] = row
+        return header == names and content.endswith("\n")
+
+    def _parse(self, line: Sequence[str]) -> R:
+        values: dict[str, Any] = {}
+        for (name, kind), text in zip(self.columns.items(), line, strict=False):
+            values[name] = text == "True" if kind is bool else math.nan if text == "nan" else kind(text)
+        row: R = self.kind(**values)
+        return row
+
+    def _write(self) -> None:
+        """Replace the file by all rows."""
+        part = self.path.with_suffix(".part")
+        part.write_text(self._text(self.rows.values(), header=True), newline="")
+        os.replace(part, self.path)
+        self._complete = True
+
+    def _text(self, rows: Iterable[Any], header: bool) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        if header:
+            writer.writerow(self.columns)
+        writer.writerows(dataclasses.astuple(row) for row in rows)
+        return text.getvalue()
+
+    def _alone(self) -> FileLock:
+        """While inside, no other process writes into the folder's tables; a process that is killed lets go."""
+        return FileLock(self.path.parent / ".lock")
