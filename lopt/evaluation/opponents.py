@@ -218,16 +218,9 @@ def _mechanic(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
     return optimizer
 
 
-def _nadamw(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
-    return NAdamW(params, steps, **trial)
-
-
-def _nadamw_jax(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
-    return NAdamW(params, steps, **trial, warmup="max")
-
-
-def _adam8p(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
-    return Adam8p(params, steps, **trial)
+def _with_steps(kind: Callable[..., Optimizer], **fixed: Any) -> Build:
+    """An optimizer that is told the number of steps."""
+    return lambda params, steps, trial: kind(params, steps, **trial, **fixed)
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
@@ -238,6 +231,7 @@ def _lrs(default: float, **fixed: Any) -> tuple[Trial, ...]:
 
 
 _ADAM, _ADAMW, _NADAM, _SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.SGD
+_NADAMW = _with_steps(NAdamW)
 _LIST = tuple(nadamw_config(seed) for seed in ORDER)
 _SOAP = _imported("pytorch_optimizer", "SOAP", cosine=True)
 _SHAMPOO = _imported("pytorch_optimizer", "Shampoo", cosine=True)
@@ -256,7 +250,7 @@ OPPONENTS: dict[str, Opponent] = {
         Opponent("adam-cosine-3e-2", ({"lr": 3e-2},), None, _torch(_ADAM, cosine=True)),
         Opponent("nadam", ({"lr": 2e-3},), None, _torch(_NADAM)),
         Opponent("muon", ({"lr": 1e-3},), None, _muon),
-        Opponent("nadamw-list-1", _LIST[:1], None, _nadamw),
+        Opponent("nadamw-list-1", _LIST[:1], None, _NADAMW),
         Opponent("prodigy", ({"lr": 1.0},), "prodigyopt", _imported("prodigyopt", "Prodigy")),
         Opponent("prodigy-cosine", ({"lr": 1.0},), "prodigyopt", _imported("prodigyopt", "Prodigy", cosine=True)),
         Opponent("dog", ({"lr": 1.0},), "dog-optimizer", _imported("dog", "DoG")),
@@ -276,9 +270,9 @@ OPPONENTS: dict[str, Opponent] = {
         Opponent("soap-tuned", _lrs(3e-3), "pytorch-optimizer", _SOAP),
         Opponent("shampoo-tuned", _lrs(1e-1), "pytorch-optimizer", _SHAMPOO),
         # tuned for each task: 1000 configurations; mind the budget, as in nadamw-list@10
-        Opponent("nadamw-list", _LIST, None, _nadamw),
-        Opponent("nadamw-list-jax", _LIST, None, _nadamw_jax),
-        Opponent("adam8p", tuple(adam8p_config(seed) for seed in range(1000)), None, _adam8p),
+        Opponent("nadamw-list", _LIST, None, _NADAMW),
+        Opponent("nadamw-list-jax", _LIST, None, _with_steps(NAdamW, warmup="max")),
+        Opponent("adam8p", tuple(adam8p_config(seed) for seed in range(1000)), None, _with_steps(Adam8p)),
     )
 }
 

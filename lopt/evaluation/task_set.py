@@ -172,20 +172,10 @@ class NAdamW(_Stepwise):
         constant_fraction: float,
         warmup: Literal["min", "max"] = "min",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": eps,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "l2": l2,
-            "warmup_steps": steps * {"min": min, "max": max}[warmup](warmup_fraction, constant_fraction)
-            if warmup_fraction > 0
-            else 0.0,
-            "min_lr_fraction": min_lr_fraction,
-            "constant_steps": steps * constant_fraction,
-        }
+        warm = {"min": min, "max": max}[warmup](warmup_fraction, constant_fraction) if warmup_fraction > 0 else 0.0
+        defaults = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "nesterov": nesterov}
+        defaults |= {"weight_decay": weight_decay, "l2": l2, "min_lr_fraction": min_lr_fraction}
+        defaults |= {"warmup_steps": steps * warm, "constant_steps": steps * constant_fraction}
         super().__init__(params, steps, defaults)
 
     @staticmethod
