@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lopt.commands.common import Command, Outcome, say, show_table, write_json
 from lopt.evaluation.plots import require_matplotlib
+from lopt.evaluation.runs import RECORDED, OptimizerFactory, train_task
 from lopt.meta.provenance import commit, versions
 from lopt.optimizer import LearnedOptimizer
 from lopt.tasks import FAMILIES, SAMPLED_FAMILIES, Task, measure, plots, sample_task
@@ -26,6 +27,9 @@ from lopt.tasks.text_tasks import TextData
 
 #: Groups of data sets that --data knows besides their names.
 GROUPS = {"core": catalogue.CORE, "meta-train": catalogue.META_TRAIN, "held-out": catalogue.HELD_OUT}
+
+#: A training curve has about so many points.
+POINTS = 20
 
 FamilyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAMILY")]
 SeedNumber = Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="[SEED]")]
@@ -189,30 +193,30 @@ class TrainTask(TasksCommand):
         if self.plot:
             require_matplotlib()
         task = self.task(self.family, self.seed)
-        curve = measure.train(
-            task, self._maker(), steps=self.steps, seed=self.run_seed, splits=("train", "outer_valid", "test")
-        )
+        every = math.ceil(self.steps / POINTS)
+        curve = train_task(task, self._maker(), self.run_seed, self.steps, record_every=every)
+        recorded = {split: curve.losses[split] for split in RECORDED}
         say(console, f"{task.name}, {task.num_params:,} parameters, {self.optimizer}, {self.steps} steps")
         shown = sorted({0, len(curve.steps) // 4, len(curve.steps) // 2, len(curve.steps) - 1})
         show_table(
             console,
             ["loss", *(f"step {curve.steps[at]}" for at in shown)],
-            [[name, *(f"{losses[at]:.4g}" for at in shown)] for name, losses in curve.losses.items()],
+            [[name, *(f"{losses[at]:.4g}" for at in shown)] for name, losses in recorded.items()],
         )
         say(console, f"{1e3 * curve.seconds / self.steps:.2f} ms per step")
         numbers: dict[str, Any] = {"command": "tasks train", "config": task.config}
         numbers |= {"options": dataclasses.asdict(self), "versions": versions(), "commit": commit()}
-        numbers |= dataclasses.asdict(curve)
+        numbers |= {"steps": curve.steps, "losses": recorded, "seconds": curve.seconds, "diverged": curve.diverged}
         stem = f"{self.family}-{self.seed}-{self.optimizer}"
         write_json(self.out / f"{stem}.json", numbers)
         if self.plot:
             path = self.out / f"{stem}.png"
-            lines: dict[str, plots.Line] = {name: (curve.steps, losses) for name, losses in curve.losses.items()}
+            lines: dict[str, plots.Line] = {name: (curve.steps, losses) for name, losses in recorded.items()}
             plots.curves(lines, f"{task.name}, {self.optimizer}", path)
             say(console, f"Wrote {path}")
         return Outcome(0, numbers)
 
-    def _maker(self) -> measure.MakeOptimizer:
+    def _maker(self) -> OptimizerFactory:
         options: dict[str, Any] = {} if self.lr is None else {"lr": self.lr}
         if self.optimizer == "lopt":
             return lambda params, steps: LearnedOptimizer(params, self.theta, total_steps=steps, **options)

@@ -5,7 +5,7 @@ Runs of several learning rates go side by side, vmapped, on the same minibatches
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt.tasks.task import SplitName, Task
+from lopt.tasks.task import Task
 
 #: The two learning rates of :func:`check`, and the length of its runs: the longer where the shorter shows no progress.
 LEARNING_RATES = (1e-3, 1e-2)
@@ -21,10 +21,6 @@ STEPS = (30, 300)
 
 #: Progress is a fall of the loss by this part of its distance to the floor (of its size, where no floor is known).
 PROGRESS = 0.01
-
-
-#: ``make_optimizer(parameters, total_steps)``.
-MakeOptimizer = Callable[[list[Tensor], int], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -126,70 +122,3 @@ def seconds_per_step(task: Task, seed: int = 0, steps: int = 10) -> float:
         float(loss)
         times.append(time.perf_counter() - began)
     return min(times[1:])
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Losses along a run: at ``steps`` (0 is before the first), the mean over fixed minibatches of some splits."""
-
-    steps: tuple[int, ...]
-    losses: dict[SplitName, tuple[float, ...]]
-    seconds: float
-
-
-def train(
-    task: Task,
-    make_optimizer: MakeOptimizer,
-    *,
-    steps: int,
-    seed: int = 0,
-    points: int = 50,
-    splits: Sequence[SplitName] = ("train", "outer_valid"),
-    valid_every: int = 10,
-) -> Curve:
-    """Train a task with a ``torch.optim.Optimizer``, learned or not.
-
-    An optimizer with an ``observe`` method is told the losses: of every training minibatch, and of an inner_valid one
-    every ``valid_every`` steps.
-
-    Returns:
-        The curve; its ``seconds`` leave out the evaluations along the way.
-
-    Raises:
-        ValueError: a count below one.
-
-    Example:
-        >>> from lopt.tasks import sample_task
-        >>> curve = train(sample_task(0, ["mlp"]), lambda params, _: torch.optim.Adam(params), steps=20, points=2)
-        >>> curve.steps
-        (0, 10, 20)
-    """
-    for name, count in {"steps": steps, "points": points, "valid_every": valid_every}.items():
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
-    fixed = {split: list(islice(task.batches(seed, split), 4)) for split in splits}
-    train_batches, valid_batches = task.batches(seed, "train", start=4), task.batches(seed, "inner_valid")
-    params = {name: value.requires_grad_() for name, value in task.init(seed).items()}
-    optimizer = make_optimizer(list(params.values()), steps)
-    observe = getattr(optimizer, "observe", None)
-    at = sorted({round(steps * point / points) for point in range(points + 1)})
-    losses: dict[SplitName, list[float]] = {split: [] for split in splits}
-    seconds = 0.0
-    for step in range(steps + 1):
-        if step in at:
-            with torch.no_grad():
-                for split, batches in fixed.items():
-                    losses[split].append(float(torch.stack([task.loss(params, batch) for batch in batches]).mean()))
-        if step == steps:
-            break
-        began = time.perf_counter()
-        if observe is not None and step % valid_every == 0:
-            with torch.no_grad():
-                observe(valid_loss=task.loss(params, next(valid_batches)))
-        optimizer.zero_grad()
-        loss = task.loss(params, next(train_batches))
-        loss.backward()  # type: ignore[no-untyped-call]
-        arguments = {} if observe is None else {"loss": loss.detach()}
-        optimizer.step(**arguments)  # type: ignore[call-overload]
-        seconds += time.perf_counter() - began
-    return Curve(tuple(at), {split: tuple(values) for split, values in losses.items()}, seconds)

@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("tyro", reason="the command line needs tyro, which this environment lacks")
 
 from lopt.cli import main
+from lopt.evaluation.runs import train_task
 from lopt.tasks import SAMPLED_FAMILIES, measure, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.losg import LosgTask
@@ -60,13 +61,9 @@ def test_show_says_what_the_task_is(tmp_path: Path) -> None:
 def test_train_gives_the_losses_of_the_library(tmp_path: Path) -> None:
     options = ("--optimizer", "SGD", "--lr", "0.01", "--steps", "20", "--no-plot", "--out", str(tmp_path / "out"))
     numbers = run(tmp_path, "tasks", "train", "mlp", "1", *options)
-    curve = measure.train(
-        sample_task(1, ["mlp"]),
-        lambda params, _: torch.optim.SGD(params, lr=0.01),
-        steps=20,
-        splits=("train", "outer_valid", "test"),
-    )
-    assert numbers["losses"]["test"] == pytest.approx(curve.losses["test"], rel=1e-4)
+    task = sample_task(1, ["mlp"])
+    curve = train_task(task, lambda params, _: torch.optim.SGD(params, lr=0.01), 0, 20, record_every=1)
+    assert numbers["losses"] == {s: pytest.approx(curve.losses[s], rel=1e-4) for s in ("train", "outer_valid", "test")}
     assert numbers["losses"]["train"][-1] < numbers["losses"]["train"][0]
     learned = run(tmp_path, "tasks", "train", "mlp", "1", "--steps", "30", "--no-plot", "--out", str(tmp_path / "out"))
     assert learned["losses"]["train"][-1] < learned["losses"]["train"][0]
@@ -96,6 +93,8 @@ def test_errors_name_the_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "family: expected one of mlp, mlp_ae" in capsys.readouterr().err
     assert main(["tasks", "train", "mlp", "--optimizer", "Adamm", "--no-plot"]) == 2
     assert "optimizer: expected lopt or one of" in capsys.readouterr().err
+    assert main(["tasks", "train", "mlp", "--steps", "0", "--no-plot"]) == 2
+    assert "steps: expected at least 1, got 0" in capsys.readouterr().err
     assert main(["tasks", "show", "vit", "--data", "iris", "--no-plot"]) == 2
     assert "data: expected a data set with images, got ['iris']" in capsys.readouterr().err
 
@@ -106,14 +105,17 @@ def test_adam_side_by_side_is_torchs_adam() -> None:
     steps, losses = measure.adam_losses(task, rates, steps=12, points=3)
     assert steps == [0, 4, 8, 12]
     for row, rate in enumerate(rates):
-        curve = measure.train(
-            task,
-            lambda params, _, rate=rate: torch.optim.Adam(params, lr=rate),  # type: ignore[misc]
-            steps=12,
-            points=3,
-            splits=("train",),
-        )
-        torch.testing.assert_close(losses[row], torch.tensor(curve.losses["train"]), rtol=1e-4, atol=1e-5)
+        stream = task.batches(0, "train")
+        fixed, expected = [next(stream) for _ in range(4)], []
+        params = {name: value.requires_grad_() for name, value in task.init(0).items()}
+        optimizer = torch.optim.Adam(params.values(), lr=rate)
+        for step in range(13):
+            if step in steps:
+                expected.append(sum(task.loss(params, batch).item() for batch in fixed) / 4)
+            optimizer.zero_grad()
+            task.loss(params, next(stream)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        torch.testing.assert_close(losses[row], torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 class Hopeless(LosgTask):
@@ -129,8 +131,3 @@ def test_what_cannot_be_trained_is_found() -> None:
     bad = measure.check(Hopeless(problem=Bowl(2.0, 0.0), seed=0))
     assert (bad.finite_loss, bad.finite_gradient, bad.progress, bad.diverged) == (True, False, False, True)
     assert all(math.isnan(end) for end in bad.ends)
-
-
-def test_train_refuses_counts_below_one() -> None:
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
-        measure.train(sample_task(0, ["mlp"]), lambda params, _: torch.optim.Adam(params), steps=0)
