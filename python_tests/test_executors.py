@@ -71,12 +71,15 @@ def test_a_killed_process_loses_only_its_unit(two: LocalProcesses, tmp_path: Pat
 
 
 def test_a_failing_unit_is_an_error_with_its_traceback() -> None:
-    executor = LocalProcesses(1)
-    with pytest.raises(RuntimeError, match=r"a unit of work failed in a worker process:(.|\n)*ZeroDivisionError"):
+    def close_after_the_error() -> None:
+        executor = LocalProcesses(1)
         try:
             executor.map(divide, 1.0, [2.0, 0.0])
         finally:
             executor.close()  # must not hide the error
+
+    with pytest.raises(RuntimeError, match=r"a unit of work failed in a worker process:(.|\n)*ZeroDivisionError"):
+        close_after_the_error()
     with pytest.raises(ValueError, match="workers: expected a positive number, got 0"):
         LocalProcesses(0)
 
