@@ -77,7 +77,7 @@ SLOW = (
 )
 
 #: All families, for a theta that begins as ``default``. Tasks of TaskSet's families take .1 to 20 ms per step, so there
-#: are fewer iterations than with the engine's, of pairs that share tasks: again the group with least noise first.
+#: are few iterations, of pairs that share tasks: only the group with least noise learns from them.
 MIXTURE: dict[str, Any] = {
     "init": "default",
     "tasks": TaskDistribution(
@@ -89,7 +89,7 @@ MIXTURE: dict[str, Any] = {
         reduce_batch=0.2,
         gradient_noise=0.2,
     ),
-    "phases": (Phase(0.5, (50, 500), "linear", lr=1.5), Phase(0.5, (50, 1000), "all", lr=0.6)),
+    "phases": (Phase(1.0, (50, 1000), "linear", lr=1.5),),
     "pairs": 96,
     "pairs_per_task": 4,
     "delta_clip": 0.15,
