@@ -302,13 +302,15 @@ def test_suites_in_one_table_have_rows_of_their_own(tmp_path: Path) -> None:
     assert [(run.suite, run.task) for run in rows] == [(p.suite, t.name) for p in plans for t in p.tasks[::-1]]
 
 
-@pytest.mark.parametrize(
-    ("file", "rows", "suite"), [("evaluate_small", 3360, "small"), ("families/runs", 980, "families")]
-)
-def test_published_tables_are_read_whole(file: str, rows: int, suite: Any) -> None:
-    table = RunTable(RESULTS / f"{file}.csv")
-    assert len(table.rows) == rows
-    assert {run.suite for run in table.rows.values()} == {suite}
+@pytest.mark.parametrize(("file", "suite"), [("evaluate_small", "small"), ("families/runs", "families")])
+def test_published_tables_are_read_whole(file: str, suite: str) -> None:
+    """Every line of the file is a run of its own; the csv module counts them."""
+    path = RESULTS / f"{file}.csv"
+    with path.open(newline="") as lines:
+        count = sum(1 for _ in csv.DictReader(lines))
+    runs = RunTable(path).rows.values()
+    assert len(runs) == count > 900
+    assert {run.suite for run in runs} == {suite}
 
 
 def test_two_writers_lose_nothing(tmp_path: Path) -> None:
@@ -352,7 +354,8 @@ def test_tables_need_nothing_of_unix(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "elsewhere", module)
     spec.loader.exec_module(module)
-    assert len(module.CsvTable(RESULTS / "evaluate_small.csv", Run).rows) == 3360
+    path = RESULTS / "evaluate_small.csv"
+    assert module.CsvTable(path, Run).rows == RunTable(path).rows
 
 
 def test_sorting_does_not_depend_on_the_order_of_the_runs(tmp_path: Path) -> None:

@@ -8,14 +8,10 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import pickle
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +20,12 @@ import torch
 import lopt
 from lopt.evaluation.adam_grid import GRID, adam_results
 from lopt.evaluation.opponents import LEARNED, Opponent, make_optimizer, opponent
+from lopt.evaluation.processes import in_processes
 from lopt.evaluation.runs import Result, result, train_task
 from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint
 from lopt.evaluation.table import KEY, LOSSES, Run, RunTable
 from lopt.meta.provenance import commit, versions
 from lopt.optimizer import LearnedOptimizer
-from lopt.tasks import datasets
 from lopt.tasks.task import Task
 from lopt.theta import WEIGHTS, Theta, shipped
 
@@ -205,7 +201,7 @@ def execute(
     report()
     failures: list[str] = []
     learned = pickle.dumps(plan.learned)  # bytes, since tensors would travel as open files
-    for job, outcome in _map(missing, learned, min(workers, len(missing)), data):
+    for job, outcome in in_processes(partial(_work, learned), missing, min(workers, len(missing)), data):
         if isinstance(outcome, Exception):
             failures.append(f"{job.optimizer} on {job.task.name}: {type(outcome).__name__}: {outcome}")
         else:
@@ -219,44 +215,8 @@ def execute(
     return [table.rows[key] for job in plan.jobs for key in plan.keys(job)]
 
 
-def _map(
-    jobs: Sequence[Job], learned: bytes, workers: int, data: Path | None
-) -> Iterator[tuple[Job, list[Result] | Exception]]:
-    """The jobs with their results, or with the error they ended in, as they end."""
-    if workers <= 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for job in jobs:
-                yield job, _work(job, learned)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=begin, initargs=(os.getpid(), data))
-    try:
-        futures = {pool.submit(_work, job, learned): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures.pop(future), future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def begin(parent: int, data: Path | None) -> None:
-    """What a worker does first: one thread, the data, and an end of its own when its parent is no more."""
-    torch.set_num_threads(1)
-    if data is not None:
-        datasets.FASHION_MNIST_FOLDER = data
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(job: Job, learned: bytes) -> list[Result] | Exception:
+def _work(learned: bytes, job: Job) -> list[Result] | Exception:
+    """The results of a job, or the error it ended in."""
     try:
         if job.optimizer == ADAM_GRID:
             if not isinstance(job.task, HeldOutTask):

@@ -4,18 +4,14 @@ What is in the table of rows is not run again, so an experiment that was stopped
 """
 
 import itertools
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 
-import torch
-
-from lopt.evaluation.compare import begin
+from lopt.evaluation.processes import in_processes
 from lopt.experiments.rows import Row, RowTable
-from lopt.experiments.runs import Result, Run, Setting
+from lopt.experiments.runs import Run, Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +78,7 @@ def execute(
         if on_done is not None:
             on_done(done, len(order))
         if done == 0:
-            results = _map(order, min(workers, len(order)), data)
+            results = in_processes(methodcaller("measure"), order, min(workers, len(order)), data)
         found = next(results, None)
         if found is None:
             break
@@ -90,24 +86,3 @@ def execute(
     if order:
         table.tidy(runs)
     return [table.rows[key] for key in keys]
-
-
-def _map(runs: Sequence[Run], workers: int, data: Path | None) -> Iterator[tuple[Run, Result]]:
-    """The runs with their results, as they end."""
-    if workers <= 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for run in runs:
-                yield run, run.measure()
-        finally:
-            torch.set_num_threads(threads)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=begin, initargs=(os.getpid(), data))
-    try:
-        futures = {pool.submit(run.measure): run for run in runs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
