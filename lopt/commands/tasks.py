@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
+from lopt.benchmark.rows import Row, append_csv, cpu_name
 from lopt.commands.common import Command, Outcome, say, show_table, write_json
 from lopt.evaluation.plots import require_matplotlib
 from lopt.evaluation.runs import RECORDED, OptimizerFactory, train_task
@@ -251,6 +252,9 @@ class CheckTasks(TasksCommand):
     length: int | None = 12
     """Take at most so many symbols of a text at once."""
 
+    out: Path | None = None
+    """Also append the table to this CSV file, a row for each family as it is done."""
+
     def work(self, console: Console) -> Outcome:
         rows, numbers = [], []
         for family in self.families:
@@ -261,12 +265,14 @@ class CheckTasks(TasksCommand):
                     continue
                 checks[seed] = measure.check(task)
                 numbers.append({"family": family, "seed": seed, **dataclasses.asdict(checks[seed])})
-            diverged = [seed for seed, check in checks.items() if check.diverged]
-            finite = sum(check.finite_loss and check.finite_gradient for check in checks.values())
-            progress = sum(check.progress for check in checks.values())
-            shares = [f"{count / max(len(checks), 1):.1%}" for count in (finite, progress)]
+            row = check_row(family, checks)
+            shares = [f"{int(row[column]) / max(len(checks), 1):.1%}" for column in ("finite", "progress")]
             left_out = self.seeds - len(checks)
-            rows.append([family, str(len(checks)), str(left_out), *shares, " ".join(map(str, diverged)) or "none"])
+            rows.append([family, str(len(checks)), str(left_out), *shares, row["diverged_seeds"] or "none"])
+            if self.out is not None:
+                options: Row = {"too_slow": left_out, "limit": self.limit, "batch_size": self.batch_size}
+                options |= {"length": self.length, "data": " ".join(self.data)}
+                append_csv(self.out, [row | options | {"machine": cpu_name(), **versions(), "commit": commit()}])
         show_table(console, ["family", "tasks", "too slow", "finite at start", "progress", "diverged seeds"], rows)
         return Outcome(0, {"command": "tasks check", "versions": versions(), "commit": commit(), "checks": numbers})
 
@@ -304,6 +310,18 @@ class Gallery(TasksCommand):
         plots.gallery(panels, self.out)
         say(console, f"Wrote {self.out}")
         return Outcome(0, {"command": "tasks gallery", "figure": self.out})
+
+
+def check_row(family: str, checks: Mapping[int, Check]) -> Row:
+    """Of the tasks of a family, by seed: how many are finite at the start and make progress, and which do not."""
+    return {
+        "family": family,
+        "tasks": len(checks),
+        "finite": sum(check.finite_loss and check.finite_gradient for check in checks.values()),
+        "progress": sum(check.progress for check in checks.values()),
+        "diverged_seeds": " ".join(str(seed) for seed, check in checks.items() if check.diverged),
+        "stuck_seeds": " ".join(str(seed) for seed, check in checks.items() if not check.progress),
+    }
 
 
 def task_facts(task: Task) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("tyro", reason="the command line needs tyro, which this environment lacks")
 
+from lopt.benchmark.rows import read_csv
 from lopt.cli import main
 from lopt.evaluation.runs import train_task
 from lopt.tasks import SAMPLED_FAMILIES, measure, sample_task
@@ -70,8 +71,14 @@ def test_train_gives_the_losses_of_the_library(tmp_path: Path) -> None:
 
 
 def test_check_and_time_count_tasks(tmp_path: Path) -> None:
-    numbers = run(tmp_path, "tasks", "check", "losg_tasks", "--seeds", "3")
+    out = tmp_path / "checks.csv"
+    numbers = run(tmp_path, "tasks", "check", "losg_tasks", "--seeds", "3", "--out", str(out))
     assert [row["seed"] for row in numbers["checks"]] == [0, 1, 2]
+    (row,) = read_csv(out)
+    stuck = [str(check["seed"]) for check in numbers["checks"] if not check["progress"]]
+    assert (row["family"], row["tasks"], row["finite"], row["too_slow"]) == ("losg_tasks", "3", "3", "0")
+    assert row["stuck_seeds"].split() == stuck
+    assert int(row["progress"]) == 3 - len(stuck)
     assert numbers["checks"][1]["name"] == sample_task(1, ["losg_tasks"]).name
     numbers = run(tmp_path, "tasks", "check", "losg_tasks", "--seeds", "2", "--limit", "0")
     assert numbers["checks"] == []
