@@ -3,7 +3,8 @@
     python benchmarks/sass.py [architecture, such as sm_90; all by default] [file.csv]
 
 Checked, with exit code 1 when broken: the main loops move 16 bytes at a time (`.128`), the MLP of `apply_mma_kernel`
-runs on tensor cores (HMMA), nothing lives in local memory (LDL, STL), and enough warps fit on a multiprocessor.
+and `sweep_mma_kernel` runs on tensor cores (HMMA), nothing lives in local memory (LDL, STL), and enough warps fit on a
+multiprocessor.
 cuobjdump and nvdisasm come with the CUDA toolkit or from lopt's extra `sass`.
 
 The times are PREDICTED, for float32 on an H100 SXM and a tensor that fills it: the largest of what memory, instruction
@@ -28,8 +29,9 @@ COLUMNS = ["LDG", "LDG.128", "STG", "STG.128", "LDS", "HMMA", "FFMA", "MUFU", "L
 FACTS = ["registers", "shared", "warps"]
 PREDICTED = ["instructions", "bytes", "memory_ps", "issue_ps", "tensor_ps"]  # per parameter
 
+SWEEPS = "sweep", "sweep_mma"  # accumulate and apply in one
 THREADS = 128  # per block, of accumulate and apply: kThreads in cuda/launch.cuh
-TILES = 4  # trips of a loop within the main loop: 16-row tiles of the 64 rows that a warp stages
+TILES = 4  # trips of a loop within the main loop: 16-row tiles of the 64 rows that a warp stages, parameters of a quad
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # bytes of a multiprocessor
 
 # An H100 SXM: memory at four fifths of its peak; multiprocessors times a sustained clock, and per cycle four warp
@@ -87,7 +89,7 @@ class Kernel:
     @property
     def predictable(self) -> bool:
         """Whether its time grows with the number of parameters."""
-        return self.operation in ("accumulate", "apply", "apply_mma")
+        return self.operation in ("accumulate", "apply", "apply_mma", *SWEEPS)
 
     @property
     def template(self) -> tuple[str, tuple[int, ...]]:
@@ -95,17 +97,22 @@ class Kernel:
         first, *others = self.name.replace("bfloat16, ", "").split("<")[1].rstrip(">").split(", ")
         return first.removesuffix("Features").lower(), tuple(int(other) for other in others)
 
+    @property
+    def stagings(self) -> int:
+        """Of a quad: two parameters at a time, or one where shared memory is short (cuda/sweep_mma.cu)."""
+        return 4 if self.operation == "sweep_mma" and self.template == ("paper", (32, 2)) else 2
+
     def predict(self) -> dict[str, float]:
         """See the docstring of this file; empty for kernels of the tensor level and for a bfloat16 state."""
         if not self.predictable or "bfloat16" in self.name:
             return {}
         features = next(facts for facts in _C.feature_sets() if facts["name"] == self.template[0])
         planes = int(features["num_mom"]) + int(features["num_rms"])
-        path = main_path(self.code)
+        path = main_path(self.code, TILES if self.stagings == 2 else TILES // 2)
         per_trip = 1 if self.operation == "apply" else 4  # parameters per thread
         flops = {"16816": 2048, "1688": 1024}  # multiply-adds of one HMMA
         mma = sum(flops[part] for one in path for part in one.parts if one.parts[0] == "HMMA" and part in flops)
-        moved = 8 * planes + 8 if self.operation == "accumulate" else 4 * planes + 12
+        moved = 8 * planes + 8 if self.operation == "accumulate" else (4 + 4 * (self.operation in SWEEPS)) * planes + 12
         return {
             "instructions": len(path) / per_trip,
             "bytes": moved,
@@ -125,18 +132,21 @@ class Kernel:
         name, numbers = self.template
         features = next(facts for facts in _C.feature_sets() if facts["name"] == name)
         planes, counts = int(features["num_mom"]) + int(features["num_rms"]), self.counts
-        least = {"LDG.128": planes + 2, "STG.128": planes if self.operation == "accumulate" else 1}
+        stored = planes * (self.operation in ("accumulate", *SWEEPS)) + (self.operation != "accumulate")
+        least = {"LDG.128": planes + 2, "STG.128": stored}
         if "bfloat16" in self.name:  # four accumulators are 8 bytes
-            least = {"LDG.128": 2, "LDG.64": planes, "STG.64": least["STG.128"]}
+            least = {"LDG.128": 2, "LDG.64": planes, "STG.64": stored}
         warps, products = 12, 0
         if self.operation == "apply":
             least = {}
-        if self.operation == "apply_mma":
+        if self.operation.endswith("_mma"):
             width, parts = numbers
             blocks, tiles = int(features["columns"]) // 8 + 1, width // 8
-            # Two loops over tiles; of the two layers, two blocks of 8 inputs at a time; three products or one.
-            products = 2 * ((blocks + 1) // 2 + (tiles + 1) // 2) * tiles * (3 if parts == 2 else 1)
+            # A loop over tiles per staging; of both layers, two blocks of 8 inputs at a time; three products or one.
+            products = self.stagings * ((blocks + 1) // 2 + (tiles + 1) // 2) * tiles * (3 if parts == 2 else 1)
             warps = 8 if (name, width, parts) == ("paper", 32, 2) else 12
+        if self.operation in SWEEPS and name == "paper":
+            warps = 8
         found = [f"{counts[word]} {word}, expected at least {n}" for word, n in least.items() if counts[word] < n]
         found += [f"{n} {word}, expected accesses of global memory" for word in ("LD", "ST") if (n := counts[word])]
         if counts["HMMA"] != products:
@@ -182,10 +192,10 @@ def successors(code: list[Instruction]) -> list[list[int]]:
     return following
 
 
-def main_path(code: list[Instruction]) -> list[Instruction]:
+def main_path(code: list[Instruction], tiles: int = TILES) -> list[Instruction]:
     """Instructions of one trip through the main loop: that which moves most in 16 bytes, or multiplies most.
 
-    The longest path from the loop's head back to it over as few narrow accesses as may be, loops within repeated.
+    The longest path from the loop's head back to it over as few narrow accesses as may be; loops within are repeated.
     """
     following = successors(code)
     back: set[tuple[int, int]] = set()
@@ -225,7 +235,7 @@ def main_path(code: list[Instruction]) -> list[Instruction]:
         for tail, inner in sorted(back):
             if inner != head and inner in path and tail in path:
                 first, last = path.index(inner), path.index(tail)
-                path[first : last + 1] = path[first : last + 1] * TILES
+                path[first : last + 1] = path[first : last + 1] * tiles
         trip = [code[i] for i in path]
         counts = count(trip)
         best = max(best, ((counts["LDG.128"], counts["FFMA"]), trip), key=lambda item: item[0])

@@ -59,6 +59,7 @@ bool apply(const ApplyParams& params, int feature_set, int width, int num_thread
   });
 }
 
+// Chunk by chunk: what apply reads again is in a cache near by.
 bool sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
            int num_threads) {
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {

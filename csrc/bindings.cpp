@@ -90,25 +90,34 @@ LOPT_LEVEL(begin)
 LOPT_LEVEL(advance)
 LOPT_LEVEL(finish)
 
+void sweep(const std::string& backend, int feature_set, int width, uint64_t accumulating, uint64_t applying,
+           int num_threads, [[maybe_unused]] int device, [[maybe_unused]] uint64_t stream) {
+  const AccumulateParams& first = *pointer<AccumulateParams>(accumulating);
+  const ApplyParams& second = *pointer<ApplyParams>(applying);
+  if (backend == "cpu")
+    check_ran(sweep_cpu(first, second, feature_set, width, num_threads), feature_set, width);
+  else if (backend == "sim")
+    check_ran(sweep_sim(first, second, feature_set, width), feature_set, width);
+#if LOPT_WITH_CUDA
+  else if (backend == "cuda")
+    check_ran(sweep_cuda(first, second, feature_set, width, device, stream), feature_set, width);
+#endif
+  else
+    throw std::invalid_argument("back end '" + backend + "' is not part of this build");
+}
+
 void step(const std::string& backend, uint64_t level, uint64_t accumulating, uint64_t applying, bool lagged,
           int num_threads, int device, uint64_t stream) {
   const Spec& s = *pointer<AdvanceParams>(level)->spec;
   begin(backend, level, device, stream);
   if (lagged) {
     advance(backend, level, device, stream);
-    if (backend == "cpu") {
-      check_ran(sweep_cpu(*pointer<AccumulateParams>(accumulating), *pointer<ApplyParams>(applying), s.feature_set,
-                          s.width, num_threads),
-                s.feature_set, s.width);
-    } else {
-      accumulate(backend, s.feature_set, accumulating, num_threads, device, stream);
-      apply(backend, s.feature_set, s.width, applying, num_threads, device, stream);
-    }
-    return finish(backend, level, device, stream);
+    sweep(backend, s.feature_set, s.width, accumulating, applying, num_threads, device, stream);
+  } else {
+    accumulate(backend, s.feature_set, accumulating, num_threads, device, stream);
+    advance(backend, level, device, stream);
+    apply(backend, s.feature_set, s.width, applying, num_threads, device, stream);
   }
-  accumulate(backend, s.feature_set, accumulating, num_threads, device, stream);
-  advance(backend, level, device, stream);
-  apply(backend, s.feature_set, s.width, applying, num_threads, device, stream);
   finish(backend, level, device, stream);
 }
 
@@ -208,9 +217,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("apply", &lopt::apply, "backend"_a, "feature_set"_a, "width"_a, "params"_a, "num_threads"_a, "device"_a,
         "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "Features, small MLP, parameter update; see ApplyParams in csrc/kernels.h.");
+  m.def("sweep", &lopt::sweep, "backend"_a, "feature_set"_a, "width"_a, "accumulating"_a, "applying"_a, "num_threads"_a,
+        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
+        "accumulate and apply in one sweep, for operands of apply that do not depend on the statistics.");
   m.def("step", &lopt::step, "backend"_a, "level"_a, "accumulating"_a, "applying"_a, "lagged"_a, "num_threads"_a,
         "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
-        "begin, accumulate, advance, apply and finish; lagged: begin, advance, accumulate and apply, finish.");
+        "begin, accumulate, advance, apply and finish; lagged: begin, advance, accumulate and apply in one "
+        "sweep, finish.");
   m.def("sim_launches", &lopt::sim_launches, "Kernels that sim has run so far.");
   m.def("write_words", &lopt::write_words, "backend"_a, "to"_a, "words"_a, "device"_a, "stream"_a,
         "Write 64-bit integers to the device as kernel arguments, for CUDA graphs.");

@@ -7,6 +7,8 @@
 #define accumulate_cuda accumulate_on_cpu
 #define apply_cuda apply_on_cpu
 #define apply_mma_cuda apply_mma_on_cpu
+#define sweep_cuda sweep_on_cpu
+#define sweep_mma_cuda sweep_mma_on_cpu
 #define begin_cuda begin_on_cpu
 #define advance_cuda advance_on_cpu
 #define finish_cuda finish_on_cpu
@@ -15,6 +17,8 @@
 #include "../cuda/advance.cu"
 #include "../cuda/apply.cu"
 #include "../cuda/apply_mma.cu"
+#include "../cuda/sweep.cu"
+#include "../cuda/sweep_mma.cu"
 
 namespace lopt {
 
@@ -26,6 +30,10 @@ bool accumulate_sim(const AccumulateParams& params, int feature_set) {
 
 bool apply_sim(const ApplyParams& params, int feature_set, int width) {
   return apply_on_cpu(params, feature_set, width, 0, 0);
+}
+
+bool sweep_sim(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width) {
+  return sweep_on_cpu(accumulating, applying, feature_set, width, 0, 0);
 }
 
 bool begin_sim(const AdvanceParams& params) { return begin_on_cpu(params, 0, 0); }

@@ -1,4 +1,4 @@
-// What the kernels of apply share: the rule of one tensor in shared memory, and the reduction of the hidden units.
+// What the kernels share that apply the MLP: the rule of one tensor in shared memory, and the reduction of the hidden units.
 #pragma once
 
 #include "chunks.cuh"
@@ -63,38 +63,47 @@ __device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64
           params.step_size[tensor]};
 }
 
-// The update of one parameter in plain float, the oracle of the faster ones; writes its last hidden layer to `hidden`.
+// The new value of one parameter in plain float, the oracle of the faster ones; writes its last hidden layer to `hidden`.
+template <class Features, int kWidth>
+__device__ __forceinline__ float next_of_one(const ApplyParams& params, const Rule<Features, kWidth>& rule,
+                                             const Operands& operands, float grad, float param, const float* mom,
+                                             const float* rms, float (&hidden)[kWidth]) {
+  float x[Features::kNumColumns];
+  rule.columns(grad, param, mom, rms, params.feature_clip, x);
+  const MlpOutput<float> out = small_mlp<Features::kNumColumns, kWidth>(x, rule.weights, rule.bias, hidden);
+  return next_param(param, out, operands.keep, operands.step_size, params.magnitude_rate);
+}
+
+// The same in memory.
 template <Dtype kState, class Features, int kWidth>
 __device__ __forceinline__ void apply_one(const ApplyParams& params, const Rule<Features, kWidth>& rule,
                                           const Operands& operands, int64_t at, float (&hidden)[kWidth]) {
   const TensorEntry& tensor = operands.tensor;
   const float param = load_value(tensor.param, tensor.param_dtype, at);
   const float grad = clip_gradient(load_value(operands.grads, tensor.grad_dtype, at), operands.limit);
-  float mom[Features::kNumMom], rms[Features::kNumRms], x[Features::kNumColumns];
+  float mom[Features::kNumMom], rms[Features::kNumRms];
 #pragma unroll
   for (int k = 0; k < Features::kNumMom; ++k)
     mom[k] = load_value(plane_at<kState>(tensor.mom, tensor.stride, k), kState, at);
 #pragma unroll
   for (int k = 0; k < Features::kNumRms; ++k)
     rms[k] = load_value(plane_at<kState>(tensor.rms, tensor.stride, k), kState, at);
-  rule.columns(grad, param, mom, rms, params.feature_clip, x);
-  const MlpOutput<float> out = small_mlp<Features::kNumColumns, kWidth>(x, rule.weights, rule.bias, hidden);
-  if (operands.moves())
-    store_value(tensor.param, tensor.param_dtype, at,
-                next_param(param, out, operands.keep, operands.step_size, params.magnitude_rate));
+  const float next = next_of_one(params, rule, operands, grad, param, mom, rms, hidden);
+  if (operands.moves()) store_value(tensor.param, tensor.param_dtype, at, next);
 }
 
-// Sums of hidden units, kRows per unit in shared memory -> the chunk's partials -> the tensor's mean.
+// Sums of hidden units, kRows per unit in shared memory -> the chunk's partials. After a barrier.
 template <int kWidth, int kRows>
-__device__ __forceinline__ void reduce_hidden(const ApplyParams& params, const ChunkRange& chunk,
-                                              const float (&rows)[kWidth][kRows]) {
-  __syncthreads();
+__device__ __forceinline__ void hidden_of_chunk(const ApplyParams& params, const float (&rows)[kWidth][kRows]) {
   for (int j = warp_index(); j < kWidth; j += kWarps) {
     const double sum = sum_rows(kRows, [&](int64_t row) -> double { return rows[j][row]; });
     if (lane_index() == 0) params.partials[int64_t{blockIdx.x} * kWidth + j] = sum;
   }
-  if (!last_of_tensor(params.finished + chunk.tensor, chunk.of_tensor)) return;
+}
 
+// Partials of its chunks -> the tensor's mean, by the last of its blocks.
+template <int kWidth>
+__device__ __forceinline__ void hidden_of_tensor(const ApplyParams& params, const ChunkRange& chunk) {
   const TensorEntry& tensor = params.tensors[chunk.tensor];
   const double* partials = params.partials + tensor.first_chunk * kWidth;  // [chunks of the tensor, kWidth]
   for (int j = warp_index(); j < kWidth; j += kWarps) {
@@ -102,6 +111,14 @@ __device__ __forceinline__ void reduce_hidden(const ApplyParams& params, const C
     if (lane_index() == 0)
       params.hidden[chunk.tensor * kWidth + j] = static_cast<float>(sum / static_cast<double>(tensor.numel));
   }
+}
+
+template <int kWidth, int kRows>
+__device__ __forceinline__ void reduce_hidden(const ApplyParams& params, const ChunkRange& chunk,
+                                              const float (&rows)[kWidth][kRows]) {
+  __syncthreads();
+  hidden_of_chunk(params, rows);
+  if (last_of_tensor(params.finished + chunk.tensor, chunk.of_tensor)) hidden_of_tensor<kWidth>(params, chunk);
 }
 
 }  // namespace lopt

@@ -207,6 +207,25 @@ __device__ __forceinline__ void decode_planes(float (&values)[kPlanes][kQuad]) {
   }
 }
 
+// Four parameters with all that belongs to them.
+template <class Features>
+struct QuadValues {
+  float param[kQuad], grad[kQuad], mom[Features::kNumMom][kQuad], rms[Features::kNumRms][kQuad];
+};
+
+template <Dtype kState, class Features>
+__device__ __forceinline__ void load_values(const TensorEntry& tensor, int64_t grads, const Quad& quad,
+                                            QuadValues<Features>& values) {
+  const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad);
+  const RawQuad raw_grad = load_raw(grads, tensor.grad_dtype, quad);
+  load_planes<kState>(tensor.mom, tensor.stride, quad, values.mom);
+  load_planes<kState>(tensor.rms, tensor.stride, quad, values.rms);
+  decode(raw_param, tensor.param_dtype, values.param);
+  decode(raw_grad, tensor.grad_dtype, values.grad);
+  decode_planes<kState>(values.mom);
+  decode_planes<kState>(values.rms);
+}
+
 // For a bfloat16 state, the values must be bfloat16 numbers.
 template <Dtype kState, int kPlanes>
 __device__ __forceinline__ void store_planes(int64_t address, int64_t stride, const Quad& quad,

@@ -31,6 +31,16 @@ def accumulate(backend: str, feature_set: int, params: int, num_threads: int, de
 def apply(
     backend: str, feature_set: int, width: int, params: int, num_threads: int, device: int, stream: int
 ) -> None: ...
+def sweep(
+    backend: str,
+    feature_set: int,
+    width: int,
+    accumulating: int,
+    applying: int,
+    num_threads: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def step(
     backend: str,
     level: int,

@@ -436,6 +436,18 @@ class Plan:
         self._apply["feature_clip"] = np.inf if feature_clip is None else feature_clip
         self._operands["apply"] = list(rows.values())
 
+    def sweep(self) -> tuple[Tensor, Tensor]:
+        """:meth:`accumulate` and :meth:`apply` in one sweep, with the operands bound before; what both return.
+
+        The operands of ``apply`` cannot depend on the statistics of the same sweep.
+        """
+        self._check_grads()
+        for name in ("accumulate", "apply"):
+            if name not in self._operands:
+                raise RuntimeError(f"operands of {name}: not known yet; call Plan.bind_{name} before sweep")
+        _C.sweep(self.backend, self.index, self.hidden.shape[-1], *self.addresses, **self._place())
+        return self.stats, self.hidden
+
 
 #: State that all tensors share, as AdvanceParams names it.
 SHARED = ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite")
@@ -585,7 +597,7 @@ class TensorLevel:
 def step(plan: Plan, level: TensorLevel) -> None:
     """begin, accumulate, advance, apply and finish in one call, of operands that were bound before.
 
-    With lagged statistics advance comes before accumulate and sees what ``plan.stats`` holds; on the CPU accumulate and
-    apply are then one sweep.
+    With lagged statistics advance comes before accumulate and sees what ``plan.stats`` holds; accumulate and apply are
+    then one sweep.
     """
     _C.step(plan.backend, level.address, *plan.addresses, level.lagged, **plan._place())

@@ -119,10 +119,10 @@ class LearnedOptimizer(Optimizer):
     (row-major order of the parameter; ``mom`` and ``rms`` in ``state_dtype``, the rest in float32), created in the
     first step; what all tensors share is in ``param_groups[0]``. State dicts resume bit for bit.
 
-    On CUDA a step is five launches and waits for nothing. After one step outside, ``torch.cuda.graph`` can hold it. A
-    replay reads losses, gradients and ``lr`` anew where they are tensors, and takes numbers of Python as they were. The
-    graph writes the optimizer's memory: no step with gradients of other parameters, and no ``load_state_dict``, between
-    replays.
+    On CUDA a step is five launches, with lagged statistics four, and waits for nothing. After one step outside,
+    ``torch.cuda.graph`` can hold it. A replay reads losses, gradients and ``lr`` anew where they are tensors, and takes
+    numbers of Python as they were. The graph writes the optimizer's memory: no step with gradients of other parameters,
+    and no ``load_state_dict``, between replays.
 
     ``OneCycleLR`` and ``CyclicLR`` need ``cycle_momentum=False``, since there is no momentum to cycle.
 

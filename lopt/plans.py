@@ -85,7 +85,8 @@ class ReferencePlan:
 
 
 class KernelPlan:
-    """A step by the compiled kernels, on a GPU five launches: begin, accumulate, advance, apply, finish.
+    """A step by the compiled kernels, on a GPU five launches: begin, accumulate, advance, apply, finish; with lagged
+    statistics four: begin, advance, one sweep, finish.
 
     Parameters that are not contiguous pass through a staging copy. With lagged statistics, ``before`` ``[T, S]`` are
     those of the step before; ``plan.stats`` holds them from then on.

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -255,13 +256,16 @@ class Run:
     def accumulate(self) -> Tensor:
         return self.plan.accumulate(self.problem.clip_limit.to(self.backend.device)).cpu()
 
-    def apply(self, weights: Tensor | None = None) -> Tensor:
+    def operands(self, weights: Tensor | None = None) -> tuple[Any, ...]:
+        """Of ``apply``."""
         problem, spec = self.problem, self.problem.spec
         weights = ops.pack_mlp(spec, problem.weights)[None] if weights is None else weights
         scale, shift = problem.conditioning.scale, problem.conditioning.shift
-        operands = problem.clip_limit, scale, shift, problem.bias, problem.step_size, problem.keep, weights
-        moved = (x.to(self.backend.device) for x in operands)
-        return self.plan.apply(*moved, spec.magnitude_rate, spec.feature_clip).cpu()
+        rows = problem.clip_limit, scale, shift, problem.bias, problem.step_size, problem.keep, weights
+        return *(x.to(self.backend.device) for x in rows), spec.magnitude_rate, spec.feature_clip
+
+    def apply(self, weights: Tensor | None = None) -> Tensor:
+        return self.plan.apply(*self.operands(weights)).cpu()
 
     def check_guards(self) -> None:
         for buffer in self.buffers:

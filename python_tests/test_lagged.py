@@ -1,13 +1,26 @@
-"""Statistics of the step before: their definition, one sweep on the CPU, agreement of all back ends, refusals."""
+"""Statistics of the step before: their definition, one sweep, agreement of all back ends, refusals."""
 
 import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
-from kernel_cases import RANKS, Backend, same
+from kernel_cases import (
+    ALIGNED,
+    BF16,
+    F32,
+    RANKS,
+    Backend,
+    Problem,
+    Run,
+    problem_of,
+    same,
+    solve_accumulate,
+    solve_apply,
+)
 from optimizer_cases import assert_same_bits, copies, make_grads, make_loss, make_params, make_theta, run
 from torch import Tensor
 from torch.nn import Parameter
@@ -81,18 +94,105 @@ def test_one_sweep_is_accumulate_and_apply(
     results: list[list[Tensor]] = []
     for threads, apart in ((1, True), (1, False), (2, False), (3, False)):
         set_num_threads(threads)
-        params = make_params(((30_000,), (5, 4), (), (8193,)))
-        opt = LearnedOptimizer(params, lagged(preset), state_dtype=state_dtype)
-        run(opt, params, 1)
-        if apart:  # as if every step were the first one of some other tensor
-            for step in range(1, 4):
-                opt._active.plan.some_first = True  # type: ignore[union-attr]
-                run(opt, params, 1, first=step)
-        else:
-            run(opt, params, 3, first=1)
-        state = [opt.state[param][name] for param in params for name in ("mom", "rms", "stats")]
-        results.append([*(param.detach() for param in params), *state])
+        results.append(steps(preset, state_dtype, apart, ((30_000,), (5, 4), (), (8193,))))
     assert all(same(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["high", "fast"])
+@PRESET
+def test_one_sweep_on_tensor_cores_is_accumulate_and_apply(
+    preset: str, precision: Literal["high", "fast"], state_dtype: torch.dtype
+) -> None:
+    """The same bits under sim, for aligned tensors and others."""
+    shapes = ((12, 100), (5, 4), (), (1134,), (8200,))
+    apart, one_sweep = (steps(preset, state_dtype, x, shapes, impl="sim", precision=precision) for x in (True, False))
+    assert same(apart, one_sweep)
+
+
+def steps(
+    preset: str, state_dtype: torch.dtype, apart: bool, shapes: tuple[tuple[int, ...], ...], **options: Any
+) -> list[Tensor]:
+    """Parameters and state after three steps, of which the last two are one sweep or two."""
+    params = make_params(shapes)
+    opt = LearnedOptimizer(params, lagged(preset), state_dtype=state_dtype, **options)
+    run(opt, params, 1)
+    for step in (1, 2):
+        opt._active.plan.some_first = apart  # type: ignore[union-attr]  # as if it were the first of some other tensor
+        run(opt, params, 1, first=step)
+    return [*(p.detach() for p in params), *(opt.state[p][name] for p in params for name in ("mom", "rms", "stats"))]
+
+
+# ---- The kernel of one sweep on CUDA ---------------------------------------------------------------------------------
+
+KERNELS = pytest.mark.parametrize(
+    "backend", ["sim", "sim-reverse", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+# Aligned and not, in windows of 128 and a few beyond, in several chunks.
+SWEPT = ((128,), (5, 4), (), (1134,), (640,), (8193,), (8196,))
+
+
+def sweep(problem: Problem, backend: Backend, precision: str, apart: bool = False) -> dict[str, list[Tensor]]:
+    """All that one sweep writes, or the two operations one after the other."""
+    one = Run(problem, backend, guard=ALIGNED, precision=precision)
+    limit, step = problem.clip_limit.to(backend.device), torch.tensor(3, device=backend.device)
+    if apart:
+        stats, hidden = one.plan.accumulate(limit, step=step), one.plan.apply(*one.operands())
+    else:
+        one.plan.bind_accumulate(limit)
+        one.plan.bind_apply(*one.operands())
+        one.plan.set_step(step)
+        stats, hidden = one.plan.sweep()
+    one.check_guards()
+    assert not one.plan.finished.any()
+    return {"state": [*one.mom, *one.rms], "stats": [stats], "params": one.params, "hidden": [hidden]}
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("precision", ops.PRECISIONS)
+@pytest.mark.parametrize("width", ops.WIDTHS)
+@PRESET
+def test_a_sweep_of_many_tensors(backend: Backend, preset: str, width: int, precision: str, dtype: torch.dtype) -> None:
+    """One launch; of parameters, gradients and state in either dtype. On a GPU rounding may differ in the last bits."""
+    problem = problem_of(preset, width, SWEPT, dtype, dtype)
+    halved = {name: [x.to(dtype) for x in getattr(problem, name)] for name in ("mom", "rms")}
+    problem = dataclasses.replace(problem, **halved)
+    launches = ops._C.sim_launches()
+    found = sweep(problem, backend, precision)
+    if backend.name == "sim":
+        assert ops._C.sim_launches() - launches == 1
+        expected = sweep(problem, backend, precision, apart=True)
+        if precision == "exact":  # its threads add up other parameters
+            torch.testing.assert_close(found.pop("hidden"), expected.pop("hidden"), rtol=2e-6, atol=1e-6)
+        assert_same_bits(found, expected)
+    if dtype == BF16:
+        return
+    state = solve_accumulate(problem, torch.float64)
+    exact = solve_apply(dataclasses.replace(problem, mom=state.mom, rms=state.rms), torch.float64)
+    cpu = sweep(problem, Backend("cpu", torch.device("cpu")), precision)
+    tolerance = 3e-2 if precision == "fast" else 2e-5
+    for i, (param, x) in enumerate(zip(found["params"], exact.params, strict=True)):
+        for other in (x, cpu["params"][i].reshape(-1).double()):
+            assert float((param.cpu().reshape(-1) - other).abs().max()) <= tolerance * float(x.abs().max())
+
+
+@KERNELS
+@PRESET
+def test_a_sweep_beyond_the_range_of_halves(backend: Backend, preset: str) -> None:
+    """Windows of 128 that tensor cores cannot do are done in plain float, from the accumulators of this step."""
+    problem = problem_of(preset, 16, ((1024,),))
+    params, scale = [problem.params[0].clone()], problem.conditioning.scale.clone()
+    params[0][5], params[0][300] = 1e7, -1e5
+    scale[:, problem.spec.features.column_index("param")] = 1.0
+    spec, conditioning = problem.spec, problem.conditioning._replace(scale=scale)
+    spec = dataclasses.replace(spec, feature_clip=None)
+    problem = dataclasses.replace(problem, spec=spec, params=params, conditioning=conditioning)
+    high, exact = (sweep(problem, backend, precision) for precision in ("high", "exact"))
+    assert same(high["state"], exact["state"])
+    first, second = (found["params"][0].cpu().view(-1, 128) for found in (high, exact))
+    torch.testing.assert_close(first[[0, 2]], second[[0, 2]], rtol=1e-6, atol=0)
+    assert not torch.equal(first[1], second[1])  # on tensor cores
 
 
 @PRESET
@@ -159,6 +259,9 @@ def test_refusals() -> None:
     state = reference.init_state(theta.spec, theta.tensors, params)
     with pytest.raises(ValueError, match="before: a theta with stats='lagged' needs the statistics"):
         reference.update(theta.spec, theta.tensors, state, params, params)
+    plan = Run(problem_of("compact", 8, ((3,),)), Backend("cpu", torch.device("cpu"))).plan
+    with pytest.raises(RuntimeError, match=r"operands of accumulate: not known yet; call Plan\.bind_accumulate"):
+        plan.sweep()
     with pytest.raises(ValueError, match="spec: the unroll engine computes with stats='current', got 'lagged'"):
         engine._check_stats(theta.spec)
 

@@ -75,10 +75,11 @@ def arch(request: pytest.FixtureRequest, sass: ModuleType) -> str:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"], indirect=True)
 def test_kernels(sass: ModuleType, arch: str) -> None:
-    """Two of accumulate, six of apply, twelve on tensor cores, each for two dtypes of the state; as they should be."""
+    """Two of accumulate, six of apply and of a sweep, twelve of each on tensor cores, for both dtypes of the state."""
     kernels = sass.kernels(arch)
     operations = [kernel.operation for kernel in kernels]
-    assert [operations.count(name) for name in ("accumulate", "apply", "apply_mma")] == [4, 12, 24]
+    names = "accumulate", "apply", "apply_mma", "sweep", "sweep_mma"
+    assert [operations.count(name) for name in names] == [4, 12, 24, 12, 24]
     assert [problem for kernel in kernels for problem in kernel.problems()] == []
 
 
@@ -97,5 +98,9 @@ def test_predicted_time(sass: ModuleType, arch: str) -> None:
             assert plain["bytes"] == high["bytes"] == applied
             assert fast["instructions"] < high["instructions"] < plain["instructions"]
             assert high["tensor_ps"] == pytest.approx(3 * fast["tensor_ps"])
+            sweep = predicted[f"sweep_mma_kernel<{name}Features, {width}, 2>"]
+            assert sweep["bytes"] == predicted[f"sweep_kernel<{name}Features, {width}>"]["bytes"] == accumulated + 4
+            assert sweep["tensor_ps"] == pytest.approx(high["tensor_ps"])
+            assert sweep["instructions"] > high["instructions"]
     assert predicted["apply_mma_kernel<PaperFeatures, 32, 2>"]["instructions"] < 850
     assert predicted["apply_mma_kernel<CompactFeatures, 8, 2>"]["instructions"] < 400

@@ -17,6 +17,7 @@ from optimizer_cases import (
     make_loss,
     make_optimizer,
     make_params,
+    make_theta,
     run,
     set_grads,
     snapshot,
@@ -24,7 +25,7 @@ from optimizer_cases import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lopt import Theta, ops, tensor_lstm
+from lopt import LearnedOptimizer, Theta, ops, tensor_lstm
 from lopt.features import STATS
 from lopt.tensor_lstm import Globals, Shapes
 from lopt.theta import PRESETS as SPECS
@@ -202,18 +203,22 @@ def test_same_bits_in_both_thread_orders(case: str) -> None:
 # ---- Whole steps ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("stats", "each"), [("current", 5), ("lagged", 4)])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("number", [1, 300])
-def test_five_launches_a_step_whatever_the_number_of_tensors(preset: str, number: int) -> None:
-    """begin, accumulate, advance, apply, finish; a loss beside step() is one more."""
+def test_launches_of_a_step_whatever_the_number_of_tensors(preset: str, number: int, stats: str, each: int) -> None:
+    """begin, accumulate, advance, apply, finish; lagged: begin, advance, one sweep, finish, but for the first step.
+
+    A loss beside step() is one more.
+    """
     params = make_params([(2,)] * number)
-    opt = make_optimizer(params, "sim", preset)
-    for step, launches in enumerate((5, 5, 5)):
+    opt = LearnedOptimizer(params, make_theta(preset).with_spec(stats=stats), impl="sim")
+    for step, launches in enumerate((5, each, each)):
         before = ops._C.sim_launches()
         run(opt, params, 1, step)
         assert ops._C.sim_launches() - before == launches
     opt.observe(valid_loss=1.0, train_loss=2.0)
-    assert ops._C.sim_launches() - before == 6
+    assert ops._C.sim_launches() - before == each + 1
 
 
 class Recorder(TorchDispatchMode):

@@ -37,9 +37,9 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
     """Counted for the learned optimizer.
 
     ``accumulate`` reads parameter, gradient and state and writes the state; ``apply`` reads all of them again and
-    writes the parameter. With lagged statistics both are one sweep (on the CPU; on CUDA not yet). Accumulators take
-    4 bytes, or 2 with ``state_dtype=torch.bfloat16``. The MLP has ``columns * width + width^2 + 2 * width``
-    multiply-adds, and for the skip ``columns`` more.
+    writes the parameter. With lagged statistics both are one sweep. Accumulators take 4 bytes, or 2 with
+    ``state_dtype=torch.bfloat16``. The MLP has ``columns * width + width^2 + 2 * width`` multiply-adds, and for the
+    skip ``columns`` more.
 
     Example:
         >>> from lopt.theta import PRESETS

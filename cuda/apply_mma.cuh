@@ -1,0 +1,298 @@
+// The small MLP on tensor cores, one block per chunk (apply_mma.cu, sweep_mma.cu); its oracle is in apply.cuh.
+//
+// Note [MLP on tensor cores]
+// A warp takes a window of 128 consecutive parameters at a time, four per lane (Note [Quads]). The lane that loaded a
+// parameter computes its columns, splits them into halves (Note [Split halves]) and stages them in shared memory as a
+// row; 16 rows are the A of one product, with parameters as rows, columns as inputs, and a one in the column after the
+// last, which takes the bias. Products of the first layer are the input of the second as they lie in registers (Note
+// [Fragments]). Each lane adds up its share of the two outputs on FFMA, and the shares of a row's four lanes go back
+// through the row to its owner. Weights stay in registers.
+//
+// Why stage: 24 STS.128, 32 LDSM, 16 STS.64 and 8 LDS.128 per lane and 4 parameters of `paper`, 20 instructions per
+// parameter. Without it, the four lanes that hold a row would each compute the columns they supply. That takes no
+// shuffle either, but the lanes of a warp run one program: all four would compute every root and logarithm, some 100
+// instructions more.
+// Why FFMA for the last layer: 64 FFMA per parameter at width 32; for a product its 32 inputs had to be split, 96
+// instructions, of which 6 of 8 columns would be waste.
+//
+// Instructions per parameter of the main loop and the time they take to issue on an H100, by benchmarks/sass.py
+// (sm_90), beside what four fifths of its memory bandwidth need for the bytes (predicted, not measured):
+//             bytes   memory     plain float      high            fast
+//   compact 8    32   11.9 ps     456  15.4 ps    365  12.3 ps    277   9.3 ps
+//   compact 16   32   11.9 ps     880  29.7 ps    471  15.9 ps    332  11.2 ps
+//   compact 32   32   11.9 ps    2208  74.5 ps    655  22.1 ps    449  15.1 ps
+//   paper 8      52   19.4 ps     635  21.4 ps    478  16.1 ps    348  11.7 ps
+//   paper 16     52   19.4 ps    1169  39.4 ps    574  19.4 ps    402  13.6 ps
+//   paper 32     52   19.4 ps    2717  91.6 ps    782  26.4 ps    523  17.6 ps
+// So `high` is the better kernel throughout, even where the plain one comes near the memory: a plain kernel of width 8
+// with 16-byte accesses and two parameters per reading of the weights takes 425 (compact) and 578 (paper).
+//
+// The halves reach to 65504, or for hidden units of the first layer, which come with a scale, to 1023. Columns divided
+// by their root mean square do not exceed the square root of the number of parameters, and ratios of accumulators not
+// some 30, so next to nothing goes beyond; but where something does, with precision `high` it shows as a NaN in every
+// unit of the last hidden layer, and the warp leaves the window for later, when it is computed in plain float. So are
+// windows that are not whole or not aligned. With `fast`, which keeps only the high halves, columns and hidden units
+// saturate at 65504.
+//
+// Note [Truncation]
+// Tensor cores round sums toward zero, as Fasi et al. (2021) measured. A sum with a large product loses half an ulp on
+// average, .25 / ln 2 * 2^-23 of itself; the small products come first (Note [Split halves]) and lose next to nothing.
+// All hidden units shrink alike, so the outputs would by up to 1.4 * 2^-23, several times the error of float32, whose
+// roundings cancel. The last layer gives the mean loss back: then errors are those of float32.
+#pragma once
+
+#include "apply.cuh"
+#include "mma.cuh"
+
+namespace lopt {
+
+// Of the weights of both layers. Low halves of usual weights and hidden units are then normal numbers, not subnormal
+// ones.
+template <int kParts>
+constexpr float kWeightScale = kParts == 1 ? 1.0f : 64.0f;
+
+constexpr int kWindow = 32 * kQuad;  // parameters
+static_assert(kChunk <= 32 * kWindow * kWarps, "a word has a bit for each of a warp's windows");
+
+// A warp's staging memory: for each part and block of inputs, 16 bytes for every row. Neighbouring lanes write
+// neighbouring rows, and load_matrices reads eight of them, without bank conflicts; two more rows keep the outputs free
+// of them.
+template <int kParts, int kBlocks, int kRows>
+struct Stage {
+  uint4 columns[kParts * kBlocks][kRows + 2];
+
+  // `x` [8 blocks] -> a row.
+  __device__ __forceinline__ void write(int row, const float* x) {
+#pragma unroll
+    for (int q = 0; q < kBlocks; ++q) {
+      uint32_t words[4][kParts];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) split(x[8 * q + 2 * t], x[8 * q + 2 * t + 1], words[t]);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        columns[part * kBlocks + q][row] = {words[0][part], words[1][part], words[2][part], words[3][part]};
+    }
+  }
+
+  // Rows row .. row + 15 as fragments.
+  __device__ __forceinline__ void read(int row, int lane, Inputs<kParts, kBlocks>& inputs) const {
+    const uint4* from = &columns[lane / 16][row + lane % 16];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int q = 0; q + 1 < kBlocks; q += 2) {
+        uint32_t a[4];
+        load_matrices(from + (part * kBlocks + q) * (kRows + 2), a);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) inputs.a[part][2 * q + i] = a[i];
+      }
+      if (kBlocks % 2) {  // the addresses of lanes 16 .. 31 are not used
+        uint32_t a[2];
+        load_matrices(&columns[part * kBlocks + kBlocks - 1][row + lane % 16], a);
+        inputs.a[part][2 * kBlocks - 2] = a[0], inputs.a[part][2 * kBlocks - 1] = a[1];
+      }
+    }
+  }
+
+  // What a lane adds to the outputs of a row; four lanes do.
+  __device__ __forceinline__ void write_outputs(int row, int t, const float* outputs) {
+    *(reinterpret_cast<uint2*>(&columns[t / 2][row]) + t % 2) = {float_bits(outputs[0]), float_bits(outputs[1])};
+  }
+  __device__ __forceinline__ MlpOutput<float> read_outputs(int row) const {
+    const uint4 a = columns[0][row], b = columns[1][row];
+    return {(bits_float(a.x) + bits_float(a.z)) + (bits_float(b.x) + bits_float(b.z)),
+            (bits_float(a.y) + bits_float(a.w)) + (bits_float(b.y) + bits_float(b.w))};
+  }
+};
+
+// Weights [inputs, 8 kTiles] as fragments of one lane; weight(input, column).
+template <int kParts, int kBlocks, int kTiles, class Weight>
+__device__ __forceinline__ void load_weights(int lane, Weights<kParts, kBlocks, kTiles>& weights, Weight weight) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int q = 0; q < kBlocks; ++q) {
+      uint32_t parts[kParts];
+      const int input = 8 * q + 2 * t, column = 8 * n + g;
+      split(weight(input, column) * kWeightScale<kParts>, weight(input + 1, column) * kWeightScale<kParts>, parts);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) weights.b[part][n][q] = parts[part];
+    }
+}
+
+// How a MLP is cut: blocks of eight inputs and tiles of eight hidden units.
+template <class Features, int kWidth, int kParts>
+struct MmaShape {
+  static constexpr int kBlocks = Features::kNumColumns / 8 + 1, kTiles = kWidth / 8;
+  // See Note [Truncation]; sums of large products follow each other as blocks of inputs do, two by two.
+  static constexpr float kLoss = kParts == 1 ? 0.0f : 4.3e-8f * ((kBlocks + 1) / 2 + (kTiles + 1) / 2);
+  static constexpr float kHiddenScale = kWeightScale<kParts> * kWeightScale<kParts>;
+};
+
+// A block's shared memory, in arrays of their own: of members the compiler would think that they overlap. Of a quad,
+// kStaged parameters are staged at a time.
+template <class Features, int kWidth, int kParts, int kStaged = 2>
+using StageOf = Stage<kParts, MmaShape<Features, kWidth, kParts>::kBlocks, 32 * kStaged>;
+template <int kWidth>
+using HiddenRows = float[kWidth][kThreads / 4];  // sums of hidden units: eight lanes of each warp hold one
+template <int kWidth>
+struct alignas(16) LastLayer {
+  float of[kWidth / 8][4][8];  // for every lane t and two units: bias, direction, magnitude
+};
+
+// Updates the parameters of a chunk and adds up their hidden units, by all threads of the block. read(quad, values) gives
+// a lane its four parameters, with clipped gradients; with kAllQuads it also changes their state, and is called for every
+// quad, otherwise for those of whole windows.
+template <Dtype kState, bool kAllQuads, int kParts, class Features, int kWidth, int kBlocks, int kRows, class Read>
+__device__ __forceinline__ void apply_mma(const ApplyParams& params, const ChunkRange& chunk, const Operands& operands,
+                                          Rule<Features, kWidth>& rule, Stage<kParts, kBlocks, kRows> (&stages)[kWarps],
+                                          LastLayer<kWidth>& last_layer, HiddenRows<kWidth>& rows, const Read& read) {
+  using Layout = MlpLayout<Features::kNumColumns, kWidth>;
+  using Shape = MmaShape<Features, kWidth, kParts>;
+  constexpr int kColumns = Features::kNumColumns, kTiles = Shape::kTiles, kStaged = kRows / 32;
+  constexpr float kLoss = Shape::kLoss, kHiddenScale = Shape::kHiddenScale;
+  const TensorEntry& tensor = operands.tensor;
+  const bool aligned = aligned_quads<kState>(tensor, operands.grads);
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  auto& stage = stages[warp_index()];
+  rule.load(params, chunk.tensor, tensor.theta);
+  __syncthreads();
+  for (int unit = static_cast<int>(threadIdx.x); unit < kWidth; unit += kThreads) {
+    float* to = last_layer.of[unit / 8][unit % 8 / 2] + unit % 2;
+    to[0] = rule.weights[Layout::kB2 + unit] * kHiddenScale;
+    const float direction = rule.weights[Layout::kW3 + unit], magnitude = rule.weights[Layout::kW3 + kWidth + unit];
+    to[2] = (direction + direction * kLoss) * (1.0f / kHiddenScale);
+    to[4] = (magnitude + magnitude * kLoss) * (1.0f / kHiddenScale);
+  }
+  __syncthreads();
+
+  // This lane's share of the MLP.
+  const float* weights = rule.weights;
+  Weights<kParts, kBlocks, kTiles> first;
+  Weights<kParts, kTiles, kTiles> second;
+  load_weights(lane, first, [&](int input, int column) {
+    return input < kColumns    ? weights[Layout::kW1 + input * kWidth + column]
+           : input == kColumns ? rule.bias[column]
+                               : 0.0f;
+  });
+  load_weights(lane, second, [&](int input, int column) { return weights[Layout::kW2 + input * kWidth + column]; });
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) rows[8 * n + 2 * t + e][8 * warp_index() + g] = 0.0f;
+
+  // Whole windows of 128 aligned parameters; what is left is computed without tensor cores.
+  uint32_t left = 0;  // bit i: window i of this warp
+  for (int window = 0, base = kWindow * warp_index(); base < chunk.count; ++window, base += kWindow * kWarps) {
+    QuadValues<Features> values;
+    if (!aligned || base + kWindow > chunk.count) {
+      if constexpr (kAllQuads) read(quad_at(chunk, base + kQuad * lane, aligned), values);
+      left |= 1u << window;
+      continue;
+    }
+    const Quad quad{chunk.begin + base + kQuad * lane, kQuad, true};
+    read(quad, values);
+    const auto& [param, grad, mom, rms] = values;
+
+    float next[kQuad], sum[kTiles][2] = {};  // sum: of hidden units over these 128 parameters
+#pragma unroll
+    for (int begin = 0; begin < kQuad; begin += kStaged) {
+      float skip[kStaged];
+#pragma unroll
+      for (int s = 0; s < kStaged; ++s) {
+        float m[Features::kNumMom], r[Features::kNumRms], x[8 * kBlocks] = {};
+#pragma unroll
+        for (int k = 0; k < Features::kNumMom; ++k) m[k] = mom[k][begin + s];
+#pragma unroll
+        for (int k = 0; k < Features::kNumRms; ++k) r[k] = rms[k][begin + s];
+        rule.columns(grad[begin + s], param[begin + s], m, r, params.feature_clip, x);
+        x[kColumns] = 1.0f;
+        skip[s] = rule.skip(x);
+        stage.write(lane + 32 * s, x);
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int row = 0; row < kRows; row += 16) {
+        Inputs<kParts, kBlocks> inputs;
+        Inputs<kParts, kTiles> hidden;
+        float d[kTiles][4], out[2][2] = {};  // row g or g + 8; direction, magnitude
+        stage.read(row, lane, inputs);
+        multiply(inputs, first, d);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            uint32_t parts[kParts];
+            split(max_of(d[n][2 * half], 0.0f), max_of(d[n][2 * half + 1], 0.0f), parts);
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) hidden.a[part][2 * n + half] = parts[part];
+          }
+        multiply(hidden, second, d);
+        float last[kTiles][6];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const float4 a = *reinterpret_cast<const float4*>(last_layer.of[n][t]);
+          const uint2 b = *reinterpret_cast<const uint2*>(last_layer.of[n][t] + 4);
+          last[n][0] = a.x, last[n][1] = a.y, last[n][2] = a.z, last[n][3] = a.w;
+          last[n][4] = bits_float(b.x), last[n][5] = bits_float(b.y);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const float h = max_of(d[n][2 * half + e] + last[n][e], 0.0f);
+              sum[n][e] += h;
+              out[half][0] += h * last[n][2 + e];
+              out[half][1] += h * last[n][4 + e];
+            }
+        }
+        __syncwarp();  // all lanes have read the rows
+#pragma unroll
+        for (int half = 0; half < 2; ++half) stage.write_outputs(row + g + 8 * half, t, out[half]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int s = 0; s < kStaged; ++s) {
+        MlpOutput<float> out = stage.read_outputs(lane + 32 * s);
+        out.direction += weights[Layout::kB3] + skip[s];
+        out.magnitude += weights[Layout::kB3 + 1];
+        next[begin + s] = next_param(param[begin + s], out, operands.keep, operands.step_size, params.magnitude_rate);
+      }
+      __syncwarp();  // before the rows are written again
+    }
+
+    if (kParts > 1 && __any_sync(0xffffffffu, sum[0][0] != sum[0][0])) {
+      left |= 1u << window;
+      continue;
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        rows[8 * n + 2 * t + e][8 * warp_index() + g] += (sum[n][e] + sum[n][e] * kLoss) * (1.0f / kHiddenScale);
+    if (operands.moves()) store_quad(tensor.param, tensor.param_dtype, quad, next);
+  }
+
+  if (kAllQuads && left != 0) __syncwarp();  // lanes have written what others read now
+  // One parameter of each lane at a time; four lanes add their hidden units to the same sum.
+  for (int window = 0, base = kWindow * warp_index(); left != 0; ++window, left >>= 1, base += kWindow * kWarps) {
+    if (left % 2 == 0) continue;
+#pragma unroll 1
+    for (int i = base + lane; i < base + kWindow; i += 32) {
+      float hidden[kWidth] = {};
+      if (i < chunk.count) apply_one<kState>(params, rule, operands, chunk.begin + i, hidden);
+#pragma unroll
+      for (int unit = 0; unit < kWidth; ++unit) {
+        float sum = hidden[unit];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (t == unit % 8 / 2) rows[unit][8 * warp_index() + g] += sum;
+      }
+    }
+  }
+}
+
+}  // namespace lopt

@@ -1,0 +1,80 @@
+// accumulate and apply in one sweep on the GPU (Note [One sweep]), with the MLP in plain float: the oracle of that in
+// sweep_mma.cu. One block per chunk, four parameters per thread and round (Note [Quads]).
+#include "sweep.cuh"
+
+namespace lopt {
+namespace {
+
+// The first of four values, which then move up.
+__device__ __forceinline__ float pass(float (&values)[kQuad]) {
+  const float first = values[0];
+#pragma unroll
+  for (int j = 1; j < kQuad; ++j) values[j - 1] = values[j];
+  return first;
+}
+
+// Two or three blocks per multiprocessor leave 255 or 168 registers.
+template <Dtype kState, class Features, int kWidth>
+__global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3) sweep_kernel(SweepParams params) {
+  __shared__ Rule<Features, kWidth> rule;
+  __shared__ StatRows<Features> stat_rows;
+  __shared__ float hidden_rows[kWidth][kThreads];
+  __shared__ WordsOf<Features> words;
+
+  const ApplyParams& applying = params.applying;
+  const ChunkRange chunk = chunk_of_block(applying.tensors, applying.chunks);
+  const Operands operands = operands_of(applying, chunk.tensor);
+  const TensorEntry& tensor = operands.tensor;
+  Accumulator<kState, Features> accumulator{params.accumulating, operands, words, stat_rows};
+  accumulator.begin(chunk);
+  rule.load(applying, chunk.tensor, tensor.theta);
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) hidden_rows[j][threadIdx.x] = 0.0f;
+  __syncthreads();
+
+  const bool aligned = aligned_quads<kState>(tensor, operands.grads);
+  for (int i = kQuad * static_cast<int>(threadIdx.x); i < chunk.count; i += kQuad * kThreads) {
+    const Quad quad = quad_at(chunk, i, aligned);
+    QuadValues<Features> values;
+    accumulator.read(quad, values);
+    float next[kQuad] = {};
+    // A loop that is not unrolled has no index for registers: the quad moves past it. Without the barrier the compiler
+    // would load all weights before the loop, into more registers than there are.
+#pragma unroll 1
+    for (int j = 0; j < kQuad; ++j) {
+      asm volatile("" ::: "memory");
+      float mom[Features::kNumMom], rms[Features::kNumRms], hidden[kWidth];
+#pragma unroll
+      for (int k = 0; k < Features::kNumMom; ++k) mom[k] = pass(values.mom[k]);
+#pragma unroll
+      for (int k = 0; k < Features::kNumRms; ++k) rms[k] = pass(values.rms[k]);
+      (void)pass(next);
+      next[kQuad - 1] = next_of_one(applying, rule, operands, pass(values.grad), pass(values.param), mom, rms, hidden);
+      if (j < quad.count) {
+#pragma unroll
+        for (int unit = 0; unit < kWidth; ++unit) hidden_rows[unit][threadIdx.x] += hidden[unit];
+      }
+    }
+    if (operands.moves()) store_quad(tensor.param, tensor.param_dtype, quad, next);
+  }
+  reduce_sweep<Features>(params, chunk, tensor, stat_rows, hidden_rows);
+}
+
+}  // namespace
+
+bool sweep_mma_cuda(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
+                    int device, uint64_t stream);
+
+bool sweep_cuda(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
+                int device, uint64_t stream) {
+  if (applying.precision != kExact) return sweep_mma_cuda(accumulating, applying, feature_set, width, device, stream);
+  return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
+    using Features = decltype(features);
+    constexpr int kWidth = decltype(width_constant)::value;
+    const auto kernel = applying.state_dtype == kFloat32 ? sweep_kernel<kFloat32, Features, kWidth>
+                                                         : sweep_kernel<kBFloat16, Features, kWidth>;
+    launch_per_chunk("sweep", kernel, SweepParams{accumulating, applying, applying.num_chunks}, device, stream);
+  });
+}
+
+}  // namespace lopt

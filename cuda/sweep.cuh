@@ -1,0 +1,61 @@
+// What the kernels of one sweep share: operands, and how a block begins and ends.
+//
+// Note [One sweep]
+// Where what the MLP is conditioned on does not depend on this step's statistics (ThetaSpec(stats="lagged")), accumulate
+// and apply need not be two: a thread updates the accumulators of a quad, stores them, and computes the new parameters
+// from what it still has in registers, so that everything is read and written once. The functions are those of the two
+// kernels. The row of partials that accumulate keeps in registers waits in shared memory while the MLP needs them.
+#pragma once
+
+#include "accumulate.cuh"
+#include "apply.cuh"
+
+namespace lopt {
+
+struct SweepParams {
+  AccumulateParams accumulating;  // its `finished` counts the blocks of a tensor
+  ApplyParams applying;
+  int64_t num_chunks;
+};
+
+// Of one thread: reads a quad, and makes its state that of this step.
+template <Dtype kState, class Features>
+struct Accumulator {
+  const AccumulateParams& params;
+  const Operands& operands;
+  WordsOf<Features>& words;  // in shared memory, as
+  StatRows<Features>& rows;
+  float seen = 0.0f;
+
+  // By all threads of the block, which meet afterwards.
+  __device__ __forceinline__ void begin(const ChunkRange& chunk) {
+    if (kState == kBFloat16 && threadIdx.x == 0) words = words_of<Features>(params, chunk);
+#pragma unroll
+    for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = 0.0f;
+  }
+
+  __device__ __forceinline__ void read(const Quad& quad, QuadValues<Features>& values) {
+    load_values<kState>(operands.tensor, operands.grads, quad, values);
+    float row[kNumStats<Features>];
+#pragma unroll
+    for (int c = 0; c < kNumStats<Features>; ++c) row[c] = rows[c][threadIdx.x];
+    accumulate_quad<kState>(params, operands.tensor, operands.limit, words, quad, values, row, seen);
+#pragma unroll
+    for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = row[c];
+  }
+};
+
+// Rows of partials and of hidden units -> the tensor's statistics and mean.
+template <class Features, int kWidth, int kRows>
+__device__ __forceinline__ void reduce_sweep(const SweepParams& params, const ChunkRange& chunk,
+                                             const TensorEntry& tensor, const StatRows<Features>& stat_rows,
+                                             const float (&hidden_rows)[kWidth][kRows]) {
+  __syncthreads();
+  stats_of_chunk<Features>(params.accumulating, chunk, stat_rows);
+  hidden_of_chunk(params.applying, hidden_rows);
+  if (!last_of_tensor(params.accumulating.finished + chunk.tensor, chunk.of_tensor)) return;
+  stats_of_tensor<Features>(params.accumulating, chunk, tensor);
+  hidden_of_tensor<kWidth>(params.applying, chunk);
+}
+
+}  // namespace lopt
