@@ -302,7 +302,8 @@ def main() -> int:
     if len(sys.argv) > 2:
         with open(sys.argv[2], "w", newline="") as file:
             predicted = [f"predicted_{column}" for column in PREDICTED]
-            csv.writer(file).writerows([["arch", "kernel", *COLUMNS, *FACTS, *predicted], *rows])
+            header = ["arch", "kernel", *COLUMNS, *FACTS, *predicted, "measured_ps"]
+            csv.writer(file).writerows([header, *([*row, ""] for row in rows)])
     print("", *problems, sep="\n")
     return int(bool(problems))
 
