@@ -18,9 +18,13 @@ from lopt.commands.plot import Plot
 from lopt.commands.report import MakeReport
 from lopt.commands.tasks import CheckTasks, Gallery, List, ShowTask, Time, TrainTask
 from lopt.commands.train import Train
-from lopt.commands.weights import Convert, Show
+from lopt.commands.weights import Convert, Interpolate, Show
 
-Weights = Annotated[Show, subcommand("show")] | Annotated[Convert, subcommand("convert")]
+Weights = (
+    Annotated[Show, subcommand("show")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Interpolate, subcommand("interpolate")]
+)
 
 Tasks = (
     Annotated[List, subcommand("list")]
@@ -41,7 +45,7 @@ Commands = (
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Tasks, subcommand("tasks", description="Look at the tasks, time, train and check them.")]
-    | Annotated[Weights, subcommand("weights", description="Look at meta-parameters, or convert them.")]
+    | Annotated[Weights, subcommand("weights", description="Look at meta-parameters, convert or mix them.")]
 )
 
 #: What a wrong option, missing data or a machine without the asked-for device raise; anything else is a bug.

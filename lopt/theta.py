@@ -401,6 +401,27 @@ class Theta:
             raise ValueError(f"flat: expected shape ({self.num_floats},), got {tuple(flat.shape)}")
         return Theta(self.spec, unflatten(self.spec, flat), self.provenance)
 
+    def toward(self, other: "Theta", share: float) -> "Theta":
+        """``(1 - share) self + share other``: a step back towards where meta-training began averages out its noise.
+
+        Args:
+            other: of the same spec, best an ancestor; thetas of different beginnings have nothing in common.
+            share: 0 is this theta, 1 the other.
+
+        Raises:
+            ValueError: the specs differ.
+
+        Example:
+            >>> adam = Theta.init_adam("compact")
+            >>> halfway = Theta.load("train-loss").toward(adam, 0.5)
+
+        Source: arXiv:2109.01903, for networks that were fine-tuned.
+        """
+        if other.spec != self.spec:
+            raise ValueError(f"other: expected a theta of the same spec, got {other.spec}; this one has {self.spec}")
+        tensors = {name: (1 - share) * tensor + share * other.tensors[name] for name, tensor in self.tensors.items()}
+        return Theta(self.spec, tensors, self.provenance)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Theta":
         """Theta on another device or in another floating dtype."""
         tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors.items()}

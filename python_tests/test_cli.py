@@ -312,6 +312,24 @@ def test_weights_convert(run: Run, golden: Callable[[str], dict[str, np.ndarray]
     assert numbers["provenance"] == theta.provenance
 
 
+def test_weights_interpolate(run: Run) -> None:
+    """Also of its own output: the provenance of both ends goes along."""
+    numbers = run("weights", "interpolate", "default", "adam", "half.safetensors", "--share", "0.5")
+    half, default = Theta.load("half.safetensors"), Theta.load("default")
+    adam = Theta.init_adam("compact")
+    torch.testing.assert_close(half.flatten(), (default.flatten() + adam.flatten()) / 2)
+    assert half.provenance == numbers["provenance"]
+    assert (half.provenance["method"], half.provenance["share"]) == ("interpolate", 0.5)
+    assert (half.provenance["source"], half.provenance["other"]) == (default.provenance, adam.provenance)
+    assert (
+        half.provenance["source_sha256"] == hashlib.sha256((WEIGHTS / "default.safetensors").read_bytes()).hexdigest()
+    )
+    run("weights", "interpolate", "default", "half.safetensors", "quarter.safetensors", "--share", "0.5")
+    torch.testing.assert_close(
+        Theta.load("quarter.safetensors").flatten(), 0.75 * default.flatten() + 0.25 * adam.flatten()
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -321,7 +339,8 @@ def test_weights_convert(run: Run, golden: Callable[[str], dict[str, np.ndarray]
         (("convert", "absent", "to.safetensors"), "No such file or directory: 'absent'"),
         (("convert", "absent", "to.pickle"), "dest: expected a name that ends in .safetensors, got 'to.pickle'"),
         (("convert", "absent"), "DEST File to write"),
-        ((), "Expected one of {show, convert}"),
+        (("interpolate", "default", "paper", "to.safetensors"), "other: expected a theta of the same spec"),
+        ((), "Expected one of {show, convert, interpolate}"),
     ],
 )
 def test_weights_fails_in_one_line(

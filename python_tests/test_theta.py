@@ -166,6 +166,17 @@ def test_unflatten_of_another_length() -> None:
         theta.unflatten(torch.zeros(7))
 
 
+def test_toward_is_linear() -> None:
+    theta, other = Theta.init("compact", seed=1), Theta.init("compact", seed=2)
+    between = theta.toward(other, 0.25)
+    torch.testing.assert_close(between.flatten(), 0.75 * theta.flatten() + 0.25 * other.flatten())
+    assert torch.equal(theta.toward(other, 0.0).flatten(), theta.flatten())
+    assert torch.equal(theta.toward(other, 1.0).flatten(), other.flatten())
+    assert between.spec == theta.spec
+    with pytest.raises(ValueError, match="other: expected a theta of the same spec, got ThetaSpec"):
+        theta.toward(Theta.init("paper"), 0.5)
+
+
 def test_to_changes_the_dtype() -> None:
     theta = Theta.init("compact").to(dtype=torch.float64)
     assert {tensor.dtype for tensor in theta.tensors.values()} == {torch.float64}

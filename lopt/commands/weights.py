@@ -1,8 +1,10 @@
-"""``lopt weights``: look at meta-parameters, and convert those of the JAX port."""
+"""``lopt weights``: look at meta-parameters, convert those of the JAX port, take what lies between two thetas."""
 
 import dataclasses
 import hashlib
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from lopt.commands.common import Command, Outcome, say, show_table
+from lopt.meta.provenance import commit
 from lopt.theta import WEIGHTS, Theta, shipped
 
 
@@ -24,8 +27,7 @@ class Show(Command):
     def run(self, console: Console) -> Outcome:
         if self.theta is not None:
             theta = Theta.load(self.theta)
-            path = Path(self.theta) if Path(self.theta).is_file() else WEIGHTS / f"{self.theta}.safetensors"
-            return Outcome(0, _show(console, path, theta))
+            return Outcome(0, _show(console, _file(self.theta), theta))
         rows = []
         numbers = {}
         for name in shipped():
@@ -48,14 +50,50 @@ class Convert(Command):
     """File to write; its name ends in .safetensors."""
 
     def run(self, console: Console) -> Outcome:
-        if self.dest.suffix != ".safetensors":
-            raise ValueError(f"dest: expected a name that ends in .safetensors, got {str(self.dest)!r}")
+        _check_dest(self.dest)
         theta = Theta.import_jax(self.source)
         origin = {"source": self.source.name, "source_sha256": _sha256(self.source)}
         theta = dataclasses.replace(theta, provenance={**theta.provenance, **origin})
         self.dest.parent.mkdir(parents=True, exist_ok=True)
         theta.save(self.dest)
         return Outcome(0, {**_show(console, self.dest, theta), "command": "weights convert"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolate(Command):
+    """Write a theta that is a share of the way from one to another, such as back to where meta-training began."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A shipped name or a file."""
+
+    other: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")]
+    """Another of the same spec, or adam: the imitation of Adam that meta-training begins with."""
+
+    dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
+    """File to write; its name ends in .safetensors."""
+
+    share: float = 0.5
+    """How far: 0 gives SOURCE, 1 gives OTHER."""
+
+    def run(self, console: Console) -> Outcome:
+        _check_dest(self.dest)
+        theta = Theta.load(self.source)
+        adam = self.other == "adam"
+        other = Theta.init_adam(theta.spec.feature_set) if adam else Theta.load(self.other)
+        origin = {
+            "method": "interpolate",
+            "command": shlex.join(["lopt", *sys.argv[1:]]),
+            "share": self.share,
+            "source_sha256": _sha256(_file(self.source)),
+            "other_sha256": None if adam else _sha256(_file(self.other)),
+            "source": theta.provenance,
+            "other": other.provenance,
+            "commit": commit(),
+        }
+        theta = dataclasses.replace(theta.toward(other, self.share), provenance=origin)
+        self.dest.parent.mkdir(parents=True, exist_ok=True)
+        theta.save(self.dest)
+        return Outcome(0, {**_show(console, self.dest, theta), "command": "weights interpolate"})
 
 
 def provenance_text(theta: Theta) -> str:
@@ -78,6 +116,15 @@ def _facts(path: Path, theta: Theta) -> dict[str, Any]:
         "provenance": theta.provenance,
         "shapes": {name: list(shape) for name, shape in theta.spec.shapes().items()},
     }
+
+
+def _check_dest(dest: Path) -> None:
+    if dest.suffix != ".safetensors":
+        raise ValueError(f"dest: expected a name that ends in .safetensors, got {str(dest)!r}")
+
+
+def _file(source: str) -> Path:
+    return Path(source) if Path(source).is_file() else WEIGHTS / f"{source}.safetensors"
 
 
 def _sha256(path: Path) -> str:
