@@ -37,7 +37,7 @@ TRAIN_LOSS: dict[str, Any] = {
 #: Classes that can be told apart come more often, as in natural data: few rows of them are soon learned by heart.
 CONTINUE: dict[str, Any] = {
     "init": "default",
-    "tasks": (*ENGINE_FAMILIES, "sheets"),
+    "tasks": (*ENGINE_FAMILIES, "sheets", "words", "spectrum"),
     "phases": (
         Phase(0.20, (200, 2000), "linear", lr=1.5, max_params=16_000),
         Phase(0.80, (200, 4000), "all", lr=0.6, max_params=16_000),

@@ -15,7 +15,19 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-Data = Literal["mixture", "teacher", "low_rank", "patches", "linear", "logistic", "index", "sequence", "sheets"]
+Data = Literal[
+    "mixture",
+    "teacher",
+    "low_rank",
+    "patches",
+    "linear",
+    "logistic",
+    "index",
+    "sequence",
+    "sheets",
+    "words",
+    "spectrum",
+]
 Random = np.random.Generator
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -31,12 +43,8 @@ def mixture(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array
 
 def teacher(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, Array]:
     """Values of a random tanh network with one or two hidden layers of 4 to 32."""
-    x = hidden = random.standard_normal((rows, inputs))
-    width = int(random.integers(4, 33))
-    for _ in range(int(random.integers(1, 3))):
-        fan_in = hidden.shape[1]
-        hidden = np.tanh(_product(hidden, random.standard_normal((fan_in, width))) * 1.5 / math.sqrt(fan_in))
-    return x, _round(_product(hidden, random.standard_normal((width, outputs))) * 1.5 / math.sqrt(width))
+    x = random.standard_normal((rows, inputs))
+    return x, _network(random, x, outputs)
 
 
 def low_rank(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, Array]:
@@ -68,9 +76,7 @@ def linear(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array,
     A fifth of the inputs or more take part; the axes are turned by a reflection.
     """
     scales = 10.0 ** -random.uniform(0.0, random.uniform(0.0, 1.5), inputs)
-    x = random.standard_normal((rows, inputs)) * scales / math.sqrt(np.square(scales).mean())
-    axis = random.standard_normal(inputs)
-    x = _round(x - _product(x, axis[:, None]) * axis * 2.0 / np.square(axis).sum())
+    x = _stretched(random, random.standard_normal((rows, inputs)), scales)
     used = random.random(inputs) < random.uniform(0.2, 1.0)
     used[random.integers(inputs)] = True
     coefficients = random.standard_normal((inputs, outputs)) * used[:, None] / math.sqrt(used.sum())
@@ -135,6 +141,34 @@ def sheets(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array,
     return _round(x + log_uniform(random, 0.02, 0.3) * random.standard_normal((rows, inputs))), labels
 
 
+def words(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, Array]:
+    """Counts of the words of short texts: rare words, most of them, have a gradient in few minibatches.
+
+    A text has one to sixteen of ``inputs`` words, the k-th most frequent in proportion to ``k^-a``, ``a`` from .7 to
+    1.5. Labels are drawn with probabilities ``softmax(gain * values)`` of sums of a normal value for each word and
+    class, ``gain`` from 1 to 10.
+    """
+    length = int(log_uniform(random, 1.0, 16.999))
+    frequencies = np.arange(1.0, inputs + 1.0) ** -random.uniform(0.7, 1.5)
+    ends = _round(np.cumsum(frequencies) / frequencies.sum())[:-1]
+    drawn = np.searchsorted(ends, random.random((rows, length)), side="right")
+    counts = np.zeros((rows, inputs))
+    np.add.at(counts, (np.arange(rows)[:, None], drawn), 1.0)
+    gain = log_uniform(random, 1.0, 10.0) / math.sqrt(length)
+    values = gain * _product(counts, random.standard_normal((inputs, outputs)))
+    return _round(counts / math.sqrt(length)), _round(values + random.gumbel(size=values.shape)).argmax(axis=1)
+
+
+def spectrum(random: Random, rows: int, inputs: int, outputs: int) -> tuple[Array, Array]:
+    """Inputs of standard deviation ``k^-a`` along the k-th principal axis, ``a`` from .5 to 1.5, as in natural images.
+
+    Values are those of a :func:`teacher` that sees all axes alike, so that the loss goes on falling for long.
+    """
+    z = random.standard_normal((rows, inputs))
+    scales = np.arange(1.0, inputs + 1.0) ** -random.uniform(0.5, 1.5)
+    return _stretched(random, z, scales), _network(random, z, outputs)
+
+
 class Kind(NamedTuple):
     """A generator, and what it can be used for."""
 
@@ -154,12 +188,30 @@ KINDS: dict[Data, Kind] = {
     "index": Kind(index, classes=True, values=True),
     "sequence": Kind(sequence, classes=True, values=False),
     "sheets": Kind(sheets, classes=True, values=False),
+    "words": Kind(words, classes=True, values=False),
+    "spectrum": Kind(spectrum, classes=True, values=True),
 }
 
 
 def log_uniform(random: Random, low: float, high: float) -> float:
     """A number between ``low`` and ``high``, uniform in its logarithm, to four digits."""
     return float(f"{math.exp(random.uniform(math.log(low), math.log(high))):.4g}")
+
+
+def _network(random: Random, x: Array, outputs: int) -> Array:
+    """Values ``[rows, outputs]`` of a random tanh network with one or two hidden layers of 4 to 32."""
+    width = int(random.integers(4, 33))
+    for _ in range(int(random.integers(1, 3))):
+        fan_in = x.shape[1]
+        x = np.tanh(_product(x, random.standard_normal((fan_in, width))) * 1.5 / math.sqrt(fan_in))
+    return _round(_product(x, random.standard_normal((width, outputs))) * 1.5 / math.sqrt(width))
+
+
+def _stretched(random: Random, z: Array, scales: Array) -> Array:
+    """Normal rows with these standard deviations along the axes, of 1 on average, turned by a random reflection."""
+    x = z * scales / math.sqrt(np.square(scales).mean())
+    axis = random.standard_normal(z.shape[1])
+    return _round(x - _product(x, axis[:, None]) * axis * 2.0 / np.square(axis).sum())
 
 
 def _product(a: Array, b: Array) -> Array:

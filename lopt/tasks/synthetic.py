@@ -212,7 +212,7 @@ TYPES: dict[str, type[SyntheticTask]] = {"Quadratic": Quadratic, "Perceptron": P
 def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
     """The task called ``seed``: a family drawn from ``families`` (one given twice counts twice), then sizes.
 
-    Sizes are log-uniform: 2 to 64 inputs, up to 20 outputs, mostly one or two hidden layers (at most four) of 8 to 64,
+    Sizes are log-uniform: 2 to 64 inputs (16 to 256 words), up to 20 outputs, mostly one or two hidden layers (at most four) of 8 to 64,
     minibatches of 8 to 64 of 200 to 30,000 rows. The scales of inputs and of initial weights stand for
     reparametrisation.
 
@@ -244,6 +244,8 @@ def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
         inputs = int(random.integers(3, 9)) ** 2
     elif family == "sequence":
         inputs = outputs * int(random.integers(2, min(64 // outputs, 12) + 1))
+    elif family == "words":
+        inputs = _size(random, 16, 256)
     return Perceptron(
         seed=data_seed,
         rows=_size(random, 200, 30_000),
