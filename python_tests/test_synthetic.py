@@ -22,7 +22,9 @@ from lopt.tasks.generators import (
     patches,
     sequence,
     sheets,
+    spectrum,
     teacher,
+    words,
 )
 from lopt.tasks.seeds import generator
 from lopt.tasks.synthetic import Family, Perceptron, SyntheticTask
@@ -41,6 +43,16 @@ def residual(features: Array, values: Array) -> float:
 def softmax(logits: Array) -> Array:
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def surplus(labels: Array, probabilities: Array) -> float:
+    """How often labels come beyond their probabilities, alone and with these as weights: most standard deviations."""
+    most = 0.0
+    for label, p in enumerate(probabilities.T):
+        weights = np.stack([np.ones(len(p)), p])
+        deviation = np.sqrt((p * (1 - p) * weights**2).sum(axis=1))
+        most = max(most, *np.abs((((labels == label) - p) * weights).sum(axis=1)) / deviation)
+    return float(most)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -126,11 +138,7 @@ def test_logistic_labels_have_the_probabilities_of_a_softmax(seed: int) -> None:
     same, values = linear(random, ROWS, 6, 4)
     assert np.array_equal(x, same)
     probabilities = softmax(log_uniform(random, 1.0, 10.0) * values)
-    for label in range(4):
-        p = probabilities[:, label]
-        surplus = (np.eye(4)[labels][:, label] - p) * np.stack([np.ones(ROWS), p])
-        deviation = np.sqrt((p * (1 - p) * np.stack([np.ones(ROWS), p]) ** 2).sum(axis=1))
-        assert (np.abs(surplus.sum(axis=1)) < 4.5 * deviation).all()
+    assert surplus(labels, probabilities) < 4.5
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -194,7 +202,7 @@ def test_sizes_reach_from_end_to_end() -> None:
     tasks = sampled(range(1500), ENGINE_FAMILIES)
     assert len(tasks) == 1500
     for values, low, high in (
-        ([task.inputs for task in tasks], 2, 64),
+        ([task.inputs for task in tasks if task.data != "words"], 2, 64),
         ([task.outputs for task in tasks if task.regression and task.inputs != task.outputs], 1, 20),
         ([task.outputs for task in tasks if not task.regression], 2, 20),
         ([width for task in tasks for width in task.hidden], 8, 64),
@@ -202,6 +210,9 @@ def test_sizes_reach_from_end_to_end() -> None:
         ([task.batch_size for task in tasks], 8, 64),
     ):
         assert (min(values), max(values)) == (low, high)
+    vocabularies = [task.inputs for task in tasks if task.data == "words"]
+    assert 16 <= min(vocabularies) < 20
+    assert 220 < max(vocabularies) <= 256
     rows = torch.tensor([math.log(task.rows) for task in tasks], dtype=torch.float64)
     assert rows.min() > math.log(199)
     assert rows.max() < math.log(30_001)
@@ -270,6 +281,49 @@ def test_sheets_hardly_overlap_and_have_few_dimensions(seed: int) -> None:
     assert np.median(distance.min(axis=1)) < 0.5 * np.median(distance)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_words_have_the_frequencies_of_zipfs_law(seed: int) -> None:
+    """The logarithm of a frequency is linear in that of its rank; labels have the probabilities of a softmax."""
+    x, labels = words(generator(seed), ROWS, 40, 5)
+    counts = np.round(x / x[x > 0].min())
+    length = counts[0].sum()
+    assert (counts.sum(axis=1) == length).all()
+    assert 1 <= length <= 16
+    assert np.allclose(x, counts / math.sqrt(length), atol=2**-12)
+    frequencies = counts.mean(axis=0)
+    slope, at_one = np.polyfit(np.log(np.arange(1, 41)), np.log(frequencies), 1)
+    assert -1.5 < slope < -0.7
+    deviation = 5 / np.sqrt(ROWS * frequencies)
+    assert (np.abs(np.log(frequencies) - at_one - slope * np.log(np.arange(1, 41))) < deviation + 0.05).all()
+    random = generator(seed)
+    log_uniform(random, 1.0, 16.999)
+    random.uniform(0.7, 1.5)
+    random.random((ROWS, int(length)))
+    gain = log_uniform(random, 1.0, 10.0) / math.sqrt(length)
+    assert surplus(labels, softmax(gain * counts @ random.standard_normal((40, 5)))) < 4.5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_spectrum_falls_by_a_power_of_the_axis_and_values_see_all_axes(seed: int) -> None:
+    """The values are those of a teacher of the same draws, in coordinates that a linear map of the inputs gives."""
+    x, values = spectrum(generator(seed), ROWS, 30, 3)
+    deviations = np.sqrt(np.linalg.eigvalsh(np.cov(x.T))[::-1])
+    slope, at_one = np.polyfit(np.log(np.arange(1, 31)), np.log(deviations), 1)
+    assert -1.5 < slope < -0.5
+    assert np.abs(np.log(deviations) - at_one - slope * np.log(np.arange(1, 31))).max() < 0.1
+    assert np.square(x).mean() == pytest.approx(1.0, rel=0.1)
+    random = generator(seed)
+    z = random.standard_normal((ROWS, 30))
+    assert residual(x, z) < 1e-2
+    random.uniform(0.5, 1.5)
+    random.standard_normal(30)  # the reflection
+    width, layers = int(random.integers(4, 33)), int(random.integers(1, 3))
+    for _ in range(layers):
+        fan_in = z.shape[1]
+        z = np.tanh(z @ random.standard_normal((fan_in, width)) * 1.5 / math.sqrt(fan_in))
+    assert np.allclose(values, z @ random.standard_normal((width, 3)) * 1.5 / math.sqrt(width), atol=2**-12)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adam_makes_progress(family: Family) -> None:
     tasks = [sample_task(seed, [family]) for seed in range(6)]
@@ -290,6 +344,8 @@ CHECKSUMS: dict[Family, tuple[str, int, int]] = {
     "index": ("index-classes-32x15x4", 0xE318DF25, 0xCD368C30),
     "sequence": ("sequence-classes-26x21x13", 0x3B64B578, 0xF9D214C3),
     "sheets": ("sheets-classes-53x30x30x30x30x18", 0x21B6C750, 0x33FABD59),
+    "words": ("words-classes-245x12x14", 0xCC3E667C, 0xFEECF7CD),
+    "spectrum": ("spectrum-classes-3x60x3", 0x4D78DCDD, 0xF259D445),
 }
 
 
