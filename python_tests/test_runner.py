@@ -24,11 +24,11 @@ from lopt.evaluation.compare import Plan, execute, missing_packages
 from lopt.evaluation.opponents import OPPONENTS, TUNING_FREE, make_optimizer
 from lopt.evaluation.runs import EVALUATION, evaluation_batches, train_task
 from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint, suite, unavailable
-from lopt.evaluation.table import TIMED, Run, RunTable
+from lopt.evaluation.table import LOSSES, TIMED, Run, RunTable
 from lopt.tasks import datasets, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.image_tasks import ImageTask
-from lopt.tasks.task import SPLITS
+from lopt.tasks.task import SPLITS, Task
 
 COLUMNS = [field.name for field in dataclasses.fields(Run)]
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -254,9 +254,28 @@ def test_a_broken_run_costs_only_itself(tmp_path: Path, monkeypatch: pytest.Monk
     assert [row["optimizer"] for row in untimed(tmp_path / "runs.csv")] == ["adam", "adam"]
 
 
-def test_grid_is_refused_elsewhere(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="adam-grid is for the tasks of the small suite; take adam-tuned"):
-        execute(a_plan("adam-grid", seeds=(0,)), RunTable(tmp_path / "runs.csv"), workers=1)
+@pytest.mark.parametrize(
+    "task",
+    [
+        WINE_FLOW,
+        sampled_suites.held_out("conv_pooling", "digits", 1),
+        sampled_suites.held_out("mlp_vae", "digits", 2),
+        sampled_suites.held_out("transformer_language_model", "topics", 0),
+        sampled_suites.held_out("char_rnn_language_model", "topics", 2),
+    ],
+    ids=family_of,
+)
+def test_grid_on_other_families_is_adam_of_torch(tmp_path: Path, task: Task) -> None:
+    """Losses of every split before and after some steps, of the Adams that are opponents by themselves, too."""
+    plan = dataclasses.replace(a_plan("adam-grid", "adam", "adam-cosine-3e-2", seeds=(3,)), tasks=(task,))
+    rows = execute(plan, RunTable(tmp_path / "runs.csv"), workers=1)
+    for single, schedule in (("adam", "constant"), ("adam-cosine-3e-2", "cosine")):
+        (alone,) = (row for row in rows if row.optimizer == single and not row.schedule)
+        (batched,) = (row for row in rows if row.schedule == schedule and row.lr == alone.lr)
+        for loss in (*LOSSES.values(), *(f"initial_{name}" for name in LOSSES.values())):
+            assert getattr(batched, loss) == pytest.approx(getattr(alone, loss), rel=2e-3), loss
+        assert batched.train_loss != batched.initial_train_loss
+        assert (batched.diverged, batched.family) == (alone.diverged, alone.family)
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ class Evaluate(Command):
         )
         table = RunTable(self.out / "runs.csv")
         runs = self._execute(console, plan, table)
-        numbers = self._against_adam(console, plan, runs) if ADAM_GRID in names else {}
+        numbers = self._against_adam(console, plan, runs) if self.suite == "small" and ADAM_GRID in names else {}
         report = Report(runs=Runs(runs), title="", facts={})
         for horizon in () if numbers else self.horizons:
             if report.ours and report.others:

@@ -1,4 +1,4 @@
-"""A grid of Adams trained as one batch: the references of the small suite, cheaper than separate runs."""
+"""A grid of Adams trained as one batch, on any task whose loss can be vmapped: cheaper than separate runs."""
 
 import math
 import time
@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lopt.evaluation.runs import ROWS_AT_ONCE, Result, counted
-from lopt.evaluation.suites import HeldOutTask
+from lopt.evaluation.runs import Result, counted, evaluation_batches
 from lopt.tasks.task import SPLITS, Batch, Task
 
 Schedule = Literal["constant", "cosine"]
@@ -65,7 +64,7 @@ def train_adam(
     return params.detach(), shapes
 
 
-def adam_results(task: HeldOutTask, seed: int, steps: int) -> list[Result]:
+def adam_results(task: Task, seed: int, steps: int) -> list[Result]:
     """One result per configuration of ``GRID``; each gets its share of the seconds of the batch."""
     begin = time.perf_counter()
     params, shapes = train_adam(task, seed, steps)
@@ -100,14 +99,14 @@ def batched_losses(task: Task, params: Tensor, shapes: Mapping[str, torch.Size],
 
 
 @torch.no_grad()
-def _recorded(task: HeldOutTask, params: Tensor, shapes: Mapping[str, torch.Size]) -> list[tuple[float, ...]]:
-    """For every row of ``params`` the mean losses over all rows of every split."""
+def _recorded(task: Task, params: Tensor, shapes: Mapping[str, torch.Size]) -> list[tuple[float, ...]]:
+    """For every row of ``params`` the mean losses over all rows that every split is measured on."""
     losses = []
-    for name in SPLITS:
-        rows = task.splits[name]
-        total = torch.zeros(len(params), dtype=torch.float64)
-        for begin in range(0, len(rows.inputs), ROWS_AT_ONCE):
-            part = Batch(rows.inputs[begin : begin + ROWS_AT_ONCE], rows.targets[begin : begin + ROWS_AT_ONCE])
-            total += batched_losses(task, params, shapes, part).double() * len(part.inputs)
-        losses.append((total / len(rows.inputs)).tolist())
+    for split in SPLITS:
+        total, rows = torch.zeros(len(params), dtype=torch.float64), 0
+        for batch in evaluation_batches(task, split):
+            count = max(len(batch[0]), 1)
+            total += batched_losses(task, params, shapes, batch).double() * count
+            rows += count
+        losses.append((total / rows).tolist())
     return list(zip(*losses, strict=True))
