@@ -212,9 +212,9 @@ TYPES: dict[str, type[SyntheticTask]] = {"Quadratic": Quadratic, "Perceptron": P
 def sample_task(seed: int, families: Sequence[Family] = FAMILIES) -> Task:
     """The task called ``seed``: a family drawn from ``families`` (one given twice counts twice), then sizes.
 
-    Sizes are log-uniform: 2 to 64 inputs (16 to 256 words), up to 20 outputs, mostly one or two hidden layers (at most four) of 8 to 64,
-    minibatches of 8 to 64 of 200 to 30,000 rows. The scales of inputs and of initial weights stand for
-    reparametrisation.
+    Sizes are log-uniform: 2 to 64 inputs (16 to 256 words), up to 20 outputs, mostly one or two hidden layers (at most
+    four) of 8 to 64, minibatches of 8 to 64 of 200 to 30,000 rows. The scales of inputs and of initial weights stand
+    for reparametrisation.
 
     Raises:
         ValueError: an unknown family, or none.
