@@ -33,6 +33,16 @@ def environment(device: torch.device) -> Row:
     }
 
 
+def origin() -> dict[str, str]:
+    """Day, machine with the instruction set of the CPU kernels, commit and versions, for rows of losses."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": f"{cpu_name()}, {ops.simd_selected()}",
+        "commit": commit() or "",
+        **versions(),
+    }
+
+
 def cpu_name() -> str:
     """Model of the processor and number of cores."""
     models = _cpuinfo("model name")

@@ -164,6 +164,7 @@ def _origins(runs: list[Run]) -> dict[str, Counter[str]]:
         "code of lopt, SHA-256": Counter(run.code_sha256 for run in ours),
         "implementation of lopt": Counter(run.impl for run in ours),
         "versions": Counter(f"lopt {r.lopt}, torch {r.torch}, numpy {r.numpy}, python {r.python}" for r in runs),
+        "machines": Counter(run.machine or "unknown" for run in runs),
         "commits": Counter(run.commit[:10] or "unknown" for run in runs),
     }
 

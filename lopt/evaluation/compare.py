@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 import lopt
+from lopt.benchmark.rows import origin
 from lopt.evaluation.adam_grid import GRID, adam_results
 from lopt.evaluation.opponents import LEARNED, Opponent, make_optimizer, opponent
 from lopt.evaluation.processes import in_processes
 from lopt.evaluation.runs import Result, result, train_task
 from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint
 from lopt.evaluation.table import KEY, LOSSES, Run, RunTable
-from lopt.meta.provenance import commit, versions
 from lopt.optimizer import LearnedOptimizer
 from lopt.tasks.task import Task
 from lopt.theta import WEIGHTS, Theta, shipped
@@ -121,7 +121,7 @@ class Plan:
 
     def runs(self, job: Job, results: Sequence[Result]) -> list[Run]:
         """The rows of a job that has ended."""
-        shared: dict[str, Any] = {**self._identity(job), "commit": commit() or "", **versions()}
+        shared: dict[str, Any] = {**self._identity(job), **origin()}
         found = []
         for settings, outcome in zip(job.settings, results, strict=True):
             losses: dict[str, Any] = {LOSSES[split]: value for split, value in outcome.losses.items()}

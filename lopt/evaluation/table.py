@@ -40,7 +40,7 @@ KEY = (
 )
 
 #: The columns that differ when a run is repeated.
-TIMED = ("seconds", "steps_per_second", "times")
+TIMED = ("seconds", "steps_per_second", "times", "date")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Run:
     ``valid`` is outer_valid. ``hint`` says whether a learned optimizer was told the number of steps; ``impl`` is its
     implementation, or the package an opponent comes from. ``trial`` counts the hyperparameters that tuning tries, and
     ``settings`` is those in JSON. ``curve`` is JSON, too: step, training and test loss along the run, ``times`` the
-    seconds of training until there.
+    seconds of training until there. ``machine`` is its processor and the instruction set of the CPU kernels.
     """
 
     suite: str
@@ -91,6 +91,8 @@ class Run:
     state_bytes_per_param: float = math.nan
     curve: str = ""
     times: str = ""
+    date: str = ""
+    machine: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:

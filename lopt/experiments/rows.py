@@ -1,6 +1,5 @@
 """What runs gave: one row each, a CSV file of them, and the questions that figures and texts ask."""
 
-import datetime
 import json
 import math
 from collections.abc import Sequence
@@ -8,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopt.benchmark.rows import cpu_name
+from lopt.benchmark.rows import origin
 from lopt.evaluation.csv_table import CsvTable
 from lopt.evaluation.scores import ratio
 from lopt.experiments.runs import Result, Run
-from lopt.meta.provenance import commit, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +51,13 @@ class Row:
         for name, first, last in zip(("train", "valid", "test"), result.initial, result.final, strict=True):
             columns |= {f"{name}_loss": last, f"initial_{name}_loss": first}
         curve = {name: [float(f"{value:.6g}") for value in values] for name, values in result.curve.items()}
-        found: dict[str, Any] = dict(versions())
-        now = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        made: dict[str, Any] = dict(origin())
         return cls(
             **columns,
             diverged=result.diverged,
             seconds=round(result.seconds, 4),
             curve=json.dumps(curve, separators=(",", ":")),
-            date=now,
-            machine=cpu_name(),
-            commit=commit() or "",
-            **found,
+            **made,
         )
 
     @property
