@@ -41,6 +41,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No run writes into the repository, and Fashion-MNIST is missing even where it is installed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "FASHION_MNIST_FOLDER", tmp_path / "no-such-folder")
+    catalogue._load.cache_clear()  # what another test has read
 
 
 def a_plan(*optimizers: str, seeds: tuple[int, ...] = (0, 1)) -> Plan:

@@ -73,17 +73,29 @@ def apart(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().amax(dim=1) / b.abs().max().clamp(min=1.0)
 
 
+def assert_same(theta: Theta, thetas: Tensor, task: Perceptron, total_steps: int) -> None:
+    """Both engines within 1e-5, or the fused one no further from float64 than 1e-5 or three times float32 PyTorch.
+
+    Why that is needed is said in test_engine.py.
+    """
+    ours, single = by_engine(theta, thetas, task, total_steps), by_torch(theta, thetas, task, total_steps)
+    if all(apart(a, b).max() <= 1e-5 for a, b in zip(ours, single, strict=True)):
+        return
+    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
+    double = by_torch(theta.to(dtype=torch.float64), thetas.double(), Double(**fields), total_steps)
+    for one, two, exact in zip(ours, single, double, strict=True):
+        assert exact.dtype == torch.float64
+        assert (one - exact).abs().max() <= max(1e-5, 3 * (two - exact).abs().max().item())
+
+
 @pytest.mark.parametrize("family", ENGINE_FAMILIES)
 def test_compact_runs_are_the_same_in_both_engines(family: Family) -> None:
-    """Parameters and losses within 1e-5 after 50 steps, on tasks with smooth activations or none."""
+    """Parameters and losses after 50 steps, on tasks with smooth activations or none."""
     theta, thetas = population("compact")
     tasks = [task for task in sampled(family, 8) if task.activation != "relu" or not task.hidden]
     assert len(tasks) >= 3
     for index, task in enumerate(tasks[:3]):
-        total_steps = STEPS * (index % 2)
-        expected = by_torch(theta, thetas, task, total_steps)
-        for ours, theirs in zip(by_engine(theta, thetas, task, total_steps), expected, strict=True):
-            assert apart(ours, theirs).max() <= 1e-5
+        assert_same(theta, thetas, task, STEPS * (index % 2))
 
 
 def test_compact_runs_with_relu_are_the_same_in_both_engines() -> None:
@@ -104,16 +116,9 @@ def test_compact_runs_with_relu_are_the_same_in_both_engines() -> None:
 
 @pytest.mark.parametrize("family", ["mixture", "patches"])
 def test_paper_runs_are_the_same_in_both_engines(family: Family) -> None:
-    """Within 1e-5, or three times the distance of float32 PyTorch from float64; why is said in test_engine.py."""
     theta, thetas = population("paper")
     (task,) = sampled(family, 1)
-    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-    in_float32 = by_torch(theta, thetas, task, 0)
-    in_float64 = by_torch(theta.to(dtype=torch.float64), thetas.double(), Double(**fields), 0)
-    for ours, single, double in zip(by_engine(theta, thetas, task, 0), in_float32, in_float64, strict=True):
-        assert double.dtype == torch.float64
-        tolerance = max(1e-5, 3 * (single - double).abs().max().item())
-        assert (ours - double).abs().max() <= tolerance
+    assert_same(theta, thetas, task, 0)
 
 
 def test_what_the_engine_cannot_run_is_none() -> None:
