@@ -374,7 +374,7 @@ def test_wins_and_losses_are_said_with_the_same_words(name: str, planned: dict[s
         "dataset-size": ("48% lower than that of the best", "96% higher than that of the best"),
         "time": ("50% lower than that of Adam", "2 times that of Adam"),
         "validation-ablation": (f"lower in {tasks} of {tasks}", f"equal within 2% in 0, higher in {tasks}"),
-        "self-training": ("of 12 (Adam, lr 0.003", "of 12 (Adam, lr 0.003"),
+        "self-training": ("of 14 (Adam, lr 0.003", "of 14 (Adam, lr 0.003"),
         "transformer": ("48% lower than that of Adam", "96% higher than that of Adam"),
         "resnet": ("48% lower than that of Adam", "96% higher than that of Adam"),
         "table": ("lopt is number 1 and lopt-untold is number 2", "; adam is first"),

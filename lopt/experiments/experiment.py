@@ -49,9 +49,9 @@ def _origin(name: str, rows: Sequence[Row]) -> str:
     def every(column: str, length: int = 40) -> str:
         return ", ".join(dict.fromkeys(str(getattr(row, column))[:length] for row in rows if getattr(row, column)))
 
-    diverged = sum(row.diverged for row in rows)
+    diverged, seeds = sum(row.diverged for row in rows), len({row.seed for row in rows})
     return (
-        f"{len(rows)} runs, {len({row.seed for row in rows})} seeds, {diverged} diverged, "
+        f"{len(rows)} runs, {seeds} {'seed' if seeds == 1 else 'seeds'}, {diverged} diverged, "
         f"{sum(row.seconds for row in rows) / 60:.1f} minutes of one core; every run is a row of {name}.csv. "
         f"Theta {every('theta_sha256', 12)}; {every('date')}; {every('machine')}; commit {every('commit', 10)}; "
         f"lopt {every('lopt')}, torch {every('torch')}, Python {every('python')}."

@@ -25,7 +25,7 @@ from lopt.meta.metrics import read_metrics
 #: The share of tuned Adam's improvement that is asked of the learned outer optimizer.
 BAR = 0.9
 
-LRS = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
+LRS = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 STARTS = {"random": "from random values, as in the paper", "adam": "from the imitation of Adam"}
 RIVALS = {"adam": ("Adam", ADAM, 1.0), "adam-decay": ("Adam, lr falling to a tenth", OTHER, 0.1)}
 BLOCKS = 40  # means of the meta-loss along a run
@@ -173,7 +173,7 @@ EXPERIMENT = Experiment(
     title="Self-training",
     about=(
         "A new theta is meta-trained by evolution strategies on small synthetic tasks. Its outer optimizer is Adam "
-        "at one of six learning rates, constant or falling, or a learned optimizer: our theta, which was never "
+        "at one of seven learning rates, constant or falling, or a learned optimizer: our theta, which was never "
         "meta-trained on meta-training. It gets the same gradients, clipped in the same way, and the mean loss "
         "ratio of the batch as both losses; it is not told the number of iterations."
     ),
