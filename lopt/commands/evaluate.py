@@ -73,8 +73,9 @@ class Evaluate(Command):
     """Which tasks: small perceptrons; twelve families; images; text. The latter two have some larger models."""
 
     optimizers: tuple[str, ...] = ()
-    """Names as in lopt.evaluation.opponents, or lopt, lopt-untold, adam-grid. NAME@K tries K settings for each task. If
-    none is given: lopt as --hint says, and adam-grid (small suite: 14 Adams) or opponents without tuning."""
+    """Names as in lopt.evaluation.opponents, or lopt, lopt-untold, adam-grid (14 Adams in one batch). NAME@K tries K
+    settings for each task. If none is given: lopt as --hint says, and adam-grid (small suite) or opponents without
+    tuning."""
 
     theta: str = "default"
     """Meta-parameters: a shipped name (see lopt weights show) or a file."""

@@ -48,7 +48,7 @@ class RunExperiment(Command):
     """Which experiment."""
 
     scale: Scale = "small"
-    """small fits ten minutes of two cores; full is the real one."""
+    """small fits ten minutes of two quick cores; full is the real one."""
 
     theta: str = "default"
     """Meta-parameters of the learned optimizer: a shipped name (see lopt weights show) or a file."""
