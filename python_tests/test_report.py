@@ -1,5 +1,6 @@
 """What is made of the rows of an evaluation: choice of trials, ratios, intervals, equal time, the report."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from lopt.cli import main
+from lopt.evaluation.compare import code_sha256
 from lopt.evaluation.comparison import Runs, at_equal_time, bootstrap
 from lopt.evaluation.report import Report
 from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
@@ -135,6 +137,8 @@ def test_equal_time() -> None:
     found = Runs([ours, other]).compare("lopt", "adam", 100, "test", "second")
     assert found is not None
     assert found.ratios["a"] == pytest.approx(2.1 / 5.1)
+    elsewhere = Runs([ours, dataclasses.replace(other, machine="another")])
+    assert elsewhere.compare("lopt", "adam", 100, "test", "second") is None  # seconds of two machines
 
 
 def test_normalised_losses_are_the_papers() -> None:
@@ -280,3 +284,34 @@ def test_rows_of_different_origin_are_named(tmp_path: Path, capsys: pytest.Captu
     assert numbers["facts"]["theta, SHA-256"] == "t (17 runs)"
     assert numbers["facts"]["commits"] == "x (24 runs); 0123456789 (1 runs); unknown (1 runs)"
     assert all(f"<p class=lost>{line}</p>" in (tmp_path / "two/report.html").read_text() for line in expected)
+
+
+def test_every_horizon_has_one_code_of_the_learned_optimizer(tmp_path: Path) -> None:
+    """The code that ran most tasks at that horizon, and of two that ran as many the one that runs now."""
+    pytest.importorskip("matplotlib")
+    now = code_sha256()
+    codes = {100: {"old": "ab", now: "a"}, 200: {"old": "ab", now: "ab"}, 300: {"older": "a", "old": "a"}}
+    runs = [
+        run
+        for horizon, by_code in codes.items()
+        for task in "ab"
+        for run in (
+            a_run("adam", task, 1.0, 1.0, horizon=horizon),
+            *(
+                a_run("lopt", task, 1.0 if code == now else 2.0, 1.0, horizon=horizon, code_sha256=code)
+                for code, tasks in by_code.items()
+                if task in tasks
+            ),
+        )
+    ]
+    RunTable(tmp_path / "runs.csv").append(runs)
+    assert main(["report", str(tmp_path), "--json", str(tmp_path / "numbers.json")]) == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    expected = f"old (3 runs); {now} (2 runs)"
+    assert numbers["facts"]["code of lopt, SHA-256"] == expected
+    ratios = {
+        one["horizon"]: set(one["ratios"].values())
+        for one in numbers["comparisons"]
+        if (one["measure"], one["per"]) == ("train", "step")
+    }
+    assert ratios == {100: {2.1 / 1.1}, 200: {1.0}, 300: {2.1 / 1.1}}

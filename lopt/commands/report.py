@@ -107,7 +107,7 @@ class MakeReport(Command):
         return Outcome(0, {"command": "report", **said, "comparisons": numbers, "normalised": normalised, "file": out})
 
     def _selected(self, runs: list[Run]) -> tuple[list[Run], list[Run]]:
-        """The runs of one theta with one code, of the suite and horizons asked for, and those of others."""
+        """The runs of one theta, each horizon with one code, of the suite and horizons asked for, and all others."""
         runs = [run for run in runs if self.suite in (None, run.suite)]
         runs = [run for run in runs if not self.horizons or run.horizon in self.horizons]
         thetas = Counter(run.theta_sha256 for run in runs if run.optimizer == "lopt")
@@ -121,14 +121,24 @@ class MakeReport(Command):
                 raise ValueError(f"theta: no runs of {self.theta} here; there are {', '.join(thetas)}")
         elif len(thetas) > 1:
             raise ValueError(f"theta: the table has several, say which: {', '.join(thetas)}")
-        codes = Counter(run.code_sha256 for run in runs if run.theta_sha256 == sha256)
-        now = code_sha256()
-        code = now if now in codes else codes.most_common(1)[0][0]
+        ours = [run for run in runs if run.theta_sha256 == sha256]
+        code = {
+            horizon: _code([run for run in ours if run.horizon == horizon]) for horizon in {r.horizon for r in ours}
+        }
 
         def belongs(run: Run) -> bool:
-            return run.optimizer != "lopt" or (run.theta_sha256, run.code_sha256) == (sha256, code)
+            return run.optimizer != "lopt" or (run.theta_sha256 == sha256 and run.code_sha256 == code[run.horizon])
 
         return [run for run in runs if belongs(run)], [run for run in runs if not belongs(run)]
+
+
+def _code(runs: list[Run]) -> str:
+    """The code, as SHA-256, with which most tasks were run; of several, the one that runs now, or else the newest."""
+    tasks: dict[str, set[str]] = {}
+    for run in runs:
+        tasks.setdefault(run.code_sha256, set()).add(run.task)
+    now = code_sha256()
+    return max(reversed(tasks), key=lambda code: (len(tasks[code]), code == now))
 
 
 def show_comparisons(console: Console, report: Report, horizon: int) -> None:

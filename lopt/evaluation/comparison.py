@@ -5,7 +5,7 @@ loss is above b, and b = 0, or the lowest loss of any run of the task where that
 better. A task counts as won below .98 and as lost above 1.02. Intervals are those of the bootstrap over tasks, 95%.
 
 The trial of an optimizer with several is that of the least mean outer_valid loss, for each task and horizon. By second,
-two optimizers are compared when the quicker of them ends; the other's loss is interpolated there.
+two optimizers are compared on one machine when the quicker of them ends; the other's loss is interpolated there.
 """
 
 import dataclasses
@@ -115,11 +115,8 @@ class Runs:
         ratios: dict[str, float] = {}
         for place, ours in self.chosen[name].items():
             pairs = _pairs(ours, self.chosen[other].get(place, []))
-            if (
-                place[1] != horizon
-                or not pairs
-                or (per == "second" and not all(a.points and b.points for a, b in pairs))
-            ):
+            timed = all(a.points and b.points and a.machine == b.machine for a, b in pairs)
+            if place[1] != horizon or not pairs or (per == "second" and not timed):
                 continue
             if per == "step":
                 losses = [(_loss(a, measure), _loss(b, measure)) for a, b in pairs]
