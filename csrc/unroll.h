@@ -35,6 +35,7 @@ struct Run {
   int64_t keys[kNumSplits];  // of the minibatch streams
   int64_t steps;             // how many to run now
   int64_t valid_every;       // steps between validation losses for the optimizer
+  int64_t valid_batches;     // minibatches that a validation loss is the mean over
   int64_t loss_every;        // steps between outer_valid losses
   double total_steps;        // told to the optimizer; 0: unknown
   int64_t outer_losses;      // address of float [steps / loss_every], written: after the update; NaN once diverged

@@ -1,5 +1,5 @@
 // The unroll engine on the CPU. One inner step of a run is
-//   every valid_every steps: the optimizer observes the loss of an inner_valid minibatch
+//   every valid_every steps: the optimizer observes the mean loss of some inner_valid minibatches
 //   loss, grad = forward and backward on a train minibatch
 //   accumulate (accumulate_block.h), advance (tensor_lstm.h), apply (apply_block.h) for every tensor
 //   every loss_every steps: the loss of an outer_valid minibatch, after the update
@@ -235,8 +235,12 @@ struct Engine {
       train[i] = NAN;
       if (alive) {
         if (step % r.valid_every == 0) {
-          perceptron.gather(kInnerValid, r.keys[kInnerValid], step / r.valid_every);
-          state.globals.observe_valid(s, perceptron.forward(state.param));
+          double sum = 0.0;
+          for (int64_t j = 0; j < r.valid_batches; ++j) {
+            perceptron.gather(kInnerValid, r.keys[kInnerValid], step / r.valid_every * r.valid_batches + j);
+            sum += perceptron.forward(state.param);
+          }
+          state.globals.observe_valid(s, static_cast<float>(sum / static_cast<double>(r.valid_batches)));
         }
         perceptron.gather(kTrain, r.keys[kTrain], step);
         train[i] = perceptron.forward(state.param);

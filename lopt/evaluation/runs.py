@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lopt.evaluation.opponents import evaluating
 from lopt.evaluation.suites import EVALUATION
-from lopt.tasks.task import SPLITS, Batch, SplitName, Task
+from lopt.tasks.task import SPLITS, VALID_ROWS, Batch, SplitName, Task
 
 #: Splits of the experiments' losses: optimizers are compared on the first and last, tuned by the first or second.
 RECORDED: tuple[SplitName, ...] = ("train", "outer_valid", "test")
 
-#: The learned optimizer is told the loss of an inner_valid minibatch before every such step.
+#: The learned optimizer is told the loss of ``VALID_ROWS`` rows of inner_valid before every such step.
 VALID_EVERY = 10
 
 #: A loss that is not finite, or above this many times the initial one, counts as this many times the initial one.
@@ -85,12 +85,13 @@ def train_task(
     *,
     record_every: int | None = None,
     valid_every: int = VALID_EVERY,
+    valid_rows: int = VALID_ROWS,
 ) -> Curve:
     """Train ``task`` from the initial parameters and minibatches of ``seed``, the same for every optimizer.
 
     An optimizer with an ``observe`` method is told the training loss of every step and, before every step number
-    divisible by ``valid_every``, the loss of an inner_valid minibatch. The same call on the same machine with one
-    thread gives the same bits.
+    divisible by ``valid_every``, the loss of so many inner_valid minibatches as have ``valid_rows`` rows. The same call
+    on the same machine with one thread gives the same bits.
 
     Args:
         record_every: record losses each time so many steps are done, besides the beginning and the end.
@@ -106,12 +107,14 @@ def train_task(
         >>> curve.steps, curve.final["train"] < curve.initial["train"], curve.diverged
         ((0, 50), True, False)
     """
-    for name, count in {"steps": steps, "record_every": record_every or 1, "valid_every": valid_every}.items():
+    counts = {"steps": steps, "record_every": record_every or 1, "valid_every": valid_every, "valid_rows": valid_rows}
+    for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}")
     every = record_every or steps
     splits = {split: list(evaluation_batches(task, split)) for split in SPLITS}
     train, inner_valid = task.batches(seed, "train"), task.batches(seed, "inner_valid")
+    valid_batches = task.num_batches(valid_rows)
     params = {name: value.requires_grad_() for name, value in task.init(seed).items()}
     at, losses, times = [0], [_mean_losses(task, params, splits)], [0.0]
     batch_losses: list[Tensor] = []
@@ -126,7 +129,7 @@ def train_task(
             for step in range(begin, end if finite else begin):
                 if observe is not None and step % valid_every == 0:
                     with torch.no_grad():
-                        observe(valid_loss=task.loss(params, next(inner_valid)))
+                        observe(valid_loss=_joint_loss(task, params, itertools.islice(inner_valid, valid_batches)))
                 loss = task.loss(params, next(train))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -251,6 +254,14 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _finite(tensors: Iterable[Tensor | None]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
+
+
+def _joint_loss(task: Task, params: Mapping[str, Tensor], batches: Iterable[Any]) -> Tensor:
+    """Mean loss of some minibatches; in one pass where all their tensors go by rows."""
+    some = list(batches)
+    if all(isinstance(x, Tensor) and len(x) == len(some[0][0]) for batch in some for x in batch):
+        return task.loss(params, type(some[0])(*map(torch.cat, zip(*some, strict=True))))
+    return torch.stack([task.loss(params, batch) for batch in some]).mean()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lopt.tasks.datasets import Dataset, Split
+from lopt.tasks.task import VALID_ROWS
 
 #: ``make_optimizer(params, total_steps)``: every optimizer, learned or not, is made this way.
 MakeOptimizer = Callable[[Iterable[Tensor], int], torch.optim.Optimizer]
@@ -62,13 +63,14 @@ def train(
     seed: int = 0,
     num_records: int = 100,
     valid_every: int = 10,
+    valid_rows: int = VALID_ROWS,
     on_record: Callable[[Record], None] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place on ``data.train`` with softmax cross-entropy, and return the curves.
 
     The same seed gives every optimizer the same minibatches and the same dropout masks. An optimizer with an
     ``observe`` method is also told the losses: the training loss at every step and, before every step number
-    divisible by ``valid_every``, the loss of a minibatch of ``data.inner_valid``.
+    divisible by ``valid_every``, the loss of ``valid_rows`` rows of ``data.inner_valid``, or of all that it has.
 
     Args:
         model: maps inputs ``[rows, ...]`` to logits ``[rows, num_classes]``; on the device of ``data``.
@@ -86,12 +88,13 @@ def train(
         >>> result.final.test_accuracy > 0.8
         True
     """
-    for name, count in {"steps": steps, "num_records": num_records, "valid_every": valid_every}.items():
+    counts = {"steps": steps, "num_records": num_records, "valid_every": valid_every, "valid_rows": valid_rows}
+    for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}")
     train_batches = batches(len(data.train.targets), batch_size, 2 * seed)
-    valid_rows = len(data.inner_valid.targets)
-    valid_batches = batches(valid_rows, min(batch_size, valid_rows), 2 * seed + 1)
+    rows = len(data.inner_valid.targets)
+    valid_batches = batches(rows, min(valid_rows, rows), 2 * seed + 1)
     optimizer = make_optimizer(model.parameters(), steps)
     observe = getattr(optimizer, "observe", None)
     batch_losses: list[Tensor] = []

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from lopt.meta.es import ESTIMATORS, EstimatorName
 from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
+from lopt.tasks.task import VALID_ROWS
 
 Groups = Literal["linear", "mlp", "lstm", "all"]
 Objective = Literal["held_out", "train"]
@@ -17,7 +18,7 @@ Scaling = Literal["prior", "none"]
 
 
 #: Fields that older configurations lack, with what they were before there was a choice.
-ADDED = {"outer": "adam", "pairs_per_task": 1}
+ADDED = {"outer": "adam", "pairs_per_task": 1, "valid_rows": 1}
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,9 @@ class MetaTrainConfig:
     show_valid: float = 0.8
     """Share of the inner runs in which the optimizer sees a validation loss, every tenth step."""
 
+    valid_rows: int = VALID_ROWS
+    """Rows of the validation loss, rounded up to whole minibatches. What is noise in it looks like overfitting."""
+
     pairs: int = 128
     """Antithetic pairs of perturbed thetas in an iteration."""
 
@@ -188,7 +192,7 @@ class MetaTrainConfig:
             ("scaling", get_args(Scaling)),
         ):
             _one_of(name, getattr(self, name), allowed)
-        _positive(self, "inner_steps", "pairs", "pairs_per_task", "validation_tasks")
+        _positive(self, "inner_steps", "pairs", "pairs_per_task", "validation_tasks", "valid_rows")
         _positive(self, "validate_every", "checkpoint_every")
         _positive(self, "loss_limit", "delta_clip", "sigma", "lr", "final_lr", "gradient_clip")
         if self.pairs % self.pairs_per_task:

@@ -36,7 +36,7 @@ _RUN = np.dtype(
     [
         *((name, "i8") for name in ("problem", "theta", "state")),
         ("keys", "u8", len(SPLITS)),
-        *((name, "i8") for name in ("steps", "valid_every", "loss_every")),
+        *((name, "i8") for name in ("steps", "valid_every", "valid_batches", "loss_every")),
         ("total_steps", "f8"),
         *((name, "i8") for name in ("outer_losses", "train_losses")),
     ]
@@ -191,6 +191,7 @@ def unroll(
     steps: int,
     *,
     valid_every: int = 10,
+    valid_batches: int = 1,
     loss_every: int = 1,
     num_threads: int = 1,
 ) -> tuple[Tensor, Tensor]:
@@ -199,12 +200,15 @@ def unroll(
     Args:
         theta: ``[n, P]`` float32, one row per perturbation.
         valid_every: steps between the validation losses the optimizer sees.
+        valid_batches: ``inner_valid`` minibatches that such a loss is the mean over.
         loss_every: steps between ``outer_valid`` losses; a divisor of ``steps``.
 
     Returns:
         ``outer_valid`` losses after the update ``[runs, steps / loss_every]`` and train losses before the update
         ``[runs, steps]``; NaN from where a run diverged.
     """
+    if min(valid_every, valid_batches) < 1:
+        raise ValueError(f"valid_every, valid_batches: expected positive numbers, got {valid_every}, {valid_batches}")
     if steps < 1 or steps % loss_every:
         raise ValueError(f"steps: expected a positive multiple of loss_every={loss_every}, got {steps}")
     theta = theta.float().contiguous()
@@ -221,7 +225,8 @@ def unroll(
         table[i]["keys"] = run.keys
         table[i]["total_steps"] = run.total_steps
         table[i]["outer_losses"], table[i]["train_losses"] = outer[i].data_ptr(), train[i].data_ptr()
-    table["steps"], table["valid_every"], table["loss_every"] = steps, valid_every, loss_every
+    table["steps"], table["loss_every"] = steps, loss_every
+    table["valid_every"], table["valid_batches"] = valid_every, valid_batches
     record = spec_record(spec)
     _C.unroll(
         record.ctypes.data,

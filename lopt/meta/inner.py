@@ -58,9 +58,8 @@ def unroll(spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, s
     state = state.clone()
     keys = engine.minibatch_keys(run.seed)
     runs = [engine.EngineRun(0, row, state[row], keys, run.total_steps) for row in range(len(thetas))]
-    outer, train = engine.unroll(
-        spec, thetas, [problem], runs, steps, valid_every=run.valid_every or NEVER, loss_every=run.loss_every
-    )
+    valid = {"valid_every": run.valid_every or NEVER, "valid_batches": run.valid_batches}
+    outer, train = engine.unroll(spec, thetas, [problem], runs, steps, **valid, loss_every=run.loss_every)
     return state, Losses(outer, train)
 
 

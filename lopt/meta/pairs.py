@@ -80,7 +80,8 @@ def sample_run(config: MetaTrainConfig, phase: int, iteration: int, group: int) 
     told = random.random() < config.tell_horizon
     spacing = objective.spacing(horizon, config.phases[phase].window or horizon)
     seed, shown = int(random.integers(2**63)), random.random() < config.show_valid
-    return Run(task, seed, horizon, horizon if told else 0, valid_every=10 if shown else 0, loss_every=spacing)
+    valid = {"valid_every": 10 if shown else 0, "valid_batches": task.num_batches(config.valid_rows)}
+    return Run(task, seed, horizon, horizon if told else 0, **valid, loss_every=spacing)
 
 
 def _task(config: MetaTrainConfig, random: np.random.Generator, max_params: int | None) -> Task:
@@ -166,7 +167,8 @@ def validate_task(shared: Shared, index: int) -> tuple[list[Score], float]:
     task = inner.cached_task(seed, config.tasks)
     scores = []
     for horizon, told in settings(config):
-        run = Run(task, seed, horizon, horizon if told else 0, loss_every=objective.spacing(horizon, horizon))
+        spacing, valid_batches = objective.spacing(horizon, horizon), task.num_batches(config.valid_rows)
+        run = Run(task, seed, horizon, horizon if told else 0, valid_batches=valid_batches, loss_every=spacing)
         thetas = shared.theta[None]
         _, losses = inner.unroll(shared.spec, thetas, run, inner.start(shared.spec, thetas, run), 0, horizon)
         points = objective.per_point(losses, config.objective, run.unit, config.loss_limit)[0].double()

@@ -2,7 +2,7 @@
 
 All runs of an unroll share task, initial parameters and minibatches (common random numbers) and differ in theta::
 
-    every valid_every steps:  the optimizer observes the loss of an inner_valid minibatch
+    every valid_every steps:  the optimizer observes the mean loss of some inner_valid minibatches
     loss, grad = value and gradient of the task's loss on a train minibatch     vmapped over the runs
     params     = one step of the optimizer                                      all tensors of all runs at once
     every loss_every steps:   the loss of an outer_valid minibatch is recorded
@@ -45,6 +45,7 @@ class Run:
         horizon: length of the whole run in steps.
         total_steps: the length the optimizer is told, 0 for none.
         valid_every: steps between two validation losses the optimizer sees, the first before step 0; 0 for none.
+        valid_batches: inner_valid minibatches that a validation loss is the mean over.
         loss_every: steps between two outer_valid losses; divides every window.
     """
 
@@ -53,6 +54,7 @@ class Run:
     horizon: int
     total_steps: int = 0
     valid_every: int = 10
+    valid_batches: int = 1
     loss_every: int = 1
 
     @cached_property
@@ -292,8 +294,14 @@ def unroll(
             yield map_tensors(lambda x: x.to(device, non_blocking=True), batch)
 
     train, shown = minibatches("train", state.step), run.valid_every > 0
-    inner_valid = minibatches("inner_valid", -(-state.step // run.valid_every) if shown else 0)
+    seen = -(-state.step // run.valid_every) if shown else 0
+    inner_valid = minibatches("inner_valid", seen * run.valid_batches)
     losses_of = _loss_of_runs(task, run.vectorised if vectorised is None else vectorised)
+
+    def valid_losses(params: dict[str, Tensor]) -> Tensor:
+        some = [losses_of(params, next(inner_valid)) for _ in range(run.valid_batches)]
+        return torch.stack(some).double().mean(dim=0).to(some[0].dtype)
+
     train_losses, outer_losses = [], []
     ended = torch.zeros(len(weights["initial_h"]), dtype=torch.bool, device=device)
     nan = weights["initial_h"].new_full((), torch.nan)
@@ -301,7 +309,7 @@ def unroll(
         optimizer = _stepper(impl, spec, weights, run, state)
         for step in range(state.step, state.step + steps):
             observed = shown and step % run.valid_every == 0
-            valid_loss = losses_of(optimizer.params, next(inner_valid)) if observed else None
+            valid_loss = valid_losses(optimizer.params) if observed else None
             grads, loss = _grads_and_losses(losses_of, optimizer.params, next(train))
             optimizer.step(grads, loss, valid_loss)
             train_losses.append(torch.where(ended, nan, loss))

@@ -18,6 +18,10 @@ from torch import Tensor
 SplitName = Literal["train", "inner_valid", "outer_valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid", "test")
 
+#: A validation loss that the learned optimizer is told is the mean over so many rows, or a few more. With fewer, noise
+#: looks like overfitting, and steps become short too soon.
+VALID_ROWS = 256
+
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """``tree`` (tensors in dicts, lists and tuples, named or not) with ``function`` applied to every tensor."""
@@ -113,6 +117,18 @@ class Task(ABC):
     def batch_work(self) -> float:
         """Multiply-adds that making a minibatch takes, where they count beside those of the loss."""
         return 0.0
+
+    def num_batches(self, rows: int) -> int:
+        """How many inner_valid minibatches have ``rows`` rows together, or more; 1 where rows are empty.
+
+        Example:
+            >>> from lopt.tasks import sample_task
+            >>> task = sample_task(0)
+            >>> task.batch_size, task.num_batches(100)
+            (32, 4)
+        """
+        inputs, targets = next(self.batches(0, "inner_valid"))[:2]
+        return -(-rows // len(inputs)) if inputs.numel() + targets.numel() else 1
 
     def initial_loss(self, seed: int, num_batches: int = 8) -> float:
         """Mean ``outer_valid`` loss of ``init(seed)`` over the first minibatches of ``seed``."""
