@@ -405,8 +405,9 @@ class LearnedOptimizer(Optimizer):
         """Tell the optimizer a loss, from wherever it is known.
 
         Training losses are averaged until the next step (so micro-batches need no special care). A validation loss is
-        one validation update at once; the paper gives one every 10 steps. A non-finite loss counts as none given; that
-        is decided on the device. Under data parallelism give every rank the same, averaged loss.
+        one validation update at once; the paper gives one every 10 steps. Take 256 rows for it or more, and others each
+        time: what is noise in it looks like overfitting. A non-finite loss counts as none given; that is decided on the
+        device. Under data parallelism give every rank the same, averaged loss.
 
         Raises:
             ValueError: a loss is not a scalar.

@@ -13,6 +13,7 @@ from lopt.theta import unflatten
 
 STEPS = 50
 KEYS = (11, 2**63 + 7, 13)
+VALID_BATCHES = 3  # a validation loss is the mean over so many
 CASES = [  # preset, activation, loss, hidden widths, total_steps
     ("compact", "relu", "softmax", (16,), 0),
     ("compact", "tanh", "squared_error", (8, 24), STEPS),
@@ -71,7 +72,8 @@ def torch_unroll(
     outer, train = [], []
     for step in range(steps):
         if step % 10 == 0:
-            state = reference.observe_valid(spec, state, loss(params, 1, step // 10))
+            valid = torch.stack([loss(params, 1, step // 10 * VALID_BATCHES + i) for i in range(VALID_BATCHES)])
+            state = reference.observe_valid(spec, state, valid.mean())
         grads, value = torch.func.grad_and_value(lambda p, s=step: loss(p, 0, s))(params)
         params, state, _ = reference.update(spec, weights, state, params, grads, value, total_steps=float(total_steps))
         train.append(value)
@@ -82,7 +84,9 @@ def torch_unroll(
 def engine_unroll(theta: Theta, problem: engine.Problem, init: Tensor, windows: list[int], total_steps: int = 0):
     flat = theta.flatten()
     run = engine.EngineRun(0, 0, engine.start(theta.spec, problem, flat, init), KEYS, total_steps)
-    parts = [engine.unroll(theta.spec, flat[None], [problem], [run], steps) for steps in windows]
+    parts = [
+        engine.unroll(theta.spec, flat[None], [problem], [run], steps, valid_batches=VALID_BATCHES) for steps in windows
+    ]
     outer, train = (torch.cat([part[i][0] for part in parts]) for i in (0, 1))
     return engine.params_of(theta.spec, problem, run.state).clone(), outer, train
 
@@ -143,7 +147,8 @@ def test_loss_every_only_thins_out():
     theta, problem = Theta.init("compact"), make_problem("relu", "softmax", (16,))
     init, flat = initial_params(problem), theta.flatten()
     thin = engine.EngineRun(0, 0, engine.start(theta.spec, problem, flat, init), KEYS)
-    outer, train = engine.unroll(theta.spec, flat[None], [problem], [thin], 50, loss_every=10)
+    settings = {"valid_batches": VALID_BATCHES, "loss_every": 10}
+    outer, train = engine.unroll(theta.spec, flat[None], [problem], [thin], 50, **settings)
     _, all_outer, all_train = engine_unroll(theta, problem, init, [50])
     assert torch.equal(outer[0], all_outer[9::10])
     assert torch.equal(train[0], all_train)

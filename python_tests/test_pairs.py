@@ -260,9 +260,9 @@ def test_a_mixture_is_trained_and_validated_on() -> None:
 
 def test_configurations_of_before_still_load() -> None:
     before = CONFIG.to_json()
-    for name in ("outer", "pairs_per_task"):
+    for name in ("outer", "pairs_per_task", "valid_rows"):
         del before[name]
-    assert MetaTrainConfig.from_json(before) == CONFIG
+    assert MetaTrainConfig.from_json(before) == dataclasses.replace(CONFIG, valid_rows=1)
     with pytest.raises(ValueError, match=r"missing fields \['sigma'\]"):
         MetaTrainConfig.from_json({name: value for name, value in before.items() if name != "sigma"})
 

@@ -7,15 +7,18 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lopt.cli import main
 from lopt.commands.evaluate import LINE_UP
@@ -277,6 +280,52 @@ def test_grid_on_other_families_is_adam_of_torch(tmp_path: Path, task: Task) -> 
             assert getattr(batched, loss) == pytest.approx(getattr(alone, loss), rel=2e-3), loss
         assert batched.train_loss != batched.initial_train_loss
         assert (batched.diverged, batched.family) == (alone.diverged, alone.family)
+
+
+class Listener(torch.optim.SGD):
+    """SGD that writes down the validation losses it is told."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, lr=0.0)
+        self.heard: list[float] = []
+
+    def observe(self, valid_loss: Tensor) -> None:
+        self.heard.append(float(valid_loss))
+
+    def step(self, closure: None = None, *, loss: Tensor) -> None:  # type: ignore[override]
+        super().step()
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        WINE,
+        WINE_FLOW,
+        sample_task(0, ["char_rnn_language_model"]),
+        sample_task(0, ["mlp_vae"]),
+        sample_task(2, ["quadratic"]),
+        sample_task(10, ["losg_tasks"]),
+    ],
+    ids=lambda task: task.name,
+)
+@pytest.mark.parametrize("rows", [1, 100])
+def test_validation_losses_are_of_so_many_rows(task: Task, rows: int) -> None:
+    """What the optimizer is told is the mean over the minibatches that have so many rows, with noise or without."""
+    made = []
+
+    def make(params: list[Tensor], steps: int) -> torch.optim.Optimizer:
+        made.append(Listener(params))
+        return made[0]
+
+    train_task(task, make, seed=1, steps=4, valid_every=2, valid_rows=rows)
+    params, stream = task.init(1), task.batches(1, "inner_valid")
+    size = len(next(task.batches(1, "inner_valid"))[0])
+    count = task.num_batches(rows)
+    assert count == (1 if "quadratic" in task.name else math.ceil(rows / size))
+    for heard in made[0].heard:
+        expected = [float(task.loss(params, next(stream))) for _ in range(count)]
+        assert heard == pytest.approx(statistics.fmean(expected), rel=1e-5, abs=1e-6)
+    assert len(made[0].heard) == 2
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------

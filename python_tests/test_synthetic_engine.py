@@ -50,7 +50,7 @@ class Double(Perceptron):
 def by_torch(theta: Theta, thetas: Tensor, task: Perceptron, total_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Parameters ``[2, num_params]``, outer_valid and train losses ``[2, steps]``."""
     weights = unflatten(theta.spec, thetas)
-    run = Run(task, SEED, STEPS, total_steps)
+    run = Run(task, SEED, STEPS, total_steps, valid_batches=2)
     state, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), STEPS)
     params = torch.cat([value.reshape(2, -1) for value in state.params.values()], dim=1)
     return params, losses.outer, losses.train
@@ -63,7 +63,7 @@ def by_engine(theta: Theta, thetas: Tensor, task: Perceptron, total_steps: int) 
     init = engine.initial_params(task, SEED)
     states = [engine.start(theta.spec, problem, row, init) for row in thetas]
     runs = [engine.EngineRun(0, row, state, keys, total_steps) for row, state in enumerate(states)]
-    outer, train = engine.unroll(theta.spec, thetas, [problem], runs, STEPS, valid_every=10)
+    outer, train = engine.unroll(theta.spec, thetas, [problem], runs, STEPS, valid_every=10, valid_batches=2)
     return torch.stack([engine.params_of(theta.spec, problem, state) for state in states]), outer, train
 
 

@@ -295,6 +295,7 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
         ("preset", "huge", "preset: expected one of .* got 'huge'"),
         ("objective", "test", "objective: expected one of .* got 'test'"),
         ("inner_steps", 0, "inner_steps: expected a positive number, got 0"),
+        ("valid_rows", 0, "valid_rows: expected a positive number, got 0"),
         ("sigma", 0.0, "sigma: expected a positive number, got 0.0"),
         ("lr", math.nan, "lr: expected a positive number, got nan"),
         ("tasks", ("image",), r"tasks: expected some of .* got \['image'\]"),

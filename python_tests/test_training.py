@@ -194,10 +194,13 @@ def test_an_optimizer_that_observes_is_told_the_losses() -> None:
     heard = made[0].heard
     assert [kind for kind, _ in heard] == [*["valid", "train", "train", "train"] * 2, "valid", "train"]
     assert tuple(loss for kind, loss in heard if kind == "train") == result.batch_losses
-    # the first validation loss is that of the untrained model, without dropout, on the first validation minibatch
-    index = next(batches(12, 12, 2 * seed + 1))
-    inputs, targets = data.inner_valid.inputs[index], data.inner_valid.targets[index]
-    assert heard[0][1] == functional.cross_entropy(model().eval()(inputs), targets).item()
+    # the first validation loss is that of the untrained model, without dropout, on so many rows, here all or five
+    few = Listener([torch.zeros(1, requires_grad=True)])
+    train(model(), data, lambda params, steps: few, steps=1, batch_size=20, seed=seed, valid_rows=5)
+    for told, rows in ((heard, 12), (few.heard, 5)):
+        index = next(batches(12, rows, 2 * seed + 1))
+        inputs, targets = data.inner_valid.inputs[index], data.inner_valid.targets[index]
+        assert told[0][1] == functional.cross_entropy(model().eval()(inputs), targets).item()
 
 
 def test_training_leaves_the_global_random_state() -> None:
@@ -222,9 +225,9 @@ def test_the_learned_optimizer_trains_and_repeats() -> None:
     assert one.final.train_loss < 0.35 < one.records[0].train_loss
 
 
-@pytest.mark.parametrize("option", ["steps", "num_records", "valid_every"])
+@pytest.mark.parametrize("option", ["steps", "num_records", "valid_every", "valid_rows"])
 def test_counts_are_checked(option: str) -> None:
-    options = {"steps": 1, "num_records": 1, "valid_every": 1, option: 0}
+    options = {"steps": 1, "num_records": 1, "valid_every": 1, "valid_rows": 1, option: 0}
     with pytest.raises(ValueError, match=f"{option}: expected at least 1, got 0"):
         train(mlp(2, (), 3), blobs(), sgd, batch_size=4, **options)
 

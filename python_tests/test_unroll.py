@@ -1,6 +1,7 @@
 """lopt/meta/unroll.py: against LearnedOptimizer in a plain loop, against the author's recorded run, its promises."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt import LearnedOptimizer, Theta
+from lopt import LearnedOptimizer, Theta, reference
 from lopt.meta.unroll import Run, RunState, start, unroll
 from lopt.tasks import Batch, Task
 from lopt.tasks.synthetic import Perceptron, Quadratic
@@ -149,7 +150,7 @@ def flat(tree: Any) -> Tensor:
 def test_windows_make_the_same_run_to_the_bit(windows: tuple[int, ...]) -> None:
     theta, thetas = population("compact", rows=4)
     weights = unflatten(theta.spec, thetas)
-    run = Run(TASK, seed=2, horizon=25, total_steps=25)
+    run = Run(TASK, seed=2, horizon=25, total_steps=25, valid_batches=2)
     whole, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 25)
     state, parts = start(theta.spec, weights, run), []
     for steps in windows:
@@ -178,6 +179,33 @@ def test_validation_losses_are_observed_every_so_many_steps(steps: int, valid_ev
     state, _ = unroll(theta.spec, weights, run, start(theta.spec, weights, run), steps)
     assert state.optimizer.globals.valid_loss[0, 2] == expected
     assert state.optimizer.globals.train_loss[0, 2] == steps
+
+
+def test_a_validation_loss_is_the_mean_over_minibatches() -> None:
+    theta, thetas = population("compact", rows=2)
+    weights = unflatten(theta.spec, thetas)
+    run = Run(TASK, seed=3, horizon=30, valid_batches=4)
+    before = start(theta.spec, weights, run)
+    observed = []
+    for step in range(20):
+        after, _ = unroll(theta.spec, weights, run, before, 1)
+        if step % 10 == 0:
+            first = step // 10 * 4
+            some = itertools.islice(TASK.batches(3, "inner_valid"), first, first + 4)
+            params = {name: value[1] for name, value in before.params.items()}
+            observed.append(float(torch.stack([TASK.loss(params, batch) for batch in some]).mean()))
+        before = after
+    expected = Run(TASK, seed=3, horizon=30, valid_every=0)
+    state = start(theta.spec, weights, expected)
+    for step in range(20):
+        if step % 10 == 0:
+            loss = torch.full((2,), observed[step // 10])
+            observe = torch.vmap(lambda state, loss: reference.observe_valid(theta.spec, state, loss))
+            state = state._replace(optimizer=observe(state.optimizer, loss))
+        state, _ = unroll(theta.spec, weights, expected, state, 1)
+    ours, theirs = (torch.cat([value[1].reshape(-1) for value in s.params.values()]) for s in (before, state))
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+    assert torch.equal(before.optimizer.globals.valid_loss[1, 2], torch.tensor(2.0))
 
 
 def test_loss_every_only_thins_out() -> None:

@@ -257,10 +257,10 @@ def _finite(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _joint_loss(task: Task, params: Mapping[str, Tensor], batches: Iterable[Any]) -> Tensor:
-    """Mean loss of some minibatches; in one pass where all their tensors go by rows."""
+    """Mean loss of some minibatches; in one pass where these are rows and nothing else."""
     some = list(batches)
-    if all(isinstance(x, Tensor) and len(x) == len(some[0][0]) for batch in some for x in batch):
-        return task.loss(params, type(some[0])(*map(torch.cat, zip(*some, strict=True))))
+    if all(isinstance(batch, Batch) for batch in some):
+        return task.loss(params, Batch(*map(torch.cat, zip(*some, strict=True))))
     return torch.stack([task.loss(params, batch) for batch in some]).mean()
 
 
