@@ -20,7 +20,7 @@ from lopt.commands.experiment import Name
 from lopt.evaluation.opponents import FACTORS, LEARNED
 from lopt.evaluation.runs import train_task
 from lopt.evaluation.suites import HeldOutTask
-from lopt.experiments import EXPERIMENTS, implicit_regularization, normalised_table, self_training
+from lopt.experiments import EXPERIMENTS, implicit_regularization, normalised_table, self_training, training
 from lopt.experiments.axes import FewRows
 from lopt.experiments.experiment import execute
 from lopt.experiments.implicit_regularization import Valley
@@ -307,7 +307,7 @@ def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
         RowTable(tmp_path / "a.csv")
 
 
-def test_what_a_result_depends_on_is_in_the_key(tmp_path: Path) -> None:
+def test_what_a_result_depends_on_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Theta.init_adam("compact", 1).save(tmp_path / "other.safetensors")
     base = wine("lopt")
     theta = str(tmp_path / "other.safetensors")
@@ -322,6 +322,10 @@ def test_what_a_result_depends_on_is_in_the_key(tmp_path: Path) -> None:
     keys = {base.sha256, *(dataclasses.replace(base, **change).sha256 for change in changes)}
     assert len(keys) == 6
     assert dataclasses.replace(base).sha256 == base.sha256
+    runs = wine("lopt"), wine(BLIND), wine("adam")
+    before = [run.sha256 for run in runs]
+    monkeypatch.setattr(training, "VALID_ROWS", 1)  # only who is told validation losses depends on their rows
+    assert [run.sha256 == key for run, key in zip(runs, before, strict=True)] == [False, True, True]
 
 
 # ---- Texts and figures -----------------------------------------------------------------------------------------------

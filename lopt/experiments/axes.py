@@ -17,7 +17,7 @@ from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import ADAM as ADAM_NAME
 from lopt.experiments.training import BLIND, EIGHT, TaskRun, learned, tuned
 from lopt.experiments.words import LOSSES, TUNED, bullets, change, table, tally
-from lopt.tasks.task import Batch
+from lopt.tasks.task import VALID_ROWS, Batch
 
 #: The learned optimizers of the axes; blind is the one that is told no validation losses.
 SHOWN = LEARNED | {BLIND: ("lopt, blind", MORE)}
@@ -202,7 +202,7 @@ BATCH_SIZE = experiment(
     "batch size",
     "Perceptrons with two hidden layers of 64, trained for the same number of steps with minibatches of a single row "
     "up to hundreds: from gradients that are nearly all noise to nearly exact ones. The validation losses that the "
-    "learned optimizer is told are of as many rows as a minibatch, so that they are as noisy.",
+    f"learned optimizer is told are of {VALID_ROWS} rows, or of one larger minibatch.",
     batch_size_runs,
 )
 DATASET_SIZE = experiment(

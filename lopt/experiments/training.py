@@ -11,7 +11,7 @@ from lopt.evaluation.opponents import FACTORS, LEARNED, OPPONENTS, make_optimize
 from lopt.evaluation.runs import RECORDED, limit, train_task
 from lopt.experiments.runs import Result, Run
 from lopt.optimizer import LearnedOptimizer
-from lopt.tasks.task import Task
+from lopt.tasks.task import VALID_ROWS, Task
 
 #: Adam's learning rates along an axis: eight, a third of a decade apart, from 2.2e-4 to 4.6e-2. The paper's eight end
 #: at 1e-2, but our runs are shorter.
@@ -35,7 +35,8 @@ class TaskRun(Run):
 
     @property
     def config(self) -> dict[str, Any]:
-        return {"problem": self.problem.config, "points": self.points}
+        sees = {"valid_rows": VALID_ROWS} if self.theta and self.optimizer != BLIND else {}
+        return {"problem": self.problem.config, "points": self.points, **sees}
 
     @property
     def cost(self) -> float:

@@ -12,6 +12,7 @@ from lopt.experiments.rows import Row, mean, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import BLIND, TaskRun, learned
 from lopt.experiments.words import LOSSES, bullets, table, tally
+from lopt.tasks.task import VALID_ROWS
 
 
 def runs(setting: Setting) -> list[Run]:
@@ -57,7 +58,7 @@ def text(rows: Sequence[Row]) -> list[str]:
             parts.append(f"{steps:,g} steps, {word} loss with validation losses against without: {tally(found)}.")
     header = ["steps", "loss", "with / without, geometric mean over tasks"]
     note = (
-        "The same runs, told the number of steps, with the loss of an inner_valid minibatch every tenth step and "
+        f"The same runs, told the number of steps, with the loss of {VALID_ROWS} inner_valid rows every tenth step and "
         "without any; 1% of the initial loss is added to both losses. Below 1 the validation losses help."
     )
     return [note, table(header, cells), bullets(parts)]
