@@ -5,6 +5,7 @@ from collections.abc import Sequence
 has_cuda: bool
 cuda_archs: str
 cuda_version: str
+source_sha256: str
 compiler: str
 build_type: str
 sanitizer: str

@@ -462,6 +462,24 @@ def test_command_without_references(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Diverged, learned optimizer without hint: 0 of 1 runs" in shown
 
 
+def test_code_is_known_by_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments and docstrings are not code; the sources that were compiled are, not the file they were compiled to."""
+    text = '"""About."""\nX = 1\n\n\ndef f(x: int) -> int:\n    """Twice."""\n    return 2 * x\n'
+    monkeypatch.setattr(compare.lopt, "__file__", str(tmp_path / "__init__.py"))
+
+    def code(text: str) -> str:
+        (tmp_path / "module.py").write_text(text)
+        return compare.code_sha256()
+
+    same, other = code(text), code(text.replace("2 * x", "3 * x"))
+    assert len({same, other, code(text.replace("X = 1", "X = 2")), code(text.replace("int:", "float:"))}) == 4
+    assert code(text.replace("Twice.", "Two times.").replace("X = 1", "X = 1  # one")) == same
+    (tmp_path / "cli.py").write_text("Y = 1")
+    assert code(text) == same
+    monkeypatch.setattr(compare._C, "source_sha256", "another")
+    assert code(text) != same
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

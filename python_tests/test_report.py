@@ -15,6 +15,7 @@ from lopt.evaluation.compare import code_sha256
 from lopt.evaluation.comparison import Runs, at_equal_time, bootstrap
 from lopt.evaluation.report import Report
 from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
+from lopt.evaluation.step_times import StepTime, StepTimes
 from lopt.evaluation.table import Run, RunTable
 
 
@@ -132,13 +133,45 @@ def test_equal_time() -> None:
     ours = a_run("lopt", "a", 1.0, 2.0, **curve((0, 0.0, 10.0, 10.0), (100, 2.0, 1.0, 2.0)))
     points = curve((0, 0.0, 10.0, 10.0), (50, 1.0, 5.0, 6.0), (100, 3.0, 3.0, 4.0), (150, 4.0, 0.5, 0.5))
     other = a_run("adam", "a", 0.5, 0.5, **points)
-    assert at_equal_time(ours, other, "train") == pytest.approx((1.0, 4.0))
-    assert at_equal_time(other, ours, "test") == pytest.approx((5.0, 2.0))
+    assert at_equal_time(ours.points, other.points, "train") == pytest.approx((1.0, 4.0))
+    assert at_equal_time(other.points, ours.points, "test") == pytest.approx((5.0, 2.0))
     found = Runs([ours, other]).compare("lopt", "adam", 100, "test", "second")
     assert found is not None
     assert found.ratios["a"] == pytest.approx(2.1 / 5.1)
     elsewhere = Runs([ours, dataclasses.replace(other, machine="another")])
     assert elsewhere.compare("lopt", "adam", 100, "test", "second") is None  # seconds of two machines
+
+
+def test_step_times_measured_apart_take_the_place_of_the_runs_own() -> None:
+    """Steps of 2 and 1 s: after 100 s ours is half way, at 5.5, and the other, of another machine, at its end."""
+    ours = a_run("lopt", "a", 1.0, 2.0, **curve((0, 0.0, 10.0, 10.0), (100, 2.0, 1.0, 2.0)))
+    other = a_run("adam", "a", 4.0, 0.5, machine="another", **curve((0, 0.0, 10.0, 10.0), (100, 9.0, 4.0, 0.5)))
+    times = {("families", "a", "lopt"): 2.0, ("families", "a", "adam"): 1.0}
+    runs = Runs([ours, other], step_times=times)
+    found = runs.compare("lopt", "adam", 100, "train", "second")
+    assert found is not None
+    assert found.ratios["a"] == pytest.approx((5.5 + 0.1) / (4.0 + 0.1))
+    _, rows = Report(runs=runs, title="", facts={}).costs(100)
+    assert [(row[0], row[2]) for row in rows] == [("lopt", "2000.00"), ("adam", "1000.00")]
+    del times["families", "a", "adam"]
+    assert Runs([ours, other], step_times=times).compare("lopt", "adam", 100, "train", "second") is None
+
+
+def test_step_times_are_those_of_the_machine_with_most(tmp_path: Path) -> None:
+    values = dict.fromkeys(("impl", "task_sha256", "date", "commit", "lopt", "torch", "numpy", "python"), "x")
+    rows = [
+        StepTime(
+            **{**values, "suite": "s", "task": "a", "least": 0.5, "most": 2.0},  # type: ignore[arg-type]
+            optimizer=name,
+            machine=machine,
+            seconds=seconds,
+        )
+        for name, machine, seconds in (("adam", "m", 1.0), ("adam", "n", 2.0), ("lopt", "n", 3.0))
+    ]
+    assert StepTimes(tmp_path).machine is None
+    StepTimes(tmp_path).append(rows)
+    assert StepTimes(tmp_path).machine == "n"
+    assert StepTimes(tmp_path).seconds() == {("s", "x", "adam"): 2.0, ("s", "x", "lopt"): 3.0}
 
 
 def test_normalised_losses_are_the_papers() -> None:

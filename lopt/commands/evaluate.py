@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,13 @@ from lopt.commands.common import Command, Outcome, say, show_table
 from lopt.commands.report import show_comparisons
 from lopt.commands.weights import describe_theta
 from lopt.evaluation.adam_grid import LRS
-from lopt.evaluation.compare import ADAM_GRID, Learned, Plan, execute, missing_packages
+from lopt.evaluation.compare import ADAM_GRID, Learned, Plan, execute, measure_steps, missing_packages
 from lopt.evaluation.comparison import Runs
 from lopt.evaluation.opponents import LEARNED
 from lopt.evaluation.report import Report
 from lopt.evaluation.runs import LOSS_LIMIT
 from lopt.evaluation.scores import NO_WORSE, REFERENCES, Score, scores
+from lopt.evaluation.step_times import StepTimes
 from lopt.evaluation.suites import (
     HeldOutTask,
     SuiteName,
@@ -106,6 +108,10 @@ class Evaluate(Command):
 
     out: Path = Path("runs/evaluate")
     """Folder for runs.csv."""
+
+    step_times: bool = False
+    """Then also measure the seconds per step of every optimizer on every task, in one process, into step_times.csv in
+    --out: what lopt report compares by second. Nothing else should run on the machine."""
 
     per_task: bool = False
     """Also show the ratios of every task."""
@@ -241,24 +247,31 @@ class Evaluate(Command):
         return tasks, skipped
 
     def _execute(self, console: Console, plan: Plan, table: RunTable) -> list[Run]:
-        workers = self.workers or usable_cores()
+        with self._progress(console, f"batches of runs, of {len(plan.jobs)}, that {table.path} lacks") as on_done:
+            runs = execute(plan, table, self.workers or usable_cores(), on_done, self.data)
+        if self.step_times:
+            times = StepTimes(self.out)
+            with self._progress(console, f"tasks whose step times {times.path} lacks") as on_done:
+                measure_steps(plan, times, on_done)
+        return runs
+
+    @contextmanager
+    def _progress(self, console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar on a terminal, some lines elsewhere: what is done and to do."""
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("batches of runs", total=None)
+            bar = progress.add_task(what, total=None)
 
             def on_done(done: int, total: int) -> None:
                 progress.update(bar, completed=done, total=total)
                 if console.is_terminal:
                     return
                 if done == 0:
-                    say(
-                        console,
-                        f"{len(plan.jobs)} batches of runs, of which {len(plan.jobs) - total} are in {table.path}",
-                    )
+                    say(console, f"{total} {what}")
                 elif done % math.ceil(total / LINES) == 0:
                     say(console, f"{done}/{total}")
 
-            return execute(plan, table, workers, on_done, self.data)
+            yield on_done
 
 
 def _rows(task: HeldOutTask) -> int:

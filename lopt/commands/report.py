@@ -14,6 +14,7 @@ from lopt.evaluation.compare import code_sha256
 from lopt.evaluation.comparison import MEASURES, Runs
 from lopt.evaluation.opponents import opponent
 from lopt.evaluation.report import Report
+from lopt.evaluation.step_times import StepTimes
 from lopt.evaluation.table import Run, RunTable
 from lopt.meta.provenance import file_checksum
 
@@ -26,8 +27,8 @@ class MakeReport(Command):
     """Compare the learned optimizer with every opponent in the runs of an evaluation, and write report.html.
 
     Shares of tasks won and lost, geometric-mean ratios with bootstrap intervals, training and test loss, per step and
-    per second, normalised losses, costs, and a plain list of where it loses. A tuned opponent counts with the trial
-    that was best on outer_valid.
+    per second (lopt evaluate --step-times measures the seconds), normalised losses, costs, and a plain list of where it
+    loses. A tuned opponent counts with the trial that was best on outer_valid.
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = Path("runs/evaluate")
@@ -53,6 +54,7 @@ class MakeReport(Command):
         if not path.is_file():
             raise FileNotFoundError(f"folder: no runs in {path}; lopt evaluate --out {self.folder} makes them")
         runs, left_out = self._selected(list(RunTable(path).rows.values()))
+        times = StepTimes(path.parent)
         budgets: dict[str, int] = {}
         if self.optimizers:
             for name in self.optimizers:
@@ -65,9 +67,9 @@ class MakeReport(Command):
                 raise ValueError(f"optimizers: no runs of {', '.join(sorted(unknown))} in {path}")
             runs = [run for run in runs if run.optimizer == "lopt" or run.name in wanted]
         report = Report(
-            runs=Runs(runs, budgets),
+            runs=Runs(runs, budgets, times.seconds()),
             title="Evaluation of a learned optimizer",
-            facts=_facts(runs),
+            facts=_facts(runs) | ({"seconds per step measured on": times.machine} if times.machine else {}),
             warnings=_warnings(runs, left_out),
         )
         for warning in report.warnings:

@@ -4,12 +4,14 @@ All runs are rows of one CSV file (:mod:`lopt.evaluation.table`). What does not 
 interrupted evaluation goes on where it stopped.
 """
 
+import ast
 import hashlib
 import itertools
 import json
 import math
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +20,13 @@ from typing import Any
 import torch
 
 import lopt
+from lopt import _C
 from lopt.benchmark.rows import origin
 from lopt.evaluation.adam_grid import GRID, adam_results
 from lopt.evaluation.opponents import LEARNED, Opponent, make_optimizer, opponent
 from lopt.evaluation.processes import in_processes
 from lopt.evaluation.runs import Result, result, train_task
+from lopt.evaluation.step_times import StepTime, StepTimes, measure
 from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint
 from lopt.evaluation.table import KEY, LOSSES, Run, RunTable
 from lopt.optimizer import LearnedOptimizer
@@ -116,12 +120,12 @@ class Plan:
 
     def keys(self, job: Job) -> list[tuple[Any, ...]]:
         """The keys of a job's runs."""
-        identity = self._identity(job)
+        identity = self.identity(job)
         return [tuple({**identity, **settings}[name] for name in KEY) for settings in job.settings]
 
     def runs(self, job: Job, results: Sequence[Result]) -> list[Run]:
         """The rows of a job that has ended."""
-        shared: dict[str, Any] = {**self._identity(job), **origin()}
+        shared: dict[str, Any] = {**self.identity(job), **origin()}
         found = []
         for settings, outcome in zip(job.settings, results, strict=True):
             losses: dict[str, Any] = {LOSSES[split]: value for split, value in outcome.losses.items()}
@@ -147,7 +151,8 @@ class Plan:
             )
         return found
 
-    def _identity(self, job: Job) -> dict[str, Any]:
+    def identity(self, job: Job) -> dict[str, Any]:
+        """Columns of a job's rows that say what was run."""
         learned = self.learned if job.optimizer in LEARNED else None
         if job.optimizer in LEARNED and learned is None:
             raise ValueError(f"optimizers: {job.optimizer} needs a theta, and none was given")
@@ -215,16 +220,71 @@ def execute(
     return [table.rows[key] for job in plan.jobs for key in plan.keys(job)]
 
 
+def measure_steps(plan: Plan, table: StepTimes, on_done: Callable[[int, int], None] | None = None) -> None:
+    """Measure what ``table`` lacks: seconds per step of the plan's optimizers, one task after another, in this process.
+
+    All optimizers of a task are measured together, with their first trials; the batched grid of Adams is not.
+
+    Args:
+        on_done: called with the numbers of tasks done and to do, at the beginning and after every task.
+    """
+    names = [name for name in dict.fromkeys(name.partition("@")[0] for name in plan.optimizers) if name != ADAM_GRID]
+    here = origin()
+
+    def keys(task: Task) -> list[tuple[str, ...]]:
+        found = [plan.identity(Job(task=task, horizon=1, seed=0, optimizer=name)) for name in names]
+        return [
+            (plan.suite, one["task_sha256"], name, one["impl"], here["machine"])
+            for name, one in zip(names, found, strict=True)
+        ]
+
+    missing = [task for task in plan.tasks if not all(key in table.rows for key in keys(task))]
+    done = 0
+
+    def report() -> None:
+        if on_done is not None:
+            on_done(done, len(missing))
+
+    report()
+    makers = {name: partial(_make, plan.learned, name, 0) for name in names}
+    for task, found in in_processes(lambda task: measure(task, makers), missing, workers=1):
+        table.append(
+            [
+                StepTime(
+                    suite=plan.suite,
+                    task=task.name,
+                    task_sha256=sha256,
+                    optimizer=name,
+                    impl=impl,
+                    seconds=statistics.median(found[name]),
+                    least=min(found[name]),
+                    most=max(found[name]),
+                    **here,
+                )
+                for (_, sha256, name, impl, _) in keys(task)
+                if found[name]
+            ]
+        )
+        done += 1
+        report()
+
+
+def _make(
+    learned: Learned | None, name: str, trial: int, params: list[torch.Tensor], steps: int
+) -> torch.optim.Optimizer:
+    """The optimizer of that name, which may be the learned one."""
+    more: dict[str, Any] = {"theta": learned.theta, "impl": learned.impl} if learned else {}
+    return make_optimizer(name, params, steps, trial, **more)
+
+
 def _work(learned: bytes, job: Job) -> list[Result] | Exception:
     """The results of a job, or the error it ended in."""
     try:
         if job.optimizer == ADAM_GRID:
             return adam_results(job.task, job.seed, job.horizon)
-        what: Learned | None = pickle.loads(learned)
-        more: Mapping[str, Any] = {"theta": what.theta, "impl": what.impl} if what and job.optimizer in LEARNED else {}
         curve = train_task(
             job.task,
-            lambda params, steps: make_optimizer(job.optimizer, params, steps, job.trial, **more),
+            partial(_make, pickle.loads(learned), job.optimizer, job.trial),
             job.seed,
             job.horizon,
             record_every=math.ceil(job.horizon / POINTS),
@@ -249,7 +309,23 @@ def _cost(job: Job) -> float:
 
 
 def code_sha256() -> str:
-    """SHA-256 of the code of the learned optimizer: the modules at the top of the package, compiled ones too."""
-    folder = Path(lopt.__file__).parent
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".py", ".so", ".pyd") and file.stem != "cli")
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    """SHA-256 of the code of the learned optimizer: the sources that were compiled, and what the modules at the top of
+    the package do, whatever their comments and docstrings say."""
+    modules = sorted(file for file in Path(lopt.__file__).parent.glob("*.py") if file.stem != "cli")
+    digest = hashlib.sha256(_C.source_sha256.encode())
+    for file in modules:
+        digest.update(ast.dump(without_docstrings(ast.parse(file.read_text()))).encode())
+    return digest.hexdigest()
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    """The same program, with ``...`` where a docstring was.
+
+    Example:
+        >>> ast.unparse(without_docstrings(ast.parse("def f(x):\\n    'Twice x.'\\n    return 2 * x")))
+        'def f(x):\\n    ...\\n    return 2 * x'
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Expr(ast.Constant(...))
+    return tree

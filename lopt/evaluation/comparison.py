@@ -5,7 +5,9 @@ loss is above b, and b = 0, or the lowest loss of any run of the task where that
 better. A task counts as won below .98 and as lost above 1.02. Intervals are those of the bootstrap over tasks, 95%.
 
 The trial of an optimizer with several is that of the least mean outer_valid loss, for each task and horizon. By second,
-two optimizers are compared on one machine when the quicker of them ends; the other's loss is interpolated there.
+two optimizers are compared when the quicker of them ends; the other's loss is interpolated there. Their seconds are
+steps times the seconds per step of :mod:`lopt.evaluation.step_times`, or, where those are not measured, the runs' own
+if they are of one machine.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ MEASURES: tuple[Measure, ...] = ("train", "test")
 RESAMPLES = 10_000
 
 Place = tuple[str, int]  # task and horizon
+Points = Sequence[tuple[int, float, float, float]]  # step, seconds, training and test loss along a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +78,17 @@ class Runs:
         runs: rows of one theta (and of any opponents). A task that several suites have counts once for each, by the
             name of the suite and its own.
         budgets: how many trials an optimizer with several has; all that the rows hold if it is not named.
+        step_times: seconds per step by suite, SHA-256 of the task, and optimizer.
     """
 
-    def __init__(self, runs: Iterable[Run], budgets: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        runs: Iterable[Run],
+        budgets: Mapping[str, int] | None = None,
+        step_times: Mapping[tuple[str, str, str], float] | None = None,
+    ) -> None:
         self.all = list(_told_apart(list(runs)))
+        self._step_times = step_times or {}
         self._trials: dict[tuple[str, Place], dict[str, list[Run]]] = {}
         for run in self.all:
             key = run.settings or f"{run.schedule} {run.lr}"
@@ -115,13 +125,12 @@ class Runs:
         ratios: dict[str, float] = {}
         for place, ours in self.chosen[name].items():
             pairs = _pairs(ours, self.chosen[other].get(place, []))
-            timed = all(a.points and b.points and a.machine == b.machine for a, b in pairs)
-            if place[1] != horizon or not pairs or (per == "second" and not timed):
+            if place[1] != horizon or not pairs:
                 continue
-            if per == "step":
-                losses = [(_loss(a, measure), _loss(b, measure)) for a, b in pairs]
-            else:
-                losses = [at_equal_time(a, b, measure) for a, b in pairs]
+            found = [self._losses(a, b, measure, per) for a, b in pairs]
+            losses = [both for both in found if both is not None]
+            if len(losses) < len(found):
+                continue
             mine, theirs = (statistics.fmean(column) for column in zip(*losses, strict=True))
             start = statistics.fmean(_initial(a, measure) for a, _ in pairs)
             base = self._base(place, measure)
@@ -130,6 +139,24 @@ class Runs:
         if not ratios:
             return None
         return Comparison(name=name, other=other, horizon=horizon, measure=measure, per=per, ratios=ratios)
+
+    def _losses(self, a: Run, b: Run, measure: Measure, per: Per) -> tuple[float, float] | None:
+        """Losses of two runs at their ends, or at the end of the quicker one; None if seconds cannot be compared."""
+        if per == "step":
+            return _loss(a, measure), _loss(b, measure)
+        (ours, clock), (theirs, other_clock) = self._timed(a), self._timed(b)
+        return at_equal_time(ours, theirs, measure) if ours and theirs and clock == other_clock else None
+
+    def _timed(self, run: Run) -> tuple[Points, str]:
+        """Points of a run, and by which clock their seconds are."""
+        per_step = self.step_time(run)
+        if per_step is None:
+            return run.points, run.machine
+        return [(step, step * per_step, train, test) for step, _, train, test in run.points], "step times"
+
+    def step_time(self, run: Run) -> float | None:
+        """Seconds per step of the run's optimizer, if measured apart."""
+        return self._step_times.get((run.suite, run.task_sha256, run.name))
 
     def normalised(self, name: str, horizon: int, measure: Measure) -> dict[str, float]:
         """``(L - L_best) / (L_initial - L_best)`` by task, with the best mean over seeds of any optimizer and trial.
@@ -181,13 +208,13 @@ def bootstrap(ratios: Sequence[float], share: float = 0.95) -> tuple[float, floa
     return float(np.exp(low)), float(np.exp(high))
 
 
-def at_equal_time(a: Run, b: Run, measure: Measure) -> tuple[float, float]:
+def at_equal_time(ours: Points, theirs: Points, measure: Measure) -> tuple[float, float]:
     """The losses of two runs after as many seconds of training as the quicker one took; linear between points."""
-    until = min(a.points[-1][1], b.points[-1][1])
+    until = min(ours[-1][1], theirs[-1][1])
     found = []
-    for run in (a, b):
-        seconds = [point[1] for point in run.points]
-        losses = [point[2] if measure == "train" else point[3] for point in run.points]
+    for points in (ours, theirs):
+        seconds = [point[1] for point in points]
+        losses = [point[2] if measure == "train" else point[3] for point in points]
         found.append(float(np.interp(until, seconds, losses)))
     return found[0], found[1]
 

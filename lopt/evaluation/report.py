@@ -96,7 +96,7 @@ class Report:
         for name in (*self.ours, *self.others):
             same = [run for place, runs in self.runs.chosen[name].items() if place[1] == horizon for run in runs]
             if same:
-                ms = statistics.median(1e3 * run.seconds / run.horizon for run in same)
+                ms = statistics.median(1e3 * (self.runs.step_time(run) or run.seconds / run.horizon) for run in same)
                 state = statistics.median(run.state_bytes_per_param for run in same)
                 diverged = f"{sum(run.diverged for run in same)} of {len(same)}"
                 rows.append([name, str(self.runs.budgets[name]), f"{ms:.2f}", f"{state:.1f}", diverged])

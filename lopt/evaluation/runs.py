@@ -77,6 +77,96 @@ class Curve:
         return {split: values[-1] for split, values in self.losses.items()}
 
 
+class Training:
+    """A run in progress: an optimizer, a task, its parameters and minibatches.
+
+    An optimizer with an ``observe`` method is told the training loss of every step and, before every step number
+    divisible by ``valid_every``, the loss of so many inner_valid minibatches as have ``valid_rows`` rows.
+
+    Args:
+        steps: length of the run, for optimizers that are told.
+
+    Attributes:
+        params: now; leaf tensors.
+        seconds: of training so far: minibatches, gradients, optimizer, and validation losses for those who take them.
+        batch_losses: of the minibatch of every step, before it.
+        finite: whether parameters are; otherwise no further step is taken.
+
+    Raises:
+        ValueError: a number below one.
+
+    Example:
+        >>> from lopt.tasks import sample_task
+        >>> run = Training(sample_task(0), lambda params, steps: torch.optim.SGD(params, lr=0.1), seed=0, steps=9)
+        >>> run.advance(2)
+        >>> run.advance(7)
+        >>> len(run.batch_losses), run.finite
+        (9, True)
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer_factory: OptimizerFactory,
+        seed: int,
+        steps: int,
+        *,
+        valid_every: int = VALID_EVERY,
+        valid_rows: int = VALID_ROWS,
+    ) -> None:
+        for name, count in {"steps": steps, "valid_every": valid_every, "valid_rows": valid_rows}.items():
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
+        self.task = task
+        self.params = {name: value.requires_grad_() for name, value in task.init(seed).items()}
+        self.optimizer = optimizer_factory(list(self.params.values()), steps)
+        self.batch_losses: list[Tensor] = []
+        self.seconds = 0.0
+        self.finite = True
+        self._train, self._inner_valid = task.batches(seed, "train"), task.batches(seed, "inner_valid")
+        self._valid_every, self._valid_batches = valid_every, task.num_batches(valid_rows)
+        self._observe = getattr(self.optimizer, "observe", None)
+
+    def advance(self, count: int) -> None:
+        """Take so many steps, fewer if the parameters cease to be finite.
+
+        Raises:
+            RuntimeError: the optimizer raised though parameters and gradients were finite and the loss was low.
+        """
+        started = time.perf_counter()
+        for _ in range(count):
+            if not self.finite:
+                break
+            self._step()
+        self.seconds += time.perf_counter() - started
+
+    def _step(self) -> None:
+        task, params, step = self.task, self.params, len(self.batch_losses)
+        if self._observe is not None and step % self._valid_every == 0:
+            with torch.no_grad():
+                batches = itertools.islice(self._inner_valid, self._valid_batches)
+                self._observe(valid_loss=_joint_loss(task, params, batches))
+        loss = task.loss(params, next(self._train))
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.batch_losses.append(loss.detach())
+        now = self.batch_losses[-1].item()
+        if not math.isfinite(now) and not _finite(params.values()):
+            self.finite = False
+            return
+        told = {} if self._observe is None else {"loss": self.batch_losses[-1]}
+        try:
+            self.optimizer.step(**told)  # type: ignore[call-overload]
+        except _BROKEN as error:
+            _, exploded = limit([now], [self.batch_losses[0].item()])
+            if not exploded and _finite(params.values()) and _finite(v.grad for v in params.values()):
+                raise RuntimeError(
+                    f"{type(self.optimizer).__name__} on {task.name}, step {step}, loss {now:.4g}, "
+                    f"parameters and gradients finite: {type(error).__name__}: {error}"
+                ) from error
+            self.finite = False
+
+
 def train_task(
     task: Task,
     optimizer_factory: OptimizerFactory,
@@ -89,9 +179,8 @@ def train_task(
 ) -> Curve:
     """Train ``task`` from the initial parameters and minibatches of ``seed``, the same for every optimizer.
 
-    An optimizer with an ``observe`` method is told the training loss of every step and, before every step number
-    divisible by ``valid_every``, the loss of so many inner_valid minibatches as have ``valid_rows`` rows. The same call
-    on the same machine with one thread gives the same bits.
+    Optimizers are told losses as in :class:`Training`. The same call on the same machine with one thread gives the same
+    bits.
 
     Args:
         record_every: record losses each time so many steps are done, besides the beginning and the end.
@@ -107,62 +196,31 @@ def train_task(
         >>> curve.steps, curve.final["train"] < curve.initial["train"], curve.diverged
         ((0, 50), True, False)
     """
-    counts = {"steps": steps, "record_every": record_every or 1, "valid_every": valid_every, "valid_rows": valid_rows}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
-    every = record_every or steps
-    splits = {split: list(evaluation_batches(task, split)) for split in SPLITS}
-    train, inner_valid = task.batches(seed, "train"), task.batches(seed, "inner_valid")
-    valid_batches = task.num_batches(valid_rows)
-    params = {name: value.requires_grad_() for name, value in task.init(seed).items()}
-    at, losses, times = [0], [_mean_losses(task, params, splits)], [0.0]
-    batch_losses: list[Tensor] = []
     with torch.random.fork_rng(devices=[]):  # for optimizers that draw random numbers
         torch.manual_seed(seed)
-        optimizer = optimizer_factory(list(params.values()), steps)
-        observe = getattr(optimizer, "observe", None)
-        finite = True
+        run = Training(task, optimizer_factory, seed, steps, valid_every=valid_every, valid_rows=valid_rows)
+        every = steps if record_every is None else record_every
+        if every < 1:
+            raise ValueError(f"record_every: expected at least 1, got {every}")
+        splits = {split: list(evaluation_batches(task, split)) for split in SPLITS}
+        at, losses, times = [0], [_mean_losses(task, run.params, splits)], [0.0]
         for begin in range(0, steps, every):
             end = min(begin + every, steps)
-            started = time.perf_counter()
-            for step in range(begin, end if finite else begin):
-                if observe is not None and step % valid_every == 0:
-                    with torch.no_grad():
-                        observe(valid_loss=_joint_loss(task, params, itertools.islice(inner_valid, valid_batches)))
-                loss = task.loss(params, next(train))
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                batch_losses.append(loss.detach())
-                if not math.isfinite(batch_losses[-1].item()) and not _finite(params.values()):
-                    finite = False
-                    break
-                try:
-                    optimizer.step(**({} if observe is None else {"loss": batch_losses[-1]}))  # type: ignore[call-overload]
-                except _BROKEN as error:
-                    now = batch_losses[-1].item()
-                    _, exploded = limit([now], [losses[0]["train"]])
-                    if not exploded and _finite(params.values()) and _finite(v.grad for v in params.values()):
-                        raise RuntimeError(
-                            f"{type(optimizer).__name__} on {task.name}, step {step}, loss {now:.4g}, "
-                            f"parameters and gradients finite: {type(error).__name__}: {error}"
-                        ) from error
-                    finite = False
-                    break
-            times.append(times[-1] + time.perf_counter() - started)
-            with evaluating(optimizer):
-                losses.append(_mean_losses(task, params, splits) if finite else dict.fromkeys(SPLITS, math.nan))
-                final = {name: value.detach().clone() for name, value in params.items()}
+            run.advance(end - begin)
+            times.append(run.seconds)
+            with evaluating(run.optimizer):
+                losses.append(_mean_losses(task, run.params, splits) if run.finite else dict.fromkeys(SPLITS, math.nan))
+                final = {name: value.detach().clone() for name, value in run.params.items()}
             at.append(end)
     by_split = {split: tuple(point[split] for point in losses) for split in SPLITS}
     _, diverged = limit([by_split[split][-1] for split in SPLITS], [by_split[split][0] for split in SPLITS])
     return Curve(
         steps=tuple(at),
         losses=by_split,
-        batch_losses=tuple(torch.stack(batch_losses).tolist()),
+        batch_losses=tuple(torch.stack(run.batch_losses).tolist()),
         times=tuple(times),
         diverged=diverged,
-        state_bytes_per_param=state_bytes(optimizer) / sum(value.numel() for value in params.values()),
+        state_bytes_per_param=state_bytes(run.optimizer) / sum(value.numel() for value in run.params.values()),
         params=final,
     )
 
