@@ -78,11 +78,13 @@ LOPT_HD void next_loss(float* state, float loss, double decay) {
   state[5] = ::fminf(state[5], now);
 }
 
+LOPT_HD float loss_spread(const float* state, double decay) { return ::sqrtf(state[1] * correction(state, decay)); }
+
 // How much of what was gained is lost again, as a logarithm.
-LOPT_HD float loss_rise(const float* state, double decay) {
+LOPT_HD float loss_rise(const float* state, double decay, float spread = 0.0f) {
   constexpr float kTiny = 1e-30f;  // TINY
   const float above = corrected_mean(state, decay) - state[5], gained = state[4] - state[5];
-  return ::fminf(::log1pf(100.0f * above / (gained + kTiny)), 5.0f);
+  return ::fminf(::log1pf(100.0f * above / (gained + spread + kTiny)), 5.0f);
 }
 
 LOPT_HD float standardise_loss(const float* state, float loss, double decay) {
@@ -113,6 +115,7 @@ struct Globals {
   }
   LOPT_HD void observe_valid(const Spec& s, float loss) const {
     if (!is_finite(loss)) return;
+    if (!s.paper_inputs && valid_loss[2] > 0) loss = ::fminf(loss, valid_loss[4]);  // at most the first one
     next_loss(valid_loss, loss, s.valid_loss_decay);
     *step += s.valid_advances_step;
   }
@@ -171,7 +174,7 @@ LOPT_HD void loss_inputs(const Spec& s, const Globals& g, float* x) {
   x[2] = loss_rise(g.train_loss, s.train_loss_decay);
   if (!s.paper_inputs && !(g.valid_loss[2] > 0)) return;
   x[1] = standardise_loss(g.train_loss, corrected_mean(g.valid_loss, s.valid_loss_decay), s.train_loss_decay);
-  x[3] = loss_rise(g.valid_loss, s.valid_loss_decay);
+  x[3] = loss_rise(g.valid_loss, s.valid_loss_decay, loss_spread(g.train_loss, s.train_loss_decay));
 }
 
 LOPT_HD float log_magnitude(float x) { return clamp_of(::logf(1e-8f + ::fabsf(x)), -5.0f, 5.0f); }
@@ -323,14 +326,15 @@ LOPT_HD float tensor_scale(const TensorShape& shape, const float* stats, float m
   return clamp_of(scale, 0.5f * initial, 2.0f * initial);
 }
 
-// The part of a step that belongs to tensor t. `level.constant` starts with the time inputs; h and c are the tensor's
-// LSTM state, updated in place by lstm(x, h, c), after which the team is in step; to_lstm [from_lstm] is written.
+// The part of a step that belongs to tensor t, and is its update number `updates`. `level.constant` starts with the time
+// inputs; h and c are the tensor's LSTM state, updated in place by lstm(x, h, c), after which the team is in step;
+// to_lstm [from_lstm] is written.
 template <class Features, class Team, class Lstm>
 LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta, const Globals& g,
-                         const Shared& shared, const TensorLevel& level, int t, const float* stats,
+                         const Shared& shared, const TensorLevel& level, int t, float updates, const float* stats,
                          const float* corrections, float* h, float* c, float* to_lstm, const Lstm& lstm) {
   constexpr int kColumns = Features::kNumColumns;
-  constexpr float kMaxLogStep = 6.0f;  // MAX_LOG_STEP
+  constexpr float kMaxLogStep = 6.0f, kWarmup = 10.0f;  // MAX_LOG_STEP, WARMUP
   const int hidden = s.lstm_width, inputs = s.num_lstm_input();
   float* const facts = level.constant + s.num_time();
   float& step_size = level.step_size[t];  // until the end, the tensor's scale
@@ -355,8 +359,8 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
     log_step = team.sum(log_step, inputs, [&](int i) { return level.x[i] * theta.step_w[hidden + i]; });
   }
   if (team.rank() != 0) return;
-  const float multiplier = s.step_control ? step_size * exp_of(clamp_of(log_step, -kMaxLogStep, kMaxLogStep)) : 1.0f;
-  step_size = s.step_multiplier * multiplier;
+  const float control = ::fminf(updates / kWarmup, 1.0f) * exp_of(clamp_of(log_step, -kMaxLogStep, kMaxLogStep));
+  step_size = s.step_multiplier * (s.step_control ? step_size * control : 1.0f);
 }
 
 // lr = 0 wins over NaN.
@@ -383,8 +387,9 @@ double advance(const Spec& s, const ThetaView& theta, const Globals& g, const Te
       bias_corrections<Features>(team, s, corrected_for, corrections);
     }
     float* const to_lstm = level.gates;  // the cell is done with them
-    advance_row<Features>(team, s, theta, g, shared, level, t, level.stats + int64_t{t} * kStats, corrections,
-                          level.h + int64_t{t} * s.lstm_width, level.c + int64_t{t} * s.lstm_width, to_lstm, lstm);
+    advance_row<Features>(team, s, theta, g, shared, level, t, level.updates[t], level.stats + int64_t{t} * kStats,
+                          corrections, level.h + int64_t{t} * s.lstm_width, level.c + int64_t{t} * s.lstm_width,
+                          to_lstm, lstm);
     for (int i = 0; i < s.from_lstm; ++i) level.from_lstm[i] += to_lstm[i] / static_cast<float>(tensors);
   }
   for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] = level.from_lstm[i];

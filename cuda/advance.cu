@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     for (int j = team.rank(); j < hidden; j += kRowThreads) h[j] = p.h[int64_t{t} * hidden + j];
     bias_corrections<Features>(team, s, updates, corrections);
     __syncthreads();
-    advance_row<Features>(team, s, theta, g, shared, level, t, stats, corrections, h, p.c + int64_t{t} * hidden,
-                          p.to_lstm + int64_t{t} * s.from_lstm, lstm);
+    advance_row<Features>(team, s, theta, g, shared, level, t, updates, stats, corrections, h,
+                          p.c + int64_t{t} * hidden, p.to_lstm + int64_t{t} * s.from_lstm, lstm);
     for (int j = team.rank(); j < hidden; j += kRowThreads) p.h[int64_t{t} * hidden + j] = h[j];
     if (threadIdx.x == 0) {
       p.updates[t] = updates;

@@ -24,6 +24,7 @@ LOG_TIME_SCALE = 8.0  # brings ln(steps) into the range of the other inputs
 SMALLEST_SCALE = 0.3  # of a tensor, relative to the mean of all matrices
 EMPTY_SCALE = 0.1  # when every parameter is zero
 MAX_LOG_STEP = 6.0  # bound of the learned log step multiplier
+WARMUP = 10.0  # updates of a tensor until its learned step is whole
 TINY = 1e-30  # keeps ratios of zeros finite
 
 
@@ -135,14 +136,22 @@ def standardise_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
     return torch.clamp((loss - state[0] * correction) * torch.rsqrt(state[1] * correction + 1e-8), -5.0, 5.0)
 
 
-def loss_rise(state: Tensor, decay: float) -> Tensor:
-    """``ln(1 + 100 (mean - lowest) / (first - lowest))``, at most 5: how much of what was gained is lost again.
+def loss_spread(state: Tensor, decay: float) -> Tensor:
+    """Standard deviation of the losses around their mean."""
+    return torch.sqrt(state[1] * _correction(state, decay))
+
+
+def loss_rise(state: Tensor, decay: float, spread: Tensor | float = 0.0) -> Tensor:
+    """``ln(1 + 100 (mean - lowest) / (first - lowest + spread))``, at most 5: how much of what was gained is lost.
 
     0 while the mean of the losses falls, .7 when a hundredth of the way down is lost, 4.6 at the first loss. A rising
     validation loss is overfitting, a rising training loss too large a step. Does not depend on the loss' scale or zero.
+
+    Args:
+        spread: of the losses, in their units: as long as less than that is gained, a rise may be noise.
     """
     above, gained = corrected_mean(state, decay) - state[5], state[4] - state[5]
-    return torch.clamp(torch.log1p(100.0 * above / (gained + TINY)), max=5.0)
+    return torch.clamp(torch.log1p(100.0 * above / (gained + spread + TINY)), max=5.0)
 
 
 def observe_train(spec: ThetaSpec, globals_: Globals, loss: Tensor | None) -> Globals:
@@ -160,10 +169,16 @@ def observe_train(spec: ThetaSpec, globals_: Globals, loss: Tensor | None) -> Gl
 
 
 def observe_valid(spec: ThetaSpec, globals_: Globals, loss: Tensor) -> Globals:
-    """Global state after a validation update; a non-finite loss counts as none."""
+    """Global state after a validation update; a non-finite loss counts as none.
+
+    For ``relative``, a loss above the first one counts as the first one. Otherwise, a few steps that overshoot at the
+    beginning would stay in the mean for hundreds of steps, and look like overfitting while the loss falls again.
+    """
     state = globals_.valid_loss
     given = torch.isfinite(loss.to(state))
     safe = torch.where(given, loss.to(state), torch.zeros_like(state[0]))
+    if spec.tensor_inputs == "relative":
+        safe = torch.where(state[2] > 0, torch.minimum(safe, state[4]), safe)
     updated = torch.where(given, next_loss(state, safe, spec.valid_loss_decay), state)
     step = globals_.step + given.to(torch.int64) if spec.valid_advances_step else globals_.step
     return globals_._replace(valid_loss=updated, step=step)
@@ -171,14 +186,16 @@ def observe_valid(spec: ThetaSpec, globals_: Globals, loss: Tensor) -> Globals:
 
 def loss_inputs(spec: ThetaSpec, globals_: Globals) -> list[Tensor]:
     """Training and validation loss as LSTM inputs, both standardised by the training loss; for ``relative`` also their
-    rises. 0 before any loss; in the paper, no validation loss is a validation loss of 0."""
+    rises, the second beside the spread of the training losses. 0 before any loss; in the paper, no validation loss is a
+    validation loss of 0."""
     train, seen = globals_.train_loss, globals_.train_loss[2] > 0
     valid = corrected_mean(globals_.valid_loss, spec.valid_loss_decay)
     inputs = [standardise_loss(train, loss, spec.train_loss_decay) for loss in (train[3], valid)]
     if spec.tensor_inputs == "paper":
         return [torch.where(seen, x, torch.zeros_like(x)) for x in inputs]
     known = seen & (globals_.valid_loss[2] > 0)
-    inputs += [loss_rise(train, spec.train_loss_decay), loss_rise(globals_.valid_loss, spec.valid_loss_decay)]
+    spread = loss_spread(train, spec.train_loss_decay)
+    inputs += [loss_rise(train, spec.train_loss_decay), loss_rise(globals_.valid_loss, spec.valid_loss_decay, spread)]
     return [torch.where(known if i % 2 else seen, x, torch.zeros_like(x)) for i, x in enumerate(inputs)]
 
 
@@ -352,6 +369,7 @@ def advance(
     multiplier = torch.ones_like(rms)
     if spec.step_control:
         log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
-        multiplier = scale * torch.exp(torch.clamp(log_step, -MAX_LOG_STEP, MAX_LOG_STEP))
+        whole = torch.clamp(rows.updates / WARMUP, max=1.0)
+        multiplier = whole * scale * torch.exp(torch.clamp(log_step, -MAX_LOG_STEP, MAX_LOG_STEP))
     column_scale, column_shift = spec.features.column_map(stats, rows.updates, shapes.decays)
     return globals_, rows, Conditioning(column_scale, column_shift, constant, multiplier), x

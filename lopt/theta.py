@@ -49,7 +49,7 @@ class ThetaSpec:
         magnitude_rate: ``c`` in ``update = direction * exp(c * magnitude)``.
         linear_skip: adds a linear map of the per-parameter inputs to the direction.
         step_control: multiplies a tensor's update by its scale (root mean square) and by the exponential of a linear
-            map of the LSTM's state and inputs.
+            map of the LSTM's state and inputs; the first ten updates of a tensor by .1, .2, ... 1, too.
         tensor_inputs: ``"paper"``: the LSTM sees magnitudes and signs as they are, the MLP 11 sinusoids of the step.
             ``"relative"``: the LSTM sees ratios that do not depend on the scale of gradients and parameters, and both
             see the logarithm of the step, at most ``time_limit``. Needs a feature set with a slow second moment.
@@ -298,11 +298,12 @@ class Theta:
 
         ``compact``: the skip is 1 on bias-corrected ``mom0 / sqrt(rms1)`` and the MLP's direction is 0, so within a
         tensor the update is Adam's with betas (.9, .999). A tensor's step is ``step_multiplier`` (.04) of its root mean
-        square (bounded, see :func:`lopt.tensor_lstm.tensor_scale`); given ``total_steps`` it starts at twice that and
-        falls linearly to 1%. Both factors were set on synthetic tasks (benchmarks/step_size.py): final training loss
-        .99 and .85 times that of constant Adam with the best of five learning rates for each task. Where the optimizer
-        sees a validation loss, a rise of it (:func:`lopt.tensor_lstm.loss_rise`) lowers the logarithm of the step by
-        ``stop_early`` times that input: to half once a hundredth of what was gained is lost, to a hundredth in the end.
+        square (bounded, see :func:`lopt.tensor_lstm.tensor_scale`), and shorter in its first ten updates; given
+        ``total_steps`` it starts at twice that and falls linearly to 1%. Both factors were set on synthetic tasks
+        (benchmarks/step_size.py, before there was a warm-up): final training loss .99 and .85 times that of constant
+        Adam with the best of five learning rates for each task. Where the optimizer sees a validation loss, a rise of
+        it (:func:`lopt.tensor_lstm.loss_rise`) lowers the logarithm of the step by ``stop_early`` times that input: to
+        half once a hundredth of what was gained is lost, to a hundredth in the end.
 
         ``paper``: no column has Adam's pair of decays. Two hidden units carry ``+-x`` of the column nearest to Adam's
         direction, ``mom1 / sqrt(rms1)`` with decays .9 and .9: cosine .990 on random gradients, and a fitted

@@ -93,10 +93,10 @@ def engine_unroll(theta: Theta, problem: engine.Problem, init: Tensor, windows: 
 
 @pytest.mark.parametrize(("preset", "activation", "loss", "hidden", "total_steps"), CASES)
 def test_equals_the_torch_unroll(preset, activation, loss, hidden, total_steps):
-    """Parameters and losses within 1e-5 after 50 steps.
+    """Parameters and losses within 1e-5 after 50 steps, or three times the distance of float32 PyTorch from float64.
 
-    For `paper` within three times the distance of float32 PyTorch from float64, where that is more: its LSTM sees the
-    sign of a mean, and the mean gradient of a softmax layer's bias is zero but for rounding.
+    That is more for `paper`, whose LSTM sees the sign of a mean: the mean gradient of a softmax layer's bias is zero
+    but for rounding; and for `compact` where the validation loss stands still, as its rise counts hundredfold.
     """
     theta = Theta.init_adam(preset)
     theta = theta.unflatten(theta.flatten() + 0.01 * torch.randn(theta.num_floats, generator=torch.manual_seed(3)))
@@ -108,7 +108,7 @@ def test_equals_the_torch_unroll(preset, activation, loss, hidden, total_steps):
     moved = (params - init).abs().max()
     assert moved > 0.02
     for ours, single, double in zip((params, outer, train), in_float32, in_float64, strict=True):
-        tolerance = 1e-5 if preset == "compact" else max(1e-5, 3 * (single - double).abs().max().item())
+        tolerance = max(1e-5, 3 * (single - double).abs().max().item())
         assert (ours - single).abs().max() <= tolerance
         assert (ours - double).abs().max() <= tolerance
 

@@ -131,7 +131,21 @@ def test_advance_by_hand() -> None:
     torch.testing.assert_close(conditioning.constant, torch.cat([facts, to_mlp], dim=1), rtol=0, atol=1e-14)
     _, scale = tensor_lstm.tensor_scale(square.sqrt(), shapes, rows.scale)
     log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
-    torch.testing.assert_close(conditioning.multiplier, scale * torch.exp(log_step), rtol=1e-13, atol=0)
+    first = 1 / tensor_lstm.WARMUP
+    torch.testing.assert_close(conditioning.multiplier, first * scale * torch.exp(log_step), rtol=1e-13, atol=0)
+
+
+def test_steps_become_whole_within_ten_updates_of_a_tensor() -> None:
+    """A tenth more with every update of the tensor, whatever the number of the step; the paper's steps are whole."""
+    for preset, expected in (("compact", [0.1, 0.2, 0.9, 1.0, 1.0]), ("paper", [1.0] * 5)):
+        theta = Theta.init(preset).to(dtype=F64)
+        stats = torch.ones(5, theta.spec.features.num_stats, dtype=F64)
+        rows = tensor_lstm.init_rows(theta.spec, theta.tensors, 5)
+        rows = rows._replace(updates=torch.tensor([0.0, 1.0, 8.0, 9.0, 1e6], dtype=F64))
+        globals_ = tensor_lstm.init_globals(theta.spec, theta.tensors)
+        shapes = Shapes.of(theta.spec, [(3, 3)] * 5, stats)
+        after = tensor_lstm.advance(theta.spec, theta.tensors, globals_, rows, stats, shapes, None, scalar(0.0))[2]
+        assert after.multiplier.tolist() == pytest.approx(expected, rel=1e-12)  # the scale is 1
 
 
 @pytest.mark.parametrize(("bias", "bounded"), [(1.0, 1.0), (50.0, 6.0), (-50.0, -6.0)])
@@ -140,7 +154,7 @@ def test_log_step_multiplier_is_bounded(bias: float, bounded: float) -> None:
     theta.tensors["step.b"].fill_(bias)
     stats = torch.ones(1, theta.spec.features.num_stats, dtype=F64)
     rows, globals_ = (
-        tensor_lstm.init_rows(theta.spec, theta.tensors, 1),
+        tensor_lstm.init_rows(theta.spec, theta.tensors, 1)._replace(updates=scalar(tensor_lstm.WARMUP).view(1)),
         tensor_lstm.init_globals(theta.spec, theta.tensors),
     )
     shapes = Shapes.of(theta.spec, [(3, 3)], stats)
@@ -164,7 +178,9 @@ def test_a_rising_validation_loss_lowers_the_step_of_init_adam(stop_early: float
         for state in (globals_, falling, rising)
     ]
     assert torch.equal(steps[0], steps[1])
-    rise = tensor_lstm.loss_rise(rising.valid_loss, spec.valid_loss_decay)
+    train = tensor_lstm.observe_train(spec, rising, None).train_loss  # as the step sees it
+    spread = tensor_lstm.loss_spread(train, spec.train_loss_decay)
+    rise = tensor_lstm.loss_rise(rising.valid_loss, spec.valid_loss_decay, spread)
     assert rise > 1.0
     torch.testing.assert_close(steps[2], steps[0] * torch.exp(-stop_early * rise), rtol=1e-6, atol=0)
 
@@ -256,6 +272,33 @@ def test_rise_of_a_loss_by_hand() -> None:
     for _ in range(9):
         state = tensor_lstm.next_loss(state, scalar(100.0), decay)
     assert tensor_lstm.loss_rise(state, decay).item() == 5.0
+
+
+def test_rise_of_a_loss_beside_its_spread_by_hand() -> None:
+    """Of 2 that were gained half is lost; a spread of 3 says that this may be noise."""
+    state = torch.tensor([3.0, 0.0, 1e9, 3.0, 4.0, 2.0], dtype=F64)  # mean 3, first 4, lowest 2
+    for spread, share in ((0.0, 0.5), (3.0, 0.2), (1e12, 0.0)):
+        found = tensor_lstm.loss_rise(state, 0.9, scalar(spread)).item()
+        assert found == pytest.approx(math.log1p(100 * share), abs=1e-6)
+    variance = torch.tensor([0.0, 0.19 * 4.0, 2.0, 0.0, 0.0, 0.0], dtype=F64)  # after two losses, 1 - .9^2
+    assert tensor_lstm.loss_spread(variance, 0.9).item() == pytest.approx(2.0, rel=1e-7)
+
+
+def test_validation_losses_above_the_first_count_as_the_first() -> None:
+    """So an overshoot at the beginning is no overfitting, and leaves no trace; the paper's mean has it."""
+    for preset, overshoot in (("compact", 2.0), ("paper", 50.0)):
+        spec, globals_ = fresh(preset)
+        expected = globals_.valid_loss
+        for loss, counted in ((2.0, 2.0), (50.0, overshoot), (40.0, min(overshoot, 40.0)), (1.0, 1.0)):
+            globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(loss))
+            expected = tensor_lstm.next_loss(expected, scalar(counted), spec.valid_loss_decay)
+        torch.testing.assert_close(globals_.valid_loss, expected, rtol=1e-6, atol=0)  # the first mean is off by 1e-7
+    spec, globals_ = fresh("compact")
+    for loss in (3.0, 2.0):
+        globals_ = tensor_lstm.observe_train(spec, globals_, scalar(loss))
+    for loss in (2.0, 50.0, 40.0, 50.0):
+        globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(loss))
+    assert abs(float(tensor_lstm.loss_inputs(spec, globals_)[3])) < 1e-5
 
 
 def test_losses_of_compact_are_zero_until_known() -> None:
