@@ -16,7 +16,7 @@ from lopt.evaluation.runs import VALID_EVERY, OptimizerFactory, Training
 from lopt.tasks.task import Task
 
 #: Every optimizer takes so many steps in its turn, so many times, the first of which does not count.
-STEPS, ROUNDS = 2 * VALID_EVERY, 6
+STEPS, ROUNDS = 2 * VALID_EVERY, 4
 
 
 @dataclass(frozen=True, kw_only=True)
