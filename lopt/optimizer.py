@@ -406,8 +406,9 @@ class LearnedOptimizer(Optimizer):
 
         Training losses are averaged until the next step (so micro-batches need no special care). A validation loss is
         one validation update at once; the paper gives one every 10 steps. Take 256 rows for it or more, and others each
-        time: what is noise in it looks like overfitting. A non-finite loss counts as none given; that is decided on the
-        device. Under data parallelism give every rank the same, averaged loss.
+        time: what is noise in it looks like overfitting. For ``compact`` one above the first counts as the first. A
+        non-finite loss counts as none given; that is decided on the device. Under data parallelism give every rank the
+        same, averaged loss.
 
         Raises:
             ValueError: a loss is not a scalar.

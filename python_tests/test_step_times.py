@@ -91,13 +91,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (task, name) for task in ("maf-wine-4x46", "diabetes-16-16-1") for name in ("lopt", "adam")
     }
     assert all(0 < row.least <= row.seconds <= row.most for row in first.values())
-    assert (
-        main(["evaluate", *options, "--optimizers", "lopt", "adam", "adam-grid"]) == 0
-    )  # its Adams share their seconds
+    # The Adams of the grid share their seconds, and have no row.
+    assert main(["evaluate", *options, "--optimizers", "lopt", "adam", "adam-grid"]) == 0
     assert "0 tasks whose step times" in capsys.readouterr().out
     assert main(["evaluate", *options, "--optimizers", "adam", "sgd-tuned@2"]) == 0
     assert "2 tasks whose step times" in capsys.readouterr().out
     assert {row.optimizer for row in StepTimes(tmp_path).rows.values()} == {"lopt", "adam", "sgd-tuned"}
+    assert (
+        len((tmp_path / "step_times.csv").read_text().splitlines()) == 1 + 6
+    )  # adam is there once, though measured twice
     pytest.importorskip("matplotlib")
     assert main(["report", str(tmp_path)]) == 0
     assert f"seconds per step measured on: {StepTimes(tmp_path).machine}" in (tmp_path / "report.html").read_text()

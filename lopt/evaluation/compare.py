@@ -267,6 +267,8 @@ def measure_steps(plan: Plan, table: StepTimes, on_done: Callable[[int, int], No
         )
         done += 1
         report()
+    if missing:
+        table.tidy()
 
 
 def _make(

@@ -58,6 +58,10 @@ class StepTimes(CsvTable[StepTime]):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "step_times.csv", StepTime)
 
+    def tidy(self) -> None:
+        """Sort the file by what was measured, and leave out what was measured anew."""
+        self.sort(lambda row: (row.suite, row.task, row.optimizer, row.impl, row.machine))
+
     @property
     def machine(self) -> str | None:
         """The machine with most rows; of several, the first. None if there are no rows."""
