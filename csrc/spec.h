@@ -20,7 +20,7 @@ struct Spec {
   LOPT_HD int num_time() const { return paper_inputs ? 11 : horizon_input ? 6 : 1; }
   LOPT_HD int num_facts() const { return paper_inputs ? 3 : 2; }
   LOPT_HD int num_constant() const { return num_time() + num_facts() + lstm_to_mlp; }
-  LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + (paper_inputs ? 18 : 17 + num_time()); }
+  LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + (paper_inputs ? 18 : 13 + num_time()); }
 };
 
 // Facts about one tensor that never change.

@@ -259,6 +259,7 @@ LOPT_HD void lstm_input(const Team& team, const Spec& s, const Globals& g, const
       *x++ = sign_of(stats[mean]);
     }
     *x++ = log_magnitude(::sqrtf(stats[kParamSquare] * numel));
+    for (const float log_dim : shape.log_dims) *x++ = log_dim;
   } else if constexpr (Features::kSlow >= 0) {
     const float* moments = stats + kMoments;
     const float scale = level.initial_scale[t], rms_mean = stats[kRmsMean];
@@ -270,7 +271,6 @@ LOPT_HD void lstm_input(const Team& team, const Spec& s, const Globals& g, const
     *x++ = log_ratio(stats[kParamSquare], scale * scale);
     *x++ = log_ratio(stats[kGradSquare], shared.mean_grad_square);
   }
-  for (const float log_dim : shape.log_dims) *x++ = log_dim;
   for (int i = 0; i < (s.paper_inputs ? 2 : 4); ++i) *x++ = shared.losses[i];
   if (s.paper_inputs) {
     for (const int var : {kMomVar, kRmsVar, kParamVar}) *x++ = log_magnitude(stats[var]);
@@ -359,7 +359,8 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
     log_step = team.sum(log_step, inputs, [&](int i) { return level.x[i] * theta.step_w[hidden + i]; });
   }
   if (team.rank() != 0) return;
-  const float control = ::fminf(updates / kWarmup, 1.0f) * exp_of(clamp_of(log_step, -kMaxLogStep, kMaxLogStep));
+  const float whole = stats[kGradSquare] > 0 ? ::fminf(updates / kWarmup, 1.0f) : 0.0f;  // no gradient, no step
+  const float control = whole * exp_of(clamp_of(log_step, -kMaxLogStep, kMaxLogStep));
   step_size = s.step_multiplier * (s.step_control ? step_size * control : 1.0f);
 }
 

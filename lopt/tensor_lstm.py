@@ -254,7 +254,7 @@ def lstm_inputs(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, s
     if spec.tensor_inputs == "paper":
         parts.append(torch.stack(_magnitudes_and_signs(stat, shapes, *losses), dim=1))
     else:
-        scalars = [*_ratios(spec, stats, rows, shapes), *shapes.log_dims.unbind(1), *losses]
+        scalars = [*_ratios(spec, stats, rows, shapes), *losses]
         parts += [torch.stack(scalars, dim=1), tensor_facts(spec, shapes, stat["param_square"])]
         parts.append(time.expand(num_tensors, -1))
     return torch.cat(parts, dim=1)
@@ -369,7 +369,8 @@ def advance(
     multiplier = torch.ones_like(rms)
     if spec.step_control:
         log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
-        whole = torch.clamp(rows.updates / WARMUP, max=1.0)
+        moving = stats[:, STATS.index("grad_square")] > 0.0  # without a gradient, a tensor does not drift
+        whole = moving * torch.clamp(rows.updates / WARMUP, max=1.0)
         multiplier = whole * scale * torch.exp(torch.clamp(log_step, -MAX_LOG_STEP, MAX_LOG_STEP))
     column_scale, column_shift = spec.features.column_map(stats, rows.updates, shapes.decays)
     return globals_, rows, Conditioning(column_scale, column_shift, constant, multiplier), x

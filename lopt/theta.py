@@ -26,11 +26,11 @@ from torch import Tensor
 
 from lopt.features import FEATURE_SETS, FeatureSet
 
-FORMAT = 1  # of the safetensors file; raised when old files cannot be read as they are
+FORMAT = 2  # of the safetensors file; raised when old files cannot be read as they are
 WEIGHTS = Path(__file__).parent / "weights"
 
 #: Kinds of inputs at tensor level, with the number of scalars about one tensor that the LSTM sees.
-TENSOR_INPUTS = {"paper": 18, "relative": 17}
+TENSOR_INPUTS = {"paper": 18, "relative": 13}
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,11 @@ class ThetaSpec:
         magnitude_rate: ``c`` in ``update = direction * exp(c * magnitude)``.
         linear_skip: adds a linear map of the per-parameter inputs to the direction.
         step_control: multiplies a tensor's update by its scale (root mean square) and by the exponential of a linear
-            map of the LSTM's state and inputs; the first ten updates of a tensor by .1, .2, ... 1, too.
+            map of the LSTM's state and inputs; the first ten updates of a tensor by .1, .2, ... 1, too. A tensor whose
+            gradient is zero everywhere does not move.
         tensor_inputs: ``"paper"``: the LSTM sees magnitudes and signs as they are, the MLP 11 sinusoids of the step.
-            ``"relative"``: the LSTM sees ratios that do not depend on the scale of gradients and parameters, and both
+            ``"relative"``: the LSTM sees ratios that do not depend on the scale of gradients and parameters, and not
+            the dimensions of the tensor, which differ between small tasks and large models and between layouts; both
             see the logarithm of the step, at most ``time_limit``. Needs a feature set with a slow second moment.
         horizon_input: adds the inputs that need ``total_steps``; only with ``tensor_inputs="relative"``.
         time_limit: steps beyond which logarithmic time stands still (the longest run seen in meta-training).

@@ -221,6 +221,22 @@ def test_a_gradient_that_pauses_leaves_its_state_alone(impl: str) -> None:
 
 
 @every_impl
+def test_a_tensor_without_gradient_does_not_drift(impl: str) -> None:
+    """Gradients of zeros, as of dead units: in the first step, or after others, and whatever the momenta are."""
+    params = make_params()
+    opt = make_optimizer(params, impl)
+    for step in range(4):
+        before = [param.detach().clone() for param in params]
+        set_grads(params, step)
+        still = {0: {0, 2}, 2: {1, 2}}.get(step, set())
+        for index in still:
+            params[index].grad = torch.zeros_like(params[index])
+        opt.step(loss=make_loss(step))
+        for index, (param, old) in enumerate(zip(params, before, strict=True)):
+            assert same_bits(param.detach(), old) == (index in still), (step, index)
+
+
+@every_impl
 def test_a_step_without_any_gradient_changes_nothing_and_keeps_the_loss(impl: str) -> None:
     params, others = make_params(), make_params()
     opt, other = make_optimizer(params, impl), make_optimizer(others, impl)

@@ -72,10 +72,10 @@ def test_ratios_by_hand() -> None:
     assert train is not None
     assert test is not None
     assert train.ratios == pytest.approx({"a": 0.5, "b": 2.0})  # the floor is 1% of 10
-    assert (train.won, train.lost) == (0.5, 0.5)
+    assert (train.better, train.won, train.lost) == (0.5, 0.5, 0.5)
     assert train.ratio == pytest.approx(1.0)
     assert test.ratios == pytest.approx({"a": 5.0, "b": 1.0})
-    assert (test.won, test.lost, test.median) == (0.0, 0.5, pytest.approx(3.0))
+    assert (test.better, test.won, test.lost, test.median) == (0.0, 0.0, 0.5, pytest.approx(3.0))
     assert compared.compare("lopt", "adam", 200, "train") is None
     assert compared.compare("lopt", "adam", 100, "train", "second") is None  # no curves
 
@@ -219,7 +219,7 @@ def test_report_says_where_we_lose() -> None:
     assert line == "train: behind adam, ratio 10.000 (10.000 to 10.000), lost 100%, won 0% of 4 tasks"
     header, rows = report.against(100, "lopt")
     found = dict(zip(header[1:9], rows[0][1:9], strict=True))
-    assert found["train: won / lost"] == "50% / 50%"
+    assert found["train: better / won / lost"] == "50% / 50% / 50%"
     assert rows[0][2] == f"{(0.5 * 0.5 * 2.2 * 1.6) ** 0.25:.3f}"
     header, rows = report.normalised(100)
     assert rows[0][:3] == ["lopt", f"{(1.2 + 0.6) / 9.1 / 4:.4f}", f"{0.6 / 9.1 / 2:.4f}"]

@@ -499,7 +499,6 @@ def test_compact_lstm_inputs_by_hand() -> None:
         math.log(0.01 / 0.04),  # coefficient of variation of the second moments
         math.log(2.0 / 0.8),  # growth of the parameters
         math.log(0.3 / 0.6),  # this tensor's gradient among the tensors
-        *(math.log(3) - 1, math.log(5) - 1, -1.0, -1.0),
         *(0.0, 0.0, 0.0, 0.0),  # no loss yet
         *(1.0, math.log(15) / 8),
         *(math.log(4) / 8, 1.0, 0.03, math.log(1 - 0.99 * 0.03), math.log(101) / 8, math.log(4) / 8),

@@ -64,16 +64,16 @@ def test_paper_has_the_constants_of_the_specification() -> None:
 
 @pytest.mark.parametrize("horizon", [True, False])
 def test_compact_sizes_by_hand(horizon: bool) -> None:
-    """12 columns, 2 facts, 4 LSTM values, and 6 or 1 time inputs reach the MLP; 4 + 4 + 17 and the time the LSTM."""
+    """12 columns, 2 facts, 4 LSTM values, and 6 or 1 time inputs reach the MLP; 4 + 4 + 13 and the time the LSTM."""
     time = 6 if horizon else 1
     spec = dataclasses.replace(PRESETS["compact"], horizon_input=horizon)
     expected = {
         "initial": 4 + 4 + 8 + 8,
-        "lstm": (4 + 4 + 17 + time + 8) * 32 + 32,
+        "lstm": (4 + 4 + 13 + time + 8) * 32 + 32,
         "lstm_to": (8 + 1) * 4 * 2,
         "mlp": (12 + time + 2 + 4 + 1) * 8 + (8 + 1) * 8 + (8 + 1) * 6,
         "skip": 12,
-        "step": 8 + (4 + 4 + 17 + time) + 1,
+        "step": 8 + (4 + 4 + 13 + time) + 1,
     }
     assert spec.num_floats == sum(expected.values())
     assert Theta.init("compact").flatten().shape == (PRESETS["compact"].num_floats,)
@@ -342,8 +342,8 @@ def test_load_never_unpickles(tmp_path: Path, protocol: str) -> None:
 WRONG_HEADERS = [
     ("not json", "has no lopt metadata; it was not written by Theta.save"),
     ([1, 2], "has no lopt metadata"),
-    ({"format": 1}, "has no lopt metadata"),
-    ({**header_of(), "format": 99}, "has format 99, this version of lopt reads format 1"),
+    ({"format": theta_module.FORMAT}, "has no lopt metadata"),
+    ({**header_of(), "format": 99}, "has format 99, this version of lopt reads format 2"),
     ({**header_of(), "spec": [1]}, r"spec: unknown fields \[1\], missing fields"),
     (header_of(colour="red"), r"spec: unknown fields \['colour'\], missing fields \[\]"),
     (header_of(mlp_width=16), r"theta\['mlp.w1'\]: expected shape \(24, 16\), got \(24, 8\)"),
@@ -490,7 +490,7 @@ def test_import_jax_of_a_missing_or_pickled_file(tmp_path: Path) -> None:
 def test_a_spec_value_of_the_wrong_type_is_a_value_error(tmp_path):
     path = tmp_path / "theta.safetensors"
     theta = Theta.init("compact")
-    header = {"format": 1, "spec": {**theta.spec.to_json(), "mlp_width": "8"}, "provenance": {}}
+    header = {"format": theta_module.FORMAT, "spec": {**theta.spec.to_json(), "mlp_width": "8"}, "provenance": {}}
     safetensors.torch.save_file(theta.tensors, path, {"lopt": json.dumps(header)})
     with pytest.raises(ValueError, match="wrong type"):
         Theta.load(path)

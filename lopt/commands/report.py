@@ -82,6 +82,7 @@ class MakeReport(Command):
                     numbers.append(
                         {
                             **asdict(one),
+                            "better": one.better,
                             "won": one.won,
                             "lost": one.lost,
                             "ratio": one.ratio,

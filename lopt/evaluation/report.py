@@ -60,12 +60,12 @@ class Report:
     # ---- Tables -----------------------------------------------------------------------------------------------------
 
     def against(self, horizon: int, ours: str) -> Table:
-        """One row per opponent: won and lost, geometric mean and its interval, median."""
+        """One row per opponent: share of tasks better, won and lost, geometric mean and its interval, median."""
         header = [f"{ours} against"]
         for per in ("step", "second"):
             for measure in MEASURES:
                 end = "" if per == "step" else ", equal time"
-                header += [f"{measure}{end}: won / lost", "ratio", "95%", "median"]
+                header += [f"{measure}{end}: better / won / lost", "ratio", "95%", "median"]
         rows = []
         for other in self.others:
             row = [self.runs.label(other)]
@@ -184,7 +184,7 @@ class Report:
         ]
         body.append(
             "<p class=note>A ratio is (L + f) / (L_other + f), means over the seeds, f = 1% of the initial loss (where "
-            "losses are negative, from the lowest seen): below 1 is better. Won: below .98; lost: above 1.02. "
+            "losses are negative, from the lowest seen): below 1 is better. Better: below 1; won: below .98; lost: above 1.02. "
             "Ratios are geometric means over tasks, intervals those of the bootstrap over tasks. Of several trials "
             "the one with the least loss on outer_valid counts. Equal time: when the quicker of the two ends.</p>"
         )
@@ -254,7 +254,8 @@ def _svg(figure: Any) -> str:
 
 def _cells(one: Comparison) -> list[str]:
     low, high = one.interval
-    return [f"{one.won:.0%} / {one.lost:.0%}", f"{one.ratio:.3f}", f"{low:.3f} to {high:.3f}", f"{one.median:.3f}"]
+    shares = f"{one.better:.0%} / {one.won:.0%} / {one.lost:.0%}"
+    return [shares, f"{one.ratio:.3f}", f"{low:.3f} to {high:.3f}", f"{one.median:.3f}"]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool = False) -> str:
