@@ -1,9 +1,9 @@
 """Does the optimizer keep up on tensors of other shapes than meta-training had?
 
 Trains, 200 steps each and told total_steps, (a) perceptrons of torch.nn.Linear, whose weights are ``[out, in]`` where
-the tasks of meta-training have ``[in, out]``, on classes drawn by a random perceptron, and (b) autoencoders by TaskSet's
-sampler with layers of 384 units or more on generated images. Nothing is held out here. Prints a row per optimizer:
-the loss on 4,000 new rows for each width, mean over three seeds, and over the autoencoders the mean of
+the tasks of meta-training have ``[in, out]``, on classes drawn by a random perceptron, and (b) autoencoders by the
+sampler of TaskSet with layers of 384 units or more on generated images. Nothing is held out here. Prints a row per
+optimizer: the loss on 4,000 new rows for each width, mean over three seeds, and over the autoencoders the mean of
 log(final training loss / initial loss + .01).
 
     python benchmarks/shapes.py lopt adam adam-tuned:2 adam-tuned:4

@@ -2,7 +2,8 @@
 
 A ratio is ``(L - b + f) / (L_other - b + f)`` with losses L that are means over the seeds, f = 1% of what the initial
 loss is above b, and b = 0, or the lowest loss of any run of the task where that is negative (flows): below 1 is
-better. A task counts as won below .98 and as lost above 1.02, so that a tie is neither. Intervals are those of the bootstrap over tasks, 95%.
+better. A task counts as won below .98 and as lost above 1.02, so that a tie is neither. Intervals are those of the
+bootstrap over tasks, 95%.
 
 The trial of an optimizer with several is that of the least mean outer_valid loss, for each task and horizon. By second,
 two optimizers are compared when the quicker of them ends; the other's loss is interpolated there. Their seconds are

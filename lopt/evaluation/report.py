@@ -184,7 +184,7 @@ class Report:
         ]
         body.append(
             "<p class=note>A ratio is (L + f) / (L_other + f), means over the seeds, f = 1% of the initial loss (where "
-            "losses are negative, from the lowest seen): below 1 is better. Better: below 1; won: below .98; lost: above 1.02. "
+            "losses are negative, from the lowest seen): below 1 is better. Won: below .98; lost: above 1.02. "
             "Ratios are geometric means over tasks, intervals those of the bootstrap over tasks. Of several trials "
             "the one with the least loss on outer_valid counts. Equal time: when the quicker of the two ends.</p>"
         )
