@@ -183,6 +183,7 @@ def test_a_sweep_beyond_the_range_of_halves(backend: Backend, preset: str) -> No
     """Windows of 128 that tensor cores cannot do are done in plain float, from the accumulators of this step."""
     problem = problem_of(preset, 16, ((1024,),))
     params, scale = [problem.params[0].clone()], problem.conditioning.scale.clone()
+    params[0][128:256] *= 1e-3  # so that the last bits of their updates are seen
     params[0][5], params[0][300] = 1e7, -1e5
     scale[:, problem.spec.features.column_index("param")] = 1.0
     spec, conditioning = problem.spec, problem.conditioning._replace(scale=scale)

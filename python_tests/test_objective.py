@@ -77,8 +77,8 @@ def test_scales_are_those_of_the_initialisation() -> None:
     for name, scale in {"skip": 0.1, "step.w": 0.1, "step.b": 0.1, "mlp.b1": 0.3, "initial_h": 0.3}.items():
         assert every[name].unique().item() == pytest.approx(scale)
     linear, mlp, lstm = (outer.scales(spec, "prior", groups) for groups in ("linear", "mlp", "lstm"))
-    assert int((linear > 0).sum()) == 12 + 40
-    assert int((mlp > 0).sum()) == 24 * 8 + 8 + 8 * 8 + 8 + 8 * 6 + 6 + 12 + 40
+    assert int((linear > 0).sum()) == 12 + 36
+    assert int((mlp > 0).sum()) == 24 * 8 + 8 + 8 * 8 + 8 + 8 * 6 + 6 + 12 + 36
     assert torch.equal(linear[mlp == 0], torch.zeros(int((mlp == 0).sum())))
     assert torch.equal(mlp + lstm, outer.scales(spec, "prior", "all"))
     assert bool((mlp * lstm == 0).all())

@@ -93,7 +93,8 @@ def check_apply(backend: Backend, *key: object, guard: int = GUARD, precision: s
     assert same(run.grads, problem.grads)
     assert same(run.mom, problem.mom)
     assert same(run.rms, problem.rms)
-    check_rule("hidden", error(hidden, exact.hidden), error(single.hidden, exact.hidden))
+    # 2 ulp: of a tensor with one element, nothing averages the rounding of the bias that holds all constant inputs.
+    check_rule("hidden", error(hidden, exact.hidden), error(single.hidden, exact.hidden), ulps=2.0)
     single_error = error(single.params, exact.params)
     if problem.params[0].dtype == F32:
         check_rule("params", error(run.params, exact.params), single_error)
