@@ -1,7 +1,7 @@
 // apply for a run of parameters, the loop that apply_cpu.cpp and unroll_cpu.cpp share:
 //   x      = clamp(columns(grad, param, mom, rms) * scale + shift, +-feature_clip)
 //   o, h   = small_mlp(x)
-//   param  = keep * param - step_size * o.direction * exp(magnitude_rate * o.magnitude)
+//   param  = keep * param - step_size * active(rms) * o.direction * exp(magnitude_rate * o.magnitude)
 // and the sum of the last hidden layer h, in the order of Note [Order of summation] (accumulate_block.h).
 #pragma once
 
@@ -57,7 +57,7 @@ struct Applier {
   LOPT_INLINE void rows(float* p_at, const float* g_at, const float* mom_at, const float* rms_at, int lanes,
                         Vec* hidden_sum) const {
     const int64_t mom_step = mom.step(), rms_step = rms.step();
-    Vec p[kVectors], x[kColumns * kVectors], hidden[kWidth * kVectors];
+    Vec p[kVectors], step[kVectors], x[kColumns * kVectors], hidden[kWidth * kVectors];
     LOPT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int i = v * kLanes;
@@ -69,6 +69,7 @@ struct Applier {
       LOPT_UNROLL
       for (int k = 0; k < Features::kNumRms; ++k) r[k] = load(rms_at + k * rms_step + i, lanes);
       Features::columns(g, p[v], m, r, raw);
+      step[v] = Features::active(r) * step_size;
       LOPT_UNROLL
       for (int c = 0; c < kColumns; ++c)
         x[c * kVectors + v] = clamp_of(raw[c] * scale[c] + shift[c], -feature_clip, feature_clip);
@@ -77,7 +78,7 @@ struct Applier {
     small_mlp_rows<kColumns, kWidth, kVectors, kSums / kVectors>(x, weights, bias, hidden, out);
     if (moves())
       for (int v = 0; v < kVectors; ++v)
-        store(p_at + v * kLanes, next_param(p[v], out[v], keep, step_size, magnitude_rate), lanes);
+        store(p_at + v * kLanes, next_param(p[v], out[v], keep, step[v], magnitude_rate), lanes);
     const Vec mask = lane_mask(lanes);
     for (int j = 0; j < kWidth; ++j) {
       LOPT_UNROLL

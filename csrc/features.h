@@ -1,7 +1,7 @@
 // Feature sets: the per-parameter inputs of the small MLP, one struct per set.
 //
 // A feature set names its raw columns (enum Column), fills them for one parameter (`columns`), and says which per-tensor
-// means its column map needs (enum Moment, `moments`). The column map itself, x = clamp(raw * scale + shift, +-clip), is
+// means its column map needs (enum Moment, `moments`), and which parameters move (`active`). The column map itself, x = clamp(raw * scale + shift, +-clip), is
 // affine with per-tensor scale and shift, so the tensor normaliser and the bias corrections of the accumulators never
 // touch a kernel: `column_map`, and in Python lopt/features.py, turns means into scale and shift.
 //
@@ -45,6 +45,11 @@ struct PaperFeatures {
       x[kMomOverRms + k] = mom[k] * inverse;
       x[kRsqrtRms + k] = inverse;
     }
+  }
+
+  template <class V>
+  LOPT_HD static V active(const V*) {
+    return V{} + 1.0f;
   }
 
   template <class V>
@@ -98,6 +103,12 @@ struct CompactFeatures {
     x[kGrad] = grad;
     x[kLogSlow] = log_of(rms[1] + kTiny) * 0.5f;
     x[kLogRatio] = log_of(rms[0] + kTiny) * 0.5f - x[kLogSlow];
+  }
+
+  // 1, or 0 if there was no gradient for 180 steps, or ever: the MLP of zeros is not zero, and would let it drift.
+  template <class V>
+  LOPT_HD static V active(const V* rms) {
+    return rms[0] > rms[kSlow] * 1e-4f ? V{} + 1.0f : V{};
   }
 
   template <class V>

@@ -88,8 +88,9 @@ LOPT_HD V next_accumulator(V value, float decay, V input) {
   return value * decay + input * (1.0f - decay);
 }
 
+// step_size: of the tensor, times Features::active.
 template <class V>
-LOPT_HD V next_param(V param, MlpOutput<V> out, float keep, float step_size, float magnitude_rate) {
+LOPT_HD V next_param(V param, MlpOutput<V> out, float keep, V step_size, float magnitude_rate) {
   return param * keep - out.direction * exp_of(out.magnitude * magnitude_rate) * step_size;
 }
 

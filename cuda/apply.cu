@@ -1,7 +1,7 @@
 // apply on the GPU: for every parameter
 //   x      = clamp(columns(grad, param, mom, rms) * scale + shift, +-feature_clip)
 //   o, h   = small_mlp(x)
-//   param  = keep * param - step_size * o.direction * exp(magnitude_rate * o.magnitude)
+//   param  = keep * param - step_size * active(rms) * o.direction * exp(magnitude_rate * o.magnitude)
 // and per tensor the mean of the last hidden layer h. Here the plain kernel, the oracle of that in apply_mma.cu: one
 // block per chunk, one thread per parameter and round; the weights of the MLP lie in shared memory. Source:
 // arXiv:2009.11243. See Note [Order of reduction].

@@ -71,7 +71,8 @@ __device__ __forceinline__ float next_of_one(const ApplyParams& params, const Ru
   float x[Features::kNumColumns];
   rule.columns(grad, param, mom, rms, params.feature_clip, x);
   const MlpOutput<float> out = small_mlp<Features::kNumColumns, kWidth>(x, rule.weights, rule.bias, hidden);
-  return next_param(param, out, operands.keep, operands.step_size, params.magnitude_rate);
+  const float step = operands.step_size * Features::active(rms);
+  return next_param(param, out, operands.keep, step, params.magnitude_rate);
 }
 
 // The same in memory.

@@ -198,7 +198,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
     float next[kQuad], sum[kTiles][2] = {};  // sum: of hidden units over these 128 parameters
 #pragma unroll
     for (int begin = 0; begin < kQuad; begin += kStaged) {
-      float skip[kStaged];
+      float skip[kStaged], step[kStaged];
 #pragma unroll
       for (int s = 0; s < kStaged; ++s) {
         float m[Features::kNumMom], r[Features::kNumRms], x[8 * kBlocks] = {};
@@ -209,6 +209,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
         rule.columns(grad[begin + s], param[begin + s], m, r, params.feature_clip, x);
         x[kColumns] = 1.0f;
         skip[s] = rule.skip(x);
+        step[s] = operands.step_size * Features::active(r);
         stage.write(lane + 32 * s, x);
       }
       __syncwarp();
@@ -259,7 +260,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
         MlpOutput<float> out = stage.read_outputs(lane + 32 * s);
         out.direction += weights[Layout::kB3] + skip[s];
         out.magnitude += weights[Layout::kB3 + 1];
-        next[begin + s] = next_param(param[begin + s], out, operands.keep, operands.step_size, params.magnitude_rate);
+        next[begin + s] = next_param(param[begin + s], out, operands.keep, step[s], params.magnitude_rate);
       }
       __syncwarp();  // before the rows are written again
     }

@@ -28,6 +28,10 @@ STATS = (
 )
 
 
+#: A parameter rests once its quickest second moment is at most so much of the slow one: (.999 / .95)^180 is 1e4.
+RESTING = 1e-4
+
+
 @dataclass(frozen=True)
 class Column:
     """One per-parameter input.
@@ -64,6 +68,19 @@ class FeatureSet:
     def slow(self) -> int | None:
         """Position among the second moments of the one whose tensor mean is a moment, None where there is none."""
         return next((k for k in range(len(self.rms_decays)) if f"rms{k}" in self.moments), None)
+
+    def active(self, rms: Tensor) -> Tensor:
+        """1 for parameters that move, 0 for those that rest: their gradients have been zero for 180 steps, or always.
+
+        Without this they would drift, since the MLP of zeros is not zero. Where there is no slow second moment, as in
+        the paper, all move.
+
+        Args:
+            rms: ``[num_rms, numel]``, second moments.
+        """
+        if self.slow is None:
+            return torch.ones_like(rms[0])
+        return (rms[0] > RESTING * rms[self.slow]).to(rms.dtype)
 
     @property
     def debiased(self) -> bool:

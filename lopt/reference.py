@@ -215,7 +215,8 @@ def apply(
     direction = out[:, 0]
     if spec.linear_skip:
         direction = direction + columns.T @ weights["skip"]
-    moved = keep * param - direction * torch.exp(out[:, 1] * spec.magnitude_rate) * step_size
+    step = spec.features.active(rms) * step_size
+    moved = keep * param - direction * torch.exp(out[:, 1] * spec.magnitude_rate) * step
     still = (torch.as_tensor(step_size) == 0) & (torch.as_tensor(keep) == 1)  # lr = 0 changes no bit
     return torch.where(still, param, moved), out[:, 2:].mean(dim=0), x, out
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lopt import ops
+from lopt.features import RESTING
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -234,6 +235,28 @@ def test_a_tensor_without_gradient_does_not_drift(impl: str) -> None:
         opt.step(loss=make_loss(step))
         for index, (param, old) in enumerate(zip(params, before, strict=True)):
             assert same_bits(param.detach(), old) == (index in still), (step, index)
+
+
+@every_impl
+def test_a_parameter_without_gradient_rests(impl: str) -> None:
+    """Rows of an embedding: one used always, one in the first step, one in the first and again later, one never."""
+    table = torch.nn.Parameter(make_params()[0].detach().new_full((4, 40), 0.1))
+    opt = make_optimizer([table], impl)
+    moved = []
+    for step in range(280):
+        table.grad = torch.zeros_like(table)
+        used = [0] + [1] * (step == 0) + [2] * (step in (0, 270))
+        table.grad[used] = torch.linspace(0.5, -0.4, 40, dtype=table.dtype)
+        before = table.detach().clone()
+        opt.step(loss=make_loss(step))
+        moved.append((table.detach() != before).any(dim=1).tolist())
+    always, once, twice, never = zip(*moved, strict=True)
+    awake = [0.05 / 0.001 * (0.95 / 0.999) ** step > RESTING for step in range(280)]  # shares of one gradient
+    assert awake.index(False) == 261
+    assert all(always)
+    assert not any(never)
+    assert list(once) == awake
+    assert list(twice) == [*awake[:270], *[True] * 10]
 
 
 @every_impl
