@@ -1,9 +1,10 @@
 // Feature sets: the per-parameter inputs of the small MLP, one struct per set.
 //
 // A feature set names its raw columns (enum Column), fills them for one parameter (`columns`), and says which per-tensor
-// means its column map needs (enum Moment, `moments`), and which parameters move (`active`). The column map itself, x = clamp(raw * scale + shift, +-clip), is
-// affine with per-tensor scale and shift, so the tensor normaliser and the bias corrections of the accumulators never
-// touch a kernel: `column_map`, and in Python lopt/features.py, turns means into scale and shift.
+// means its column map needs (enum Moment, `moments`), and which parameters move (`active`). The column map itself,
+// x = clamp(raw * scale + shift, +-clip), is affine with per-tensor scale and shift, so the tensor normaliser and the bias
+// corrections of the accumulators never touch a kernel: `column_map`, and in Python lopt/features.py, turns means into
+// scale and shift.
 //
 // Values are of type V: float, or a SIMD vector of floats (simd.h). No loads or stores from memory here.
 // `grad` is the clipped gradient, `mom` and `rms` are the updated accumulators.
