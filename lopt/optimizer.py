@@ -81,7 +81,7 @@ class LearnedOptimizer(Optimizer):
 
     with the MLP's outputs *direction* d and *magnitude* m, and the step s of the tensor. There is nothing to tune:
     ``lr`` is a multiplier that stays 1, and weight decay is there for those who want it. Except with ``paper``, nothing
-    else moves what has no gradient: a tensor at once, a single parameter after 180 steps, or from the beginning.
+    else moves what has no gradient: a tensor rests at once, a parameter after some 180 steps, or from the beginning.
 
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may have their own ``lr`` and
