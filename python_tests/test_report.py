@@ -217,10 +217,14 @@ def test_report_says_where_we_lose() -> None:
     assert "test: 2.20 times the loss of adam on c" in lines
     (line,) = (line for line in report.losses(100, "lopt-untold") if line.startswith("train: behind"))
     assert line == "train: behind adam, ratio 10.000 (10.000 to 10.000), lost 100%, won 0% of 4 tasks"
+    ratio = (0.5 * 0.5 * 2.2 * 1.6) ** 0.25
     header, rows = report.against(100, "lopt")
-    found = dict(zip(header[1:9], rows[0][1:9], strict=True))
-    assert found["train: better / won / lost"] == "50% / 50% / 50%"
-    assert rows[0][2] == f"{(0.5 * 0.5 * 2.2 * 1.6) ** 0.25:.3f}"
+    assert header[1:4] == ["train: ratio (95%)", "median", "better / won / lost"]
+    assert rows[0][1].startswith(f"{ratio:.2f} (")
+    assert rows[0][2:4] == [f"{(0.5 + 1.6) / 2:.2f}", "50% / 50% / 50%"]
+    header, rows = report.headline("lopt")
+    assert header == ["lopt against", "train, 100 steps", "test, 100 steps"]
+    assert re.fullmatch(rf"{ratio:.2f} \(0\.5\d to \d\.\d\d\), 50%", rows[0][1])
     header, rows = report.normalised(100)
     assert rows[0][:3] == ["lopt", f"{(1.2 + 0.6) / 9.1 / 4:.4f}", f"{0.6 / 9.1 / 2:.4f}"]
     text = report.html()
@@ -229,6 +233,24 @@ def test_report_says_where_we_lose() -> None:
     assert len(re.findall("<svg ", text)) == 1
     assert not re.search(r"(src|href)=[\"']?(?!#)", re.sub(r"xlink:href=\"#[^\"]*\"", "", text))  # needs nothing else
     assert report.html() == text
+
+
+def test_markdown_has_the_tables_of_the_html_file() -> None:
+    """Every cell of the HTML file, in the same order; a colour, a figure and a fold are its own."""
+    pytest.importorskip("matplotlib")
+    report = Report(runs=Runs(several()), title="A < B", facts={"seeds": "0, 1"}, warnings=["a *warning* | `x`"])
+    text = report.markdown()
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)<", report.html())
+    tables = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert [cell for line in tables for cell in line[2:-2].split(" | ")] == cells
+    assert text.startswith("# A \\< B\n\n* seeds: 0, 1\n\n**a \\*warning\\* | \\`x\\`**\n\nA ratio is")
+    assert text.count("<details>") == report.html().count("<details>") == 4
+
+
+def test_opponents_stand_in_the_order_of_their_table() -> None:
+    names = ("lopt", "zz", "dog", "adam-tuned", "prodigy", "adam")
+    report = Report(runs=Runs([a_run(name, "a", 1.0, 1.0) for name in names]), title="", facts={})
+    assert report.others == ["adam", "prodigy", "dog", "adam-tuned", "zz"]
 
 
 def test_published_envelope_stands_beside_our_losses() -> None:
@@ -256,6 +278,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told[0]["interval"][0] < told[0]["ratio"] < told[0]["interval"][1]
     assert numbers["normalised"]["100"]["adam"]["train"]["median"] == pytest.approx(0.5 / 9.6 / 2)
     assert (tmp_path / "report.html").read_text().count("<table>") >= 6
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "a/report.md")]) == 0
+    assert (tmp_path / "a/report.md").read_text().startswith("# Evaluation of a learned optimizer\n")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``lopt report``: the runs of an evaluation as one HTML file, and its headline on the terminal."""
+"""``lopt report``: the runs of an evaluation as one file, HTML or Markdown, and its headline on the terminal."""
 
 import statistics
 from collections import Counter
@@ -17,9 +17,6 @@ from lopt.evaluation.report import Report
 from lopt.evaluation.step_times import StepTimes
 from lopt.evaluation.table import Run, RunTable
 from lopt.meta.provenance import file_checksum
-
-#: Columns of a comparison by step: the opponent, and four numbers each for training and test loss.
-BY_STEP = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +44,7 @@ class MakeReport(Command):
     """Only these lengths."""
 
     out: Path | None = None
-    """The file; report.html beside the table if not given."""
+    """The file, Markdown without figures if its name ends in .md; report.html beside the table if not given."""
 
     def run(self, console: Console) -> Outcome:
         path = self.folder / "runs.csv" if self.folder.is_dir() else self.folder
@@ -103,7 +100,7 @@ class MakeReport(Command):
         }
         out = self.out or path.with_name("report.html")
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(report.html())
+        out.write_text(report.markdown() if out.suffix == ".md" else report.html())
         say(console, "")
         say(console, f"Wrote {out}")
         said = {"facts": report.facts, "warnings": report.warnings}
@@ -149,8 +146,8 @@ def show_comparisons(console: Console, report: Report, horizon: int) -> None:
     say(console, "")
     say(console, f"{horizon} steps, {len(report.runs.families(horizon))} tasks")
     for ours in report.ours:
-        header, rows = report.against(horizon, ours)
-        show_table(console, header[:BY_STEP], [row[:BY_STEP] for row in rows])
+        if (against := report.against(horizon, ours)).rows:
+            show_table(console, *against)
 
 
 def _facts(runs: list[Run]) -> dict[str, str]:

@@ -95,6 +95,7 @@ class Runs:
     ) -> None:
         self.all = list(_told_apart(list(runs)))
         self._step_times = step_times or {}
+        self._compared: dict[tuple[str, str, int, Measure, Per], Comparison | None] = {}
         self._trials: dict[tuple[str, Place], dict[str, list[Run]]] = {}
         for run in self.all:
             key = run.settings or f"{run.schedule} {run.lr}"
@@ -128,6 +129,12 @@ class Runs:
 
     def compare(self, name: str, other: str, horizon: int, measure: Measure, per: Per = "step") -> Comparison | None:
         """``name`` against ``other`` on the tasks and seeds that both have; None if there is none."""
+        key = name, other, horizon, measure, per
+        if key not in self._compared:
+            self._compared[key] = self._compare(*key)
+        return self._compared[key]
+
+    def _compare(self, name: str, other: str, horizon: int, measure: Measure, per: Per) -> Comparison | None:
         ratios: dict[str, float] = {}
         for place, ours in self.chosen[name].items():
             pairs = _pairs(ours, self.chosen[other].get(place, []))

@@ -1,30 +1,21 @@
-"""An evaluation as one HTML file that needs nothing else: tables, figures inside, and a plain list of what was lost."""
+"""An evaluation as one file: tables, figures, and a plain list of what was lost."""
 
 from __future__ import annotations
 
-import html
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lopt.evaluation.comparison import MEASURES, Comparison, Measure, Runs
-from lopt.evaluation.opponents import LEARNED
+from lopt.evaluation.comparison import MEASURES, Comparison, Measure, Per, Runs
+from lopt.evaluation.opponents import LEARNED, OPPONENTS
+from lopt.evaluation.pages import HtmlPage, MarkdownPage, Page, Table
 from lopt.evaluation.plots import COLOURS, require_matplotlib
 from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
 from lopt.evaluation.scores import NO_WORSE
 
-Table = tuple[list[str], list[list[str]]]
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 76em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-.won { color: #00664b } .lost { color: #b02a00 }
-svg { max-width: 100%; height: auto } h2 { margin-top: 2em } caption, .note { text-align: left; color: #555 }
-"""
+PER: tuple[Per, ...] = ("step", "second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,38 +35,46 @@ class Report:
 
     @property
     def others(self) -> list[str]:
-        """The opponents, in the order of the runs."""
-        return sorted(name for name in self.runs.chosen if name not in LEARNED)
+        """The opponents, in the order of their table, then others by name."""
+        order = {name: place for place, name in enumerate(OPPONENTS)}
+        names = (name for name in self.runs.chosen if name not in LEARNED)
+        return sorted(names, key=lambda name: (order.get(name, len(order)), name))
 
     def comparisons(self, horizon: int, ours: str) -> list[Comparison]:
         """Against every opponent, by step and by second, training and test loss."""
         found = [
             self.runs.compare(ours, other, horizon, measure, per)
             for other in self.others
-            for per in ("step", "second")
+            for per in PER
             for measure in MEASURES
         ]
         return [one for one in found if one is not None]
 
     # ---- Tables -----------------------------------------------------------------------------------------------------
 
-    def against(self, horizon: int, ours: str) -> Table:
-        """One row per opponent: share of tasks better, won and lost, geometric mean and its interval, median."""
-        header = [f"{ours} against"]
-        for per in ("step", "second"):
-            for measure in MEASURES:
-                end = "" if per == "step" else ", equal time"
-                header += [f"{measure}{end}: better / won / lost", "ratio", "95%", "median"]
+    def headline(self, ours: str) -> Table:
+        """One row per opponent: at every horizon the geometric mean of the ratio, its interval, the share better."""
+        places = [(horizon, measure) for horizon in self.runs.horizons for measure in MEASURES]
         rows = []
         for other in self.others:
-            row = [self.runs.label(other)]
-            for per in ("step", "second"):
-                for measure in MEASURES:
-                    one = self.runs.compare(ours, other, horizon, measure, per)  # type: ignore[arg-type]
-                    row += ["", "", "", ""] if one is None else _cells(one)
-            if any(row[1:]):
-                rows.append(row)
-        return header, rows
+            found = [self.runs.compare(ours, other, horizon, measure) for horizon, measure in places]
+            if any(found):
+                cells = [f"{_ratio(one)}, {one.better:.0%}" if one is not None else "" for one in found]
+                rows.append([self.runs.label(other), *cells])
+        return Table([f"{ours} against", *(f"{measure}, {horizon} steps" for horizon, measure in places)], rows)
+
+    def against(self, horizon: int, ours: str, per: Per = "step") -> Table:
+        """One row per opponent: geometric mean of the ratio, its interval, median, shares better, won and lost."""
+        header = [f"{ours} against" + ("" if per == "step" else ", at equal time")]
+        for measure in MEASURES:
+            header += [f"{measure}: ratio (95%)", "median", "better / won / lost"]
+        rows = []
+        for other in self.others:
+            found = [self.runs.compare(ours, other, horizon, measure, per) for measure in MEASURES]
+            if any(found):
+                cells = [cell for one in found for cell in (["", "", ""] if one is None else _cells(one))]
+                rows.append([self.runs.label(other), *cells])
+        return Table(header, rows)
 
     def normalised(self, horizon: int) -> Table:
         """Normalised losses as the paper has them."""
@@ -87,7 +86,7 @@ class Report:
                 values = list(self.runs.normalised(name, horizon, measure).values())
                 row += [f"{statistics.fmean(values):.4f}", f"{statistics.median(values):.4f}"] if values else ["", ""]
             rows.append(row)
-        return header, rows
+        return Table(header, rows)
 
     def costs(self, horizon: int) -> Table:
         """Time and memory of every optimizer, medians over tasks, and what diverged."""
@@ -100,7 +99,7 @@ class Report:
                 state = statistics.median(run.state_bytes_per_param for run in same)
                 diverged = f"{sum(run.diverged for run in same)} of {len(same)}"
                 rows.append([name, str(self.runs.budgets[name]), f"{ms:.2f}", f"{state:.1f}", diverged])
-        return header, rows
+        return Table(header, rows)
 
     def tasks(self, horizon: int, ours: str, measure: Measure) -> Table:
         """Ratios by task; the tasks where the geometric mean over opponents is worst come first."""
@@ -115,7 +114,7 @@ class Report:
             [task, *(f"{by_task[task][other]:.3f}" if other in by_task[task] else "" for other in others)]
             for task in order
         ]
-        return [f"{measure}: ratio to", *(self.runs.label(other) for other in others)], rows
+        return Table([f"{measure}: ratio to", *(self.runs.label(other) for other in others)], rows)
 
     def losses(self, horizon: int, ours: str) -> list[str]:
         """Where we lose, in sentences: opponents, families, tasks."""
@@ -166,48 +165,59 @@ class Report:
                 runs = self.runs.chosen[name].get((task, horizon), [])
                 cells.append(f"{statistics.fmean(run.train_loss for run in runs):.4f}" if runs else "")
             rows.append([self.runs.label(name), *cells])
-        return [f"training loss on {task}", *(f"{h} steps" for h in horizons)], rows
+        return Table([f"training loss on {task}", *(f"{h} steps" for h in horizons)], rows)
 
     # ---- The file ---------------------------------------------------------------------------------------------------
 
     def html(self) -> str:
-        """The whole report.
+        """The whole report, which needs nothing else.
 
         Raises:
             ModuleNotFoundError: matplotlib is missing.
         """
         require_matplotlib()
-        body = [
-            f"<h1>{html.escape(self.title)}</h1>",
-            _list([f"{name}: {value}" for name, value in self.facts.items()]),
-            *(f"<p class=lost>{html.escape(warning)}</p>" for warning in self.warnings),
-        ]
-        body.append(
-            "<p class=note>A ratio is (L + f) / (L_other + f), means over the seeds, f = 1% of the initial loss (where "
-            "losses are negative, from the lowest seen): below 1 is better. Won: below .98; lost: above 1.02. "
+        return self._written(HtmlPage(), self._forest)
+
+    def markdown(self) -> str:
+        """The whole report but for the figures."""
+        return self._written(MarkdownPage(), None)
+
+    def _written(self, page: Page, figure: Callable[[int], str] | None) -> str:
+        page.heading(1, self.title)
+        page.items([f"{name}: {value}" for name, value in self.facts.items()])
+        for warning in self.warnings:
+            page.warning(warning)
+        page.note(
+            "A ratio is (L + f) / (L_other + f), means over the seeds, f = 1% of the initial loss (where losses are "
+            "negative, from the lowest seen): below 1 is better. Better: below 1; won: below .98; lost: above 1.02. "
             "Ratios are geometric means over tasks, intervals those of the bootstrap over tasks. Of several trials "
-            "the one with the least loss on outer_valid counts. Equal time: when the quicker of the two ends.</p>"
+            "the one with the least loss on outer_valid counts. Equal time: when the quicker of the two ends."
         )
+        for ours in self.ours:
+            page.table(self.headline(ours), ratios=True)
         for horizon in self.runs.horizons:
-            body.append(f"<h2>{horizon} steps, {len(self.runs.families(horizon))} tasks</h2>")
+            page.heading(2, f"{horizon} steps, {len(self.runs.families(horizon))} tasks")
             for ours in self.ours:
-                body += [_table(*self.against(horizon, ours), colour=True)]
-            body += [self._forest(horizon), _table(*self.normalised(horizon)), _table(*self.costs(horizon))]
+                for per in PER:
+                    if (against := self.against(horizon, ours, per)).rows:
+                        page.table(against, ratios=True)
+            if figure is not None:
+                page.figure(figure(horizon))
+            page.table(self.normalised(horizon))
+            page.table(self.costs(horizon))
             for ours in self.ours:
-                body += [f"<h3>Where {ours} loses</h3>", _list(self.losses(horizon, ours) or ["nowhere"])]
+                if self.against(horizon, ours).rows:
+                    page.heading(3, f"Where {ours} loses")
+                    page.items(self.losses(horizon, ours) or ["nowhere"])
             for ours in self.ours:
                 for measure in MEASURES:
-                    body += [f"<details><summary>{ours}, {measure} loss, every task</summary>"]
-                    body += [_table(*self.tasks(horizon, ours, measure), colour=True), "</details>"]
+                    if (ratios := self.tasks(horizon, ours, measure)).rows:
+                        page.table(ratios, ratios=True, fold=f"{ours}, {measure} loss, every task")
         envelope = self.envelope()
         if envelope is not None:
-            body += ["<h2>Beside a published envelope</h2>", _table(*envelope)]
-        return (
-            "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>\n<body>\n"
-            + "\n".join(body)
-            + "\n</body></html>\n"
-        )
+            page.heading(2, "Beside a published envelope")
+            page.table(envelope)
+        return page.text()
 
     def _forest(self, horizon: int) -> str:
         """Ratios with their intervals, one line per opponent, as an inline figure."""
@@ -252,30 +262,14 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _cells(one: Comparison) -> list[str]:
+def _ratio(one: Comparison) -> str:
     low, high = one.interval
-    shares = f"{one.better:.0%} / {one.won:.0%} / {one.lost:.0%}"
-    return [shares, f"{one.ratio:.3f}", f"{low:.3f} to {high:.3f}", f"{one.median:.3f}"]
+    return f"{one.ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool = False) -> str:
-    """HTML; with ``colour``, numbers that are ratios show whether they are below .98 or above 1.02."""
-
-    def cell(text: str) -> str:
-        mark = ""
-        if colour and text.replace(".", "", 1).isdigit():
-            value = float(text)
-            mark = " class=won" if value < 2 - NO_WORSE else " class=lost" if value > NO_WORSE else ""
-        return f"<td{mark}>{html.escape(text)}</td>"
-
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
-    body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>\n{body}</table>"
+def _cells(one: Comparison) -> list[str]:
+    return [_ratio(one), f"{one.median:.2f}", f"{one.better:.0%} / {one.won:.0%} / {one.lost:.0%}"]
 
 
 def _same(entries: Sequence[tuple[float, str, str]], task: str) -> list[tuple[float, str, str]]:
     return [entry for entry in entries if entry[1] == task]
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
