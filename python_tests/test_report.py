@@ -18,6 +18,8 @@ from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
 from lopt.evaluation.step_times import StepTime, StepTimes
 from lopt.evaluation.table import Run, RunTable
 
+RESULTS = Path(__file__).parents[1] / "benchmarks/results/families"
+
 
 def a_run(optimizer: str, task: str, train: float, test: float, **changes: Any) -> Run:
     """A run from the initial loss 10; ``valid`` is the test loss if nothing else is said."""
@@ -225,6 +227,9 @@ def test_report_says_where_we_lose() -> None:
     header, rows = report.headline("lopt")
     assert header == ["lopt against", "train, 100 steps", "test, 100 steps"]
     assert re.fullmatch(rf"{ratio:.2f} \(0\.5\d to \d\.\d\d\), 50%", rows[0][1])
+    header, rows = report.by_family(100, "lopt", "test")
+    assert header == ["test: ratio to", "adam"]
+    assert rows == [["maf", f"{(2.2 * 1.6) ** 0.5:.2f}"], ["mlp", "0.50"]]
     header, rows = report.normalised(100)
     assert rows[0][:3] == ["lopt", f"{(1.2 + 0.6) / 9.1 / 4:.4f}", f"{0.6 / 9.1 / 2:.4f}"]
     text = report.html()
@@ -244,13 +249,29 @@ def test_markdown_has_the_tables_of_the_html_file() -> None:
     tables = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert [cell for line in tables for cell in line[2:-2].split(" | ")] == cells
     assert text.startswith("# A \\< B\n\n* seeds: 0, 1\n\n**a \\*warning\\* | \\`x\\`**\n\nA ratio is")
-    assert text.count("<details>") == report.html().count("<details>") == 4
+    assert text.count("<details>") == report.html().count("<details>") == 8
 
 
 def test_opponents_stand_in_the_order_of_their_table() -> None:
     names = ("lopt", "zz", "dog", "adam-tuned", "prodigy", "adam")
     report = Report(runs=Runs([a_run(name, "a", 1.0, 1.0) for name in names]), title="", facts={})
     assert report.others == ["adam", "prodigy", "dog", "adam-tuned", "zz"]
+
+
+def test_the_tables_that_are_kept_are_what_the_runs_kept_say(tmp_path: Path) -> None:
+    """report.md is what `lopt report` makes of the rows beside it, and README's table is in it; numbers may differ by a
+    unit of their last digit, for libraries round differently."""
+    kept = RESULTS / "report.md"
+    assert main(["report", str(RESULTS), "--out", str(tmp_path / "report.md")]) == 0
+    number = re.compile(r"\d+(?:\.\d+)?")
+    texts = [kept.read_text(), (tmp_path / "report.md").read_text()]
+    said, expected = (number.sub("#", text) for text in texts)
+    assert said == expected
+    found = [[float(value) for value in number.findall(text)] for text in texts]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-12, atol=0.0101)
+    readme = (RESULTS.parents[2] / "README.md").read_text()
+    table = readme[readme.index("| lopt against |") :].partition("\n\n")[0]
+    assert f"\n\n{table}\n\n" in texts[0]
 
 
 def test_published_envelope_stands_beside_our_losses() -> None:

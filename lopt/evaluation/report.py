@@ -116,6 +116,14 @@ class Report:
         ]
         return Table([f"{measure}: ratio to", *(self.runs.label(other) for other in others)], rows)
 
+    def by_family(self, horizon: int, ours: str, measure: Measure) -> Table:
+        """Geometric means of the ratios of each family."""
+        found = self._against_all(horizon, ours, measure)
+        means = [self._by_family(one) for one in found]
+        families = sorted({family for mean in means for family in mean})
+        rows = [[family, *(f"{mean[family]:.2f}" if family in mean else "" for mean in means)] for family in families]
+        return Table([f"{measure}: ratio to", *(self.runs.label(one.other) for one in found)], rows)
+
     def losses(self, horizon: int, ours: str) -> list[str]:
         """Where we lose, in sentences: opponents, families, tasks."""
         lines = []
@@ -211,8 +219,9 @@ class Report:
                     page.items(self.losses(horizon, ours) or ["nowhere"])
             for ours in self.ours:
                 for measure in MEASURES:
-                    if (ratios := self.tasks(horizon, ours, measure)).rows:
-                        page.table(ratios, ratios=True, fold=f"{ours}, {measure} loss, every task")
+                    for what, table in (("family", self.by_family), ("task", self.tasks)):
+                        if (ratios := table(horizon, ours, measure)).rows:
+                            page.table(ratios, ratios=True, fold=f"{ours}, {measure} loss, every {what}")
         envelope = self.envelope()
         if envelope is not None:
             page.heading(2, "Beside a published envelope")
