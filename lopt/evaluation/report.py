@@ -85,7 +85,8 @@ class Report:
             for measure in MEASURES:
                 values = list(self.runs.normalised(name, horizon, measure).values())
                 row += [f"{statistics.fmean(values):.4f}", f"{statistics.median(values):.4f}"] if values else ["", ""]
-            rows.append(row)
+            if any(row[1:]):
+                rows.append(row)
         return Table(header, rows)
 
     def costs(self, horizon: int) -> Table:
