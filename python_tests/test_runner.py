@@ -460,4 +460,4 @@ def test_command_compares_with_opponents(tmp_path: Path, capsys: pytest.CaptureF
         floor = 0.01 * ours["initial_train_loss"]
         logs.append(math.log((ours["train_loss"] + floor) / (other["train_loss"] + floor)))
     (line,) = (line for line in shown.splitlines() if line.startswith("sgd-tuned@2"))
-    assert f"{math.exp(sum(logs) / 2):.3f}" in line
+    assert line.split()[1] == f"{math.exp(sum(logs) / 2):.2f}"
