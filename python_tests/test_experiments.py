@@ -189,6 +189,21 @@ def test_a_task_run_records_the_losses_of_the_training_loop() -> None:
     assert row.along("step") == [0, 5, 10, 15, 20]
 
 
+def test_adams_of_a_batch_are_those_by_themselves() -> None:
+    fields = [{"trial": trial, "lr": lr} for trial, lr in ((0, 1e-3), (FACTORS.index(10.0), 1e-2))]
+    runs = [wine(name, **field) for name in ("adam-tuned", "adamw-cosine-tuned") for field in fields]
+    assert len({run.batch for run in runs}) == 1
+    for run, found in zip(runs, runs[0].measure_batch(runs), strict=True):
+        alone = run.measure()
+        assert found.final == pytest.approx(alone.final, rel=1e-4)
+        assert found.initial == pytest.approx(alone.initial, rel=1e-6)
+        assert (found.diverged, found.curve) == (False, {})
+    others = [wine("adam-tuned", **one) for one in ({"seed": 1}, {"steps": 21}, {"x": 1.0})]
+    assert len({run.batch for run in (runs[0], *others)}) == 4
+    large = dataclasses.replace(runs[0], problem=HeldOutTask(data="wine", sizes=(13, 6000, 3), batch_size=16))
+    assert {run.batch for run in (large, wine("adam-tuned", points=2), wine("adam"), wine("lopt"))} == {""}
+
+
 def test_a_blind_optimizer_is_one_that_was_never_told() -> None:
     losses = [run.measure().final for run in (wine("lopt"), wine(BLIND))]
     assert losses[0] != losses[1]
@@ -299,6 +314,19 @@ def test_stopped_repeated_and_parallel_runs_give_the_same_rows(tmp_path: Path) -
     again = execute(RUNS, RowTable(table.path), on_done=lambda *count: counts.append(count))
     assert counts[4:] == [(0, 0)]
     assert again == resumed
+
+
+def test_a_batch_is_measured_whole_or_not_at_all(tmp_path: Path) -> None:
+    runs = [wine("lopt"), *(wine("adam-tuned", trial=trial, lr=lr) for trial, lr in ((0, 1e-3), (2, 4.6e-3)))]
+    counts: list[tuple[int, int]] = []
+    whole = execute(runs, RowTable(tmp_path / "whole.csv"), on_done=lambda *count: counts.append(count))
+    assert sorted(counts) in ([(0, 3), (1, 3), (3, 3)], [(0, 3), (2, 3), (3, 3)])
+    lines = (tmp_path / "whole.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "part.csv").write_text("".join(lines[:3]))
+    part = execute(runs, RowTable(tmp_path / "part.csv"), on_done=lambda *count: counts.append(count))
+    assert counts[3:] == [(0, 2), (2, 2)]
+    assert results(part) == results(whole)
+    assert len((tmp_path / "part.csv").read_text().splitlines()) == 4
 
 
 def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class AdamConfig:
-    """One Adam of a grid."""
+    """One Adam of a grid, or AdamW if it has weight decay."""
 
     lr: float
     schedule: Schedule = "constant"
+    weight_decay: float = 0.0
 
 
 GRID = tuple(AdamConfig(lr, schedule) for schedule in SCHEDULES for lr in LRS)
@@ -36,19 +37,21 @@ def train_adam(
     """Train with every configuration at once, and return the flat parameters ``[configs, P]`` and their shapes.
 
     One step of all of them is one batched gradient and one update of ``[configs, P]`` tensors, by the formula of
-    ``torch.optim.Adam`` (betas .9 and .999, eps 1e-8):
+    ``torch.optim.AdamW`` (betas .9 and .999, eps 1e-8), which without weight decay is ``torch.optim.Adam``:
 
+    ``param -= lr_t * weight_decay * param`` and
     ``param -= lr_t / (1 - .9^t) * mom / (sqrt(rms / (1 - .999^t)) + eps)`` at t = 1, 2, ...
 
     where the cosine schedule has ``lr_t = lr (1 + cos(pi (t - 1) / steps)) / 2``.
 
-    Source: D. Kingma, J. Ba, arXiv:1412.6980.
+    Source: D. Kingma, J. Ba, arXiv:1412.6980; I. Loshchilov, F. Hutter, arXiv:1711.05101.
     """
     init = task.init(seed)
     shapes = {name: value.shape for name, value in init.items()}
     params = flatten(init).repeat(len(configs), 1).requires_grad_()
     mom, rms = torch.zeros_like(params), torch.zeros_like(params)
     constant = [config.schedule == "constant" for config in configs]
+    decays = any(config.weight_decay for config in configs)
     batches = task.batches(seed, "train")
     for t in range(1, steps + 1):
         losses = batched_losses(task, params, shapes, next(batches))
@@ -57,6 +60,9 @@ def train_adam(
         lrs = [c.lr * (1.0 if flat else half_cosine) for c, flat in zip(configs, constant, strict=True)]
         step_size = torch.tensor([lr / (1 - 0.9**t) for lr in lrs]).unsqueeze(1)
         with torch.no_grad():
+            if decays:
+                kept = [1 - lr * config.weight_decay for lr, config in zip(lrs, configs, strict=True)]
+                params.mul_(torch.tensor(kept).unsqueeze(1))
             mom.lerp_(grads, 1 - 0.9)
             rms.mul_(0.999).addcmul_(grads, grads, value=1 - 0.999)
             denominator = rms.sqrt().div_(math.sqrt(1 - 0.999**t)).add_(1e-8)
@@ -64,11 +70,11 @@ def train_adam(
     return params.detach(), shapes
 
 
-def adam_results(task: Task, seed: int, steps: int) -> list[Result]:
-    """One result per configuration of ``GRID``; each gets its share of the seconds of the batch."""
+def adam_results(task: Task, seed: int, steps: int, configs: Sequence[AdamConfig] = GRID) -> list[Result]:
+    """One result per configuration; each gets its share of the seconds of the batch."""
     begin = time.perf_counter()
-    params, shapes = train_adam(task, seed, steps)
-    seconds = (time.perf_counter() - begin) / len(GRID)
+    params, shapes = train_adam(task, seed, steps, configs)
+    seconds = (time.perf_counter() - begin) / len(configs)
     initial = _recorded(task, flatten(task.init(seed)).unsqueeze(0), shapes)[0]
     return [
         counted(

@@ -3,15 +3,13 @@
 What is in the table of rows is not run again, so an experiment that was stopped goes on where it was.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import methodcaller
 from pathlib import Path
 
 from lopt.evaluation.processes import in_processes
 from lopt.experiments.rows import Row, RowTable
-from lopt.experiments.runs import Run, Setting
+from lopt.experiments.runs import Result, Run, Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +65,30 @@ def execute(
 ) -> list[Row]:
     """Measure what ``table`` lacks, in ``workers`` processes of one thread, and return the rows in order.
 
+    A batch of which any run is missing is measured whole, so that its losses are the same to the bit.
+
     Args:
-        on_done: called with the numbers of runs done and to do, at the beginning and after every run.
+        on_done: called with the numbers of runs done and to do, at the beginning and after every run or batch.
         data: folder with Fashion-MNIST's IDX files, for the processes.
     """
-    keys = [run.sha256 for run in runs]
-    missing = {key: run for key, run in zip(keys, runs, strict=True) if key not in table.rows}
-    order = sorted(missing.values(), key=lambda run: -run.cost)  # the long ones first
-    for done in itertools.count():
+    by_key = {run.sha256: run for run in runs}
+    batches: dict[str, list[Run]] = {}
+    for key, run in by_key.items():
+        batches.setdefault(run.batch or key, []).append(run)
+    missing = [batch for batch in batches.values() if any(run.sha256 not in table.rows for run in batch)]
+    missing.sort(key=lambda batch: -sum(run.cost for run in batch))  # the long ones first
+    done, total = 0, sum(map(len, missing))
+    if on_done is not None:
+        on_done(done, total)
+    for batch, results in in_processes(_measure, missing, min(workers, len(missing)), data):
+        table.append([Row.of(run, result) for run, result in zip(batch, results, strict=True)])
+        done += len(batch)
         if on_done is not None:
-            on_done(done, len(order))
-        if done == 0:
-            results = in_processes(methodcaller("measure"), order, min(workers, len(order)), data)
-        found = next(results, None)
-        if found is None:
-            break
-        table.append([Row.of(*found)])
-    if order:
+            on_done(done, total)
+    if missing:
         table.tidy(runs)
-    return [table.rows[key] for key in keys]
+    return [table.rows[run.sha256] for run in runs]
+
+
+def _measure(batch: Sequence[Run]) -> list[Result]:
+    return [batch[0].measure()] if len(batch) == 1 else batch[0].measure_batch(batch)

@@ -6,6 +6,7 @@ The hash of what it depends on (:attr:`Run.sha256`) finds its row again.
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
@@ -82,6 +83,15 @@ class Run(ABC):
     @abstractmethod
     def measure(self) -> Result:
         """Do it, on one thread; the same numbers every time, but for the seconds."""
+
+    @property
+    def batch(self) -> str:
+        """Runs that have this in common are measured together, by ``measure_batch``; empty: each by itself."""
+        return ""
+
+    def measure_batch(self, runs: Sequence[Any]) -> list[Result]:
+        """Results of runs with the ``batch`` of this one; they differ by rounding from those of ``measure``."""
+        return [run.measure() for run in runs]
 
     @property
     def theta_sha256(self) -> str:

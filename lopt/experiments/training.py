@@ -1,12 +1,14 @@
 """Runs that train a task, and the optimizers that the experiments share."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lopt.evaluation.adam_grid import AdamConfig, adam_results
 from lopt.evaluation.opponents import FACTORS, LEARNED, OPPONENTS, make_optimizer
 from lopt.evaluation.runs import RECORDED, limit, train_task
 from lopt.experiments.runs import Result, Run
@@ -17,6 +19,13 @@ from lopt.tasks.task import VALID_ROWS, Task
 #: at 1e-2, but our runs are shorter.
 ADAM = "adam-tuned"
 EIGHT = tuple(FACTORS.index(10.0 ** (k / 3)) for k in range(-2, 6))
+
+#: Opponents whose trials are trained as one batch: what distinguishes them, but for the learning rate.
+BATCHED: Mapping[str, AdamConfig] = {
+    ADAM: AdamConfig(1.0, "constant"),
+    "adamw-cosine-tuned": AdamConfig(1.0, "cosine", weight_decay=0.01),
+}
+BATCHED_PARAMS = 100_000  # models with more are hardly quicker in a batch
 
 #: The learned optimizer without validation losses.
 BLIND = "lopt-blind"
@@ -58,6 +67,25 @@ class TaskRun(Run):
             diverged=diverged or curve.diverged,
             curve=along,
         )
+
+    @property
+    def batch(self) -> str:
+        """Adams that differ in the learning rate and its schedule alone."""
+        if self.optimizer not in BATCHED or self.points > 1 or self.problem.num_params > BATCHED_PARAMS:
+            return ""
+        return json.dumps([self.task, self.x, self.steps, self.seed, self.config], sort_keys=True)
+
+    def measure_batch(self, runs: Sequence["TaskRun"]) -> list[Result]:
+        configs = [replace(BATCHED[run.optimizer], lr=run.lr) for run in runs]
+        return [
+            Result(
+                initial=(one.initial["train"], one.initial["outer_valid"], one.initial["test"]),
+                final=(one.losses["train"], one.losses["outer_valid"], one.losses["test"]),
+                seconds=one.seconds,
+                diverged=one.diverged,
+            )
+            for one in adam_results(self.problem, self.seed, self.steps, configs)
+        ]
 
     def build(self, params: list[Tensor], steps: int) -> torch.optim.Optimizer:
         """The optimizer of this run."""
