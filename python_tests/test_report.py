@@ -1,6 +1,7 @@
 """What is made of the rows of an evaluation: choice of trials, ratios, intervals, equal time, the report."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -110,6 +111,33 @@ def test_trials_are_chosen_on_outer_valid_within_the_budget() -> None:
     assert Runs(runs).budgets["sgd-tuned"] == 3
     with pytest.raises(ValueError, match="budget: sgd-tuned has 3 trials on every task, got 4"):
         Runs(runs, {"sgd-tuned": 4})
+
+
+def test_grids_of_both_schedules_are_one_optimizer_too() -> None:
+    """On one task the best Adam, by outer_valid, is a constant one, on the other one with cosine."""
+    runs = [a_run("lopt", task, 1.0, 1.0) for task in "ab"]
+    for task, losses in (("a", (0.5, 0.7, 0.6, 0.8)), ("b", (0.7, 0.6, 0.5, 0.8))):
+        for loss, (schedule, lr) in zip(losses, itertools.product(("constant", "cosine"), (1e-3, 1e-2)), strict=True):
+            runs.append(a_run("adam", task, 2.0 * loss, loss, schedule=schedule, lr=lr, settings=""))
+    compared = Runs(runs)
+    assert {name: compared.label(name) for name in compared.chosen} == {
+        "lopt": "lopt",
+        "adam-grid": "adam-grid@2",
+        "adam-cosine-grid": "adam-cosine-grid@2",
+        "adam-grids": "adam-grids@4",
+    }
+    for name, losses in (("adam-grid", [0.5, 0.6]), ("adam-cosine-grid", [0.6, 0.5]), ("adam-grids", [0.5, 0.5])):
+        assert [compared.chosen[name][task, 100][0].test_loss for task in "ab"] == losses
+    assert "adam-grids" not in Runs([run for run in runs if run.schedule != "cosine"]).chosen
+
+
+def test_horizons_are_those_of_the_learned_optimizer() -> None:
+    runs = [
+        a_run(name, "a", 1.0, 1.0, horizon=horizon) for name, horizon in (("lopt", 100), ("adam", 100), ("adam", 9))
+    ]
+    assert Report(runs=Runs(runs), title="", facts={}).horizons == [100]
+    assert Report(runs=Runs(runs[1:]), title="", facts={}).horizons == [9, 100]
+    assert "9 steps" not in Report(runs=Runs(runs), title="", facts={}).markdown()
 
 
 def test_budget_is_what_every_task_has() -> None:

@@ -72,7 +72,7 @@ class MakeReport(Command):
         for warning in report.warnings:
             say(console, warning)
         numbers = []
-        for horizon in report.runs.horizons:
+        for horizon in report.horizons:
             show_comparisons(console, report, horizon)
             for ours in report.ours:
                 for one in report.comparisons(horizon, ours):
@@ -96,7 +96,7 @@ class MakeReport(Command):
                 }
                 for name in report.runs.chosen
             }
-            for horizon in report.runs.horizons
+            for horizon in report.horizons
         }
         out = self.out or path.with_name("report.html")
         out.parent.mkdir(parents=True, exist_ok=True)

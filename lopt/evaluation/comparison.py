@@ -31,6 +31,9 @@ MEASURES: tuple[Measure, ...] = ("train", "test")
 #: Resamples of a bootstrap, and its seed.
 RESAMPLES = 10_000
 
+#: Adams of both schedules of the grid together, as one tuned optimizer.
+GRIDS = "adam-grids"
+
 Place = tuple[str, int]  # task and horizon
 Points = Sequence[tuple[int, float, float, float]]  # step, seconds, training and test loss along a run
 
@@ -97,10 +100,13 @@ class Runs:
         self._step_times = step_times or {}
         self._compared: dict[tuple[str, str, int, Measure, Per], Comparison | None] = {}
         self._trials: dict[tuple[str, Place], dict[str, list[Run]]] = {}
+        grids = {run.name for run in self.all if run.name.endswith("-grid")}
+        grids = grids if len(grids) > 1 else set()
         for run in self.all:
             key = run.settings or f"{run.schedule} {run.lr}"
-            self._trials.setdefault((run.name, (run.task, run.horizon)), {}).setdefault(key, []).append(run)
-        names = list(dict.fromkeys(run.name for run in self.all))
+            for name in (run.name, GRIDS) if run.name in grids else (run.name,):
+                self._trials.setdefault((name, (run.task, run.horizon)), {}).setdefault(key, []).append(run)
+        names = list(dict.fromkeys(name for name, _ in self._trials))
         self.budgets: dict[str, int] = {}
         for name in names:
             found = [len(trials) for (other, _), trials in self._trials.items() if other == name]
@@ -112,16 +118,11 @@ class Runs:
             self.budgets[name] = budget
         self.chosen: dict[str, dict[Place, list[Run]]] = {name: {} for name in names}
         for (name, place), trials in self._trials.items():
-            self.chosen[name][place] = _choose(trials, self.budgets[name], name.endswith("grid"))
+            self.chosen[name][place] = _choose(trials, self.budgets[name], "-grid" in name)
 
     def label(self, name: str) -> str:
         """The name with its budget, if it has one."""
         return f"{name}@{self.budgets[name]}" if self.budgets[name] > 1 else name
-
-    @property
-    def horizons(self) -> list[int]:
-        """In rising order."""
-        return sorted({run.horizon for run in self.all})
 
     def families(self, horizon: int) -> dict[str, str]:
         """Family of every task of that horizon."""

@@ -40,6 +40,12 @@ class Report:
         names = (name for name in self.runs.chosen if name not in LEARNED)
         return sorted(names, key=lambda name: (order.get(name, len(order)), name))
 
+    @property
+    def horizons(self) -> list[int]:
+        """In rising order, those of the learned optimizer; all, if it is not there."""
+        places = [place for name in self.ours or self.others for place in self.runs.chosen[name]]
+        return sorted({horizon for _, horizon in places})
+
     def comparisons(self, horizon: int, ours: str) -> list[Comparison]:
         """Against every opponent, by step and by second, training and test loss."""
         found = [
@@ -54,7 +60,7 @@ class Report:
 
     def headline(self, ours: str) -> Table:
         """One row per opponent: at every horizon the geometric mean of the ratio, its interval, the share better."""
-        places = [(horizon, measure) for horizon in self.runs.horizons for measure in MEASURES]
+        places = [(horizon, measure) for horizon in self.horizons for measure in MEASURES]
         rows = []
         for other in self.others:
             found = [self.runs.compare(ours, other, horizon, measure) for horizon, measure in places]
@@ -163,7 +169,7 @@ class Report:
     def envelope(self) -> Table | None:
         """Training losses on the task with a published envelope, beside it; None if it was not run."""
         task = envelope_task().name
-        horizons = [h for h in self.runs.horizons if h in ENVELOPE]
+        horizons = [h for h in self.horizons if h in ENVELOPE]
         names = [name for name in (*self.ours, *self.others) if any(task == t for t, _ in self.runs.chosen[name])]
         if not names or not horizons:
             return None
@@ -204,7 +210,7 @@ class Report:
         )
         for ours in self.ours:
             page.table(self.headline(ours), ratios=True)
-        for horizon in self.runs.horizons:
+        for horizon in self.horizons:
             page.heading(2, f"{horizon} steps, {len(self.runs.families(horizon))} tasks")
             for ours in self.ours:
                 for per in PER:
