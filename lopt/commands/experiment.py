@@ -93,11 +93,14 @@ class RunExperiment(Command):
     def _execute(self, console: Console, runs: Sequence[Run], table: RowTable) -> list[Row]:
         workers = self.workers or os.cpu_count() or 1
         if not console.is_terminal:
+            said = 0
 
             def line(done: int, total: int) -> None:
+                nonlocal said
                 if done == 0:
                     say(console, f"{len(runs)} runs, {len(runs) - total} of them in {table.path}")
-                elif done % max(1, total // LINES) == 0:
+                elif done * LINES // total > said:
+                    said = done * LINES // total
                     say(console, f"{done} of {total} runs")
 
             return execute(runs, table, workers, line, self.data)
