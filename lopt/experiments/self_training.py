@@ -175,7 +175,7 @@ EXPERIMENT = Experiment(
         "A new theta is meta-trained by evolution strategies on small synthetic tasks. Its outer optimizer is Adam "
         "at one of seven learning rates, constant or falling, or a learned optimizer: our theta, which was never "
         "meta-trained on meta-training. It gets the same gradients, clipped in the same way, and the mean loss "
-        "ratio of the batch as both losses; it is not told the number of iterations."
+        "ratio of the batch as the training loss; it is told neither a validation loss nor the number of iterations."
     ),
     runs=runs,
     figure=figure,

@@ -97,8 +97,9 @@ def learned(
 ) -> tuple[dict[str, Any], Tensor]:
     """One step of a :class:`LearnedOptimizer` on the tensors of theta.
 
-    Nobody holds out tasks for it, so the loss of the batch stands for the training and the validation loss, as in the
-    paper. It is ``exp(meta_loss)``, the mean ratio of a loss to the initial one.
+    Its training loss is ``exp(meta_loss)``, the mean ratio of a loss to the initial one. It is told no validation loss,
+    as nobody holds out tasks for it. In the paper the loss of the batch stands for that, too; but it is another batch
+    in each iteration, and an optimizer that watches for overfitting takes the difference for it and nearly stops.
 
     Args:
         source: its own theta, a shipped name or a file.
@@ -119,7 +120,5 @@ def learned(
     optimizer = LearnedOptimizer(tensors.values(), _theta(source))
     if state:
         optimizer.load_state_dict(state)
-    loss = math.exp(meta_loss)
-    optimizer.observe(valid_loss=loss)
-    optimizer.step(loss=loss)
+    optimizer.step(loss=math.exp(meta_loss))
     return optimizer.state_dict(), torch.cat([value.reshape(-1) for value in tensors.values()])
