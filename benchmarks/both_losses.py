@@ -11,13 +11,11 @@ no part.
 import math
 
 import torch
+from validation import score
 
 from lopt import Theta
-from lopt.meta import pairs
 from lopt.meta.executors import LocalProcesses, usable_cores
-from lopt.meta.pairs import Shared
 from lopt.meta.recipes import recipe
-from lopt.meta.trainer import one_thread
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OBJECTIVES = ("held_out", "train")
@@ -35,10 +33,7 @@ def main() -> None:
         cells = [f"{share:g}"]
         for objective in OBJECTIVES:
             config = recipe("continue", inner_steps=1, validation_horizons=(200, 1000), objective=objective)
-            shared = Shared(config, theta.spec, theta.flatten(), torch.zeros(0), 0, 0, 0)
-            with one_thread():
-                found = executor.map(pairs.validate_task, shared, range(TASKS))
-            scores = torch.tensor([[score.final for score in row] for row, _ in found]).mean(dim=1)
+            scores = score(theta, config, executor, TASKS)[0].mean(dim=1)
             change = scores - first.setdefault(objective, scores)
             cells += [f"{scores.mean():.4f}", f"{change.mean():.4f} ± {change.std() / math.sqrt(TASKS):.4f}"]
         print("|", " | ".join(cells), "|", flush=True)

@@ -11,13 +11,11 @@ import math
 import sys
 
 import torch
+from validation import score
 
 from lopt import Theta
-from lopt.meta import pairs
 from lopt.meta.executors import LocalProcesses, usable_cores
-from lopt.meta.pairs import Shared
 from lopt.meta.recipes import recipe
-from lopt.meta.trainer import one_thread
 from lopt.tasks import ENGINE_FAMILIES
 
 FACTORS = (1.0, math.exp(0.25), math.exp(0.5), math.exp(0.75))
@@ -39,10 +37,7 @@ def main() -> None:
         config = recipe("continue", inner_steps=1, tasks=(family,), validation_horizons=(200, 1000))
         scores = []
         for changed_theta in thetas.values():
-            shared = Shared(config, changed_theta.spec, changed_theta.flatten(), torch.zeros(0), 0, 0, 0)
-            with one_thread():
-                found = executor.map(pairs.validate_task, shared, range(TASKS))
-            scores.append(float(torch.tensor([[score.final for score in row] for row, _ in found]).mean()))
+            scores.append(float(score(changed_theta, config, executor, TASKS)[0].mean()))
         table.append(scores)
         print(f"| {family} |", " | ".join(f"{score:.3f}" for score in scores), "|", flush=True)
     print("| mean |", " | ".join(f"{score:.3f}" for score in torch.tensor(table).mean(dim=0).tolist()), "|")

@@ -12,14 +12,12 @@ best mean of both. Held-out tasks play no part.
 import dataclasses
 import sys
 
-import torch
+from validation import score
 
 from lopt import Theta
 from lopt.meta import pairs
 from lopt.meta.executors import LocalProcesses, usable_cores
-from lopt.meta.pairs import Shared
 from lopt.meta.recipes import recipe
-from lopt.meta.trainer import one_thread
 
 CLIPS = (5.0, 4.0, 3.0, 2.0)
 
@@ -30,14 +28,11 @@ def main() -> None:
     executor = LocalProcesses(usable_cores())
     scores: dict[float, dict[str, float]] = {}
     for clip in CLIPS:
-        spec = theta.with_spec(feature_clip=clip).spec
+        clipped = theta.with_spec(feature_clip=clip)
         scores[clip] = {}
         for name in ("continue", "mixture"):
             config = recipe(name, inner_steps=1)
-            shared = Shared(config, spec, theta.flatten(), torch.zeros(0), 0, 0, 0)
-            with one_thread():
-                found = executor.map(pairs.validate_task, shared, range(config.validation_tasks))
-            finals = torch.tensor([[score.final for score in row] for row, _ in found])
+            finals, _ = score(clipped, config, executor, config.validation_tasks)
             runs = (f"{horizon} {'told' if told else 'untold'}" for horizon, told in pairs.settings(config))
             means = (f"{run} {value:.4f}" for run, value in zip(runs, finals.mean(dim=0), strict=True))
             print(f"clip {clip:g}, {name} {finals.mean():.4f}:", ", ".join(means), flush=True)

@@ -11,12 +11,11 @@ log(final held-out loss / initial loss + .01), and writes the best theta. Held-o
 import dataclasses
 import sys
 
-import torch
+from validation import score
 
 from lopt import Theta
 from lopt.meta import pairs
 from lopt.meta.executors import LocalProcesses, usable_cores
-from lopt.meta.pairs import Shared
 from lopt.meta.recipes import recipe
 
 OFFSETS = (0.0, -0.7, -1.5, -3.0)
@@ -25,7 +24,6 @@ TASKS = 60
 
 def main() -> None:
     source, out = sys.argv[1:]
-    torch.set_num_threads(1)
     theta = Theta.load(source)
     config = recipe("default", inner_steps=1, validation_horizons=(200, 1000, 5000))
     executor = LocalProcesses(usable_cores())
@@ -35,9 +33,7 @@ def main() -> None:
         step = theta.tensors["step.w"].clone()
         step[theta.spec.lstm_width + theta.spec.valid_rise] += offset
         changed = Theta(theta.spec, {**theta.tensors, "step.w": step})
-        shared = Shared(config, theta.spec, changed.flatten(), torch.zeros(0), 0, 0, 0)
-        found = executor.map(pairs.validate_task, shared, range(TASKS))
-        finals = torch.tensor([[score.final for score in row] for row, _ in found])
+        finals, _ = score(changed, config, executor, TASKS)
         scores[offset] = float(finals.mean()), changed
         print(offset, *(f"{value:.3f}" for value in finals.mean(dim=0)), f"{scores[offset][0]:.4f}", flush=True)
     executor.close()

@@ -11,13 +11,11 @@ import math
 import sys
 
 import torch
+from validation import score
 
 from lopt import Theta
-from lopt.meta import pairs
 from lopt.meta.executors import LocalProcesses, usable_cores
-from lopt.meta.pairs import Shared
 from lopt.meta.recipes import recipe
-from lopt.meta.trainer import one_thread
 
 ROWS = (1, 128, 256, 1024)
 TASKS = 100
@@ -32,13 +30,10 @@ def main() -> None:
     first = torch.zeros(TASKS)
     for rows in ROWS:
         config = recipe("continue", inner_steps=1, validation_horizons=(200, 1000), valid_rows=rows)
-        shared = Shared(config, theta.spec, theta.flatten(), torch.zeros(0), 0, 0, 0)
-        with one_thread():
-            found = executor.map(pairs.validate_task, shared, range(TASKS))
-        scores = torch.tensor([[score.final for score in row] for row, _ in found]).mean(dim=1)
+        finals, seconds = score(theta, config, executor, TASKS)
+        scores = finals.mean(dim=1)
         first = scores if rows == ROWS[0] else first
         change = scores - first
-        seconds = sum(seconds for _, seconds in found)
         print(
             f"| {rows} | {scores.mean():.4f} | {change.mean():.4f} ± {change.std() / math.sqrt(TASKS):.4f} | "
             f"{seconds:.0f} |",
