@@ -7,6 +7,7 @@ numbers. Only where an estimator continues runs from window to window does their
 
 import math
 import time
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -159,12 +160,16 @@ def settings(config: MetaTrainConfig) -> list[tuple[int, bool]]:
     return [(horizon, told) for horizon in config.validation_horizons for told in (True, False)]
 
 
+#: Their own cache: those of the iterations in between would push them out, and they come again.
+_validation_task = lru_cache(maxsize=256)(inner.cached_task)
+
+
 def validate_task(shared: Shared, index: int) -> tuple[list[Score], float]:
     """Scores of theta on validation task ``index``, one for each of :func:`settings`, and the CPU-seconds it took."""
     clock = time.process_time()
     config = shared.config
     seed = derive(0, "validation", index)
-    task = inner.cached_task(seed, config.tasks)
+    task = _validation_task(seed, config.tasks)
     scores = []
     for horizon, told in settings(config):
         spacing, valid_batches = objective.spacing(horizon, horizon), task.num_batches(config.valid_rows)
