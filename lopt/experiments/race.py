@@ -17,7 +17,7 @@ def race(setting: Setting, tasks: Sequence[Task], steps: int) -> list[Run]:
     """The learned optimizer, told and untold, and two opponents at four (small) or eight learning rates."""
     trials = setting.pick(EIGHT[1::2], EIGHT)
     return [
-        TaskRun(task=problem.name, problem=problem, steps=steps, seed=seed, points=setting.pick(10, 40), **how)
+        TaskRun(task=problem.name, problem=problem, steps=steps, seed=seed, points=setting.pick(10, 20), **how)
         for problem in tasks
         for how in (*learned(setting.theta), *(one for name in RIVALS for one in tuned(name, trials)))
         for seed in setting.seeds
