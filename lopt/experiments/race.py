@@ -37,7 +37,7 @@ def figure(title: str, rows: Sequence[Row], path: Path) -> None:
                 lines.append(_line(label, best(select(here, optimizer=name), f"{split}_loss"), split, colour))
             top = 1.1 * lines[-1].y[0]
             lines = [line._replace(y=[min(value, top) for value in line.y]) for line in lines]
-            panels.append(Panel(f"{task}: {word} loss", lines, "step", log="y"))
+            panels.append(Panel(f"{task}\n{word} loss", lines, "step", log="y"))
     draw(panels, title, path, columns=2)
 
 
