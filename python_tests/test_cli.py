@@ -230,7 +230,7 @@ def test_a_batch_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install matplotlib" in failure(capsys, "train")
+    assert "pip install 'lopt[plot]', or --no-plot" in failure(capsys, "train")
 
 
 # ---- lopt doctor -----------------------------------------------------------------------------------------------------

@@ -268,5 +268,5 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lopt\[plot\]'"):
         plots.training_curves({"one": [fake_run(1.0)]}, "", tmp_path / "curves.png")

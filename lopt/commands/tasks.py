@@ -115,7 +115,7 @@ class ShowTask(TasksCommand):
 
     def work(self, console: Console) -> Outcome:
         if self.plot:
-            require_matplotlib()
+            require_matplotlib("--no-plot")
         task = self.task(self.family, self.seed)
         facts = task_facts(task)
         say(console, f"{task.name}: {_first_line(type(task))}")
@@ -192,7 +192,7 @@ class TrainTask(TasksCommand):
 
     def work(self, console: Console) -> Outcome:
         if self.plot:
-            require_matplotlib()
+            require_matplotlib("--no-plot")
         task = self.task(self.family, self.seed)
         every = math.ceil(self.steps / POINTS)
         curve = train_task(task, self._maker(), self.run_seed, self.steps, record_every=every)

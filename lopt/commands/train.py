@@ -101,7 +101,7 @@ class Train(Command):
 
     def run(self, console: Console) -> Outcome:
         if self.plot:
-            plots.require_matplotlib()
+            plots.require_matplotlib("--no-plot")
         data = load(self.dataset, self.data).to(checked_device(self.device))
         steps = self.steps
         if self.epochs is not None:

@@ -24,12 +24,13 @@ PANELS = (
 )
 
 
-def require_matplotlib() -> None:
-    """Raise ModuleNotFoundError, with the remedy, when figures cannot be drawn here."""
+def require_matplotlib(otherwise: str = "") -> None:
+    """Raise ModuleNotFoundError, with the remedy and what could be done ``otherwise``, when figures cannot be drawn."""
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plot: matplotlib is missing; pip install matplotlib, or ask for no plot") from error
+        remedy = "pip install 'lopt[plot]'" + (f", or {otherwise}" if otherwise else "")
+        raise ModuleNotFoundError(f"plot: matplotlib is missing; {remedy}") from error
 
 
 def training_curves(runs: Mapping[str, Sequence[TrainResult]], title: str, path: Path) -> None:

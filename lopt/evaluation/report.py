@@ -190,7 +190,7 @@ class Report:
         Raises:
             ModuleNotFoundError: matplotlib is missing.
         """
-        require_matplotlib()
+        require_matplotlib("--out FILE.md, which has no figures")
         return self._written(HtmlPage(), self._forest)
 
     def markdown(self) -> str:

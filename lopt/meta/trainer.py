@@ -256,7 +256,7 @@ def draw(out: Path, console: Console) -> None:
     try:
         plots.meta_loss(read_metrics(out), out / "meta_loss.png")
     except ModuleNotFoundError as error:
-        say(console, f"no meta_loss.png: {error.name} is missing; pip install matplotlib")
+        say(console, f"no meta_loss.png: {error.name} is missing; pip install 'lopt[plot]'")
 
 
 @contextmanager
