@@ -54,6 +54,19 @@ def _same(old: list[Any], new: Iterable[Any]) -> bool:
     return len(old) == len(found) and all(map(is_, old, found))
 
 
+def _run_eagerly(optimizer: type) -> None:
+    """Make torch.compile leave a class's steps as they are, for they hand addresses to the kernels.
+
+    Done for the first object and not where the methods are defined: ``torch.compiler.disable`` imports for a second,
+    which the constructor of ``torch.optim.Optimizer`` has spent by then.
+    """
+    for name in ("step", "observe"):
+        method = getattr(optimizer, name)
+        if not hasattr(method, "eager"):
+            method.eager = True  # the function that is made has it too
+            setattr(optimizer, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
+
+
 def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in expected.items():
         value: Any = found
@@ -125,6 +138,8 @@ class LearnedOptimizer(Optimizer):
     numbers of Python as they were. The graph writes the optimizer's memory: no step with gradients of other parameters,
     and no ``load_state_dict``, between replays.
 
+    ``torch.compile`` leaves a step as it is: in a compiled training step the graph ends before it and goes on after it.
+
     ``OneCycleLR`` and ``CyclicLR`` need ``cycle_momentum=False``, since there is no momentum to cycle.
 
     Source: arXiv:2009.11243.
@@ -166,6 +181,7 @@ class LearnedOptimizer(Optimizer):
         self._losses: ops.TensorLevel | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.implementation = self._choose(impl)
+        _run_eagerly(type(self))
 
     # ---- Parameters -------------------------------------------------------------------------------------------------
 
@@ -330,6 +346,7 @@ class LearnedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._active, self._weights, self._losses = None, {}, None
         super().__setstate__(state)
+        _run_eagerly(type(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; the state gets this optimizer's dtypes, whatever the dtype of the parameters.

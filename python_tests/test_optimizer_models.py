@@ -3,6 +3,7 @@
 import copy
 import doctest
 import importlib
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -238,6 +239,58 @@ def test_compiled_model(backend: str) -> None:
         loss.backward()
         opt.step(loss=loss)
     torch.testing.assert_close(params_of(model), params_of(expected_model(5)[0]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of a loss, by torch.compile, where a graph ends
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_training_step(backend: str) -> None:
+    """Model and loss are compiled, the optimizer's methods run as they are."""
+    model = make_model()
+    opt = make_optimizer(model.parameters())
+
+    def train_step(batch: tuple[Tensor, Tensor]) -> None:
+        opt.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        opt.observe(valid_loss=loss.detach())
+        opt.step(loss=loss)
+
+    found = []
+    for run in (train_step, torch.compile(train_step, backend=backend)):
+        torch.compiler.reset()
+        model = make_model()
+        opt = make_optimizer(model.parameters())
+        for batch in batches(5):
+            run(batch)
+        found.append(params_of(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
+def test_compiler_leaves_the_steps_of_every_object_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a subclass with a step of its own, and in a process that has only unpickled an optimizer."""
+
+    class Counting(LearnedOptimizer):
+        steps = 0
+
+        def step(self, closure: Any = None, *, loss: Any = None) -> Any:
+            self.steps += 1
+            return super().step(closure, loss=loss)
+
+    model = make_model()
+    opt = Counting(model.parameters())
+    train_step = torch.compile(lambda: opt.step(loss=1.0), backend="eager")
+    before = copy.deepcopy(params_of(model))
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    train_step()
+    assert opt.steps == 1
+    assert all(not torch.equal(old, new) for old, new in zip(before, params_of(model), strict=True))
+
+    plain = LearnedOptimizer.step.__wrapped__  # type: ignore[attr-defined]
+    monkeypatch.setattr(LearnedOptimizer, "step", plain)
+    monkeypatch.delattr(plain, "eager")
+    pickle.loads(pickle.dumps(make_optimizer(model.parameters())))
+    assert LearnedOptimizer.step is not plain
 
 
 # ---- What changes under way ------------------------------------------------------------------------------------------
