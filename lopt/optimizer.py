@@ -166,8 +166,12 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype: expected one of {STATE_DTYPES}, got {state_dtype!r}")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps: expected a positive number or None, got {total_steps}")
+        if total_steps is not None and not (isinstance(total_steps, numbers.Real) and 1 <= total_steps < math.inf):
+            raise ValueError(f"total_steps: expected a number from 1 on or None, got {total_steps!r}")
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"params: expected parameters, got the module {type(params).__name__}; give its .parameters()"
+            )
         if not isinstance(theta, (Theta, str, os.PathLike)):
             raise TypeError(f"theta: expected a Theta, a path or a name, got {type(theta).__name__}")
         self.theta = theta if isinstance(theta, Theta) else Theta.load(theta)

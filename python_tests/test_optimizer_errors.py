@@ -77,7 +77,9 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown impl": ({"impl": "gpu"}, r"impl: expected one of \('auto', .*got 'gpu'"),
     "unknown precision": ({"precision": "exact"}, r"precision: expected one of \('high', 'fast'\), got 'exact'"),
     "unknown on_nonfinite": ({"on_nonfinite": "stop"}, r"on_nonfinite: expected one of \('ignore', .*got 'stop'"),
-    "no total_steps": ({"total_steps": 0}, "total_steps: expected a positive number or None, got 0"),
+    "no total_steps": ({"total_steps": 0}, "total_steps: expected a number from 1 on or None, got 0"),
+    "text total_steps": ({"total_steps": "9"}, "total_steps: expected a number from 1 on or None, got '9'"),
+    "NaN total_steps": ({"total_steps": math.nan}, "total_steps: expected a number from 1 on or None, got nan"),
 }
 
 
@@ -92,6 +94,7 @@ BAD_PARAMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "none": (list, ValueError, "empty parameter list"),
     "empty group": (lambda: [{"params": []}], ValueError, "expected at least one parameter, got none"),
     "a tensor": (lambda: ones(), TypeError, "iterable of Tensors or dicts"),
+    "a module": (lambda: torch.nn.Linear(2, 2), TypeError, r"got the module Linear; give its \.parameters\(\)"),
     "not a leaf": (lambda: [ones() * 2], ValueError, "non-leaf"),
     "two devices": (
         lambda: [ones(), ones(device="meta")],
