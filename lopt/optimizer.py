@@ -166,7 +166,8 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype: expected one of {STATE_DTYPES}, got {state_dtype!r}")
-        if total_steps is not None and not (isinstance(total_steps, numbers.Real) and 1 <= total_steps < math.inf):
+        steps: Any = total_steps
+        if steps is not None and not (isinstance(steps, numbers.Real) and 1.0 <= float(steps) < math.inf):
             raise ValueError(f"total_steps: expected a number from 1 on or None, got {total_steps!r}")
         if isinstance(params, torch.nn.Module):
             raise TypeError(
