@@ -29,7 +29,7 @@ def put_back(set_num_threads: Callable[[int], None]) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == ["resume", "train_digits"]
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == ["resume", "train_digits", "train_text"]
 
 
 def test_train_digits_learns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +38,16 @@ def test_train_digits_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracy > 0.9
     assert example.main(300) == accuracy  # same seed, same numbers
     assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
+
+
+def test_train_text_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    """Better than the distribution of single bytes, whose entropy is known."""
+    example = load("train_text")
+    counts = torch.frombuffer(bytearray(example.help_topics()), dtype=torch.uint8).bincount(minlength=256).double()
+    entropy = torch.special.entr(counts / counts.sum()).sum().item()
+    loss = example.main(60)
+    assert loss < entropy - 0.3
+    assert f"60 steps: validation loss {loss:.3f} nats" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps", [2, 31])
@@ -51,9 +61,9 @@ def test_resume_is_exact(steps: int, capsys: pytest.CaptureFixture[str]) -> None
     assert "largest difference 0\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["resume", "train_digits"])
+@pytest.mark.parametrize("name", ["resume", "train_digits", "train_text"])
 def test_as_a_script(name: str) -> None:
     script = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "4"]
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert re.match("4 steps", done.stdout)
+    assert re.search("^4 steps", done.stdout, re.MULTILINE)
