@@ -59,7 +59,7 @@ def main(steps: int, text: str | None = None, device: str = "cpu", seed: int = 0
     train, valid = everything[:split], everything[split:]
 
     model = Transformer().to(device)
-    # Steps are shares of a tensor's size, and PyTorch's embeddings are ten times as large as other matrices.
+    # Steps are shares of a tensor's size, and PyTorch makes embeddings ten times as large as the other matrices here.
     embedding = list(model.embedding.parameters())
     others = [param for name, param in model.named_parameters() if not name.startswith("embedding.")]
     # For a large model: state_dtype=torch.bfloat16 halves the optimizer's memory; model.compile() works as usual.
