@@ -63,7 +63,7 @@ def main(steps: int, text: str | None = None, device: str = "cpu", seed: int = 0
     embedding = list(model.embedding.parameters())
     others = [param for name, param in model.named_parameters() if not name.startswith("embedding.")]
     # For a large model: state_dtype=torch.bfloat16 halves the optimizer's memory; model.compile() works as usual.
-    optimizer = LearnedOptimizer([{"params": embedding, "lr": 0.25}, {"params": others}])
+    optimizer = LearnedOptimizer([{"params": embedding, "lr": 0.25}, {"params": others}], total_steps=steps)
     for step in range(steps):
         optimizer.zero_grad()
         for _ in range(ACCUMULATED):
