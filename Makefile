@@ -19,7 +19,7 @@ READY = $(VENV)/.installed
 endif
 TORCH  = $(shell grep -E '^torch==' constraints.txt)
 TOOLS  = setuptools pybind11 cmake ninja
-SOURCES = $(wildcard csrc/*.cpp csrc/*.h cuda/*.cu cuda/*.cuh)
+SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh)
 
 .PHONY: help install demo test lint format sass asan clean existing-environment
 help:

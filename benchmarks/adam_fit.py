@@ -7,7 +7,7 @@ the optimizer does, are fitted by least squares to Adam's direction (betas .9, .
 
 import torch
 
-from lopt.features import FEATURE_SETS
+from lopt.rule.features import FEATURE_SETS
 
 DECAYS = torch.tensor(FEATURE_SETS["paper"].mom_decays, dtype=torch.float64)[:, None]
 

@@ -5,7 +5,7 @@ holds out: with the embedding as PyTorch makes it (deviation 1) or smaller (.02)
 optimizer: the validation loss in nats per byte after STEPS:DEVIATION. ``grouped`` is a param group with lr=0.25
 for the embedding; ``geometric`` measures the steps of a matrix by the geometric mean of its own root mean square and
 those of all matrices, which the library does not (by the reference, with another
-:func:`lopt.tensor_lstm.tensor_scale`).
+:func:`lopt.rule.tensor_lstm.tensor_scale`).
 
     python benchmarks/embedding.py 300:1 300:.02 1000:1
 """
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_text import ACCUMULATED, ROWS, Transformer, loss_of, windows
 
-from lopt import LearnedOptimizer, tensor_lstm
+from lopt import LearnedOptimizer
 from lopt.evaluation.processes import in_processes
 from lopt.meta.executors import usable_cores
-from lopt.tensor_lstm import SMALLEST_SCALE, Shapes
+from lopt.rule import tensor_lstm
+from lopt.rule.tensor_lstm import SMALLEST_SCALE, Shapes
 
 NAMES = ("lopt", "lopt geometric", "lopt grouped", "untold", "untold geometric", "untold grouped")
 RATES = ("1e-3", "3e-3", "1e-2")  # of AdamW without decay
@@ -31,7 +32,7 @@ SEEDS, BYTES = (0, 1), 1_500_000
 
 
 def geometric_scale(rms: Tensor, shapes: Shapes, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`lopt.tensor_lstm.tensor_scale`, with geometric means."""
+    """As :func:`lopt.rule.tensor_lstm.tensor_scale`, with geometric means."""
     matrices = (shapes.is_matrix > 0) & (rms > 0)
     mean = rms[matrices].log().mean().exp()
     bounded = torch.maximum(rms, SMALLEST_SCALE * mean)

@@ -1,7 +1,7 @@
 """How strongly should a rising validation loss shorten the step? A line search over one weight of a compact theta.
 
 Meta-training moves this weight slowly: most of its runs are too short for early stopping to matter. This script adds
-offsets to the weight from the rise of the validation loss (lopt.tensor_lstm.loss_rise) to the logarithm of the step,
+offsets to the weight from the rise of the validation loss (loss_rise in lopt.rule.tensor_lstm) to the log of the step,
 scores each on synthetic validation tasks (runs of 200, 1000 and 5000 steps, told and untold) by the mean over runs of
 log(final held-out loss / initial loss + .01), and writes the best theta. Held-out tasks play no part.
 

@@ -23,13 +23,13 @@ __device__ __forceinline__ void moments_of(const float* values, float& mean, flo
 template <class Features>
 __device__ __forceinline__ void partials_of_one(float raw_grad, float grad, float param, const float* mom,
                                                 const float* rms, float* one) {
-  one[kGradSquare] = grad * grad;
-  one[kParamSquare] = param * param;
-  one[kNonfinite] = raw_grad - raw_grad == 0.0f ? 0.0f : 1.0f;
-  one[kParamMean] = param;
-  one[kParamVar] = 0.0f;
-  moments_of<Features::kNumMom>(mom, one[kMomMean], one[kMomVar]);
-  moments_of<Features::kNumRms>(rms, one[kRmsMean], one[kRmsVar]);
+  one[Stat::grad_square] = grad * grad;
+  one[Stat::param_square] = param * param;
+  one[Stat::nonfinite] = raw_grad - raw_grad == 0.0f ? 0.0f : 1.0f;
+  one[Stat::param_mean] = param;
+  one[Stat::param_var] = 0.0f;
+  moments_of<Features::kNumMom>(mom, one[Stat::mom_mean], one[Stat::mom_var]);
+  moments_of<Features::kNumRms>(rms, one[Stat::rms_mean], one[Stat::rms_var]);
   Features::moments(grad, param, mom, rms, one + kMoments);
 }
 
@@ -39,12 +39,12 @@ __device__ __forceinline__ void add_partials(float* row, float seen, const float
   const float share = 1.0f / (seen + 1.0f);
 #pragma unroll
   for (int c = 0; c < kNumStats<Features>; ++c) {
-    if (c == kParamVar || c == kMomVar || c == kRmsVar) continue;
-    if (c != kParamMean && c != kMomMean && c != kRmsMean) {
+    if (c == Stat::param_var || c == Stat::mom_var || c == Stat::rms_var) continue;
+    if (c != Stat::param_mean && c != Stat::mom_mean && c != Stat::rms_mean) {
       row[c] += one[c];
       continue;
     }
-    const int values = c == kMomMean ? Features::kNumMom : c == kRmsMean ? Features::kNumRms : 1;  // per parameter
+    const int values = c == Stat::mom_mean ? Features::kNumMom : c == Stat::rms_mean ? Features::kNumRms : 1;  // per parameter
     const float delta = one[c] - row[c];
     row[c] += delta * share;
     row[c + 1] += one[c + 1] + delta * delta * (seen * share * values);
@@ -57,13 +57,13 @@ __device__ __forceinline__ void add_partials(float* row, float seen, const float
 //   anything else: a sum
 template <class Features, class Weight, class Value>
 __device__ __forceinline__ double merge_column(int c, int64_t rows, double numel, Weight weight, Value value) {
-  const bool is_mean = c == kParamMean || c == kMomMean || c == kRmsMean;
-  const bool is_deviation = c == kParamVar || c == kMomVar || c == kRmsVar;
+  const bool is_mean = c == Stat::param_mean || c == Stat::mom_mean || c == Stat::rms_mean;
+  const bool is_deviation = c == Stat::param_var || c == Stat::mom_var || c == Stat::rms_var;
   if (!is_mean && !is_deviation) return sum_rows(rows, [&](int64_t r) { return value(r, c); });
   const int m = is_mean ? c : c - 1;
   const double mean = sum_rows(rows, [&](int64_t r) { return weight(r) * value(r, m); }) / numel;
   if (is_mean) return mean;
-  const int values = m == kMomMean ? Features::kNumMom : m == kRmsMean ? Features::kNumRms : 1;  // per parameter
+  const int values = m == Stat::mom_mean ? Features::kNumMom : m == Stat::rms_mean ? Features::kNumRms : 1;  // per parameter
   return sum_rows(rows, [&](int64_t r) {
     const double delta = value(r, m) - mean;
     return value(r, c) + weight(r) * values * delta * delta;

@@ -1,5 +1,5 @@
 // The tensor level on the GPU: around accumulate and apply, everything that belongs to a tensor or to all of them; see
-// csrc/tensor_lstm.h for the formulas. One launch each:
+// csrc/rule/tensor_lstm.h for the formulas. One launch each:
 //   begin    losses given with this step, and the clip limit
 //   advance  losses and statistics -> LSTM -> what apply is conditioned on. One block per tensor; the sums over all
 //            tensors are so few that every block computes them for itself, and the last block writes the shared state
@@ -7,9 +7,9 @@
 // No number is read back to the host. Source: arXiv:2009.11243, appendix C. See Note [Order of reduction].
 #include <algorithm>
 
-#include "../csrc/spec.h"
-#include "../csrc/tensor_lstm.h"
+#include "api/spec.h"
 #include "reduce.cuh"
+#include "rule/tensor_lstm.h"
 
 #if defined(__CUDACC__) && !defined(LOPT_DYNAMIC_SHARED)
 #define LOPT_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
@@ -24,7 +24,7 @@ namespace {
 constexpr int kRowThreads = 256;  // per block of `advance`: a column of the LSTM's matrix each, in the paper
 constexpr int kRowBlocks = 512;   // at most; with more tensors, a block takes several
 
-// See Note [Team] in csrc/tensor_lstm.h.
+// See Note [Team] in csrc/rule/tensor_lstm.h.
 struct BlockTeam {
   __device__ __forceinline__ int rank() const { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ int size() const { return kRowThreads; }

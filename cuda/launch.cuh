@@ -1,18 +1,18 @@
-// How kernels start: device, stream, grid and error check in one place, for nvcc and for the CPU (csrc/cuda_on_cpu.h).
+// How kernels start: device, stream, grid and error check in one place, for nvcc and for the CPU (csrc/sim/cuda_on_cpu.h).
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "../csrc/kernels.h"
+#include "api/kernels.h"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define LOPT_LAUNCH(name, kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 #else
-#include "../csrc/cuda_on_cpu.h"
+#include "sim/cuda_on_cpu.h"
 #endif
 
 #define LOPT_CUDA_CHECK(call) ::lopt::check_cuda(call, #call, __FILE__, __LINE__)

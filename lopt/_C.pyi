@@ -1,4 +1,4 @@
-"""Types of the compiled module; see csrc/bindings.cpp."""
+"""Types of the compiled module; see csrc/api/bindings.cpp."""
 
 from collections.abc import Sequence
 

@@ -1,8 +1,8 @@
 """A hierarchical learned optimizer for PyTorch."""
 
-import lopt.registration  # noqa: F401  torch.ops.lopt
+import lopt.kernels.registration  # noqa: F401  torch.ops.lopt
 from lopt.optimizer import LearnedOptimizer
-from lopt.theta import PRESETS, Theta, ThetaSpec
+from lopt.rule import PRESETS, Theta, ThetaSpec
 
 __version__ = "0.1.0"
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopt import ops, reference, tensor_lstm
-from lopt.features import STATS
-from lopt.plans import KernelPlan, ReferencePlan, one_thread
-from lopt.tensor_lstm import Globals, Rows
-from lopt.theta import Theta
+from lopt import kernels
+from lopt.rule import Theta, reference, tensor_lstm
+from lopt.rule.features import STATS
+from lopt.rule.tensor_lstm import Globals, Rows
+from lopt.steppers import KernelPlan, ReferencePlan, one_thread
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
 NONFINITE = ("ignore", "raise", "skip")
@@ -183,7 +183,7 @@ class LearnedOptimizer(Optimizer):
         self.impl = impl
         self._active: _Active | None = None
         self._weights: dict[str, Tensor] = {}
-        self._losses: ops.TensorLevel | None = None
+        self._losses: kernels.TensorLevel | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.implementation = self._choose(impl)
         _run_eagerly(type(self))
@@ -229,11 +229,11 @@ class LearnedOptimizer(Optimizer):
 
     def _choose(self, impl: str) -> str:
         device = self._first_param().device
-        if impl == "auto" and not ops.is_compiled(self.theta.spec):
+        if impl == "auto" and not kernels.is_compiled(self.theta.spec):
             spec = self.theta.spec
             warnings.warn(
                 f"no kernel is compiled for feature set {spec.feature_set!r} with MLP width {spec.mlp_width} "
-                f"(widths: {ops.WIDTHS}); using the slow impl='reference'",
+                f"(widths: {kernels.WIDTHS}); using the slow impl='reference'",
                 stacklevel=3,
             )
             return "reference"
@@ -241,15 +241,15 @@ class LearnedOptimizer(Optimizer):
             if device.type not in ("cpu", "cuda"):
                 raise ValueError(f"params: on {device}; kernels exist for cpu and cuda, elsewhere use impl='reference'")
             impl = device.type
-        if impl == "cuda" and not ops.has_cuda():
+        if impl == "cuda" and not kernels.has_cuda():
             raise RuntimeError("impl='cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
         if impl != "reference":
             wanted = "cuda" if impl == "cuda" else "cpu"
             if device.type != wanted:
                 raise ValueError(f"impl={impl!r}: parameters are on {device}, expected {wanted}; use impl='auto'")
-            if not ops.is_compiled(self.theta.spec):
+            if not kernels.is_compiled(self.theta.spec):
                 raise ValueError(
-                    f"impl={impl!r}: kernels exist for MLP widths {ops.WIDTHS}, theta has "
+                    f"impl={impl!r}: kernels exist for MLP widths {kernels.WIDTHS}, theta has "
                     f"{self.theta.spec.mlp_width}; use impl='reference'"
                 )
         return impl
@@ -313,7 +313,7 @@ class LearnedOptimizer(Optimizer):
         """Tables and stacked rows for the tensors of this step; kept while the same tensors come."""
         if self._active is not None and self._active.serves(params, groups, self.state):
             return self._active
-        if ops.is_capturing(params[0].device):
+        if kernels.is_capturing(params[0].device):
             raise RuntimeError(
                 "CUDA graph: these tensors had no step yet, and tables cannot be made during capture; "
                 "take one step with gradients of the same parameters before"
@@ -445,7 +445,7 @@ class LearnedOptimizer(Optimizer):
         if self.implementation != "reference":
             if self._losses is None:
                 rows = tensor_lstm.init_rows(spec, weights, 0)
-                self._losses = ops.TensorLevel(self.implementation, self.theta, (), rows)
+                self._losses = kernels.TensorLevel(self.implementation, self.theta, (), rows)
             self._losses.begin(group, train_loss, valid_loss)
             return
         like = weights["initial_h"]

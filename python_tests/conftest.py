@@ -24,20 +24,20 @@ import pytest
 import torch
 from kernel_cases import Backend
 
-from lopt import ops
+from lopt import kernels
 
 GOLDEN = Path(__file__).parent / "golden"
 
 Arrays = dict[str, np.ndarray]
 
 
-VARIANTS = [f"cpu-{simd}" for simd in ops._C.simd_available()] + ["sim", "sim-reverse", "cuda"]
+VARIANTS = [f"cpu-{simd}" for simd in kernels._C.simd_available()] + ["sim", "sim-reverse", "cuda"]
 
 
 def _need_cuda(name: str) -> None:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if name == "cuda" and not ops._C.has_cuda:
+    if name == "cuda" and not kernels._C.has_cuda:
         pytest.skip("lopt was built without CUDA")
 
 
@@ -46,13 +46,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every back end in turn; what it selects in the extension is put back."""
     name, _, variant = request.param.partition("-")
     _need_cuda(name)
-    selected = ops._C.simd_selected()
+    selected = kernels._C.simd_selected()
     if name == "cpu":
-        assert ops._C.simd_select(variant)
-    ops._C.sim_reverse_order(variant == "reverse")
+        assert kernels._C.simd_select(variant)
+    kernels._C.sim_reverse_order(variant == "reverse")
     yield Backend(name, torch.device("cuda", 0) if name == "cuda" else torch.device("cpu"))
-    ops._C.sim_reverse_order(False)
-    ops._C.simd_select(selected)
+    kernels._C.sim_reverse_order(False)
+    kernels._C.simd_select(selected)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

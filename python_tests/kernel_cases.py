@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt import ops, reference
-from lopt.features import STATS
-from lopt.tensor_lstm import Conditioning
-from lopt.theta import PRESETS, ThetaSpec
+from lopt import kernels
+from lopt.rule import PRESETS, ThetaSpec, reference
+from lopt.rule.features import STATS
+from lopt.rule.tensor_lstm import Conditioning
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -27,7 +27,7 @@ WINDOWS = ((128,), (5, 4), (1152,), (8196,), (2, 10_000))  # in fours and in win
 
 @dataclass(frozen=True)
 class Backend:
-    """A back end as ``lopt.ops.Plan`` names it, and where its tensors live."""
+    """A back end as ``lopt.kernels.Plan`` names it, and where its tensors live."""
 
     name: str
     device: torch.device
@@ -136,7 +136,7 @@ def random_problem(
         rms,
         clip_limit,
         Conditioning(scale.float(), shift.float(), constant, torch.ones(count)),
-        ops.fold_bias(spec, weights, constant),
+        kernels.fold_bias(spec, weights, constant),
         step_size=0.1 * torch.rand(count, generator=generator),
         keep=1.0 - 0.1 * torch.rand(count, generator=generator),
     )
@@ -160,7 +160,7 @@ class Applied:
 
 
 def solve_accumulate(problem: Problem, dtype: torch.dtype) -> Accumulated:
-    """By lopt/reference.py in ``dtype``."""
+    """By lopt/rule/reference.py in ``dtype``."""
     operands = zip(problem.params, problem.grads, problem.mom, problem.rms, problem.clip_limit, strict=True)
     rows = [
         reference.accumulate(problem.spec, flat(param, dtype), flat(grad, dtype), *(x.to(dtype) for x in rest))
@@ -171,7 +171,7 @@ def solve_accumulate(problem: Problem, dtype: torch.dtype) -> Accumulated:
 
 
 def solve_apply(problem: Problem, dtype: torch.dtype) -> Applied:
-    """By lopt/reference.py in ``dtype``; the last hidden layer from its MLP inputs."""
+    """By lopt/rule/reference.py in ``dtype``; the last hidden layer from its MLP inputs."""
     weights = {name: value.to(dtype) for name, value in problem.weights.items()}
     params, hidden = [], []
     for t in range(len(problem.params)):
@@ -206,7 +206,7 @@ def stats_scale(problem: Problem, exact: Accumulated) -> Tensor:
         mean, var = STATS.index(f"{name}_mean"), STATS.index(f"{name}_var")
         scale[:, var] = torch.sqrt(exact.stats[:, var] * (scale[:, var] + scale[:, mean] ** 2))
     for i, name in enumerate(problem.spec.features.moments):
-        if name == "log_param^2":
+        if name == "log_param_squared":
             scale[:, len(STATS) + i] += 1.0
     return scale
 
@@ -244,7 +244,7 @@ class Run:
         self.rms = [self._guarded(x) for x in problem.rms]
         name, spec = self.backend.name, problem.spec
         state = self.params, self.mom, self.rms
-        self.plan = ops.Plan(name, spec.feature_set, *state, self.theta_index, self.precision)
+        self.plan = kernels.Plan(name, spec.feature_set, *state, self.theta_index, self.precision)
         self.plan.set_tensors(self.params, self.grads)
 
     def _guarded(self, x: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ class Run:
     def operands(self, weights: Tensor | None = None) -> tuple[Any, ...]:
         """Of ``apply``."""
         problem, spec = self.problem, self.problem.spec
-        weights = ops.pack_mlp(spec, problem.weights)[None] if weights is None else weights
+        weights = kernels.pack_mlp(spec, problem.weights)[None] if weights is None else weights
         scale, shift = problem.conditioning.scale, problem.conditioning.shift
         rows = problem.clip_limit, scale, shift, problem.bias, problem.step_size, problem.keep, weights
         return *(x.to(self.backend.device) for x in rows), spec.magnitude_rate, spec.feature_clip

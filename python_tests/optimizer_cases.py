@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lopt import reference
 from lopt.optimizer import LearnedOptimizer
-from lopt.theta import Theta
+from lopt.rule import Theta, reference
 
 IMPLS = ("cpu", "sim", "reference")
 PRESETS = ("compact", "paper")
@@ -105,7 +104,7 @@ def clone_tree(value: Any) -> Any:
 
 
 class Float64:
-    """lopt/reference.py in float64, driven by hand; it lets every tensor have its own lr and weight decay."""
+    """lopt/rule/reference.py in float64, driven by hand; it lets every tensor have its own lr and weight decay."""
 
     def __init__(self, preset: str, params: Iterable[Tensor]) -> None:
         theta = make_theta(preset)

@@ -26,9 +26,9 @@ from lopt.commands import common, doctor
 from lopt.commands import train as train_command
 from lopt.evaluation.baselines import adam
 from lopt.evaluation.training import TrainResult, mlp, train
+from lopt.rule import WEIGHTS, shipped
 from lopt.tasks import datasets
 from lopt.tasks.datasets import digits
-from lopt.theta import WEIGHTS, shipped
 
 Run = Callable[..., dict[str, Any]]
 

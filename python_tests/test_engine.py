@@ -1,4 +1,4 @@
-"""The unroll engine against the same inner run in plain PyTorch (lopt.reference and autograd)."""
+"""The unroll engine against the same inner run in plain PyTorch (lopt.rule.reference and autograd)."""
 
 import math
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt import Theta, reference
+from lopt import Theta
 from lopt.meta import engine
+from lopt.rule import reference, unflatten
 from lopt.tasks.seeds import minibatch_rows
-from lopt.theta import unflatten
 
 STEPS = 50
 KEYS = (11, 2**63 + 7, 13)

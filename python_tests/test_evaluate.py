@@ -22,9 +22,9 @@ from lopt.evaluation.runs import limit, result, train_task
 from lopt.evaluation.scores import REFERENCES, Reference, ratio, score, summarise
 from lopt.evaluation.suites import HeldOutTask, load, suite
 from lopt.evaluation.table import Run, RunTable
+from lopt.rule import Theta
 from lopt.tasks import datasets
 from lopt.tasks.task import SPLITS
-from lopt.theta import Theta
 
 WINE = HeldOutTask(data="wine", sizes=(13, 6, 3), batch_size=16)
 FRIEDMAN = HeldOutTask(data="friedman1", sizes=(10, 6, 1), activation="tanh")

@@ -35,8 +35,8 @@ from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.executors import Serial
 from lopt.meta.metrics import read_metrics
 from lopt.meta.pairs import Shared
+from lopt.rule import unflatten
 from lopt.tasks import datasets
-from lopt.theta import unflatten
 
 #: A meta-training whose outer optimizer is learned; only the tensors of the second phase's group move in it.
 SELF = MetaTrainConfig(

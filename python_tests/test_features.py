@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from lopt import Theta, ops, reference
-from lopt.features import FEATURE_SETS, STATS, FeatureSet
-from lopt.theta import PRESETS
+from lopt import Theta, kernels
+from lopt.rule import PRESETS, reference
+from lopt.rule.features import FEATURE_SETS, STATS, FeatureSet
 
 F64 = torch.float64
 
@@ -59,11 +59,11 @@ def one_parameter(features: FeatureSet) -> tuple[torch.Tensor, ...]:
 
 
 def test_tables_are_the_compiled_ones() -> None:
-    assert ops._C.feature_sets() == [
+    assert kernels._C.feature_sets() == [
         {"name": "paper", "columns": 23, "moments": 23, "stats": 32, "num_mom": 5, "num_rms": 5},
         {"name": "compact", "columns": 12, "moments": 6, "stats": 15, "num_mom": 3, "num_rms": 2},
     ]
-    for facts, (name, features) in zip(ops._C.feature_sets(), FEATURE_SETS.items(), strict=True):
+    for facts, (name, features) in zip(kernels._C.feature_sets(), FEATURE_SETS.items(), strict=True):
         sizes = len(features.columns), len(features.moments), features.num_stats
         assert (facts["name"], facts["columns"], facts["moments"], facts["stats"]) == (name, *sizes)
         assert (facts["num_mom"], facts["num_rms"]) == (len(features.mom_decays), len(features.rms_decays))
@@ -121,7 +121,14 @@ def test_paper_column_map_divides_by_the_root_mean_square() -> None:
 def test_compact_column_map_by_hand(updates: int) -> None:
     """Ratios get both bias corrections, values their tensor's root mean square, logarithms a shift."""
     features = FEATURE_SETS["compact"]
-    squares = {"param^2": 4.0, "grad^2": 0.25, "mom0^2": 0.01, "mom1^2": 1e-6, "mom2^2": 100.0, "rms1": 0.09}
+    squares = {
+        "param_squared": 4.0,
+        "grad_squared": 0.25,
+        "mom0_squared": 0.01,
+        "mom1_squared": 1e-6,
+        "mom2_squared": 100.0,
+        "rms1": 0.09,
+    }
     moments = torch.tensor([squares[name] for name in features.moments], dtype=F64)
     stats = torch.cat([torch.full((len(STATS),), math.nan, dtype=F64), moments])[None]
     decays = torch.tensor(features.mom_decays + features.rms_decays, dtype=F64)

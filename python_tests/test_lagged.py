@@ -25,11 +25,11 @@ from optimizer_cases import assert_same_bits, copies, make_grads, make_loss, mak
 from torch import Tensor
 from torch.nn import Parameter
 
-from lopt import LearnedOptimizer, Theta, ops, reference, tensor_lstm
+from lopt import LearnedOptimizer, Theta, kernels
 from lopt.benchmark import traffic
-from lopt.features import STATS
 from lopt.meta import engine
-from lopt.theta import PRESETS, ThetaSpec
+from lopt.rule import PRESETS, ThetaSpec, reference, tensor_lstm
+from lopt.rule.features import STATS
 
 PRESET = pytest.mark.parametrize("preset", PRESETS)
 IMPLS = pytest.mark.parametrize("impl", ["cpu", "sim", "reference"])
@@ -150,18 +150,18 @@ def sweep(problem: Problem, backend: Backend, precision: str, apart: bool = Fals
 
 @KERNELS
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("precision", ops.PRECISIONS)
-@pytest.mark.parametrize("width", ops.WIDTHS)
+@pytest.mark.parametrize("precision", kernels.PRECISIONS)
+@pytest.mark.parametrize("width", kernels.WIDTHS)
 @PRESET
 def test_a_sweep_of_many_tensors(backend: Backend, preset: str, width: int, precision: str, dtype: torch.dtype) -> None:
     """One launch; of parameters, gradients and state in either dtype. On a GPU rounding may differ in the last bits."""
     problem = problem_of(preset, width, SWEPT, dtype, dtype)
     halved = {name: [x.to(dtype) for x in getattr(problem, name)] for name in ("mom", "rms")}
     problem = dataclasses.replace(problem, **halved)
-    launches = ops._C.sim_launches()
+    launches = kernels._C.sim_launches()
     found = sweep(problem, backend, precision)
     if backend.name == "sim":
-        assert ops._C.sim_launches() - launches == 1
+        assert kernels._C.sim_launches() - launches == 1
         expected = sweep(problem, backend, precision, apart=True)
         if precision == "exact":  # its threads add up other parameters
             torch.testing.assert_close(found.pop("hidden"), expected.pop("hidden"), rtol=2e-6, atol=1e-6)
@@ -255,7 +255,7 @@ def test_refusals() -> None:
     theta = lagged("compact")
     rows = tensor_lstm.init_rows(theta.spec, theta.tensors, 1)
     with pytest.raises(ValueError, match="theta: has stats='lagged', which this computation does not have"):
-        ops.TensorLevel("cpu", theta, [(3,)], rows)
+        kernels.TensorLevel("cpu", theta, [(3,)], rows)
     params = [param.detach() for param in make_params()]
     state = reference.init_state(theta.spec, theta.tensors, params)
     with pytest.raises(ValueError, match="before: a theta with stats='lagged' needs the statistics"):

@@ -8,7 +8,7 @@ import torch
 from lopt import Theta
 from lopt.meta import objective, outer
 from lopt.meta.objective import Losses, Unit
-from lopt.theta import unflatten
+from lopt.rule import unflatten
 
 
 def test_normalised_loss_is_the_log_of_the_clipped_ratio_and_always_finite() -> None:

@@ -38,14 +38,14 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from lopt import LearnedOptimizer, Theta, ops, reference
-from lopt.features import FEATURE_SETS, STATS
-from lopt.tensor_lstm import Conditioning
-from lopt.theta import PRESETS
+from lopt import LearnedOptimizer, Theta, kernels
+from lopt.rule import PRESETS, reference
+from lopt.rule.features import FEATURE_SETS, STATS
+from lopt.rule.tensor_lstm import Conditioning
 
 ULP, SMALLEST_SCALE = 2.0**-23, 2.0**-103
 SETS = pytest.mark.parametrize("feature_set", FEATURE_SETS)
-WIDTHS = pytest.mark.parametrize("width", ops.WIDTHS)
+WIDTHS = pytest.mark.parametrize("width", kernels.WIDTHS)
 
 
 def error(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -299,7 +299,7 @@ def test_every_column(backend: Backend, feature_set: str) -> None:
     for i, column in enumerate(problem.spec.features.columns):
         weights = {**problem.weights, "skip": torch.eye(len(problem.weights["skip"]))[i]}
         run = Run(problem, backend)
-        run.apply(ops.pack_mlp(problem.spec, weights)[None])
+        run.apply(kernels.pack_mlp(problem.spec, weights)[None])
         least = {"log_param": 1.0, "log_slow": 1.0, "log_ratio": -0.5 * math.log(1e-24)}.get(
             column.name, SMALLEST_SCALE
         )
@@ -316,7 +316,7 @@ def test_exponential(backend: Backend) -> None:
     bias = torch.tensor([[1.0, magnitude, *[0.0] * 4] for magnitude in magnitudes])
     weights = {name: value.expand(len(magnitudes), *value.shape) for name, value in problem.weights.items()}
     run = Run(problem, backend, range(len(magnitudes)))
-    run.apply(ops.pack_mlp(problem.spec, {**weights, "mlp.b3": bias}))
+    run.apply(kernels.pack_mlp(problem.spec, {**weights, "mlp.b3": bias}))
     for param, magnitude in zip(run.params[:-2], magnitudes, strict=False):
         assert param.tolist() == pytest.approx([math.exp(magnitude)] * len(param), rel=2 * ULP), magnitude
     assert all(0.0 <= value <= 1e-37 for value in run.params[-2].tolist())
@@ -338,16 +338,16 @@ def test_same_bits_for_any_number_of_threads(
     assert all(same(results[0], result) for result in results[1:])
 
 
-@pytest.mark.parametrize("precision", ops.PRECISIONS)
+@pytest.mark.parametrize("precision", kernels.PRECISIONS)
 @SETS
 def test_sim_same_bits_in_both_thread_orders(feature_set: str, precision: str) -> None:
     problem, sim = problem_of(feature_set, 16, (*MIXED, (20_000,))), Backend("sim", torch.device("cpu"))
     forward = outputs(Run(problem, sim, guard=ALIGNED, precision=precision))
     try:
-        ops._C.sim_reverse_order(True)
+        kernels._C.sim_reverse_order(True)
         backward = outputs(Run(problem, sim, guard=ALIGNED, precision=precision))
     finally:
-        ops._C.sim_reverse_order(False)
+        kernels._C.sim_reverse_order(False)
     assert same(forward, backward)
 
 
@@ -371,9 +371,9 @@ def test_a_population_is_its_thetas_one_by_one(backend: Backend, feature_set: st
     generator = torch.Generator().manual_seed(1)
     thetas = [random_weights(spec, generator) for _ in range(3)]
     batched = {name: torch.stack([theta[name] for theta in thetas]) for name in thetas[0]}
-    packed = ops.pack_mlp(spec, batched)
-    assert torch.equal(packed, torch.stack([ops.pack_mlp(spec, theta) for theta in thetas]))
-    bias = torch.stack([ops.fold_bias(spec, thetas[i], constant[t]) for t, i in enumerate(theta_index)])
+    packed = kernels.pack_mlp(spec, batched)
+    assert torch.equal(packed, torch.stack([kernels.pack_mlp(spec, theta) for theta in thetas]))
+    bias = torch.stack([kernels.fold_bias(spec, thetas[i], constant[t]) for t, i in enumerate(theta_index)])
     problem = dataclasses.replace(problem, bias=bias)
     together = Run(problem, backend, theta_index)
     hidden = together.apply(packed)
@@ -472,7 +472,7 @@ def test_folding_is_exact(feature_set: str) -> None:
     param, mom, rms = flat(problem.params[0], torch.float64), problem.mom[0].double(), problem.rms[0].double()
     _, feedback, x, _ = reference.apply(problem.spec, weights, param, param, mom, rms, row, 0.1, 1.0)
     columns = len(problem.spec.features.columns)
-    folded = ops.fold_bias(problem.spec, weights, row.constant)
+    folded = kernels.fold_bias(problem.spec, weights, row.constant)
     torch.testing.assert_close(
         x[:, :columns] @ weights["mlp.w1"][:columns] + folded,
         x @ weights["mlp.w1"] + weights["mlp.b1"],
@@ -480,4 +480,4 @@ def test_folding_is_exact(feature_set: str) -> None:
         atol=1e-12,
     )
     hidden = torch.relu(torch.relu(x @ weights["mlp.w1"] + weights["mlp.b1"]) @ weights["mlp.w2"] + weights["mlp.b2"])
-    torch.testing.assert_close(ops.feedback(weights, hidden.mean(dim=0)[None])[0], feedback, rtol=0, atol=1e-12)
+    torch.testing.assert_close(kernels.feedback(weights, hidden.mean(dim=0)[None])[0], feedback, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""lopt.ops: errors that name the operand, and the operations registered with torch.library."""
+"""lopt.kernels: errors that name the operand, and the operations registered with torch.library."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,15 @@ import torch
 from kernel_cases import BF16, F32, SHORT, Backend, Run, outputs, problem_of, same, spec_of
 from torch import Tensor
 
-from lopt import ops
-from lopt.features import FEATURE_SETS
+from lopt import kernels
+from lopt.rule.features import FEATURE_SETS
 
 SETS = pytest.mark.parametrize("feature_set", FEATURE_SETS)
 
 # ---- Wrong operands -------------------------------------------------------------------------------------------------
 
 
-def plan_of(**changes: object) -> ops.Plan:
+def plan_of(**changes: object) -> kernels.Plan:
     """A plan over two tensors with some of its arguments replaced."""
     arguments = {
         "backend": "cpu",
@@ -24,7 +24,7 @@ def plan_of(**changes: object) -> ops.Plan:
         "mom": [torch.zeros(3, 4), torch.zeros(3, 6)],
         "rms": [torch.zeros(2, 4), torch.zeros(2, 6)],
     }
-    return ops.Plan(**{**arguments, **changes})  # type: ignore[arg-type]
+    return kernels.Plan(**{**arguments, **changes})  # type: ignore[arg-type]
 
 
 Z = torch.zeros
@@ -121,7 +121,7 @@ def test_accumulate_names_what_is_wrong(arguments: dict[str, object], message: s
         plan.accumulate(**arguments)  # type: ignore[arg-type]
 
 
-SIZE = ops._C.packed_weights(ops.FEATURE_SET_INDEX["compact"], 8)
+SIZE = kernels._C.packed_weights(kernels.FEATURE_SET_INDEX["compact"], 8)
 BAD_APPLY = [
     (
         {"clip_limit": Z(3)},
@@ -153,7 +153,7 @@ def test_apply_names_what_is_wrong(changes: dict[str, Tensor], theta_index: list
 
 def test_cuda_needs_a_build_with_cuda_and_tensors_there() -> None:
     kind, message = RuntimeError, "backend 'cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON"
-    if ops._C.has_cuda:
+    if kernels._C.has_cuda:
         kind, message = ValueError, r"params\[0\]: on cpu, which back end 'cuda' cannot reach; use impl='auto'"
     with pytest.raises(kind, match=message):
         plan_of(backend="cuda")
@@ -161,8 +161,8 @@ def test_cuda_needs_a_build_with_cuda_and_tensors_there() -> None:
 
 def test_is_compiled() -> None:
     for feature_set in FEATURE_SETS:
-        compiled = [width for width in range(1, 65) if ops.is_compiled(spec_of(feature_set, width))]
-        assert tuple(compiled) == ops.WIDTHS
+        compiled = [width for width in range(1, 65) if kernels.is_compiled(spec_of(feature_set, width))]
+        assert tuple(compiled) == kernels.WIDTHS
 
 
 # ---- torch.library --------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def library_operands(feature_set: str, device: torch.device) -> tuple[Operands, 
     state = [[x.to(device, copy=True) for x in getattr(problem, name)] for name in ("params", "grads", "mom", "rms")]
     limit = problem.clip_limit.to(device)
     rows = conditioning.scale, conditioning.shift, problem.bias, problem.step_size, problem.keep
-    rows = (*rows, ops.pack_mlp(spec, problem.weights)[None])
+    rows = (*rows, kernels.pack_mlp(spec, problem.weights)[None])
     index = [0] * len(SHORT)
     constants = (index, spec.magnitude_rate, spec.feature_clip)
     return (feature_set, *state, limit), (feature_set, *state, limit, *(x.to(device) for x in rows), *constants)
@@ -211,7 +211,7 @@ def test_library_accumulates_in_bfloat16(device: torch.device, feature_set: str)
         at = torch.tensor(step, device=device)
         mine, theirs = ([[x.to(BF16) for x in state] for state in (mom, rms)] for _ in range(2))  # type: ignore[attr-defined]
         operands = (feature_set, params, grads, *mine, limit, at)
-        plan = ops.Plan(device.type, feature_set, params, *theirs)  # type: ignore[arg-type]
+        plan = kernels.Plan(device.type, feature_set, params, *theirs)  # type: ignore[arg-type]
         plan.set_tensors(params, grads)  # type: ignore[arg-type]
         expected = plan.accumulate(limit, step=at)  # type: ignore[arg-type]
         stats = torch.ops.lopt.accumulate(*operands)

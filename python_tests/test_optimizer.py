@@ -25,8 +25,8 @@ from optimizer_cases import (
 from torch import Tensor
 from torch.nn import Parameter
 
-from lopt import ops
-from lopt.features import RESTING
+from lopt import kernels
+from lopt.rule.features import RESTING
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -395,13 +395,13 @@ def test_default_dtype_and_autocast_do_not_matter(impl: str) -> None:
 
 @pytest.mark.parametrize("number", [1, 3000])
 def test_one_call_whatever_the_number_of_tensors(number: int, monkeypatch: Any) -> None:
-    calls, original = [], ops._C.step
+    calls, original = [], kernels._C.step
 
     def call(*arguments: Any, **place: Any) -> None:
         calls.append(arguments[0])
         original(*arguments, **place)
 
-    monkeypatch.setattr(ops._C, "step", call)
+    monkeypatch.setattr(kernels._C, "step", call)
     params = make_params([(2,)] * number)
     opt = make_optimizer(params)
     run(opt, params, 2)

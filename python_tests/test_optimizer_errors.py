@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import lopt
-from lopt import ops
+from lopt import kernels
 from lopt.optimizer import LearnedOptimizer
-from lopt.theta import Theta, ThetaSpec
+from lopt.rule import Theta, ThetaSpec
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 
@@ -134,7 +134,7 @@ def test_a_refused_group_is_not_added(group: dict[str, Any], message: str) -> No
 
 def test_cuda_is_never_replaced_by_something_else() -> None:
     expected = (
-        (ValueError, "parameters are on cpu, expected cuda") if ops._C.has_cuda else (RuntimeError, "LOPT_CUDA=ON")
+        (ValueError, "parameters are on cpu, expected cuda") if kernels._C.has_cuda else (RuntimeError, "LOPT_CUDA=ON")
     )
     with pytest.raises(expected[0], match=expected[1]):
         make_optimizer([ones()], "cuda")

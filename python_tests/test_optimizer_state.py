@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import state_dict as distributed
 from torch.nn import Parameter
 
 from lopt.optimizer import LearnedOptimizer
-from lopt.theta import Theta, ThetaSpec
+from lopt.rule import Theta, ThetaSpec
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 every_preset = pytest.mark.parametrize("preset", PRESETS)

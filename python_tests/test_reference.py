@@ -14,10 +14,10 @@ import torch
 from kernel_cases import Backend
 from torch import Tensor
 
-from lopt import LearnedOptimizer, Theta, reference
-from lopt.features import FEATURE_SETS
-from lopt.reference import State
-from lopt.theta import PRESETS, unflatten
+from lopt import LearnedOptimizer, Theta
+from lopt.rule import PRESETS, reference, unflatten
+from lopt.rule.features import FEATURE_SETS
+from lopt.rule.reference import State
 
 Arrays = dict[str, np.ndarray]
 
@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
 
 def replay_steps(trace: Arrays, name: str, dtype: torch.dtype) -> Iterator[Step]:
-    """Free-running replay of one trace with lopt/reference.py."""
+    """Free-running replay of one trace with lopt/rule/reference.py."""
     theta = port_theta(trace, name).to(dtype=dtype)
     params = [as_tensor(trace[f"params0|{t}"], dtype) for t in TENSORS]
     state = reference.init_state(theta.spec, theta.tensors, params)

@@ -11,10 +11,10 @@ from kernel_cases import ALIGNED, BF16, F32, GUARD, Backend, Problem, Run, probl
 from optimizer_cases import assert_same_bits, copies, make_optimizer, make_params, run
 from torch import Tensor
 
-from lopt import ops, reference
+from lopt import kernels
 from lopt.benchmark import traffic
-from lopt.features import FEATURE_SETS
-from lopt.theta import PRESETS
+from lopt.rule import PRESETS, reference
+from lopt.rule.features import FEATURE_SETS
 
 SETS = pytest.mark.parametrize("feature_set", FEATURE_SETS)
 SIZES = ((1,), (31,), (129,), (8193,), (20_000,))
@@ -141,14 +141,14 @@ def test_a_slow_accumulator_does_not_stall(backend: Backend) -> None:
 
 def test_a_step_counter_is_needed() -> None:
     state = {name: [torch.zeros(k, 4, dtype=BF16)] for name, k in (("mom", 3), ("rms", 2))}
-    plan = ops.Plan("cpu", "compact", [torch.zeros(4)], **state)
+    plan = kernels.Plan("cpu", "compact", [torch.zeros(4)], **state)
     plan.set_tensors([torch.zeros(4)], [torch.zeros(4)])
     with pytest.raises(ValueError, match="step: a bfloat16 state needs one int64 on cpu to be rounded by, got nothing"):
         plan.accumulate(torch.ones(1))
     with pytest.raises(ValueError, match=r"got torch.float32 of shape \(1,\)"):
         plan.accumulate(torch.ones(1), step=torch.ones(1))
     with pytest.raises(TypeError, match=r"rms\[0\]: expected torch.bfloat16, got torch.float32"):
-        ops.Plan("cpu", "compact", [torch.zeros(4)], state["mom"], [torch.zeros(2, 4)])
+        kernels.Plan("cpu", "compact", [torch.zeros(4)], state["mom"], [torch.zeros(2, 4)])
 
 
 # ---- LearnedOptimizer -----------------------------------------------------------------------------------------------

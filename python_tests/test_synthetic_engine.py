@@ -10,9 +10,9 @@ from torch import Tensor
 from lopt import Theta
 from lopt.meta import engine
 from lopt.meta.unroll import Run, start, unroll
+from lopt.rule import unflatten
 from lopt.tasks import ENGINE_FAMILIES, Batch, sample_task
 from lopt.tasks.synthetic import Family, Perceptron, Quadratic
-from lopt.theta import unflatten
 
 STEPS = 50
 SEED = 3

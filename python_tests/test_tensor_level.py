@@ -1,4 +1,4 @@
-"""The compiled tensor level against lopt/tensor_lstm.py, step by step, and what a whole step asks of the device."""
+"""The compiled tensor level against lopt/rule/tensor_lstm.py, step by step, and what a step asks of the device."""
 
 import dataclasses
 import math
@@ -25,11 +25,11 @@ from optimizer_cases import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lopt import LearnedOptimizer, Theta, ops, tensor_lstm
-from lopt.features import STATS
-from lopt.tensor_lstm import Globals, Shapes
-from lopt.theta import PRESETS as SPECS
-from lopt.theta import ThetaSpec
+from lopt import LearnedOptimizer, Theta, kernels
+from lopt.rule import PRESETS as SPECS
+from lopt.rule import ThetaSpec, tensor_lstm
+from lopt.rule.features import STATS
+from lopt.rule.tensor_lstm import Globals, Shapes
 
 ULP = 2.0**-23
 MIXED = ((), (4,), (3, 5), (2, 3, 2, 2), (1, 2, 2, 1, 3), (64,))
@@ -104,7 +104,7 @@ Numbers = dict[str, Tensor]
 
 
 def solve(theta: Theta, shapes: tuple[tuple[int, ...], ...], inputs: list[Inputs], dtype: torch.dtype) -> list[Numbers]:
-    """By lopt/tensor_lstm.py."""
+    """By lopt/rule/tensor_lstm.py."""
     spec, weights, count = theta.spec, theta.to(dtype=dtype).tensors, len(shapes)
     globals_, rows = tensor_lstm.init_globals(spec, weights), tensor_lstm.init_rows(spec, weights, count)
     facts = Shapes.of(spec, shapes, weights["initial_h"])
@@ -120,7 +120,7 @@ def solve(theta: Theta, shapes: tuple[tuple[int, ...], ...], inputs: list[Inputs
         globals_, rows, conditioning, _ = tensor_lstm.advance(
             spec, weights, globals_, rows, stats, facts, loss, torch.tensor(7.0, dtype=dtype)
         )
-        rows = rows._replace(feedback=ops.feedback(weights, given.hidden.to(dtype)))
+        rows = rows._replace(feedback=kernels.feedback(weights, given.hidden.to(dtype)))
         results.append(
             {
                 **{name: value.clone() for name, value in globals_._asdict().items()},
@@ -129,7 +129,7 @@ def solve(theta: Theta, shapes: tuple[tuple[int, ...], ...], inputs: list[Inputs
                 "clip_limit": limit,
                 "column_scale": conditioning.scale,
                 "column_shift": conditioning.shift,
-                "bias": ops.fold_bias(spec, weights, conditioning.constant),
+                "bias": kernels.fold_bias(spec, weights, conditioning.constant),
                 "step_size": torch.where(lr > 0, lr * spec.step_multiplier * conditioning.multiplier, 0.0),
                 "keep": 1.0 - lr * decay,
             }
@@ -145,7 +145,7 @@ def drive(backend: Backend, theta: Theta, shapes: tuple[tuple[int, ...], ...], i
     globals_ = tensor_lstm.init_globals(spec, weights)
     shared = {**globals_._asdict(), "pending_loss": torch.zeros(2, device=device)}
     shared["nonfinite"] = torch.zeros((), dtype=torch.int64, device=device)
-    level = ops.TensorLevel(backend.name, theta, shapes, rows, list(range(len(shapes))))
+    level = kernels.TensorLevel(backend.name, theta, shapes, rows, list(range(len(shapes))))
     lr, decay = options(len(shapes))
     groups = [{"lr": float(lr[i]), "weight_decay": decay[i].to(device)} for i in range(len(shapes))]
     level.set_options(groups, 7)
@@ -194,9 +194,9 @@ def test_same_bits_in_both_thread_orders(case: str) -> None:
     theta, inputs = random_theta(spec), random_inputs(spec, len(shapes))
     results = []
     for reverse in (False, True):
-        ops._C.sim_reverse_order(reverse)
+        kernels._C.sim_reverse_order(reverse)
         results.append(drive(Backend("sim", torch.device("cpu")), theta, shapes, inputs))
-    ops._C.sim_reverse_order(False)
+    kernels._C.sim_reverse_order(False)
     assert_same_bits(results[0], results[1])
 
 
@@ -214,11 +214,11 @@ def test_launches_of_a_step_whatever_the_number_of_tensors(preset: str, number: 
     params = make_params([(2,)] * number)
     opt = LearnedOptimizer(params, make_theta(preset).with_spec(stats=stats), impl="sim")
     for step, launches in enumerate((5, each, each)):
-        before = ops._C.sim_launches()
+        before = kernels._C.sim_launches()
         run(opt, params, 1, step)
-        assert ops._C.sim_launches() - before == launches
+        assert kernels._C.sim_launches() - before == launches
     opt.observe(valid_loss=1.0, train_loss=2.0)
-    assert ops._C.sim_launches() - before == each + 1
+    assert kernels._C.sim_launches() - before == each + 1
 
 
 class Recorder(TorchDispatchMode):
@@ -281,7 +281,7 @@ def test_options_may_change_in_every_way(impl: str) -> None:
 def test_words_as_kernel_arguments(count: int) -> None:
     words = torch.randint(-(2**62), 2**62, (count,), generator=torch.Generator().manual_seed(0))
     to = torch.full((count + 1,), 7)
-    ops._C.write_words("sim", to.data_ptr(), words.tolist(), 0, 0)
+    kernels._C.write_words("sim", to.data_ptr(), words.tolist(), 0, 0)
     assert torch.equal(to[:-1], words)
     assert int(to[-1]) == 7
 
@@ -290,7 +290,8 @@ def test_capture_needs_a_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
     params = make_params()
     opt = make_optimizer(params, "sim")
     set_grads(params, 0)
-    monkeypatch.setattr(ops, "is_capturing", lambda device: True)
+    for module in ("device", "plan", "tensor_level"):
+        monkeypatch.setattr(f"lopt.kernels.{module}.is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="CUDA graph: these tensors had no step yet"):
         opt.step()
 
@@ -301,7 +302,8 @@ def test_what_was_captured_is_kept_and_not_counted_on(monkeypatch: pytest.Monkey
     opt, other = make_optimizer(params, "sim"), make_optimizer(others, "sim")
     for optimizer, tensors in ((opt, params), (other, others)):
         run(optimizer, tensors, 1)
-    monkeypatch.setattr(ops, "is_capturing", lambda device: True)
+    for module in ("device", "plan", "tensor_level"):
+        monkeypatch.setattr(f"lopt.kernels.{module}.is_capturing", lambda device: True)
     opt.param_groups[0]["lr"] = other.param_groups[0]["lr"] = 0.5
     set_grads(params, 1)
     opt.step(loss=make_loss(1))
@@ -320,7 +322,7 @@ def test_what_was_captured_is_kept_and_not_counted_on(monkeypatch: pytest.Monkey
 
 def cuda_pair(preset: str) -> tuple[Any, Any, list[Any], list[Any]]:
     """Two optimizers on the same parameters, one step done."""
-    if not (torch.cuda.is_available() and ops.has_cuda()):
+    if not (torch.cuda.is_available() and kernels.has_cuda()):
         pytest.skip("needs a CUDA device, and lopt built with CUDA")
     first = [torch.nn.Parameter(param.detach().cuda()) for param in make_params()]
     second = copies(first)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt import Theta, tensor_lstm
-from lopt.features import STATS
-from lopt.tensor_lstm import Globals, Rows, Shapes
-from lopt.theta import PRESETS, ThetaSpec
+from lopt import Theta
+from lopt.rule import PRESETS, ThetaSpec, tensor_lstm
+from lopt.rule.features import STATS
+from lopt.rule.tensor_lstm import Globals, Rows, Shapes
 
 Arrays = dict[str, np.ndarray]
 
@@ -480,7 +480,7 @@ def test_compact_lstm_inputs_by_hand() -> None:
     theta, globals_, rows, stats = one_row("compact")
     rows = rows._replace(scale=f64(0.8), updates=f64(20.0))
     rows = type(rows)(*(value.repeat(2, *[1] * (value.dim() - 1)) for value in rows))
-    moments = {"mom0^2": 0.02, "mom1^2": 0.003, "mom2^2": 4e-6, "rms1": 0.001}
+    moments = {"mom0_squared": 0.02, "mom1_squared": 0.003, "mom2_squared": 4e-6, "rms1": 0.001}
     for name, value in moments.items():
         stats[0, len(STATS) + theta.spec.features.moments.index(name)] = value
     stats = stats.repeat(2, 1)

@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 
 from lopt import Theta, ThetaSpec
-from lopt import theta as theta_module
-from lopt.theta import PRESETS
+from lopt.rule import PRESETS
+from lopt.rule import theta as theta_module
+from lopt.rule.jax_import import JAX_NAMES
 
 Arrays = dict[str, np.ndarray]
 
@@ -420,7 +421,7 @@ def check_imported(theta: Theta, port: Arrays) -> None:
     np.testing.assert_array_equal(theta.tensors["lstm.w"].numpy(), port[f"theta|{w}"])
     np.testing.assert_array_equal(theta.tensors["mlp.b3"].numpy(), port[f"theta|{b}"])
     np.testing.assert_array_equal(theta.tensors["initial_c"].numpy(), port["theta|lstm_init_state|cell"][0])
-    expected = {key: port[f"theta|{key}"].reshape(-1) for key in theta_module.JAX_NAMES.values()}
+    expected = {key: port[f"theta|{key}"].reshape(-1) for key in JAX_NAMES.values()}
     np.testing.assert_array_equal(theta.flatten().numpy(), np.concatenate(list(expected.values())))
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lopt import LearnedOptimizer, Theta, reference
+from lopt import LearnedOptimizer, Theta
 from lopt.meta.unroll import Run, RunState, start, unroll
+from lopt.rule import PRESETS, reference, unflatten
 from lopt.tasks import Batch, Task
 from lopt.tasks.synthetic import Perceptron, Quadratic
 from lopt.tasks.task import SplitName, map_tensors
-from lopt.theta import PRESETS, unflatten
 
 # Not a classifier: there the gradients of the last layer sum to zero, and the sign of their mean, an input of the LSTM,
 # is rounding noise.

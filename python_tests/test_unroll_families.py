@@ -16,11 +16,11 @@ from lopt import LearnedOptimizer, Theta
 from lopt.benchmark.unroll import TORCH_TASKS
 from lopt.meta import inner
 from lopt.meta.unroll import Run, RunState, activation_bytes, bytes_per_run, start, unroll
+from lopt.rule import unflatten
 from lopt.tasks import FAMILIES, SAMPLED_FAMILIES, sample_task
 from lopt.tasks.families import with_batch_size
 from lopt.tasks.synthetic import Perceptron
 from lopt.tasks.task import Batch, Task, map_tensors
-from lopt.theta import unflatten
 
 THETA = Theta.init_adam("compact")
 SPEC = THETA.spec

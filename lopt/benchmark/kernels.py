@@ -2,13 +2,13 @@
 
 import torch
 
-from lopt import ops
+from lopt import kernels
 from lopt.benchmark import traffic
 from lopt.benchmark.peaks import Peaks
 from lopt.benchmark.rows import Row
 from lopt.benchmark.shapes import Layout
 from lopt.benchmark.timing import Timer, Timing
-from lopt.theta import Theta
+from lopt.rule import Theta
 
 STEP_SIZE = 1e-6  # parameters move, and stay where they are
 
@@ -34,12 +34,12 @@ def measure(preset: str, layout: Layout, dtype: torch.dtype, timer: Timer, peaks
     grads = [normal(*shape).to(dtype) for shape in layout.shapes]
     mom = [normal(len(spec.mom_decays), param.numel()) for param in params]
     rms = [normal(len(spec.rms_decays), param.numel()).square_() for param in params]
-    plan = ops.Plan(device.type, spec.feature_set, params, mom, rms)
+    plan = kernels.Plan(device.type, spec.feature_set, params, mom, rms)
     plan.set_tensors(params, grads)
     limit, scale = torch.full((tensors,), 10.0, device=device), normal(tensors, columns).exp()
     shift, bias = 0.1 * normal(tensors, columns), normal(tensors, spec.mlp_width)
     step_size, keep = torch.full((tensors,), STEP_SIZE, device=device), torch.ones(tensors, device=device)
-    weights = ops.pack_mlp(spec, theta.tensors)[None]
+    weights = kernels.pack_mlp(spec, theta.tensors)[None]
 
     def accumulate() -> None:
         plan.accumulate(limit, spec.mom_decays, spec.rms_decays)

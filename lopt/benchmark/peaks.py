@@ -20,7 +20,7 @@ def measure_peaks(device: torch.device, repeats: int = 7) -> Peaks:
     """Measure both, the best of some repetitions.
 
     Copy: bytes read and written by a copy or by an update in place, whichever is quicker, of buffers that no cache
-    holds. Arithmetic: on the CPU multiply-adds of the selected instruction set in registers (csrc/peak_cpu.cpp) by
+    holds. Arithmetic: on the CPU multiply-adds of the selected instruction set in registers (csrc/cpu/peak_cpu.cpp) by
     all threads, on CUDA a float32 matrix product without TF32.
     """
     timer = Timer(device, repeats)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lopt import ops
+from lopt import kernels
 from lopt.meta.provenance import commit, versions
 
 Row = dict[str, Any]
@@ -24,7 +24,7 @@ def environment(device: torch.device) -> Row:
     on_cuda = device.type == "cuda"
     return {
         "machine": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
-        "simd": "" if on_cuda else ops.simd_selected(),
+        "simd": "" if on_cuda else kernels.simd_selected(),
         "clock_mhz": round(torch.cuda.clock_rate(device)) if on_cuda else cpu_clock(),
         "load": round(_load(), 2),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -37,7 +37,7 @@ def origin() -> dict[str, str]:
     """Day, machine with the instruction set of the CPU kernels, commit and versions, for rows of losses."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": f"{cpu_name()}, {ops.simd_selected()}",
+        "machine": f"{cpu_name()}, {kernels.simd_selected()}",
         "commit": commit() or "",
         **versions(),
     }

@@ -11,7 +11,7 @@ from lopt.benchmark.peaks import Peaks, measure_peaks
 from lopt.benchmark.rows import Row
 from lopt.benchmark.shapes import Layout
 from lopt.benchmark.timing import Timer, available_bytes
-from lopt.theta import PRESETS
+from lopt.rule import PRESETS
 
 Say = Callable[[str], None]
 Table = tuple[list[str], list[list[str]]]  # names of the columns, cells

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lopt.theta import ThetaSpec
+from lopt.rule import ThetaSpec
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
     skip ``columns`` more.
 
     Example:
-        >>> from lopt.theta import PRESETS
+        >>> from lopt.rule.theta import PRESETS
         >>> learned("paper", PRESETS["paper"]).step
         140
     """

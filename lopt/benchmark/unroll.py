@@ -11,9 +11,9 @@ from lopt.benchmark.rows import Row
 from lopt.benchmark.timing import Timing
 from lopt.meta import engine
 from lopt.meta import unroll as torch_unroll
+from lopt.rule import Theta, unflatten
 from lopt.tasks import sample_task
 from lopt.tasks.families import Family, with_batch_size
-from lopt.theta import Theta, unflatten
 
 #: Layer widths and batch sizes: two tasks of the literature and a smaller one.
 PROBLEMS = (((16, 16, 8), 16), ((64, 16, 10), 16), ((64, 32, 10), 64))

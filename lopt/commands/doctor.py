@@ -11,7 +11,7 @@ from lopt import _C
 from lopt.commands.common import Command, Outcome, say, show_table
 from lopt.meta.provenance import versions
 from lopt.optimizer import LearnedOptimizer
-from lopt.theta import PRESETS, Theta
+from lopt.rule import PRESETS, Theta
 
 #: Largest error of a parameter after the self-test, relative to the largest update, that still passes.
 TOLERANCE = 1e-4

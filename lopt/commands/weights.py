@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lopt.commands.common import Command, Outcome, say, show_table
 from lopt.meta.provenance import commit
-from lopt.theta import WEIGHTS, Theta, shipped
+from lopt.rule import WEIGHTS, Theta, shipped
 
 
 @dataclass(frozen=True, kw_only=True)

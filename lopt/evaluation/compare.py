@@ -30,8 +30,8 @@ from lopt.evaluation.step_times import StepTime, StepTimes, measure
 from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint
 from lopt.evaluation.table import KEY, LOSSES, Run, RunTable
 from lopt.optimizer import LearnedOptimizer
+from lopt.rule import WEIGHTS, Theta, shipped
 from lopt.tasks.task import Task
-from lopt.theta import WEIGHTS, Theta, shipped
 
 #: The references of the small suite, for any other as well: 14 Adams in one batch.
 ADAM_GRID = "adam-grid"

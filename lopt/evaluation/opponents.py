@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lopt.evaluation.task_set import ORDER, Adam8p, NAdamW, adam8p_config, nadamw_config
 from lopt.optimizer import LearnedOptimizer
-from lopt.theta import Theta
+from lopt.rule import Theta
 
 Trial = Mapping[str, Any]
 

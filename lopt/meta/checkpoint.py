@@ -18,7 +18,7 @@ from torch import Tensor
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.outer import Moments
 from lopt.meta.pairs import Carry
-from lopt.theta import ThetaSpec
+from lopt.rule import ThetaSpec
 
 VERSION = 3  # raised when old checkpoints cannot be continued as they are
 

@@ -1,8 +1,8 @@
 """The fused unroll engine: whole inner training runs of small perceptrons in one call of compiled code.
 
 The same inner run as lopt/meta/unroll.py, for problems that are perceptrons, some fifty times as fast: minibatch,
-forward, backward, both device operations and the LSTM in one C++ loop (csrc/unroll_cpu.cpp). Runs are independent; they
-are spread over threads, and results do not depend on how many.
+forward, backward, both device operations and the LSTM in one C++ loop (csrc/unroll/unroll_cpu.cpp). Runs are
+independent; they are spread over threads, and results do not depend on how many.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lopt import _C
-from lopt.records import SPEC, check_sizes, spec_record
+from lopt.kernels.structs import SPEC, check_sizes, spec_record
+from lopt.rule import ThetaSpec
 from lopt.tasks.seeds import minibatch_key
 from lopt.tasks.synthetic import Perceptron
 from lopt.tasks.task import SplitName, Task
-from lopt.theta import ThetaSpec
 
 SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid")
 ACTIVATIONS = ("relu", "tanh", "gelu")
@@ -96,7 +96,7 @@ class Problem:
         return sum((a + 1) * b for a, b in zip(self.sizes[:-1], self.sizes[1:], strict=True))
 
     def record(self) -> np.ndarray[tuple[()], np.dtype[np.void]]:
-        """The problem as csrc/unroll.h reads it; valid while this object lives."""
+        """The problem as csrc/unroll/unroll.h reads it; valid while this object lives."""
         record = np.zeros((), _PROBLEM)
         record["num_layers"] = len(self.sizes) - 1
         record["sizes"][: len(self.sizes)] = self.sizes

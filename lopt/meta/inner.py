@@ -14,10 +14,10 @@ from lopt.meta import engine
 from lopt.meta import unroll as torch_unroll
 from lopt.meta.objective import Losses
 from lopt.meta.unroll import Run, RunState
+from lopt.rule import ThetaSpec, unflatten
 from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.synthetic import Family, sample_task
 from lopt.tasks.task import Task, map_tensors
-from lopt.theta import ThetaSpec, unflatten
 
 State = Any
 NEVER = 2**62  # steps between validation losses when there are none

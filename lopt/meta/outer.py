@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lopt.meta.config import Groups, Scaling
 from lopt.optimizer import LearnedOptimizer
-from lopt.theta import Theta, ThetaSpec, unflatten
+from lopt.rule import Theta, ThetaSpec, unflatten
 
 LINEAR = ("skip", "step.")
 MLP = ("mlp.", *LINEAR)  # the other tensors belong to the LSTM

@@ -18,9 +18,9 @@ from lopt.meta import es, inner, objective
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.es import ESTIMATORS
 from lopt.meta.unroll import Run
+from lopt.rule import ThetaSpec
 from lopt.tasks.seeds import derive, generator
 from lopt.tasks.task import Task
-from lopt.theta import ThetaSpec
 
 DRAWS = 1000  # of a task, until one is small enough
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import lopt
-from lopt.theta import WEIGHTS
+from lopt.rule import WEIGHTS
 
 
 def versions() -> dict[str, str]:

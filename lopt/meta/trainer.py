@@ -31,7 +31,7 @@ from lopt.meta.metrics import append, read_metrics, truncate
 from lopt.meta.pairs import Shared
 from lopt.meta.progress import Reporter, say
 from lopt.meta.provenance import commit, file_checksum, versions
-from lopt.theta import Theta, ThetaSpec, unflatten
+from lopt.rule import Theta, ThetaSpec, unflatten
 
 __all__ = ["MetaTrainConfig", "measure_speed", "run"]
 

@@ -7,8 +7,9 @@ All runs of an unroll share task, initial parameters and minibatches (common ran
     params     = one step of the optimizer                                      all tensors of all runs at once
     every loss_every steps:   the loss of an outer_valid minibatch is recorded
 
-The optimizer's step is made by the compiled operations, with a row of theta for every tensor, or by lopt.reference,
-vmapped, which is the definition. A task whose loss cannot be vmapped goes through its runs one by one, with a warning.
+The optimizer's step is made by the compiled operations, with a row of theta for every tensor, or by
+lopt.rule.reference, vmapped, which is the definition. A task whose loss cannot be vmapped goes through its runs one by
+one, with a warning.
 
 A run ends at its first train or outer_valid loss that is not finite: its later losses are NaN, and so are its
 parameters after the window. This runs any task; perceptrons have a faster engine of the same meaning.
@@ -25,11 +26,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lopt import ops, reference
+from lopt import kernels
 from lopt.meta.objective import Losses, Unit
+from lopt.rule import Theta, ThetaSpec, reference
+from lopt.rule.tensor_lstm import Globals, Rows
 from lopt.tasks.task import SplitName, Task, map_tensors
-from lopt.tensor_lstm import Globals, Rows
-from lopt.theta import Theta, ThetaSpec
 
 Impl = Literal["auto", "reference", "cpu", "cuda", "sim"]
 FLOAT = 4  # bytes
@@ -111,7 +112,7 @@ def start(spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
 
 
 class _Reference:
-    """The optimizer's steps by lopt.reference, vmapped."""
+    """The optimizer's steps by lopt.rule.reference, vmapped."""
 
     def __init__(self, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState) -> None:
         self.params, self.optimizer = state.params, state.optimizer
@@ -156,17 +157,17 @@ class _Kernels:
         params = by_run(list(self.params.values()))
         mom, rms = by_run(self.optimizer.mom), by_run(self.optimizer.rms)
         theta_index = [row for row in range(num_runs) for _ in shapes]
-        self.plan = ops.Plan(backend, spec.feature_set, params, mom, rms, theta_index)
+        self.plan = kernels.Plan(backend, spec.feature_set, params, mom, rms, theta_index)
         self.plan.set_tensors(params, by_run(list(self.grads.values())))
-        self.packed = ops.pack_mlp(spec, weights)
-        self.inputs = ops.apply_inputs(spec, num_runs * count, self.packed.device)
+        self.packed = kernels.pack_mlp(spec, weights)
+        self.inputs = kernels.apply_inputs(spec, num_runs * count, self.packed.device)
         self.levels = []
         for row in range(num_runs):
             theta = Theta(spec, {name: value[row] for name, value in weights.items()})
             rows = Rows(*(value[row] for value in self.optimizer.rows))
             part = slice(row * count, (row + 1) * count)
             inputs = {name: value[part] for name, value in self.inputs.items()}
-            level = ops.TensorLevel(backend, theta, shapes, rows, inputs=inputs)
+            level = kernels.TensorLevel(backend, theta, shapes, rows, inputs=inputs)
             level.set_options([{"lr": 1.0, "weight_decay": 0.0}], run.total_steps)
             shared = {name: value[row] for name, value in self.optimizer.globals._asdict().items()}
             shared["pending_loss"] = torch.zeros(2, device=self.packed.device)
@@ -198,7 +199,7 @@ def _stepper(
         raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
     like = weights["initial_h"]
     if impl == "auto":
-        compiled = ops.is_compiled(spec) and like.dtype == torch.float32 and like.device.type in ops.BACKENDS
+        compiled = kernels.is_compiled(spec) and like.dtype == torch.float32 and like.device.type in kernels.BACKENDS
         impl = like.device.type if compiled else "reference"  # type: ignore[assignment]
     return _Reference(spec, weights, run, state) if impl == "reference" else _Kernels(impl, spec, weights, run, state)
 
@@ -273,7 +274,7 @@ def unroll(
     Needs :func:`bytes_per_run` for each run, whatever the number of steps. The given state is left as it is.
 
     Args:
-        weights: tensors of theta with a leading dimension of runs, as :func:`lopt.theta.unflatten` makes them.
+        weights: tensors of theta with a leading dimension of runs, as :func:`lopt.rule.theta.unflatten` makes them.
         impl: what makes the optimizer's steps: ``reference``, or the kernels of a back end. ``auto`` takes the kernels
             of the device where they are compiled for ``spec`` and the weights are float32.
         vectorised: whether gradients of all runs are taken at once; by default if the task can.

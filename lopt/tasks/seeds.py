@@ -39,7 +39,7 @@ def minibatch_rows(key: int, step: int, batch: int, rows: int) -> np.ndarray[tup
     """Row numbers ``[batch]`` of minibatch ``step`` of a stream, uniform among ``rows``, with replacement.
 
     Row ``i`` is ``mix(key + (step batch + i + 1) gamma) >> 32``, times ``rows``, divided by ``2^32``: any minibatch can
-    be had without those before it. The unroll engine computes the same (csrc/unroll.h).
+    be had without those before it. The unroll engine computes the same (csrc/unroll/unroll.h).
 
     Source: G. Steele, D. Lea, C. Flood, Fast splittable pseudorandom number generators, OOPSLA 2014 (SplitMix64).
 

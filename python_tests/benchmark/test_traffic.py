@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lopt.benchmark import traffic
-from lopt.theta import PRESETS
+from lopt.rule import PRESETS
 
 
 def test_paper_as_counted_by_hand() -> None:

@@ -1,0 +1,99 @@
+// Plain structs at tensor level that Python builds as NumPy records (lopt/kernels/structs.py).
+#pragma once
+
+#include <cstdint>
+
+#include "api/kernels.h"
+
+namespace lopt {
+
+// ThetaSpec (lopt/rule/theta.py) as plain numbers; lopt/kernels/structs.py writes it.
+struct Spec {
+  int32_t feature_set, width, lstm_width, from_mlp, lstm_to_mlp, from_lstm;
+  int32_t linear_skip, step_control, paper_inputs, horizon_input, valid_advances_step, unused;
+  double train_loss_decay, valid_loss_decay, clip_decay;  // 1 - decay is formed in double, as in Python
+  float step_multiplier, magnitude_rate, time_limit, clip_multiplier;
+  float feature_clip;  // +inf: none
+  float mom_decay[kMaxDecays], rms_decay[kMaxDecays];
+  float unused_too;
+
+  LOPT_HD int num_time() const { return paper_inputs ? 11 : horizon_input ? 6 : 1; }
+  LOPT_HD int num_facts() const { return paper_inputs ? 3 : 2; }
+  LOPT_HD int num_constant() const { return num_time() + num_facts() + lstm_to_mlp; }
+  LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + (paper_inputs ? 18 : 13 + num_time()); }
+};
+
+// Facts about one tensor that never change.
+struct TensorShape {
+  int64_t numel;
+  float log_dims[4];  // ln(dim) - 1, padded with ones
+  int32_t is_scalar;  // rank 0
+  int32_t is_matrix;  // rank >= 2
+};
+
+// Addresses and numbers of begin, advance and finish for one list of tensors; arrays over the T tensors are row-major.
+// `spec` lies in host memory, everything else on the device of the tensors. With T = 0, begin only takes the losses.
+struct AdvanceParams {
+  const Spec* spec;
+  const float* theta;         // [P] flat
+  const TensorShape* shapes;  // [T]
+  int64_t num_tensors;
+  // Global state, read and written (lopt.rule.tensor_lstm.Globals).
+  int64_t* step;
+  float* train_loss;    // [6] mean, var, updates, last, first and lowest mean
+  float* valid_loss;    // [6] the same
+  float* clip;          // [2] count, running root mean square of gradients
+  float* from_lstm;     // [from_lstm]
+  float* pending_loss;  // [2] sum and number of losses observed since the last step; zero afterwards
+  int64_t* nonfinite;   // gradient elements counted so far
+  // State of every tensor, read and written (lopt.rule.tensor_lstm.Rows).
+  float* h;              // [T, lstm_width]
+  float* c;              // [T, lstm_width]
+  float* feedback;       // [T, from_mlp], written by finish
+  float* initial_scale;  // [T], 0 before the first step
+  float* updates;        // [T]
+  // Inputs.
+  const float* stats;        // [T, S]
+  const float* lr;           // [T]
+  const float* decay;        // [T] weight decay
+  const float* total_steps;  // [1] 0: unknown
+  const float* hidden;       // [T, width] from apply, read by finish
+  const float* new_train;    // [1] a training loss for begin, or null: then it is train_value, NaN for none
+  const float* new_valid;    // [1] a validation loss, likewise
+  float train_value, valid_value;
+  // Written: by begin for accumulate and apply, by advance for apply.
+  float* clip_limit;  // [T]
+  float* scale;       // [T, columns]
+  float* shift;       // [T, columns]
+  float* bias;        // [T, width]
+  float* step_size;   // [T]
+  float* keep;        // [T]
+  // Scratch of the CUDA kernel.
+  float* to_lstm;      // [T, from_lstm]
+  uint32_t* finished;  // [1] zero before and after
+};
+
+// All return false when no kernel is compiled for the spec.
+// Before accumulate: takes new losses, and computes the clip limit of this step from the gradients of the steps before.
+bool begin_cpu(const AdvanceParams& params);
+
+// Between accumulate and apply: losses and statistics -> LSTM -> what apply is conditioned on.
+bool advance_cpu(const AdvanceParams& params);
+
+// After apply: the mean MLP outputs that the next LSTM step sees.
+bool finish_cpu(const AdvanceParams& params);
+
+// The same on the CUDA kernels' terms (kernels.h), one launch each.
+bool begin_sim(const AdvanceParams& params);
+bool advance_sim(const AdvanceParams& params);
+bool finish_sim(const AdvanceParams& params);
+bool begin_cuda(const AdvanceParams& params, int device, uint64_t stream);
+bool advance_cuda(const AdvanceParams& params, int device, uint64_t stream);
+bool finish_cuda(const AdvanceParams& params, int device, uint64_t stream);
+int64_t sim_launches();  // kernels that sim has run so far
+
+// to[i] = words[i] for i < count, on the device, as kernel arguments: in a CUDA graph they are constants.
+void write_words_sim(int64_t* to, const int64_t* words, int64_t count);
+void write_words_cuda(int64_t* to, const int64_t* words, int64_t count, int device, uint64_t stream);
+
+}  // namespace lopt

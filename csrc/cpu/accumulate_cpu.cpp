@@ -1,0 +1,74 @@
+// accumulate on the CPU: all tensors, in chunks over threads; the formulas are in accumulate_block.h. Compiled once per
+// instruction set; cpu_dispatch.cpp picks.
+#include "cpu/accumulate_block.h"
+#include "cpu/chunks_cpu.h"
+
+namespace lopt {
+namespace LOPT_ISA {
+namespace {
+
+template <class Features, bool kRounding>
+void run_chunk(const AccumulateParams& params, int64_t index) {
+  using AccumulatorOf = Accumulator<Features, kRounding>;
+  const Chunk chunk = params.chunks[index];
+  const TensorEntry& tensor = params.tensors[chunk.tensor];
+  const int64_t left = tensor.numel - chunk.begin;
+  AccumulatorOf accumulator{
+      params.mom_decay,
+      params.rms_decay,
+      params.clip_limit[chunk.tensor],
+      Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
+      Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype == kBFloat16, chunk.begin),
+      {Numbers::at(tensor.mom, kRounding, chunk.begin), tensor.stride},
+      {Numbers::at(tensor.rms, kRounding, chunk.begin), tensor.stride},
+  };
+  if (kRounding) {
+    const uint64_t key = rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),
+                                      static_cast<uint64_t>(chunk.tensor));
+    accumulator.words = RoundingWords<AccumulatorOf::kPairs>::of(key, chunk.begin);
+    accumulator.first = static_cast<uint32_t>(chunk.begin);
+  }
+  accumulator.run(left < kChunk ? left : kChunk, params.partials + index * kNumStats<Features>);
+}
+
+template <class Features>
+void merge_tensor(const AccumulateParams& params, int64_t t) {
+  const TensorEntry& tensor = params.tensors[t];
+  double* total = params.partials + tensor.first_chunk * kNumStats<Features>;
+  for (int64_t begin = kChunk; begin < tensor.numel; begin += kChunk) {
+    const int64_t left = tensor.numel - begin;
+    merge_partials<Features, double>(total, static_cast<double>(begin), total + begin / kChunk * kNumStats<Features>,
+                                     static_cast<double>(left < kChunk ? left : kChunk));
+  }
+  finish_stats<Features, double>(total, static_cast<double>(tensor.numel), params.stats + t * kNumStats<Features>);
+}
+
+}  // namespace
+
+void accumulate_chunk(const AccumulateParams& params, int feature_set, int64_t index) {
+  with_feature_set(feature_set, [&](auto features) {
+    if (params.state_dtype == kBFloat16)
+      run_chunk<decltype(features), true>(params, index);
+    else
+      run_chunk<decltype(features), false>(params, index);
+  });
+}
+
+void merge_stats(const AccumulateParams& params, int feature_set, int64_t t) {
+  with_feature_set(feature_set, [&](auto features) { merge_tensor<decltype(features)>(params, t); });
+}
+
+bool accumulate(const AccumulateParams& params, int feature_set, int num_threads) {
+  return with_feature_set(feature_set, [&](auto) {
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < params.num_chunks; ++i) accumulate_chunk(params, feature_set, i);
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < params.num_tensors; ++t) merge_stats(params, feature_set, t);
+    }
+  });
+}
+
+}  // namespace LOPT_ISA
+}  // namespace lopt

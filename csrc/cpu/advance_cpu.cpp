@@ -1,0 +1,57 @@
+// Everything at tensor level between accumulate and apply, for the optimizer on the CPU; the formulas are in tensor_lstm.h.
+// Compiled once per instruction set; cpu_dispatch.cpp picks.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/lstm_cell.h"
+
+namespace lopt {
+namespace LOPT_ISA {
+
+bool begin(const AdvanceParams& p) {
+  const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
+  observe_pending(p.pending_loss, p.new_train ? *p.new_train : p.train_value);
+  g.observe_valid(*p.spec, p.new_valid ? *p.new_valid : p.valid_value);
+  std::fill_n(p.clip_limit, p.num_tensors, g.clip_limit(*p.spec));
+  return true;
+}
+
+bool advance(const AdvanceParams& p) {
+  const Spec& s = *p.spec;
+  return with_kernel(s.feature_set, s.width, [&](auto features, auto) {
+    using Features = decltype(features);
+    const int tensors = static_cast<int>(p.num_tensors);
+    const ThetaView theta(s, Features::kNumColumns, p.theta);
+    const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
+    TensorLevel level{tensors, p.shapes, p.h,         p.c,     p.feedback, p.initial_scale, p.updates, p.stats, p.scale,
+                      p.shift, p.bias,   p.step_size, nullptr, nullptr,    nullptr,         nullptr,   nullptr};
+    Arena count{nullptr};
+    take_scratch(s, level, count);
+    static thread_local std::vector<float> memory;  // kept between steps
+    memory.resize(std::max(memory.size(), static_cast<size_t>(count.used)));
+    Arena arena{memory.data()};
+    take_scratch(s, level, arena);
+
+    const float loss = mean_pending(p.pending_loss);
+    p.pending_loss[0] = p.pending_loss[1] = 0;
+    const LstmCell cell{theta, s.num_lstm_input(), s.lstm_width, level.gates, level.activation};
+    const double nonfinite = lopt::advance<Features>(s, theta, g, level, loss, *p.total_steps, cell);
+    *p.nonfinite += static_cast<int64_t>(nonfinite);
+    for (int t = 0; t < tensors; ++t) {
+      p.step_size[t] = scaled_step(p.step_size[t], p.lr[t]);
+      p.keep[t] = 1.0f - p.lr[t] * p.decay[t];
+    }
+  });
+}
+
+bool finish(const AdvanceParams& p) {
+  const Spec& s = *p.spec;
+  return with_kernel(s.feature_set, s.width, [&](auto features, auto) {
+    const ThetaView theta(s, decltype(features)::kNumColumns, p.theta);
+    for (int64_t t = 0; t < p.num_tensors; ++t)
+      next_feedback(s, theta, p.hidden + t * s.width, p.feedback + t * s.from_mlp);
+  });
+}
+
+}  // namespace LOPT_ISA
+}  // namespace lopt

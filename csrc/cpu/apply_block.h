@@ -1,0 +1,92 @@
+// apply for a run of parameters, the loop that apply_cpu.cpp and unroll_cpu.cpp share:
+//   x      = clamp(columns(grad, param, mom, rms) * scale + shift, +-feature_clip)
+//   o, h   = small_mlp(x)
+//   param  = keep * param - step_size * active(rms) * o.direction * exp(magnitude_rate * o.magnitude)
+// and the sum of the last hidden layer h, in the order of Note [Order of summation] (accumulate_block.h).
+#pragma once
+
+#include "cpu/simd.h"
+// simd.h comes first: see there.
+#include "api/kernels.h"
+
+namespace lopt {
+namespace LOPT_ISA {
+namespace {
+
+template <class Features, int kWidth>
+struct Applier {
+  static constexpr int kColumns = Features::kNumColumns;
+  static constexpr int kBlock = 32 * kLanes;  // parameters per block, hidden layers summed in float
+  static constexpr int kSums = kWidth < kRegisters / 2 ? kWidth : kRegisters / 2;  // of a layer, in registers
+  Numbers param, grad;
+  Planes<Features::kNumMom, kBlock> mom;
+  Planes<Features::kNumRms, kBlock> rms;
+  const float* scale;    // [columns]
+  const float* shift;    // [columns]
+  const float* bias;     // [width]
+  const float* weights;  // MlpLayout
+  const float limit, keep, step_size, magnitude_rate, feature_clip;
+
+  // The first `count` parameters; total[width] is the sum of their last hidden layers.
+  void run(int64_t count, double* total) const {
+    alignas(64) float param_buffer[kBlock], grad_buffer[kBlock];
+    alignas(64) float mom_buffer[Features::kNumMom * kBlock], rms_buffer[Features::kNumRms * kBlock];
+    for (int j = 0; j < kWidth; ++j) total[j] = 0.0;
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+      const int64_t size = count - begin < kBlock ? count - begin : kBlock;
+      float* p = param.read(begin, size, param_buffer);
+      const float* g = grad.read(begin, size, grad_buffer);
+      block(p, g, mom.read(begin, size, mom_buffer), rms.read(begin, size, rms_buffer), size, total);
+      if (moves()) param.write(begin, size, p);
+    }
+  }
+
+  bool moves() const { return step_size != 0.0f || keep != 1.0f; }  // lr = 0 changes no bit
+
+  void block(float* p, const float* g, const float* m, const float* r, int64_t count, double* total) const {
+    Vec hidden_sum[kWidth]{};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) rows<2>(p + i, g + i, m + i, r + i, kLanes, hidden_sum);
+    for (; i < count; i += kLanes)
+      rows<1>(p + i, g + i, m + i, r + i, count - i < kLanes ? static_cast<int>(count - i) : kLanes, hidden_sum);
+    for (int j = 0; j < kWidth; ++j) total[j] += sum_lanes(hidden_sum[j]);
+  }
+
+  // kVectors vectors of `lanes` parameters each, which share the loads of weights.
+  template <int kVectors>
+  LOPT_INLINE void rows(float* p_at, const float* g_at, const float* mom_at, const float* rms_at, int lanes,
+                        Vec* hidden_sum) const {
+    const int64_t mom_step = mom.step(), rms_step = rms.step();
+    Vec p[kVectors], step[kVectors], x[kColumns * kVectors], hidden[kWidth * kVectors];
+    LOPT_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const int i = v * kLanes;
+      const Vec g = clip_gradient(load(g_at + i, lanes), limit);
+      p[v] = load(p_at + i, lanes);
+      Vec m[Features::kNumMom], r[Features::kNumRms], raw[kColumns];
+      LOPT_UNROLL
+      for (int k = 0; k < Features::kNumMom; ++k) m[k] = load(mom_at + k * mom_step + i, lanes);
+      LOPT_UNROLL
+      for (int k = 0; k < Features::kNumRms; ++k) r[k] = load(rms_at + k * rms_step + i, lanes);
+      Features::columns(g, p[v], m, r, raw);
+      step[v] = Features::active(r) * step_size;
+      LOPT_UNROLL
+      for (int c = 0; c < kColumns; ++c)
+        x[c * kVectors + v] = clamp_of(raw[c] * scale[c] + shift[c], -feature_clip, feature_clip);
+    }
+    MlpOutput<Vec> out[kVectors];
+    small_mlp_rows<kColumns, kWidth, kVectors, kSums / kVectors>(x, weights, bias, hidden, out);
+    if (moves())
+      for (int v = 0; v < kVectors; ++v)
+        store(p_at + v * kLanes, next_param(p[v], out[v], keep, step[v], magnitude_rate), lanes);
+    const Vec mask = lane_mask(lanes);
+    for (int j = 0; j < kWidth; ++j) {
+      LOPT_UNROLL
+      for (int v = 0; v < kVectors; ++v) hidden_sum[j] += hidden[j * kVectors + v] * mask;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace LOPT_ISA
+}  // namespace lopt

@@ -1,0 +1,85 @@
+// apply on the CPU: all tensors, in chunks over threads; the formulas are in apply_block.h. Compiled once per instruction
+// set; cpu_dispatch.cpp picks. apply takes the chunks in descending order: accumulate left the last ones in the caches.
+#include "cpu/apply_block.h"
+#include "cpu/chunks_cpu.h"
+
+namespace lopt {
+namespace LOPT_ISA {
+namespace {
+
+template <class Features, int kWidth>
+void run_chunk(const ApplyParams& params, int64_t index) {
+  constexpr int kColumns = Features::kNumColumns;
+  const Chunk chunk = params.chunks[index];
+  const int64_t t = chunk.tensor;
+  const TensorEntry& tensor = params.tensors[t];
+  const int64_t left = tensor.numel - chunk.begin;
+  const Applier<Features, kWidth> applier{
+      Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
+      Numbers::at(params.grads[t], tensor.grad_dtype == kBFloat16, chunk.begin),
+      {Numbers::at(tensor.mom, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
+      {Numbers::at(tensor.rms, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
+      params.scale + t * kColumns,
+      params.shift + t * kColumns,
+      params.bias + t * kWidth,
+      params.weights + tensor.theta * MlpLayout<kColumns, kWidth>::kSize,
+      params.clip_limit[t],
+      params.keep[t],
+      params.step_size[t],
+      params.magnitude_rate,
+      params.feature_clip,
+  };
+  applier.run(left < kChunk ? left : kChunk, params.partials + index * kWidth);
+}
+
+template <int kWidth>
+void merge_tensor(const ApplyParams& params, int64_t t) {
+  const TensorEntry& tensor = params.tensors[t];
+  for (int j = 0; j < kWidth; ++j) {
+    double total = 0.0;
+    for (int64_t begin = 0; begin < tensor.numel; begin += kChunk)
+      total += params.partials[(tensor.first_chunk + begin / kChunk) * kWidth + j];
+    params.hidden[t * kWidth + j] = static_cast<float>(total / static_cast<double>(tensor.numel));
+  }
+}
+
+}  // namespace
+
+bool apply(const ApplyParams& params, int feature_set, int width, int num_threads) {
+  return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
+    using Features = decltype(features);
+    constexpr int kWidth = decltype(width_constant)::value;
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < params.num_chunks; ++i) run_chunk<Features, kWidth>(params, params.num_chunks - 1 - i);
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < params.num_tensors; ++t) merge_tensor<kWidth>(params, t);
+    }
+  });
+}
+
+// Chunk by chunk: what apply reads again is in a cache near by.
+bool sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
+           int num_threads) {
+  return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
+    using Features = decltype(features);
+    constexpr int kWidth = decltype(width_constant)::value;
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < applying.num_chunks; ++i) {
+        accumulate_chunk(accumulating, feature_set, i);
+        run_chunk<Features, kWidth>(applying, i);
+      }
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < applying.num_tensors; ++t) {
+        merge_stats(accumulating, feature_set, t);
+        merge_tensor<kWidth>(applying, t);
+      }
+    }
+  });
+}
+
+}  // namespace LOPT_ISA
+}  // namespace lopt

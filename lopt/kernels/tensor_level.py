@@ -1,0 +1,164 @@
+"""TensorLevel: what belongs to a tensor or to all of them, around and between the two device operations."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lopt import _C
+from lopt.kernels.device import is_capturing, stream_of, upload
+from lopt.kernels.structs import ADVANCE, shape_records, spec_record
+from lopt.rule.spec import ThetaSpec
+from lopt.rule.tensor_lstm import Rows
+from lopt.rule.theta import Theta
+
+if TYPE_CHECKING:
+    from lopt.kernels.plan import Plan
+
+#: State that all tensors share, as AdvanceParams names it.
+SHARED = ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite")
+_shared_tensors = itemgetter(*SHARED)
+
+
+def apply_inputs(spec: ThetaSpec, num_tensors: int, device: torch.device) -> dict[str, Tensor]:
+    """Uninitialised memory for what :class:`TensorLevel` writes and :meth:`Plan.apply` reads, a row for each tensor."""
+    columns = len(spec.features.columns)
+    widths = {"clip_limit": (), "scale": (columns,), "shift": (columns,), "bias": (spec.mlp_width,)}
+    widths |= {"step_size": (), "keep": ()}
+    return {name: torch.empty(num_tensors, *width, device=device) for name, width in widths.items()}
+
+
+class TensorLevel:
+    """Everything at tensor level, compiled: ``lopt.rule.tensor_lstm.advance`` but for rounding; on a GPU a launch each.
+
+    Nothing is read back to the host. Numbers that groups have as Python floats are written to the device when they
+    change, those they have as tensors in every step.
+
+    Args:
+        backend: as for :class:`Plan`.
+        theta: its spec must have compiled kernels.
+        shapes: of the parameter tensors. Without any, only losses can be observed.
+        rows: stacked state of the tensors, float32, on their device; written in place.
+        groups: of each tensor, its param group, in ascending order; all the first one by default.
+        inputs: where to write the inputs of apply, rows of :func:`apply_inputs`; memory of its own by default. So
+            several levels, each with its theta, can share a :class:`Plan`.
+        lagged: the caller gives :meth:`advance` the statistics of the step before (:func:`lopt.rule.reference.lag`).
+
+    Raises:
+        ValueError: theta was made for lagged statistics and the caller has current ones, or the other way round.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        theta: Theta,
+        shapes: Sequence[Sequence[int]],
+        rows: Rows,
+        groups: Sequence[int] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        lagged: bool = False,
+    ) -> None:
+        spec, num_tensors, device = theta.spec, len(shapes), rows.h.device
+        if num_tensors and lagged != (spec.stats == "lagged"):
+            raise ValueError(
+                f"theta: has stats={spec.stats!r}, which this computation does not have; use another theta"
+            )
+        self.lagged = lagged
+        groups = [0] * num_tensors if groups is None else groups
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        self.backend, self.device = backend, device
+        self.lr, self.decay, self.total_steps = empty(num_tensors), empty(num_tensors), empty(1)
+        inputs = apply_inputs(spec, num_tensors, device) if inputs is None else inputs
+        self.clip_limit, self.step_size, self.keep = (inputs[name] for name in ("clip_limit", "step_size", "keep"))
+        self.scale, self.shift, self.bias = (inputs[name] for name in ("scale", "shift", "bias"))
+        self.to_lstm = empty(num_tensors, spec.from_lstm)
+        self.finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self.theta = theta.flatten().to(device, torch.float32).contiguous()
+        self.shapes = upload(shape_records(shapes).view(np.uint8), device)
+        self._options: list[tuple[int, str, Tensor]] = []  # group, its option, the tensors of the group
+        for group in sorted(set(groups)):
+            of_group = slice(groups.index(group), len(groups) - list(reversed(groups)).index(group))
+            self._options += [(group, "lr", self.lr[of_group]), (group, "weight_decay", self.decay[of_group])]
+        self._written: dict[tuple[int, str], float] = {}
+        spec_ = spec_record(spec)
+        self._keep_alive = rows, spec_
+        self._record = record = np.zeros((), ADVANCE)
+        record["spec"], record["num_tensors"] = spec_.ctypes.data, num_tensors
+        for name in ("theta", "shapes", "lr", "decay", "total_steps", "to_lstm", "finished"):
+            record[name] = getattr(self, name).data_ptr()
+        for name in ("clip_limit", "scale", "shift", "bias", "step_size", "keep"):
+            record[name] = getattr(self, name).data_ptr()
+        for name, value in zip(("h", "c", "feedback", "initial_scale", "updates"), rows, strict=True):
+            record[name] = value.data_ptr()
+        #: Address of AdvanceParams.
+        self.address = record.ctypes.data
+        self._shared: tuple[int, ...] = ()
+
+    def _call(self, function: Callable[..., None]) -> None:
+        function(self.backend, self.address, **stream_of(self.device))
+
+    def set_options(self, groups: Sequence[Mapping[str, Any]], total_steps: int | None) -> None:
+        """``lr`` and ``weight_decay`` of the param groups, and the number of steps planned."""
+        for group, name, target in self._options:
+            self._write((group, name), groups[group][name], target)
+        self._write((0, "total_steps"), float(total_steps or 0), self.total_steps)
+
+    def _write(self, key: tuple[int, str], value: float | Tensor, target: Tensor) -> None:
+        if isinstance(value, Tensor) and value.device == target.device:
+            self._written.pop(key, None)
+            target.copy_(value.reshape(()))
+        elif self._written.get(key) != float(value):
+            target.fill_(float(value))  # a kernel's argument: no memory of the host is read later
+            self._written[key] = math.nan if is_capturing(self.device) else float(value)  # captured is not yet run
+
+    def begin(
+        self, shared: Mapping[str, Tensor], train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None
+    ) -> None:
+        """Before accumulate: takes losses, and writes ``clip_limit``.
+
+        Args:
+            shared: the state of all tensors, written in place by this and the other calls of the step.
+            train_loss, valid_loss: numbers or float32 tensors of one element on the device; one that is not finite
+                counts as none.
+        """
+        self.set_losses(shared, train_loss, valid_loss)
+        self.start()
+
+    def start(self) -> None:
+        """:meth:`begin`, of what :meth:`set_losses` was given."""
+        self._call(_C.begin)
+
+    def set_losses(
+        self, shared: Mapping[str, Tensor], train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None
+    ) -> None:
+        """What :meth:`begin` reads, for :func:`step`."""
+        addresses = tuple(map(Tensor.data_ptr, _shared_tensors(shared)))
+        if addresses != self._shared:
+            self._shared = addresses
+            for name, address in zip(SHARED, addresses, strict=True):
+                self._record[name] = address
+        for name, loss in (("train", train_loss), ("valid", valid_loss)):
+            on_device = isinstance(loss, Tensor)
+            self._record[f"new_{name}"] = loss.data_ptr() if isinstance(loss, Tensor) else 0
+            self._record[f"{name}_value"] = np.nan if on_device or loss is None else loss
+
+    def bind(self, plan: "Plan") -> None:
+        """Let :meth:`advance` and :meth:`finish` read what the plan writes, for :func:`step`."""
+        self._record["stats"], self._record["hidden"] = plan.stats.data_ptr(), plan.hidden.data_ptr()
+
+    def advance(self, stats: Tensor) -> None:
+        """Between accumulate and apply: from ``stats`` and the options the inputs of apply."""
+        self._record["stats"] = stats.data_ptr()
+        self._call(_C.advance)
+
+    def finish(self, hidden: Tensor) -> None:
+        """After apply: what the next LSTM step sees of ``hidden`` ``[T, width]``."""
+        self._record["hidden"] = hidden.data_ptr()
+        self._call(_C.finish)

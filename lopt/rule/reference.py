@@ -1,0 +1,320 @@
+"""The whole optimizer in plain PyTorch: the definition of correct.
+
+Pure functions of any floating dtype, readable beside the paper: nothing is folded, fused or reduced early, and every
+intermediate is in the trace that :func:`update` returns. The kernels (csrc/, cuda/) compute the same two operations,
+:func:`accumulate` and :func:`apply`, and are tested against this file. Everything can be vmapped.
+
+One update, with K decays, in order::
+
+    grad   = clamp(grad, -limit, limit)                     limit from the steps before; NaN counts as 0
+    mom_k  = d_k mom_k + (1 - d_k) grad                     no bias correction
+    rms_k  = d_k rms_k + (1 - d_k) grad^2
+    h, c   = LSTM(statistics of the tensor, losses, time)   one row per tensor
+    o      = MLP(per-parameter columns, per-tensor inputs)
+    param -= o_0 exp(magnitude_rate o_1) step_multiplier
+    feedback = mean of o_2: over the tensor                 input of the next LSTM step
+
+Source: arXiv:2009.11243, appendix C, and its author's port (rnn_mlp_lopt in google/learned_optimization).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.rule import tensor_lstm
+from lopt.rule.features import STATS
+from lopt.rule.spec import ThetaSpec
+from lopt.rule.tensor_lstm import Conditioning, Globals, Rows, Shapes, Weights, round_decays
+
+
+class State(NamedTuple):
+    """Everything the optimizer remembers between two steps."""
+
+    globals: Globals
+    rows: Rows
+    mom: list[Tensor]  # per tensor [num_mom, numel]
+    rms: list[Tensor]  # per tensor [num_rms, numel]
+
+
+class Update(NamedTuple):
+    """Result of :func:`update`."""
+
+    params: list[Tensor]
+    state: State
+    trace: dict[str, Any]
+
+
+def init_state(spec: ThetaSpec, weights: Weights, params: Sequence[Tensor]) -> State:
+    """State before the first step, in the dtype of ``weights``."""
+    like = weights["initial_h"]
+    return State(
+        tensor_lstm.init_globals(spec, weights),
+        tensor_lstm.init_rows(spec, weights, len(params)),
+        [like.new_zeros(len(spec.mom_decays), param.numel()) for param in params],
+        [like.new_zeros(len(spec.rms_decays), param.numel()) for param in params],
+    )
+
+
+def clip_gradient(grad: Tensor, limit: Tensor) -> Tensor:
+    """Elementwise clamp to ``+-limit``; NaN becomes 0."""
+    grad = torch.where(torch.isnan(grad), torch.zeros_like(grad), grad)
+    return torch.minimum(torch.maximum(grad, -limit), limit)
+
+
+def raw_columns(spec: ThetaSpec, grad: Tensor, param: Tensor, mom: Tensor, rms: Tensor) -> Tensor:
+    """``[columns, numel]`` raw per-parameter inputs from the clipped gradient and the new accumulators."""
+    if spec.feature_set == "paper":
+        inverse = torch.rsqrt(rms + 1e-6)
+        log_param = torch.log(torch.abs(param) + 1e-8)
+        return torch.cat([grad[None], param[None], log_param[None], mom, rms, mom * inverse, inverse])
+    inverse = torch.rsqrt(rms + 1e-24)
+    log_rms = 0.5 * torch.log(rms + 1e-24)
+    return torch.cat(
+        [
+            mom * inverse[1],
+            torch.stack([grad * inverse[1], mom[0] * inverse[0], param, grad]),
+            mom,
+            torch.stack([log_rms[1], log_rms[0] - log_rms[1]]),
+        ]
+    )
+
+
+def moments(spec: ThetaSpec, grad: Tensor, param: Tensor, mom: Tensor, rms: Tensor) -> Tensor:
+    """``[moments]`` means over the tensor that the column maps need."""
+    if spec.feature_set == "paper":
+        return torch.square(raw_columns(spec, grad, param, mom, rms)).mean(dim=1)
+    values = torch.cat([torch.square(torch.cat([param[None], grad[None], mom])), rms[1:2]])
+    return values.mean(dim=1)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Stochastic rounding of accumulators to bfloat16: up with the probability of the rest, so right on average.
+
+    Rounding to nearest would never move an accumulator of decay .9999, whose steps are smaller than bfloat16's. The
+    random bits are a hash of seed, step, tensor, element and accumulator, the same as in csrc/rule/rounding.h.
+
+    Args:
+        step: number of steps so far.
+        tensor: position of the tensor in the list.
+    """
+
+    step: int
+    tensor: int
+    seed: int = 0
+
+    def bits(self, accumulators: int, numel: int) -> Tensor:
+        """``[accumulators, numel]`` int64, random numbers below 2^16."""
+        key = _mix_bits(self.seed + 0x9E3779B97F4A7C15)
+        key = _mix_bits(_mix_bits(key + self.step) + self.tensor)
+        element = torch.arange(numel)
+        words = []
+        for pair in range((accumulators + 1) // 2):  # elements beyond 2^32 have other words
+            word = torch.tensor(
+                [_mix_bits(key + high * 16 + pair + 1) for high in range(max(numel - 1, 0) // 2**32 + 1)],
+                dtype=torch.uint64,
+            ).view(torch.int64)[element >> 32]
+            x = (element ^ word) & 0xFFFFFFFF
+            x = _times(x ^ (x >> 16), 0x7FEB352D) + ((word >> 32) & 0xFFFFFFFF) & 0xFFFFFFFF
+            x = _times(x ^ (x >> 15), 0x846CA68B)
+            x = x ^ (x >> 16)
+            words += [x & 0xFFFF, x >> 16]
+        return torch.stack(words[:accumulators])
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """``values`` ``[accumulators, numel]``, as float32, rounded to bfloat16 numbers, in their own dtype."""
+        bits = self.bits(*values.shape).to(values.device)
+        single = values.float()
+        rounded = (single.view(torch.int32).long() + bits & -0x10000).to(torch.int32).view(torch.float32)
+        return torch.where(torch.isnan(single), single, rounded).to(values.dtype)
+
+
+def _mix_bits(x: int) -> int:
+    x &= 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """Product modulo 2^32, without leaving 63 bits."""
+    low, high = (x & 0xFFFF) * factor, (x >> 16) * (factor & 0xFFFF)
+    return low + (high << 16) & 0xFFFFFFFF
+
+
+def accumulate(
+    spec: ThetaSpec,
+    param: Tensor,
+    grad: Tensor,
+    mom: Tensor,
+    rms: Tensor,
+    limit: Tensor,
+    rounding: Rounding | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First operation, for one tensor: clip, update the accumulators, reduce statistics.
+
+    Args:
+        param, grad: ``[numel]``.
+        mom, rms: ``[num_mom, numel]``, ``[num_rms, numel]``.
+        limit: ``[]`` clip limit.
+        rounding: how a bfloat16 state is rounded, at once; statistics see what the next step will see.
+
+    Returns:
+        Clipped gradient, new mom, new rms, and the statistics ``[S]`` in the order of csrc/rule/stats.h.
+    """
+    nonfinite = torch.logical_not(torch.isfinite(grad)).sum().to(grad.dtype)
+    grad = clip_gradient(grad, limit)
+    mom_decay = round_decays(spec.mom_decays, grad)[:, None]
+    rms_decay = round_decays(spec.rms_decays, grad)[:, None]
+    mom = mom_decay * mom + (1.0 - mom_decay) * grad
+    rms = rms_decay * rms + (1.0 - rms_decay) * torch.square(grad)
+    if rounding is not None:
+        rounded = rounding(torch.cat([mom, rms]))
+        mom, rms = rounded[: len(mom)], rounded[len(mom) :]
+    common = [
+        torch.square(grad).mean(),
+        torch.square(param).mean(),
+        nonfinite,
+        *(value for x in (param, mom, rms) for value in (x.mean(), x.var(correction=0))),
+    ]
+    return grad, mom, rms, torch.cat([torch.stack(common), moments(spec, grad, param, mom, rms)])
+
+
+def apply(
+    spec: ThetaSpec,
+    weights: Weights,
+    param: Tensor,
+    grad: Tensor,
+    mom: Tensor,
+    rms: Tensor,
+    conditioning: Conditioning,
+    step_size: Tensor | float,
+    keep: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Second operation, for one tensor: features, MLP, update.
+
+    Args:
+        param, grad, mom, rms: as :func:`accumulate` returned them (``grad`` clipped).
+        conditioning: one row of it.
+        step_size: ``lr * step_multiplier * multiplier``.
+        keep: ``1 - lr * weight_decay``.
+
+    Returns:
+        New parameter ``[numel]``, feedback ``[from_mlp]``, MLP input and output ``[numel, ...]``.
+    """
+    columns = raw_columns(spec, grad, param, mom, rms) * conditioning.scale[:, None] + conditioning.shift[:, None]
+    if spec.feature_clip is not None:
+        columns = torch.clamp(columns, -spec.feature_clip, spec.feature_clip)
+    x = torch.cat([columns.T, conditioning.constant.expand(param.shape[0], -1)], dim=1)
+    hidden = torch.relu(x @ weights["mlp.w1"] + weights["mlp.b1"])
+    hidden = torch.relu(hidden @ weights["mlp.w2"] + weights["mlp.b2"])
+    out = hidden @ weights["mlp.w3"] + weights["mlp.b3"]
+    direction = out[:, 0]
+    if spec.linear_skip:
+        direction = direction + columns.T @ weights["skip"]
+    step = spec.features.active(rms) * step_size
+    moved = keep * param - direction * torch.exp(out[:, 1] * spec.magnitude_rate) * step
+    still = (torch.as_tensor(step_size) == 0) & (torch.as_tensor(keep) == 1)  # lr = 0 changes no bit
+    return torch.where(still, param, moved), out[:, 2:].mean(dim=0), x, out
+
+
+def lag(stats: Tensor, before: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step with ``stats="lagged"`` sees, and what the next one will.
+
+    A tensor's first step has nothing before it and sees its own statistics; the next one sees them again, without the
+    number of non-finite gradients, which is counted once.
+
+    Args:
+        stats, before: ``[T, S]`` of this step and of the one before.
+        updates: ``[T]`` how often the accumulators were updated before this step.
+    """
+    first = (updates == 0)[:, None]
+    counted = torch.arange(stats.shape[1], device=stats.device) == STATS.index("nonfinite")
+    return torch.where(first, stats, before), torch.where(first & counted, 0.0, stats)
+
+
+def observe_valid(spec: ThetaSpec, state: State, loss: Tensor) -> State:
+    """State after a validation loss."""
+    return state._replace(globals=tensor_lstm.observe_valid(spec, state.globals, loss))
+
+
+def update(
+    spec: ThetaSpec,
+    weights: Weights,
+    state: State,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    loss: Tensor | None = None,
+    *,
+    lr: float | Tensor = 1.0,
+    weight_decay: float | Tensor = 0.0,
+    total_steps: float | Tensor = 0.0,
+    before: Tensor | None = None,
+) -> Update:
+    """One training update of all tensors.
+
+    Args:
+        weights: the tensors of theta.
+        params, grads: non-empty tensors of any shape, in one dtype.
+        loss: training loss ``[]``; None repeats the last one.
+        total_steps: number of steps planned, 0 when unknown.
+        before: ``[T, S]`` for ``stats="lagged"``: ``trace["kept"]`` of the step before, zeros in the first.
+
+    Raises:
+        ValueError: theta needs ``before``, which was not given.
+
+    Example:
+        >>> from lopt import Theta
+        >>> theta = Theta.init("paper")
+        >>> params, grads = [torch.ones(3)], [torch.ones(3)]
+        >>> state = init_state(theta.spec, theta.tensors, params)
+        >>> params, state, trace = update(theta.spec, theta.tensors, state, params, grads, torch.tensor(2.0))
+        >>> trace["mlp_input"][0].shape
+        torch.Size([3, 54])
+    """
+    flat = [param.reshape(-1) for param in params]
+    limit = tensor_lstm.clip_limit(spec, state.globals)
+    accumulated = [
+        accumulate(spec, param, grad.reshape(-1), mom, rms, limit)
+        for param, grad, mom, rms in zip(flat, grads, state.mom, state.rms, strict=True)
+    ]
+    stats = torch.stack([item[3] for item in accumulated])
+    seen = kept = stats
+    if spec.stats == "lagged":
+        if before is None:
+            raise ValueError("before: a theta with stats='lagged' needs the statistics of the step before, got none")
+        seen, kept = lag(stats, before, state.rows.updates)
+    shapes = Shapes.of(spec, [tuple(param.shape) for param in params], stats)
+    total = torch.as_tensor(total_steps, dtype=stats.dtype, device=stats.device)
+    globals_, rows, conditioning, lstm_input = tensor_lstm.advance(
+        spec, weights, state.globals, state.rows, seen, shapes, loss, total
+    )
+    applied = [
+        apply(
+            spec,
+            weights,
+            param,
+            *accumulated[t][:3],
+            Conditioning(*(value[t] for value in conditioning)),
+            lr * spec.step_multiplier * conditioning.multiplier[t],
+            1.0 - lr * weight_decay,
+        )
+        for t, param in enumerate(flat)
+    ]
+    rows = rows._replace(feedback=torch.stack([item[1] for item in applied]))
+    trace = {
+        "clip_limit": limit,
+        "grad": [item[0] for item in accumulated],
+        "stats": stats,
+        "kept": kept,
+        "lstm_input": lstm_input,
+        "conditioning": conditioning,
+        "mlp_input": [item[2] for item in applied],
+        "mlp_output": [item[3] for item in applied],
+    }
+    new_params = [item[0].reshape(param.shape) for item, param in zip(applied, params, strict=True)]
+    new_state = State(globals_, rows, [item[1] for item in accumulated], [item[2] for item in accumulated])
+    return Update(new_params, new_state, trace)

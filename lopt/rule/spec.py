@@ -1,0 +1,217 @@
+"""ThetaSpec: the architecture of a learned optimizer, everything about it that is not meta-learned, and the presets.
+
+Source: arXiv:2009.11243, section 3.3 and appendix C; constants of the author's JAX port.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lopt.rule.features import FEATURE_SETS, FeatureSet
+
+#: Kinds of inputs at tensor level, with the number of scalars about one tensor that the LSTM sees.
+TENSOR_INPUTS = {"paper": 18, "relative": 13}
+
+
+@dataclass(frozen=True)
+class ThetaSpec:
+    """The architecture of a learned optimizer: everything about it that is not meta-learned.
+
+    Args:
+        feature_set: name of the per-parameter inputs, a key of :data:`lopt.rule.features.FEATURE_SETS`.
+        mlp_width: width of the two hidden layers of the per-parameter MLP. Kernels exist for 8, 16 and 32.
+        lstm_width: hidden size of the per-tensor LSTM.
+        from_mlp: values the MLP sends to the LSTM (averaged over the tensor).
+        lstm_to_mlp: values the LSTM sends to the MLP of its tensor.
+        from_lstm: values all tensors share through the next step's LSTM input.
+        mom_decays, rms_decays: decays of the accumulators, as many as the feature set has.
+        step_multiplier: constant factor of every update.
+        magnitude_rate: ``c`` in ``update = direction * exp(c * magnitude)``.
+        linear_skip: adds a linear map of the per-parameter inputs to the direction.
+        step_control: multiplies a tensor's update by its scale (root mean square) and by the exponential of a linear
+            map of the LSTM's state and inputs; the first ten updates of a tensor by .1, .2, ... 1, too. A tensor whose
+            gradient is zero everywhere does not move.
+        tensor_inputs: ``"paper"``: the LSTM sees magnitudes and signs as they are, the MLP 11 sinusoids of the step.
+            ``"relative"``: the LSTM sees ratios that do not depend on the scale of gradients and parameters, and not
+            the dimensions of the tensor, which differ between small tasks and large models and between layouts; both
+            see the logarithm of the step, at most ``time_limit``. Needs a feature set with a slow second moment.
+        horizon_input: adds the inputs that need ``total_steps``; only with ``tensor_inputs="relative"``.
+        time_limit: steps beyond which logarithmic time stands still (the longest run seen in meta-training).
+        train_loss_decay, valid_loss_decay: decays of the two loss averages.
+        clip_decay, clip_multiplier: of the gradient clipper.
+        feature_clip: bound of the normalised per-parameter inputs, None for none.
+        valid_advances_step: whether an observed validation loss counts as a step, as in the author's port.
+        stats: which statistics of the tensors the LSTM, the column maps and the gradient clipper see. ``"current"``: of
+            this step, so that a step reads everything twice. ``"lagged"``: of the step before (in a tensor's first step
+            its own), so that one sweep can update accumulators and parameters: 92 instead of 140 bytes per parameter
+            for ``paper``. A theta is meta-trained for one of them.
+
+    Raises:
+        ValueError: a field is out of range, with the bad value.
+
+    Example:
+        >>> PRESETS["paper"].num_floats
+        35799
+    """
+
+    feature_set: str = "compact"
+    mlp_width: int = 8
+    lstm_width: int = 8
+    from_mlp: int = 4
+    lstm_to_mlp: int = 4
+    from_lstm: int = 4
+    mom_decays: tuple[float, ...] = FEATURE_SETS["compact"].mom_decays
+    rms_decays: tuple[float, ...] = FEATURE_SETS["compact"].rms_decays
+    step_multiplier: float = 0.04
+    magnitude_rate: float = 0.1
+    linear_skip: bool = True
+    step_control: bool = True
+    tensor_inputs: str = "relative"
+    horizon_input: bool = True
+    time_limit: float = 10_000.0
+    train_loss_decay: float = 0.9
+    valid_loss_decay: float = 0.95
+    clip_decay: float = 0.99
+    clip_multiplier: float = 10.0
+    feature_clip: float | None = 5.0
+    valid_advances_step: bool = False
+    stats: str = "current"
+
+    def __post_init__(self) -> None:
+        if self.feature_set not in FEATURE_SETS:
+            raise ValueError(f"feature_set: expected one of {sorted(FEATURE_SETS)}, got {self.feature_set!r}")
+        for name in ("mom_decays", "rms_decays"):
+            decays = tuple(float(decay) for decay in getattr(self, name))
+            object.__setattr__(self, name, decays)
+            expected = len(getattr(self.features, name))
+            if len(decays) != expected or not all(0.0 < decay < 1.0 for decay in decays):
+                raise ValueError(
+                    f"{name}: feature set {self.feature_set!r} needs {expected} decays in (0, 1), got {decays}"
+                )
+        for name in ("mlp_width", "lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive size, got {getattr(self, name)}")
+        for name in ("train_loss_decay", "valid_loss_decay", "clip_decay"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: expected a value in (0, 1), got {getattr(self, name)}")
+        for name in ("step_multiplier", "clip_multiplier", "time_limit"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not math.isfinite(self.magnitude_rate):
+            raise ValueError(f"magnitude_rate: expected a finite number, got {self.magnitude_rate}")
+        if self.feature_clip is not None and not self.feature_clip > 0.0:
+            raise ValueError(f"feature_clip: expected None or a positive bound, got {self.feature_clip}")
+        if self.tensor_inputs not in TENSOR_INPUTS:
+            raise ValueError(f"tensor_inputs: expected one of {sorted(TENSOR_INPUTS)}, got {self.tensor_inputs!r}")
+        if self.stats not in ("current", "lagged"):
+            raise ValueError(f"stats: expected 'current' or 'lagged', got {self.stats!r}")
+        if self.tensor_inputs == "relative" and self.features.slow is None:
+            raise ValueError(f"tensor_inputs: 'relative' is not available with feature set {self.feature_set!r}")
+        if self.horizon_input and self.tensor_inputs != "relative":
+            raise ValueError("horizon_input: only available with tensor_inputs='relative'")
+
+    @property
+    def features(self) -> FeatureSet:
+        """The table of per-parameter inputs."""
+        return FEATURE_SETS[self.feature_set]
+
+    @property
+    def num_time(self) -> int:
+        """Number of time inputs."""
+        return 11 if self.tensor_inputs == "paper" else 6 if self.horizon_input else 1
+
+    @property
+    def num_facts(self) -> int:
+        """Number of inputs about the tensor itself, beside time (:func:`lopt.rule.tensor_lstm.tensor_facts`)."""
+        return 3 if self.tensor_inputs == "paper" else 2
+
+    @property
+    def num_constant(self) -> int:
+        """Number of MLP inputs that are constant in a tensor: time, facts about the tensor, LSTM output."""
+        return self.num_time + self.num_facts + self.lstm_to_mlp
+
+    @property
+    def num_lstm_input(self) -> int:
+        """Number of LSTM inputs per tensor."""
+        time = self.num_time if self.tensor_inputs == "relative" else 0
+        return self.from_lstm + self.from_mlp + TENSOR_INPUTS[self.tensor_inputs] + time
+
+    @property
+    def valid_rise(self) -> int:
+        """Position of the rise of the validation loss among the LSTM's inputs; only with relative inputs."""
+        return self.num_lstm_input - self.num_time - self.num_facts - 1
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of theta, in the order of :meth:`Theta.flatten`. Weights are ``[in, out]``."""
+        lstm, width = self.lstm_width, self.mlp_width
+        shapes: dict[str, tuple[int, ...]] = {
+            "initial_from_lstm": (self.from_lstm,),
+            "initial_from_mlp": (self.from_mlp,),
+            "initial_h": (lstm,),
+            "initial_c": (lstm,),
+            "lstm.w": (self.num_lstm_input + lstm, 4 * lstm),  # gates in the order i, g, f, o
+            "lstm.b": (4 * lstm,),
+            "lstm_to_mlp.w": (lstm, self.lstm_to_mlp),
+            "lstm_to_mlp.b": (self.lstm_to_mlp,),
+            "lstm_to_lstm.w": (lstm, self.from_lstm),
+            "lstm_to_lstm.b": (self.from_lstm,),
+            "mlp.w1": (len(self.features.columns) + self.num_constant, width),
+            "mlp.b1": (width,),
+            "mlp.w2": (width, width),
+            "mlp.b2": (width,),
+            "mlp.w3": (width, 2 + self.from_mlp),  # direction, magnitude, values for the LSTM
+            "mlp.b3": (2 + self.from_mlp,),
+        }
+        if self.linear_skip:
+            shapes["skip"] = (len(self.features.columns),)
+        if self.step_control:
+            shapes["step.w"] = (lstm + self.num_lstm_input,)
+            shapes["step.b"] = ()
+        return shapes
+
+    @property
+    def num_floats(self) -> int:
+        """Number of meta-parameters."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ThetaSpec":
+        """The inverse of :meth:`to_json`; unknown or missing fields are errors, but ``stats``, once always current."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        missing = names - set(values) - {"stats"}
+        if missing or not set(values) <= names:
+            raise ValueError(
+                f"spec: unknown fields {sorted(set(values) - names)}, missing fields {sorted(missing)}; "
+                "the file was written by another version of lopt"
+            )
+        return cls(**{**values, "mom_decays": tuple(values["mom_decays"]), "rms_decays": tuple(values["rms_decays"])})
+
+
+#: ``paper``: the optimizer of arXiv:2009.11243 as its author published it. ``compact``: our default, for large models.
+PRESETS: dict[str, ThetaSpec] = {
+    "paper": ThetaSpec(
+        feature_set="paper",
+        mlp_width=32,
+        lstm_width=64,
+        from_mlp=16,
+        lstm_to_mlp=17,
+        from_lstm=18,
+        mom_decays=FEATURE_SETS["paper"].mom_decays,
+        rms_decays=FEATURE_SETS["paper"].rms_decays,
+        step_multiplier=1e-3,
+        magnitude_rate=1e-3,
+        linear_skip=False,
+        step_control=False,
+        tensor_inputs="paper",
+        horizon_input=False,
+        feature_clip=None,
+        valid_advances_step=True,
+    ),
+    "compact": ThetaSpec(),
+}

@@ -1,0 +1,252 @@
+"""theta: the meta-parameters of a learned optimizer, and the spec that says what they parametrise.
+
+A :class:`Theta` is a :class:`ThetaSpec` (the architecture: feature set, sizes, constants) with one named float32 tensor
+per entry of ``spec.shapes()``. It is created at random as in the paper (:meth:`Theta.init`), as an imitation of Adam
+(:meth:`Theta.init_adam`), from a file, or from the weights of the author's JAX port.
+
+Source: arXiv:2009.11243, section 3.3 and appendix C; constants of the port.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lopt.rule.jax_import import read_jax
+from lopt.rule.spec import PRESETS, ThetaSpec
+
+FORMAT = 2  # of the safetensors file; raised when old files cannot be read as they are
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+
+def _preset(name: str) -> ThetaSpec:
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class Theta:
+    """Meta-parameters: a spec, one float tensor per entry of ``spec.shapes()``, and where they come from.
+
+    Raises:
+        ValueError: the tensors' names or shapes are not the spec's.
+
+    Example:
+        >>> theta = Theta.init("paper", seed=0)
+        >>> theta.flatten().shape
+        torch.Size([35799])
+    """
+
+    spec: ThetaSpec
+    tensors: dict[str, Tensor]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shapes = self.spec.shapes()
+        if set(self.tensors) != set(shapes):
+            raise ValueError(
+                f"theta: missing tensors {sorted(set(shapes) - set(self.tensors))}, "
+                f"unknown tensors {sorted(set(self.tensors) - set(shapes))} for this spec"
+            )
+        for name, shape in shapes.items():
+            if tuple(self.tensors[name].shape) != shape:
+                raise ValueError(f"theta[{name!r}]: expected shape {shape}, got {tuple(self.tensors[name].shape)}")
+            if not self.tensors[name].is_floating_point():
+                raise ValueError(f"theta[{name!r}]: expected a floating dtype, got {self.tensors[name].dtype}")
+        object.__setattr__(self, "tensors", {name: self.tensors[name].detach() for name in shapes})
+
+    @classmethod
+    def init(cls, preset: str = "compact", seed: int = 0) -> "Theta":
+        """Random meta-parameters as in the paper.
+
+        Weights are normal with ``sigma = 1 / sqrt(fan_in)`` truncated at two sigma, ``initial_from_*`` likewise with
+        ``sigma = sqrt(1 / length) / .87963``; biases, LSTM state, skip and step control are zero.
+        """
+        spec = _preset(preset)
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, shape in spec.shapes().items():
+            tensor = torch.zeros(shape, dtype=torch.float32)
+            sigma = 0.0
+            if name.startswith("initial_from"):
+                sigma = math.sqrt(1 / shape[0]) / 0.87962566103423978
+            elif len(shape) == 2:
+                sigma = 1 / math.sqrt(shape[0])
+            if sigma > 0.0:
+                torch.nn.init.trunc_normal_(tensor, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
+            tensors[name] = tensor
+        return cls(spec, tensors, {"method": "init", "preset": preset, "seed": seed})
+
+    @classmethod
+    def init_adam(cls, preset: str = "compact", seed: int = 0, stop_early: float = 1.0) -> "Theta":
+        """Meta-parameters that start as Adam; hidden units without influence on the update stay random.
+
+        ``compact``: the skip is 1 on bias-corrected ``mom0 / sqrt(rms1)`` and the MLP's direction is 0, so within a
+        tensor the update is Adam's with betas (.9, .999). A tensor's step is ``step_multiplier`` (.04) of its root mean
+        square (bounded, see :func:`lopt.rule.tensor_lstm.tensor_scale`), and shorter in its first ten updates; given
+        ``total_steps`` it starts at twice that and falls linearly to 1%. Both factors were set on synthetic tasks
+        (benchmarks/step_size.py, before there was a warm-up): final training loss .99 and .85 times that of constant
+        Adam with the best of five learning rates for each task. Where the optimizer sees a validation loss, a rise of
+        it (:func:`lopt.rule.tensor_lstm.loss_rise`) lowers the log of the step by ``stop_early`` times that input: to
+        half once a hundredth of what was gained is lost, to a hundredth in the end.
+
+        ``paper``: no column has Adam's pair of decays. Two hidden units carry ``+-x`` of the column nearest to Adam's
+        direction, ``mom1 / sqrt(rms1)`` with decays .9 and .9: cosine .990 on random gradients, and a fitted
+        combination of all five does no better (benchmarks/adam_fit.py). The normaliser gives that column unit mean
+        square, so the step is that of Adam with a learning rate of 1e-3.
+        """
+        spec = _preset(preset)
+        tensors = cls.init(preset, seed).tensors
+        tensors["mlp.w3"][:, :2] = 0.0
+        if spec.linear_skip:
+            tensors["skip"][spec.features.column_index("mom0_over_slow")] = 1.0
+            time = tensors["step.w"][-spec.num_time :]
+            time[1] = math.log(2.0)  # when total_steps is known
+            time[3] = 1.0  # ln(1 - .99 step / total_steps)
+            tensors["step.w"][spec.lstm_width + spec.valid_rise] = -stop_early
+        else:
+            for unit, sign in ((0, 1.0), (1, -1.0)):
+                for name in ("mlp.w1", "mlp.w2"):
+                    tensors[name][:, unit] = 0.0
+                tensors["mlp.w1"][spec.features.column_index("mom1_over_rms1"), unit] = sign
+                tensors["mlp.w2"][unit, unit] = 1.0
+                tensors["mlp.w3"][unit, 0] = sign
+        provenance = {"method": "init_adam", "preset": preset, "seed": seed, "stop_early": stop_early}
+        return cls(spec, tensors, provenance)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> "Theta":
+        """Read a theta file, or the shipped theta of that name.
+
+        Raises:
+            FileNotFoundError: neither a file nor a shipped name.
+            ValueError: the file is damaged, of another format version, or its tensors do not fit its spec.
+        """
+        path = Path(source)
+        if not path.suffix and (WEIGHTS / f"{path.name}.safetensors").exists() and path.name == str(source):
+            path = WEIGHTS / f"{path.name}.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"theta: no file {str(source)!r}; give the path of a .safetensors file, or a shipped name: {shipped()}"
+            )
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"theta: {path} is not a readable safetensors file ({error}); it may be truncated"
+            ) from error
+        try:
+            header = json.loads(metadata["lopt"])
+            version, spec, provenance = header["format"], header["spec"], header["provenance"]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"theta: {path} has no lopt metadata; it was not written by Theta.save") from error
+        if version != FORMAT:
+            raise ValueError(f"theta: {path} has format {version}, this version of lopt reads format {FORMAT}")
+        try:
+            return cls(ThetaSpec.from_json(spec), tensors, provenance)
+        except TypeError as error:
+            raise ValueError(f"theta: {path} has a spec with a value of the wrong type ({error})") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; its metadata holds format version, spec and provenance as JSON.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
+        header = {"format": FORMAT, "spec": self.spec.to_json(), "provenance": self.provenance}
+        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.tensors.items()}
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path: folder {str(path.parent)!r} does not exist; create it first")
+        partial = path.with_name(path.name + ".partial")
+        safetensors.torch.save_file(tensors, partial, {"lopt": json.dumps(header)})
+        os.replace(partial, path)
+
+    def with_spec(self, **changes: Any) -> "Theta":
+        """The same meta-parameters under a spec with changed constants, e.g. ``theta.with_spec(step_multiplier=.01)``.
+
+        Raises:
+            ValueError: the change alters the shapes of the tensors.
+        """
+        return Theta(dataclasses.replace(self.spec, **changes), self.tensors, self.provenance)
+
+    @property
+    def num_floats(self) -> int:
+        """Number of meta-parameters."""
+        return self.spec.num_floats
+
+    def flatten(self) -> Tensor:
+        """All meta-parameters as one vector ``[P]``, in the order of ``spec.shapes()``."""
+        return torch.cat([tensor.reshape(-1) for tensor in self.tensors.values()])
+
+    def unflatten(self, flat: Tensor) -> "Theta":
+        """Theta with this spec and the values of ``flat`` ``[P]``; the inverse of :meth:`flatten`."""
+        if flat.shape != (self.num_floats,):
+            raise ValueError(f"flat: expected shape ({self.num_floats},), got {tuple(flat.shape)}")
+        return Theta(self.spec, unflatten(self.spec, flat), self.provenance)
+
+    def toward(self, other: "Theta", share: float) -> "Theta":
+        """``(1 - share) self + share other``: a step back towards where meta-training began averages out its noise.
+
+        Args:
+            other: of the same spec, best an ancestor; thetas of different beginnings have nothing in common.
+            share: 0 is this theta, 1 the other.
+
+        Raises:
+            ValueError: the specs differ.
+
+        Example:
+            >>> adam = Theta.init_adam("compact")
+            >>> halfway = Theta.load("train-loss").toward(adam, 0.5)
+
+        Source: arXiv:2109.01903, for networks that were fine-tuned.
+        """
+        if other.spec != self.spec:
+            raise ValueError(f"other: expected a theta of the same spec, got {other.spec}; this one has {self.spec}")
+        tensors = {name: (1 - share) * tensor + share * other.tensors[name] for name, tensor in self.tensors.items()}
+        return Theta(self.spec, tensors, self.provenance)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Theta":
+        """Theta on another device or in another floating dtype."""
+        tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors.items()}
+        return Theta(self.spec, tensors, self.provenance)
+
+    @classmethod
+    def import_jax(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "Theta":
+        """Meta-parameters of the author's JAX port (``RNNMLPLOpt``), with the port's semantics.
+
+        Args:
+            source: a flax ``theta.state`` file (msgpack), an ``.npz`` file, or a mapping; nested, or with keys such as
+                ``theta|ffmod_params|mlp/~/linear_0|w`` (the prefix ``theta|`` may be missing).
+
+        Raises:
+            ValueError: an array is missing or has another shape than the ``paper`` preset.
+        """
+        return cls(*read_jax(source), {"method": "import_jax"})
+
+
+def unflatten(spec: ThetaSpec, flat: Tensor) -> dict[str, Tensor]:
+    """Named tensors of theta as views of ``flat`` ``[..., P]``; leading dimensions (a population) are kept."""
+    shapes = spec.shapes()
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()], dim=-1)
+    return {
+        name: part.reshape((*flat.shape[:-1], *shape))
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+
+
+def shipped() -> list[str]:
+    """Names of the weights that come with the library."""
+    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
