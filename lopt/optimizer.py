@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopt import kernels
+from lopt.kernels import devices
 from lopt.rule import Theta, reference, tensor_lstm
 from lopt.rule.features import STATS
 from lopt.rule.tensor_lstm import Globals, Rows
@@ -313,7 +314,7 @@ class LearnedOptimizer(Optimizer):
         """Tables and stacked rows for the tensors of this step; kept while the same tensors come."""
         if self._active is not None and self._active.serves(params, groups, self.state):
             return self._active
-        if kernels.is_capturing(params[0].device):
+        if devices.is_capturing(params[0].device):
             raise RuntimeError(
                 "CUDA graph: these tensors had no step yet, and tables cannot be made during capture; "
                 "take one step with gradients of the same parameters before"

@@ -1,7 +1,6 @@
 """The compiled kernels: everything that imports ``lopt._C``. They know tensors and theta, and no optimizer."""
 
 from lopt import _C
-from lopt.kernels.device import is_capturing
 from lopt.kernels.extension import BACKENDS, WIDTHS, has_cuda, is_compiled, simd_selected
 from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, contiguous, feedback, fold_bias, pack_mlp, step
 from lopt.kernels.structs import FEATURE_SET_INDEX
@@ -22,7 +21,6 @@ __all__ = [
     "feedback",
     "fold_bias",
     "has_cuda",
-    "is_capturing",
     "is_compiled",
     "pack_mlp",
     "simd_selected",

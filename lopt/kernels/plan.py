@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lopt import _C
-from lopt.kernels.device import is_capturing, stream_of, upload
+from lopt.kernels import devices
+from lopt.kernels.devices import stream_of, upload
 from lopt.kernels.extension import BACKENDS, WIDTHS
 from lopt.kernels.structs import ACCUMULATE, APPLY, FEATURE_SET_INDEX
 from lopt.kernels.tensor_level import TensorLevel
@@ -204,7 +205,7 @@ class Plan:
         """Point the plan to this step's gradients, and to the parameters in case they moved."""
         _check_length("params", len(params), self.num_tensors)
         _check_length("grads", len(grads), self.num_tensors)
-        capturing = is_capturing(self.device)  # what is captured has not run: later steps must not count on it
+        capturing = devices.is_capturing(self.device)  # what is captured has not run: later steps must not count on it
         addresses = list(map(Tensor.data_ptr, params))
         facts = [list(map(fact, tensors)) for tensors in (params, grads) for fact in _FACTS]
         if facts != self._checked or addresses != self.param_addresses:

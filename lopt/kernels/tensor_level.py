@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lopt import _C
-from lopt.kernels.device import is_capturing, stream_of, upload
+from lopt.kernels import devices
+from lopt.kernels.devices import stream_of, upload
 from lopt.kernels.structs import ADVANCE, shape_records, spec_record
 from lopt.rule.spec import ThetaSpec
 from lopt.rule.tensor_lstm import Rows
@@ -116,7 +117,9 @@ class TensorLevel:
             target.copy_(value.reshape(()))
         elif self._written.get(key) != float(value):
             target.fill_(float(value))  # a kernel's argument: no memory of the host is read later
-            self._written[key] = math.nan if is_capturing(self.device) else float(value)  # captured is not yet run
+            self._written[key] = (
+                math.nan if devices.is_capturing(self.device) else float(value)
+            )  # captured is not yet run
 
     def begin(
         self, shared: Mapping[str, Tensor], train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None
