@@ -18,6 +18,7 @@ from lopt.kernels import devices
 from lopt.rule import Theta, reference, tensor_lstm
 from lopt.rule.features import STATS
 from lopt.rule.tensor_lstm import Globals, Rows
+from lopt.state import check_state, init_globals, init_state, restore_state
 from lopt.steppers import KernelPlan, ReferencePlan, one_thread
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
@@ -25,7 +26,6 @@ NONFINITE = ("ignore", "raise", "skip")
 PRECISIONS = ("high", "fast")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 _dtype, _layout = attrgetter("dtype"), attrgetter("layout")
-GLOBALS = (*Globals._fields, "pending_loss", "nonfinite")  # kept in param_groups[0]
 
 
 class _Active(NamedTuple):
@@ -66,19 +66,6 @@ def _run_eagerly(optimizer: type) -> None:
         if not hasattr(method, "eager"):
             method.eager = True  # the function that is made has it too
             setattr(optimizer, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
-
-
-def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
-    for name, shape in expected.items():
-        value: Any = found
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        came = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
-        if came != shape:
-            raise ValueError(
-                f"state_dict: {place}[{name!r}] expected shape {shape}, found {came}; it belongs to "
-                "another parameter, another optimizer, or a theta of another architecture"
-            )
 
 
 def _remedy(dtype: torch.dtype) -> str:
@@ -276,17 +263,8 @@ class LearnedOptimizer(Optimizer):
         """param_groups[0], with the global state in it."""
         group = self.param_groups[0]
         if "pending_loss" not in group:
-            group.update(self._init_globals())
+            group.update(init_globals(self.theta.spec, self._theta_weights()))
         return group
-
-    def _init_globals(self) -> dict[str, Tensor]:
-        like = self._theta_weights()["initial_h"]
-        with torch.inference_mode(False), torch.no_grad():  # the first validation loss may come from inference mode
-            return {
-                **tensor_lstm.init_globals(self.theta.spec, self._theta_weights())._asdict(),
-                "pending_loss": like.new_zeros(2),  # sum and number of the losses observed since the last step
-                "nonfinite": torch.zeros((), dtype=torch.int64, device=like.device),
-            }
 
     @property
     def nonfinite_gradients(self) -> Tensor:
@@ -295,16 +273,9 @@ class LearnedOptimizer(Optimizer):
         return count
 
     def _init_state(self, param: Tensor) -> None:
-        spec, weights = self.theta.spec, self._theta_weights()
-        like = weights["initial_h"]
-        state = self.state[param]
-        dtype = self._accumulator_dtype(like)
-        state["mom"] = like.new_zeros(len(spec.mom_decays), param.numel(), dtype=dtype)
-        state["rms"] = like.new_zeros(len(spec.rms_decays), param.numel(), dtype=dtype)
-        rows = tensor_lstm.init_rows(spec, weights, 1)
-        state["lstm"] = {name: value[0] for name, value in rows._asdict().items()}
-        if spec.stats == "lagged":
-            state["stats"] = like.new_zeros(spec.features.num_stats)
+        weights = self._theta_weights()
+        dtype = self._accumulator_dtype(weights["initial_h"])
+        self.state[param].update(init_state(self.theta.spec, weights, param.numel(), dtype))
 
     def _accumulator_dtype(self, like: Tensor) -> torch.dtype:
         """``state_dtype``, and float64 in place of float32 for float64 parameters."""
@@ -363,11 +334,13 @@ class LearnedOptimizer(Optimizer):
         source: dict[str, Any] = {}
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:  # after all other pre-hooks
-            self._check_state(state_dict)
+            check_state(state_dict, self.param_groups, self.theta.spec, self._theta_weights())
             source.update(state_dict)
 
         def restore(_: Optimizer) -> None:  # before all other post-hooks
-            self._restore_state(source)
+            like = self._theta_weights()["initial_h"]
+            restore_state(source, self.param_groups, self.state, like, self._accumulator_dtype(like))
+            self._active = None
 
         handles = (
             self.register_load_state_dict_pre_hook(check),
@@ -378,49 +351,6 @@ class LearnedOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _restore_state(self, source: dict[str, Any]) -> None:
-        """Take state from ``source`` again, since torch casts what is floating to the parameters' dtype."""
-        like = self._theta_weights()["initial_h"]
-
-        def copy(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: copy(item) for name, item in value.items()}
-            if not isinstance(value, Tensor):
-                return value
-            dtype = like.dtype if value.is_floating_point() else value.dtype
-            return value.detach().to(device=like.device, dtype=dtype, copy=True)
-
-        ids = [index for group in source["param_groups"] for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(ids, params, strict=True):
-            if index in source["state"]:
-                state = self.state[param] = copy(source["state"][index])
-                for name in {"mom", "rms"} & set(state):
-                    state[name] = state[name].to(self._accumulator_dtype(like))
-        for name in GLOBALS:
-            if name in self.param_groups[0]:
-                self.param_groups[0][name] = copy(self.param_groups[0][name])
-        self._active = None
-
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        """Compare names and shapes with those of this optimizer, and change nothing."""
-        spec, weights = self.theta.spec, self._theta_weights()
-        shared = {name: tuple(value.shape) for name, value in self._init_globals().items()}
-        rows = tensor_lstm.init_rows(spec, weights, 1)._asdict()
-        groups = list(zip(state_dict["param_groups"], self.param_groups, strict=False))
-        pairs = (pair for theirs, ours in groups for pair in zip(theirs["params"], ours["params"], strict=False))
-        states = [(index, state_dict["state"][index], p) for index, p in pairs if state_dict["state"].get(index)]
-        for index, state, param in states:
-            expected = {
-                "mom": (len(spec.mom_decays), param.numel()),
-                "rms": (len(spec.rms_decays), param.numel()),
-                **{f"lstm.{name}": tuple(value.shape[1:]) for name, value in rows.items()},
-                **({"stats": (spec.features.num_stats,)} if spec.stats == "lagged" else {}),
-            }
-            _check_shapes(f"state[{index}]", state, expected)
-        if groups and (states or any(name in groups[0][0] for name in shared)):
-            _check_shapes("param_groups[0]", groups[0][0], shared)
 
     # ---- Losses -----------------------------------------------------------------------------------------------------
 
