@@ -55,7 +55,7 @@ PAPER = (
     Phase(0.30, (100, 2000), "all", max_params=1000),
 )
 
-#: The small run of the README: seconds, and a gain that can be seen.
+#: The small run of the guide: seconds, and a gain that can be seen.
 TINY: dict[str, Any] = {
     "inner_steps": 150_000,
     "phases": (Phase(1.0, (20, 100), "mlp"),),

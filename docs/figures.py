@@ -1,0 +1,121 @@
+"""Draw the figures of README and docs from the rows that are kept: ``python docs/figures.py``.
+
+``figures/families.svg``: final test loss of the learned optimizer over that of an opponent, for each held-out task of
+``lopt report benchmarks/results/families`` after 1000 steps. Ratios, floor and choice of trials are the report's
+(:mod:`lopt.evaluation.comparison`).
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lopt.commands.report import MakeReport
+from lopt.evaluation.plots import COLOURS, require_matplotlib
+from lopt.evaluation.table import RunTable
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "benchmarks/results/families"
+HORIZON = 1000
+OPPONENTS = {
+    "adamw-cosine": "AdamW, cosine\nnot tuned (1e-3)",
+    "adam": "Adam, constant\nnot tuned (1e-3)",
+    "adam-grids": "Adam, tuned for each task\n(best of 14 trials)",
+}
+FAMILIES = {
+    "mlp": "perceptrons",
+    "mlp_ae": "autoencoders",
+    "mlp_vae": "variational\nautoencoders",
+    "conv_fc": "convolutions",
+    "conv_pooling": "convolutions,\npooled",
+    "char_rnn_language_model": "character RNNs",
+    "word_rnn_language_model": "word RNNs",
+    "vit": "vision\ntransformers",
+    "transformer_language_model": "transformers",
+    "nvp": "flows (NVP)",
+    "maf": "flows (masked)",
+}
+BETTER, WORSE = COLOURS[1], COLOURS[0]  # blue, vermilion
+
+
+def ratios(folder: Path = RESULTS, theta: str = "default") -> dict[str, dict[str, float]]:
+    """opponent -> task -> test loss relative to the opponent's, told ``total_steps``, after :data:`HORIZON` steps."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = MakeReport(folder=folder, theta=theta, horizons=(HORIZON,), out=Path(scratch) / "report.md")
+        comparisons = report.run(Console(quiet=True)).numbers["comparisons"]
+    return {
+        one["other"]: one["ratios"]
+        for one in comparisons
+        if (one["name"], one["measure"], one["per"]) == ("lopt", "test", "step") and one["other"] in OPPONENTS
+    }
+
+
+def family_of(folder: Path = RESULTS) -> dict[str, str]:
+    """task -> family."""
+    return {run.task: run.family or "mlp" for run in RunTable(folder / "runs.csv").rows.values()}
+
+
+def families(found: dict[str, dict[str, float]], family_of: dict[str, str]) -> Any:
+    """A panel for each opponent, a row for each family: dots are tasks, bars geometric means."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    rows = {family: len(FAMILIES) - place for place, family in enumerate(FAMILIES)}
+    every = [ratio for by_task in found.values() for ratio in by_task.values()]
+    limits = min(every) / 1.2, max(every) * 1.2
+    panels = figure.subplots(1, len(OPPONENTS), sharey=True)
+    for axes, (opponent, title) in zip(panels, OPPONENTS.items(), strict=True):
+        by_family: dict[str, list[float]] = {}
+        for task, ratio in found[opponent].items():
+            by_family.setdefault(family_of[task], []).append(ratio)
+        for family, values in by_family.items():
+            style = {"s": 42, "color": "0.45", "alpha": 0.6, "linewidth": 0, "zorder": 2, "label": "tasks"}
+            axes.scatter(values, [rows[family]] * len(values), **style)
+            _mean(axes, rows[family], values)
+        values = list(found[opponent].values())
+        mean, better = _mean(axes, 0, values), statistics.fmean(value < 1 for value in values)
+        axes.set_title(title, fontsize=15, loc="left")
+        summary = f"all: {mean:.2f} times its loss,\nlower on {better:.0%} of {len(values)} tasks"
+        axes.set_xlabel(summary, fontsize=14, multialignment="center", labelpad=8)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(*limits)
+        axes.set_xticks([1 / 4, 1, 4, 16], ["¼", "1", "4", "16"], fontsize=14)
+        axes.set_xticks([1 / 8, 1 / 2, 2, 8], [""] * 4, minor=True)
+        axes.set_ylim(-0.7, len(FAMILIES) + 1.2)
+        axes.axvspan(limits[0], 1, color=BETTER, alpha=0.07, linewidth=0)
+        axes.axvline(1, color="0.25", linewidth=1.2, zorder=1)
+        axes.axhline(0.5, color="0.6", linewidth=0.8)
+        axes.text(0.9, len(FAMILIES) + 0.65, "lopt better", ha="right", color=BETTER, fontsize=13)
+        axes.text(1.1, len(FAMILIES) + 0.65, "worse", ha="left", color=WORSE, fontsize=13)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    labels = {row: FAMILIES[family] for family, row in rows.items()} | {0: "all tasks"}
+    panels[0].set_yticks(list(labels), list(labels.values()), fontsize=14)
+    title = f"Test loss of lopt after {HORIZON} steps, as a multiple of that of …"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=17)
+    return figure
+
+
+def _mean(axes: Any, y: float, values: list[float]) -> float:
+    """Draw the geometric mean of a row as a bar, and return it."""
+    mean = statistics.geometric_mean(values)
+    style = {"s": 420, "marker": "|", "linewidth": 4.5, "zorder": 3, "label": "mean"}
+    axes.scatter([mean], [y], color=BETTER if mean < 1 else WORSE, **style)
+    return mean
+
+
+def main() -> None:
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = "lopt"  # the same rows give the same file
+    path = HERE / "figures/families.svg"
+    path.parent.mkdir(exist_ok=True)
+    families(ratios(), family_of()).savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

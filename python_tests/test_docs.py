@@ -1,0 +1,126 @@
+"""The pages (README, docs, ...): links lead somewhere, Python runs, the figure shows what the rows say.
+
+What a page says in words is not tested.
+"""
+
+import importlib.util
+import re
+import statistics
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(page for name in ("docs", "benchmarks", "lopt") for page in ROOT.glob(f"{name}/**/*.md"))]
+)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them: lower case, spaces to hyphens, no other signs."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} +(.+?) *$", FENCE.sub("", page.read_text()), re.MULTILINE):
+        text = LINK.sub("]", heading).replace("[", "").replace("]", "")
+        slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        found[slug] = found.get(slug, -1) + 1
+        found[f"{slug}-{found[slug]}" if found[slug] else slug] = 0
+    return set(found)
+
+
+def broken(page: Path) -> list[str]:
+    """Relative links of a page to files or headings that are not there."""
+    bad = []
+    for link in LINK.findall(FENCE.sub("", page.read_text())):
+        if re.match(r"\w+:", link):
+            continue
+        file, _, anchor = unquote(link).partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if not target.exists() or not target.is_relative_to(ROOT):
+            bad.append(f"{link}: no such file")
+        elif anchor and (target.suffix != ".md" or anchor not in anchors(target)):
+            bad.append(f"{link}: no such heading")
+    return bad
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path.resolve())
+    (tmp_path / "b.md").write_text("# A `title`, twice\n```\n# none\n```\n## A title twice\n## [Linked](a.md)\n")
+    links = ["b.md", "#here", "b.md#a-title-twice", "b.md#a-title-twice-1", "b.md#linked", "https://example.org/x"]
+    bad = ["c.md", "#there", "b.md#none", "b.md#a-title-twice-2", "../x.md"]
+    (tmp_path / "a.md").write_text("# Here\n" + " ".join(f"[x]({link})" for link in links + bad))
+    found = broken((tmp_path / "a.md").resolve())
+    assert [one.partition(":")[0] for one in found] == bad
+
+
+def code_of(page: Path) -> str:
+    """All Python blocks of a page, one after the other; line numbers of errors are those of the page."""
+    text = page.read_text()
+    lines = [""] * text.count("\n")
+    for block in FENCE.finditer(text):
+        if block[1] == "python":
+            first = text.count("\n", 0, block.start(2))
+            lines[first : first + block[2].count("\n")] = block[2].splitlines()
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if code_of(page).strip()], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one script, in an empty folder; what a block says with ``assert`` holds."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code_of(page), str(page), "exec"), {"__name__": "page"})
+
+
+def test_code_keeps_its_lines(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    page.write_text("text\n```python\nx = 1\n```\n```sh\nls\n```\n```python\ny = x + 1\n```\n")
+    assert code_of(page).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = x + 1"]
+
+
+@pytest.fixture(scope="module")
+def figures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs/figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_figure_shows_what_the_report_says(figures: ModuleType) -> None:
+    """Means, shares and the ratio of every task are those of the report that is kept; a bar is the mean of its dots."""
+    pytest.importorskip("matplotlib")
+    report = (figures.RESULTS / "report.md").read_text()
+    section = report.partition(f"\n## {figures.HORIZON} steps")[2].partition("\n## ")[0]
+    summary = {row[0].partition("@")[0]: row[4::2] for row in _table(section)}  # test loss: ratio, better / won / lost
+    opponents, *tasks = _table(section.partition("lopt, test loss, every task")[2])
+    panels = figures.families(figures.ratios(), figures.family_of()).axes
+    for axes, (opponent, title) in zip(panels, figures.OPPONENTS.items(), strict=True):
+        assert axes.get_title(loc="left") == title
+        said = re.findall(r"\d+\.\d+|\d+%", axes.get_xlabel())
+        assert said == [cell.split()[0] for cell in summary[opponent]]
+        column = [name.partition("@")[0] for name in opponents].index(opponent)
+        told = [float(row[column]) for row in tasks if row[column]]
+        rows = {y: x for one in axes.collections if one.get_label() == "mean" for x, y in one.get_offsets()}
+        dots = [(x, y) for one in axes.collections if one.get_label() == "tasks" for x, y in one.get_offsets()]
+        assert sorted(x for x, _ in dots) == pytest.approx(sorted(told), abs=0.0011)
+        for y, mean in rows.items():
+            assert mean == pytest.approx(statistics.geometric_mean(x for x, row in dots if y in (0, row)))
+
+
+def _table(text: str) -> list[list[str]]:
+    """Cells of the first table of a page: its head and its rows."""
+    lines = text[text.index("\n| ") :].strip().partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
