@@ -1,9 +1,6 @@
 """LearnedOptimizer: a ``torch.optim.Optimizer`` whose update rule is a small neural network."""
 
-import math
-import numbers
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import compress, repeat
 from operator import attrgetter, is_
@@ -14,14 +11,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopt import kernels
+from lopt.implementations import IMPLEMENTATIONS, choose_implementation
 from lopt.kernels import devices
+from lopt.operands import as_loss, as_weight, check_changed, check_params
+from lopt.operands import remedy as _remedy
+from lopt.options import (
+    check_choice,
+    check_group,
+    check_total_steps,
+    check_unknown,
+    descending,
+    effective,
+    read_rates,
+    warn,
+)
 from lopt.rule import Theta, reference, tensor_lstm
 from lopt.rule.features import STATS
 from lopt.rule.tensor_lstm import Globals, Rows
-from lopt.state import check_state, init_globals, init_state, restore_state
+from lopt.state import SHARED, check_state, holds_shared, init_state, open_theta, restore_state, share_state
 from lopt.steppers import KernelPlan, ReferencePlan, one_thread
 
-IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
 NONFINITE = ("ignore", "raise", "skip")
 PRECISIONS = ("high", "fast")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -66,10 +75,6 @@ def _run_eagerly(optimizer: type) -> None:
         if not hasattr(method, "eager"):
             method.eager = True  # the function that is made has it too
             setattr(optimizer, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
-
-
-def _remedy(dtype: torch.dtype) -> str:
-    return "use impl='reference'" if dtype == torch.float64 else "convert it"
 
 
 class LearnedOptimizer(Optimizer):
@@ -145,26 +150,21 @@ class LearnedOptimizer(Optimizer):
         on_nonfinite: str = "ignore",
         precision: Literal["high", "fast"] = "high",
         state_dtype: torch.dtype = torch.float32,
+        maximize: bool = False,
+        **options: Any,
     ) -> None:
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
-        if on_nonfinite not in NONFINITE:
-            raise ValueError(f"on_nonfinite: expected one of {NONFINITE}, got {on_nonfinite!r}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"state_dtype: expected one of {STATE_DTYPES}, got {state_dtype!r}")
-        steps: Any = total_steps
-        if steps is not None and not (isinstance(steps, numbers.Real) and 1.0 <= float(steps) < math.inf):
-            raise ValueError(f"total_steps: expected a number from 1 on or None, got {total_steps!r}")
+        check_unknown(options)
+        check_choice("impl", impl, IMPLEMENTATIONS)
+        check_choice("on_nonfinite", on_nonfinite, NONFINITE)
+        check_choice("precision", precision, PRECISIONS)
+        check_choice("state_dtype", state_dtype, STATE_DTYPES)
+        check_total_steps(total_steps)
         if isinstance(params, torch.nn.Module):
             raise TypeError(
                 f"params: expected parameters, got the module {type(params).__name__}; give its .parameters()"
             )
-        if not isinstance(theta, (Theta, str, os.PathLike)):
-            raise TypeError(f"theta: expected a Theta, a path or a name, got {type(theta).__name__}")
-        self.theta = theta if isinstance(theta, Theta) else Theta.load(theta)
-        self.total_steps = total_steps
+        self.theta, self._identity = open_theta(theta)
+        self._total_steps, self._told = total_steps, total_steps is not None
         self.on_nonfinite = on_nonfinite
         self.precision = precision
         self.state_dtype = state_dtype
@@ -172,8 +172,11 @@ class LearnedOptimizer(Optimizer):
         self._active: _Active | None = None
         self._weights: dict[str, Tensor] = {}
         self._losses: kernels.TensorLevel | None = None
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.implementation = self._choose(impl)
+        self._addresses: list[int] = []
+        self._observed = False  # whether a training loss was observed that no step has used yet
+        self._valid_alone: bool | None = None  # whether there were validation losses, and never a training loss
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None})
+        self.implementation = choose_implementation(impl, self._first_param().device, self.theta.spec)
         _run_eagerly(type(self))
 
     # ---- Parameters -------------------------------------------------------------------------------------------------
@@ -188,66 +191,31 @@ class LearnedOptimizer(Optimizer):
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
+        if group.get("theta_checksum") != self._identity["theta_checksum"]:
+            for name in SHARED:  # of another optimizer, which this group came from
+                group.pop(name, None)
+        group.update(self._identity, total_steps=self._total_steps)
+        if holds_shared(self.param_groups):
+            self._globals()
         self._active = None
 
     def _check_group(self, group: dict[str, Any], position: int) -> None:
-        for name in ("lr", "weight_decay"):
-            value = group[name]
-            if isinstance(value, Tensor):
-                good = value.numel() == 1 and not value.is_complex()
-            else:
-                good = isinstance(value, numbers.Real) and 0.0 <= float(value) < math.inf
-            if not good:
-                raise ValueError(f"{name}: expected a finite number >= 0 or a tensor of one element, got {value!r}")
-        allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.impl == "reference" else ())
-        for i, param in enumerate(group["params"], position):
-            first = self._first_param()
-            name = f"params[{i}] of shape {tuple(param.shape)}"
-            if hasattr(param, "to_local"):
-                raise TypeError(f"{name}: DTensor (FSDP) parameters are not supported")
-            if param.dtype not in allowed:
-                raise TypeError(f"{name}: expected float32 or bfloat16, got {param.dtype}; {_remedy(param.dtype)}")
-            if param.device != first.device:
-                raise ValueError(
-                    f"{name}: on {param.device}, but params[0] is on {first.device}; "
-                    "all parameters of one LearnedOptimizer must share one device"
-                )
-            if (param.dtype == torch.float64) != (first.dtype == torch.float64):
-                raise TypeError(f"{name}: {param.dtype} beside {first.dtype}; float64 cannot be mixed")
-
-    def _choose(self, impl: str) -> str:
-        device = self._first_param().device
-        if impl == "auto" and not kernels.is_compiled(self.theta.spec):
-            spec = self.theta.spec
-            warnings.warn(
-                f"no kernel is compiled for feature set {spec.feature_set!r} with MLP width {spec.mlp_width} "
-                f"(widths: {kernels.WIDTHS}); using the slow impl='reference'",
-                stacklevel=3,
+        check_group(group)
+        if group.get("total_steps") not in (None, self._total_steps):
+            raise ValueError(
+                f"total_steps: got {group['total_steps']!r} in a group, but it belongs to all; "
+                "write LearnedOptimizer(params, total_steps=...)"
             )
-            return "reference"
-        if impl == "auto":
-            if device.type not in ("cpu", "cuda"):
-                raise ValueError(f"params: on {device}; kernels exist for cpu and cuda, elsewhere use impl='reference'")
-            impl = device.type
-        if impl == "cuda" and not kernels.has_cuda():
-            raise RuntimeError("impl='cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
-        if impl != "reference":
-            wanted = "cuda" if impl == "cuda" else "cpu"
-            if device.type != wanted:
-                raise ValueError(f"impl={impl!r}: parameters are on {device}, expected {wanted}; use impl='auto'")
-            if not kernels.is_compiled(self.theta.spec):
-                raise ValueError(
-                    f"impl={impl!r}: kernels exist for MLP widths {kernels.WIDTHS}, theta has "
-                    f"{self.theta.spec.mlp_width}; use impl='reference'"
-                )
-        return impl
+        allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.impl == "reference" else ())
+        check_params(group["params"], self._first_param(), allowed, position)
 
     def _first_param(self) -> Tensor:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if isinstance(param, Tensor):
-                    return param
-        raise ValueError("params: expected at least one parameter, got none")
+        """The first parameter that is trained, whose device and precision are those of the state."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not params:
+            raise ValueError("params: expected at least one parameter, got none")
+        first: Tensor = next((param for param in params if param.requires_grad), params[0])
+        return first
 
     # ---- State ------------------------------------------------------------------------------------------------------
 
@@ -260,11 +228,20 @@ class LearnedOptimizer(Optimizer):
         return self._weights
 
     def _globals(self) -> dict[str, Any]:
-        """param_groups[0], with the global state in it."""
-        group = self.param_groups[0]
-        if "pending_loss" not in group:
-            group.update(init_globals(self.theta.spec, self._theta_weights()))
-        return group
+        """param_groups[0], with the state in it that all tensors share, as in every other group."""
+        return share_state(self.param_groups, self.theta.spec, self._theta_weights())
+
+    @property
+    def total_steps(self) -> int | None:
+        """Number of steps planned, or None; a state dict holds it."""
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, value: int | None) -> None:
+        check_total_steps(value)
+        self._total_steps, self._told = value, value is not None
+        for group in self.param_groups:
+            group["total_steps"] = value
 
     @property
     def nonfinite_gradients(self) -> Tensor:
@@ -316,31 +293,44 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("theta", "total_steps", "on_nonfinite", "precision", "state_dtype", "impl", "implementation"):
-            state[name] = getattr(self, name)
-        return state
+        names = ("theta", "on_nonfinite", "precision", "state_dtype", "impl", "implementation")
+        kept = ("_identity", "_total_steps", "_told", "_observed", "_valid_alone")
+        return {**state, **{name: getattr(self, name) for name in (*names, *kept)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._active, self._weights, self._losses = None, {}, None
+        self._active, self._weights, self._losses, self._addresses = None, {}, None, []
         super().__setstate__(state)
         _run_eagerly(type(self))
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} (theta={self._identity['theta']!r}, total_steps={self._total_steps}"]
+        for i, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {i}: {len(group['params'])} tensors")
+            hidden = {"params", "param_names", *SHARED, *self._identity, "total_steps"}
+            lines += [f"    {name}: {group[name]}" for name in sorted(group.keys() - hidden)]
+        return "\n".join([*lines, ")"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; the state gets this optimizer's dtypes, whatever the dtype of the parameters.
 
+        ``total_steps`` is taken from it, unless this optimizer was given its own: another one is kept, with a warning.
+
         Raises:
-            ValueError: the state belongs to a theta of another architecture; nothing was changed.
+            ValueError: it was written by another optimizer, or with another theta; nothing was changed.
         """
         source: dict[str, Any] = {}
 
-        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:  # after all other pre-hooks
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:  # after all other pre-hooks
             check_state(state_dict, self.param_groups, self.theta.spec, self._theta_weights())
             source.update(state_dict)
+            ours = {index for group in state_dict["param_groups"] for index in group["params"]}
+            # torch would cast the state of each tensor to the parameter's dtype, and take its time for it.
+            return {**state_dict, "state": {k: v for k, v in state_dict["state"].items() if k not in ours}}
 
         def restore(_: Optimizer) -> None:  # before all other post-hooks
             like = self._theta_weights()["initial_h"]
             restore_state(source, self.param_groups, self.state, like, self._accumulator_dtype(like))
-            self._active = None
+            self._take_up()
 
         handles = (
             self.register_load_state_dict_pre_hook(check),
@@ -352,60 +342,97 @@ class LearnedOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def _take_up(self) -> None:
+        """Follow what was loaded into the groups."""
+        told = next((group["total_steps"] for group in self.param_groups if group.get("total_steps")), None)
+        if self._told and told not in (None, self._total_steps):
+            warn(
+                f"total_steps: the state dict was written with {told}, this optimizer was made with "
+                f"{self._total_steps}, which it keeps; leave total_steps out to go on as before"
+            )
+        elif not self._told:
+            self._total_steps = told
+        for group in self.param_groups:
+            group.update(self._identity, total_steps=self._total_steps)
+        self._active, self._observed, self._valid_alone = None, False, None
+        if holds_shared(self.param_groups):
+            shared = self._globals()
+            self._observed = float(shared["pending_loss"][1]) > 0
+            known = self._observed or float(shared["train_loss"][2]) > 0
+            self._valid_alone = False if known else True if float(shared["valid_loss"][2]) > 0 else None
+
     # ---- Losses -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def observe(self, train_loss: float | Tensor | None = None, valid_loss: float | Tensor | None = None) -> None:
-        """Tell the optimizer a loss, from wherever it is known.
+    def observe(
+        self,
+        train_loss: float | Tensor | None = None,
+        valid_loss: float | Tensor | None = None,
+        *,
+        weight: float | Tensor = 1.0,
+    ) -> None:
+        r"""Tell the optimizer a loss, from wherever it is known.
 
-        Training losses are averaged until the next step (so micro-batches need no special care). A validation loss is
-        one validation update at once; the paper gives one every 10 steps. Take 256 rows for it or more, and others each
-        time: what is noise in it looks like overfitting. For ``compact`` one above the first counts as the first. A
-        non-finite loss counts as none given; that is decided on the device. Under data parallelism give every rank the
-        same, averaged loss.
+        The next step sees the mean :math:`\sum_i w_i l_i / \sum_i w_i` of the training losses observed since the last
+        one, so micro-batches need no special care; they win over the loss of a closure or of ``step(loss=...)``. Losses
+        of one optimizer must have one meaning: undo what a trainer did to the loss for gradient accumulation, and give
+        the validation loss the reduction of the training loss (both a mean over rows, or both a sum over as many).
+
+        A validation loss is one validation update at once; the paper gives one every 10 steps. Take 256 rows for it or
+        more, and others each time: what is noise in it looks like overfitting. For ``compact`` one above the first
+        counts as the first. It is compared with training losses, and does nothing without any.
+
+        A non-finite loss counts as none given; that is decided on the device. Under data parallelism give every rank
+        the same, averaged loss.
+
+        Args:
+            train_loss, valid_loss: numbers, or tensors of one element.
+            weight: of ``train_loss`` among those of one step, such as the number of rows of a micro-batch.
 
         Raises:
-            ValueError: a loss is not a scalar.
+            ValueError: a loss is not a scalar, or a weight is negative.
         """
-        self._observe(self._loss("train_loss", train_loss), self._loss("valid_loss", valid_loss))
+        part = as_weight(weight, self._theta_weights()["initial_h"])
+        train, valid = self._loss("train_loss", train_loss), self._loss("valid_loss", valid_loss)
+        self._note(train, valid)
+        self._observed |= train is not None
+        self._observe(train, valid, part)
 
-    def _observe(self, train_loss: float | Tensor | None, valid_loss: float | Tensor | None) -> None:
+    def _note(self, train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None) -> None:
+        if train_loss is not None:
+            self._valid_alone = False
+        elif valid_loss is not None and self._valid_alone is None:
+            self._valid_alone = True
+
+    def _observe(
+        self, train_loss: float | Tensor | None, valid_loss: float | Tensor | None, weight: float | Tensor | None = 1.0
+    ) -> None:
         group, spec, weights = self._globals(), self.theta.spec, self._theta_weights()
+        compiled = self.implementation != "reference"
+        like = weights["initial_h"]
+        if train_loss is not None and not (compiled and isinstance(weight, float) and weight == 1.0):
+            loss, part = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (train_loss, weight))
+            terms = torch.stack([part * loss, part.expand_as(loss)]).reshape(2)
+            group["pending_loss"] += torch.where(torch.isfinite(terms).all() & (part > 0), terms, 0.0)
+            train_loss = None
         if train_loss is None and valid_loss is None:
             return
-        if self.implementation != "reference":
+        if compiled:
             if self._losses is None:
                 rows = tensor_lstm.init_rows(spec, weights, 0)
                 self._losses = kernels.TensorLevel(self.implementation, self.theta, (), rows)
             self._losses.begin(group, train_loss, valid_loss)
             return
-        like = weights["initial_h"]
-        if train_loss is not None:
-            loss = torch.as_tensor(train_loss, dtype=like.dtype, device=like.device).reshape(())
-            given = torch.isfinite(loss)
-            group["pending_loss"] += torch.stack([torch.where(given, loss, 0.0), given.to(loss.dtype)])
-        if valid_loss is not None:
-            loss = torch.as_tensor(valid_loss, dtype=like.dtype, device=like.device).reshape(())
-            globals_ = Globals(*(group[name] for name in Globals._fields))
-            self._write_globals(tensor_lstm.observe_valid(spec, globals_, loss))
+        loss = torch.as_tensor(valid_loss, dtype=like.dtype, device=like.device).reshape(())
+        globals_ = Globals(*(group[name] for name in Globals._fields))
+        self._write_globals(tensor_lstm.observe_valid(spec, globals_, loss))
 
     def _loss(self, name: str, loss: object) -> float | Tensor | None:
-        """A number where the host knows it, otherwise a tensor on the device; its value is not looked at."""
-        if loss is None:
-            return None
-        like = self._theta_weights()["initial_h"]
-        if not isinstance(loss, Tensor):
-            if not isinstance(loss, numbers.Real):
-                raise ValueError(f"{name}: expected a number or a tensor of one element, got {type(loss).__name__}")
-            return float(loss) if abs(float(loss)) <= torch.finfo(like.dtype).max else math.nan
-        if loss.numel() != 1 or loss.is_complex() or loss.layout != torch.strided:
-            raise ValueError(
-                f"{name}: expected one real number, got {loss.dtype} of shape {tuple(loss.shape)}; reduce it first"
-            )
-        if loss.dtype == like.dtype and loss.device == like.device and not loss.is_neg():
-            return loss
-        loss = loss.detach().reshape(()).resolve_neg().to(like.dtype)
-        return float(loss) if loss.device.type == "cpu" and like.is_cuda else loss.to(like.device)
+        """A loss to minimise: a number, or a tensor on the device whose value is not looked at."""
+        found = as_loss(name, loss, self._theta_weights()["initial_h"])
+        if found is None or not all(group["maximize"] for group in self.param_groups):
+            return found
+        return -found
 
     def _write_globals(self, globals_: Globals) -> None:
         group = self.param_groups[0]
@@ -424,23 +451,32 @@ class LearnedOptimizer(Optimizer):
 
         Args:
             closure: evaluates the model, calls backward, and returns the loss; its loss is used.
-            loss: the training loss of this step, if there is no closure.
+            loss: the training loss of this step, if there is no closure or it returns None. Losses that were observed
+                since the last step win over it, and over the closure's.
 
         Returns:
             What the closure returned, or None.
+
+        Raises:
+            ValueError, TypeError: a gradient, a loss or an option cannot be used; nothing was changed.
         """
         if closure is not None and not callable(closure):
             came = type(closure).__name__
             raise TypeError(f"closure: expected a function or None, got {came}; give a loss as step(loss=...)")
-        if closure is not None and loss is not None:
-            raise ValueError("loss: given beside a closure; the closure's own loss is used, so pass only one of them")
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-            loss = result
-        observed = self._loss("loss", loss)
+            if loss is not None and result is not None:
+                raise ValueError("loss: given beside a closure that returns a loss, too; pass only one of them")
+            loss = result if loss is None else loss
+        observed = None if self._observed else self._loss("loss", loss)
         params, grads, groups = self._gradients()
+        device = self._theta_weights()["initial_h"].device
+        operands = params, grads, self._addresses, self.param_groups
+        self._addresses = check_changed(*operands, device, self._grad_dtypes())
+        read_rates(self.param_groups)
+        grads = descending(grads, groups, self.param_groups)
         if params and self.on_nonfinite != "ignore":
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
             if int(bad) > 0:
@@ -448,6 +484,15 @@ class LearnedOptimizer(Optimizer):
                     raise FloatingPointError(f"gradients hold {int(bad)} NaN or Inf elements; nothing was changed")
                 self._globals()["nonfinite"] += bad
                 return result
+        self._note(observed)
+        if params and self._valid_alone:
+            self._valid_alone = False
+            warn(
+                "validation losses were observed, and no training loss: they are compared with training losses, so "
+                "they do nothing; give step(loss=...), or observe(train_loss=...)"
+            )
+        if params:
+            self._observed = False
         if not params:
             self._observe(observed, None)
             return result
@@ -530,5 +575,5 @@ class LearnedOptimizer(Optimizer):
 
     def _per_tensor(self, name: str, active: _Active, like: Tensor) -> Tensor:
         """``[T]`` values of a group option."""
-        values = [self.param_groups[group][name] for group in active.groups]
+        values = [effective(self.param_groups[group])[name] for group in active.groups]
         return torch.stack([torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in values])

@@ -1,15 +1,49 @@
-"""State of LearnedOptimizer: what is created, what a state dict must hold, and how it is taken up."""
+"""State of LearnedOptimizer: what is created, what a state dict must hold, and how it is taken up.
 
+What belongs to a parameter is in ``state[p]``. What all parameters share is in every param group, as the same tensors,
+which steps write in place: so groups can be removed, added and put in another order, and nothing is lost.
+"""
+
+import hashlib
+import json
+import numbers
+import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lopt.rule import ThetaSpec, tensor_lstm
-from lopt.rule.tensor_lstm import Globals
+from lopt.rule import Theta, ThetaSpec, tensor_lstm
+from lopt.rule.tensor_lstm import Globals, Rows
 
-GLOBALS = (*Globals._fields, "pending_loss", "nonfinite")  # kept in param_groups[0]
+#: Names in a param group of the state that all tensors share.
+SHARED = (*Globals._fields, "pending_loss", "nonfinite")
+
+Groups = Sequence[dict[str, Any]]
+
+
+def checksum(theta: Theta) -> str:
+    """16 hexadecimal digits that tell thetas apart: of the SHA-256 of the flat float32 values and the spec's JSON."""
+    digest = hashlib.sha256(theta.flatten().float().cpu().numpy().tobytes())
+    digest.update(json.dumps(theta.spec.to_json(), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def open_theta(theta: Any) -> tuple[Theta, dict[str, str]]:
+    """A theta, the path of its file or its shipped name; and what says in a state dict which one it is.
+
+    Raises:
+        TypeError: none of these.
+    """
+    if not isinstance(theta, (Theta, str, os.PathLike)):
+        number = isinstance(theta, (numbers.Real, Tensor))
+        rate = "; there is no learning rate: write LearnedOptimizer(params), or lr=... for a multiplier around 1"
+        raise TypeError(f"theta: expected a Theta, a path or a name, got {theta!r}{rate if number else ''}")
+    if isinstance(theta, Theta):
+        return theta, {"theta": str(theta.provenance.get("method", "Theta")), "theta_checksum": checksum(theta)}
+    name, loaded = os.path.basename(theta), Theta.load(theta)
+    return loaded, {"theta": str(name), "theta_checksum": checksum(loaded)}
 
 
 def init_globals(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -18,7 +52,7 @@ def init_globals(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> dict[str, Te
     with torch.inference_mode(False), torch.no_grad():  # the first validation loss may come from inference mode
         return {
             **tensor_lstm.init_globals(spec, weights)._asdict(),
-            "pending_loss": like.new_zeros(2),  # sum and number of the losses observed since the last step
+            "pending_loss": like.new_zeros(2),  # sum and number (or weights) of the losses observed since the last step
             "nonfinite": torch.zeros((), dtype=torch.int64, device=like.device),
         }
 
@@ -36,39 +70,83 @@ def init_state(spec: ThetaSpec, weights: Mapping[str, Tensor], numel: int, dtype
     return state
 
 
+def holds_shared(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether some group holds the shared state."""
+    return any("pending_loss" in group for group in groups)
+
+
+def share_state(groups: Groups, spec: ThetaSpec, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Let all groups hold the shared state, that of the first group that has it, else a new one; return the first."""
+    first = groups[0]
+    if "pending_loss" not in first:
+        found = next((group for group in groups if "pending_loss" in group), None)
+        first.update(init_globals(spec, weights) if found is None else {name: found[name] for name in SHARED})
+    held = first["pending_loss"]
+    for group in groups[1:]:
+        if group.get("pending_loss") is not held:
+            group.update({name: first[name] for name in SHARED})
+    return first
+
+
 def check_state(
-    state_dict: Mapping[str, Any],
-    param_groups: Sequence[Mapping[str, Any]],
-    spec: ThetaSpec,
-    weights: Mapping[str, Tensor],
+    state_dict: Mapping[str, Any], param_groups: Groups, spec: ThetaSpec, weights: Mapping[str, Tensor]
 ) -> None:
-    """Compare names and shapes in a state dict with those of an optimizer.
+    """Compare theta, names and shapes in a state dict with those of an optimizer.
 
     Raises:
-        ValueError: the state belongs to other parameters, another optimizer, or a theta of another architecture.
+        ValueError: the state belongs to other parameters, another optimizer, or another theta, or its groups disagree.
     """
-    shared = {name: tuple(value.shape) for name, value in init_globals(spec, weights).items()}
-    rows = tensor_lstm.init_rows(spec, weights, 1)._asdict()
-    groups = list(zip(state_dict["param_groups"], param_groups, strict=False))
-    pairs = (pair for theirs, ours in groups for pair in zip(theirs["params"], ours["params"], strict=False))
-    states = [(index, state_dict["state"][index], p) for index, p in pairs if state_dict["state"].get(index)]
-    for index, state, param in states:
-        expected = {
-            "mom": (len(spec.mom_decays), param.numel()),
-            "rms": (len(spec.rms_decays), param.numel()),
-            **{f"lstm.{name}": tuple(value.shape[1:]) for name, value in rows.items()},
-            **({"stats": (spec.features.num_stats,)} if spec.stats == "lagged" else {}),
-        }
-        _check_shapes(f"state[{index}]", state, expected)
-    if groups and (states or any(name in groups[0][0] for name in shared)):
-        _check_shapes("param_groups[0]", groups[0][0], shared)
+    groups = state_dict["param_groups"]
+    for i, group in enumerate(groups):
+        _check_theta(f"param_groups[{i}]", group, param_groups[0])
+    expected = {name: tuple(value.shape) for name, value in init_globals(spec, weights).items()}
+    complete = [i for i, group in enumerate(groups) if any(name in group for name in SHARED)]
+    for i in complete:
+        _check_shapes(f"param_groups[{i}]", groups[i], expected)
+        for name in SHARED:
+            if not _equal(groups[complete[0]][name], groups[i][name]):
+                raise ValueError(
+                    f"state_dict: param_groups[{complete[0]}] and param_groups[{i}] hold different {name!r}, "
+                    "which all groups share; they come from different runs or steps, so load the state dict of one"
+                )
+    pairs = (
+        pair
+        for theirs, ours in zip(groups, param_groups, strict=False)
+        for pair in zip(theirs["params"], ours["params"], strict=False)
+    )
+    rows = {name: tuple(value.shape[1:]) for name, value in tensor_lstm.init_rows(spec, weights, 1)._asdict().items()}
+    stats = {"stats": (spec.features.num_stats,)} if spec.stats == "lagged" else {}
+    states = state_dict["state"]
+    some = False
+    for index, param in pairs:
+        state = states.get(index)
+        if state:
+            some, numel = True, param.numel()
+            own = {"mom": (len(spec.mom_decays), numel), "rms": (len(spec.rms_decays), numel), **stats}
+            _check_shapes(f"state[{index}]", state, own)
+            _check_shapes(f"state[{index}]['lstm']", state.get("lstm"), rows)
+    if some and not complete:
+        _check_shapes("param_groups[0]", groups[0], expected)
 
 
-def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_theta(place: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    if "theta_checksum" not in theirs:
+        options = ", ".join(sorted(set(theirs) - {"params"}))
+        raise ValueError(
+            f"state_dict: {place} names no theta; it was written by another optimizer (its options are {options}), "
+            "whose state means nothing here: start without it"
+        )
+    if theirs["theta_checksum"] != ours["theta_checksum"]:
+        theta = theirs.get("theta")
+        raise ValueError(
+            f"state_dict: {place} was written with theta {theta!r} ({theirs['theta_checksum']}), this optimizer has "
+            f"{ours['theta']!r} ({ours['theta_checksum']}); make it with the theta of the state, or start without it"
+        )
+
+
+def _check_shapes(place: str, found: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in expected.items():
-        value: Any = found
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+        value = found.get(name) if isinstance(found, Mapping) else None
         came = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
         if came != shape:
             raise ValueError(
@@ -77,38 +155,60 @@ def _check_shapes(place: str, found: Mapping[str, Any], expected: Mapping[str, t
             )
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    a, b = a.detach().cpu(), b.detach().cpu()
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def restore_state(
     source: Mapping[str, Any],
-    param_groups: Sequence[dict[str, Any]],
+    param_groups: Groups,
     state: MutableMapping[Tensor, Any],
     like: Tensor,
     dtype: torch.dtype,
 ) -> None:
-    """Take state from ``source`` again, since torch casts what is floating to the parameters' dtype.
+    """Take copies of the state in ``source``; torch would cast what is floating to the parameters' dtype.
 
     Args:
-        source: the state dict that was loaded.
-        param_groups, state: the optimizer's, after ``Optimizer.load_state_dict``; written.
+        source: a state dict that :func:`check_state` passed.
+        param_groups, state: the optimizer's; written.
         like: has device and dtype of the state.
         dtype: of the accumulators.
     """
 
-    def copy(value: Any) -> Any:
+    def copy(value: Any, floating: torch.dtype = like.dtype) -> Any:
         if isinstance(value, dict):
             return {name: copy(item) for name, item in value.items()}
         if not isinstance(value, Tensor):
             return value
-        kept = like.dtype if value.is_floating_point() else value.dtype
-        return value.detach().to(device=like.device, dtype=kept, copy=True)
+        kept = floating if value.is_floating_point() else value.dtype
+        order = torch.contiguous_format
+        return value.detach().to(device=like.device, dtype=kept, copy=True, memory_format=order)
 
-    ids = [index for group in source["param_groups"] for index in group["params"]]
-    params = [param for group in param_groups for param in group["params"]]
-    for index, param in zip(ids, params, strict=True):
-        if index in source["state"]:
-            new = copy(source["state"][index])
-            for name in {"mom", "rms"} & set(new):
-                new[name] = new[name].to(dtype)
-            state[param] = new
-    for name in GLOBALS:
-        if name in param_groups[0]:
-            param_groups[0][name] = copy(param_groups[0][name])
+    found = next((group for group in source["param_groups"] if "pending_loss" in group), None)
+    shared = {} if found is None else {name: copy(found[name]) for name in SHARED}
+    for group in param_groups:
+        group.update(shared)
+
+    ids = (index for group in source["param_groups"] for index in group["params"])
+    params = (param for group in param_groups for param in group["params"])
+    pairs = [(source["state"].get(index), param) for index, param in zip(ids, params, strict=True)]
+    pairs = [(theirs, param) for theirs, param in pairs if theirs]
+    # Small tensors are stacked: a copy of each, one by one, takes longer than everything else.
+    rows = {name: _stack([theirs["lstm"][name] for theirs, _ in pairs], like) for name in Rows._fields}
+    for i, (theirs, param) in enumerate(pairs):
+        new = {name: copy(value, dtype) for name, value in theirs.items() if name in ("mom", "rms")}
+        new["lstm"] = {name: values[i] for name, values in rows.items()}
+        new.update({name: copy(value) for name, value in theirs.items() if name not in new})
+        state[param] = new
+
+
+def _stack(values: list[Tensor], like: Tensor) -> Sequence[Tensor]:
+    if not values:
+        return ()
+    if any(value.dtype != like.dtype or value.device != like.device for value in values):
+        values = [value.to(like) for value in values]
+    with torch.no_grad():
+        return torch.stack(values).unbind()

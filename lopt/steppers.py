@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
+from lopt.options import effective
 from lopt.rule import Theta, ThetaSpec, reference
 from lopt.rule.tensor_lstm import Conditioning, Rows, Shapes
 
@@ -132,7 +133,7 @@ class KernelPlan:
         plan, level = self.plan, self.level
         copies = kernels.contiguous(params)
         plan.set_tensors(copies, kernels.contiguous(grads))
-        level.set_options(groups, total_steps)
+        level.set_options(list(map(effective, groups)), total_steps)
         level.set_losses(groups[0], loss)
         plan.set_step(groups[0]["step"])
         if self.some_first:

@@ -97,8 +97,14 @@ class TaskRun(Run):
 class Blind(LearnedOptimizer):
     """A learned optimizer that is never told a validation loss."""
 
-    def observe(self, train_loss: float | Tensor | None = None, valid_loss: float | Tensor | None = None) -> None:
-        super().observe(train_loss)
+    def observe(
+        self,
+        train_loss: float | Tensor | None = None,
+        valid_loss: float | Tensor | None = None,
+        *,
+        weight: float | Tensor = 1.0,
+    ) -> None:
+        super().observe(train_loss, weight=weight)
 
 
 def learned(theta: str, names: Sequence[str] = LEARNED) -> list[dict[str, Any]]:

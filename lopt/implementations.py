@@ -1,0 +1,39 @@
+"""Which code computes the steps of an optimizer."""
+
+import torch
+
+from lopt import kernels
+from lopt.options import warn
+from lopt.rule import ThetaSpec
+
+IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
+
+
+def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> str:
+    """What ``impl`` means for parameters on ``device``; an explicit choice is never replaced by another.
+
+    Raises:
+        ValueError, RuntimeError: there are no such kernels for the device or for the spec.
+    """
+    if impl == "auto" and not kernels.is_compiled(spec):
+        warn(
+            f"no kernel is compiled for feature set {spec.feature_set!r} with MLP width {spec.mlp_width} "
+            f"(widths: {kernels.WIDTHS}); using the slow impl='reference'",
+        )
+        return "reference"
+    if impl == "auto":
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"params: on {device}; kernels exist for cpu and cuda, elsewhere use impl='reference'")
+        impl = device.type
+    if impl == "cuda" and not kernels.has_cuda():
+        raise RuntimeError("impl='cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
+    if impl != "reference":
+        wanted = "cuda" if impl == "cuda" else "cpu"
+        if device.type != wanted:
+            raise ValueError(f"impl={impl!r}: parameters are on {device}, expected {wanted}; use impl='auto'")
+        if not kernels.is_compiled(spec):
+            raise ValueError(
+                f"impl={impl!r}: kernels exist for MLP widths {kernels.WIDTHS}, theta has "
+                f"{spec.mlp_width}; use impl='reference'"
+            )
+    return impl
