@@ -44,6 +44,8 @@ existing-environment:
 demo: install
 	$(BIN)/lopt train --out out/demo $(ARGS)
 
+# The tests need lopt._sim, the CUDA kernels on the CPU.
+test asan: export LOPT_SIM = ON
 test: install
 	$(PY) -m pytest $(ARGS)
 
@@ -69,5 +71,5 @@ sass: install
 	$(PY) benchmarks/sass.py $(ARGS)
 
 clean:
-	rm -rf build dist out *.egg-info lopt/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist out *.egg-info lopt/*.so .pytest_cache .mypy_cache .ruff_cache
 	find lopt python_tests -name __pycache__ -type d -prune -exec rm -rf {} +

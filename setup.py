@@ -1,4 +1,4 @@
-"""Builds the extension lopt._C with CMake and Ninja. All else about the package is in pyproject.toml."""
+"""Builds the extensions lopt._C and lopt._sim with CMake and Ninja. All else about the package is in pyproject.toml."""
 
 import os
 import shutil
@@ -12,7 +12,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # Environment variables, explained in CMakeLists.txt.
-OPTIONS = ("LOPT_CUDA", "LOPT_CUDA_ARCHS", "LOPT_SANITIZE", "LOPT_WERROR")
+OPTIONS = ("LOPT_CUDA", "LOPT_CUDA_ARCHS", "LOPT_SANITIZE", "LOPT_SIM", "LOPT_WERROR")
+WITH_SIM = os.environ.get("LOPT_SIM", "") not in ("", "0", "OFF")
 
 
 def tool(name: str) -> str:
@@ -21,13 +22,13 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:  # all of them at once
         source = Path(__file__).resolve().parent
         # One folder per Python and sanitizer, for editable installs too: the next build is incremental.
         build = source / "build" / (sys.implementation.cache_tag + os.environ.get("LOPT_SANITIZE", ""))
         # Pass all each time: paths of an isolated build are gone by then, and no old option may linger.
         cache = {
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath("lopt._C")).resolve().parent,
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -35,7 +36,8 @@ class CMakeBuild(build_ext):
         flags = [f"-D{name}={value}" if value else f"-U{name}" for name, value in cache.items()]
         for command in (["-G", "Ninja", "-S", source, "-B", build, *flags], ["--build", build]):
             if subprocess.call([tool("cmake"), *command]):
-                sys.exit("lopt: lopt._C was not built; CMake's messages above say why")
+                sys.exit("lopt: the extension was not built; CMake's messages above say why")
 
 
-setup(ext_modules=[Extension("lopt._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+modules = ["lopt._C", *(["lopt._sim"] if WITH_SIM else [])]
+setup(ext_modules=[Extension(name, sources=[]) for name in modules], cmdclass={"build_ext": CMakeBuild})

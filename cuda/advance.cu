@@ -185,15 +185,15 @@ inline unsigned blocks_of(int64_t count) { return static_cast<unsigned>((count +
 
 }  // namespace
 
-bool begin_cuda(const AdvanceParams& params, int device, uint64_t stream) {
-  const DeviceGuard guard(device);
+bool begin_cuda(const AdvanceParams& params, const Target& target) {
+  const DeviceGuard guard(target.device);
   LOPT_LAUNCH("begin", begin_kernel, blocks_of(params.num_tensors + 1), kThreads, 0,
-              reinterpret_cast<cudaStream_t>(stream), *params.spec, params);
+              reinterpret_cast<cudaStream_t>(target.stream), *params.spec, params);
   LOPT_CUDA_CHECK(cudaGetLastError());
   return true;
 }
 
-bool advance_cuda(const AdvanceParams& params, int device, uint64_t stream) {
+bool advance_cuda(const AdvanceParams& params, const Target& target) {
   const Spec& s = *params.spec;
   const size_t bytes = static_cast<size_t>(row_floats(s)) * sizeof(float);
   if (bytes > 32 << 10)
@@ -201,34 +201,34 @@ bool advance_cuda(const AdvanceParams& params, int device, uint64_t stream) {
                              " bytes of shared memory, expected at most 32768; use a smaller lstm_width or "
                              "impl='reference'");
   if (params.num_tensors == 0) return true;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(target.device);
   return with_feature_set(s.feature_set, [&](auto features) {
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(params.num_tensors, kRowBlocks));
     LOPT_LAUNCH("advance", advance_kernel<decltype(features)>, blocks, kRowThreads, bytes,
-                reinterpret_cast<cudaStream_t>(stream), s, params);
+                reinterpret_cast<cudaStream_t>(target.stream), s, params);
     LOPT_CUDA_CHECK(cudaGetLastError());
   });
 }
 
-bool finish_cuda(const AdvanceParams& params, int device, uint64_t stream) {
+bool finish_cuda(const AdvanceParams& params, const Target& target) {
   const Spec& s = *params.spec;
   if (params.num_tensors == 0) return true;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(target.device);
   return with_feature_set(s.feature_set, [&](auto features) {
     LOPT_LAUNCH("finish", finish_kernel<decltype(features)>, blocks_of(params.num_tensors * s.from_mlp), kThreads, 0,
-                reinterpret_cast<cudaStream_t>(stream), s, params);
+                reinterpret_cast<cudaStream_t>(target.stream), s, params);
     LOPT_CUDA_CHECK(cudaGetLastError());
   });
 }
 
-void write_words_cuda(int64_t* to, const int64_t* words, int64_t count, int device, uint64_t stream) {
+void write_words_cuda(int64_t* to, const int64_t* words, int64_t count, const Target& target) {
   constexpr int64_t kWords = sizeof(Words) / sizeof(int64_t);
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(target.device);
   for (int64_t first = 0; first < count; first += kWords) {
     Words part{};
     const int64_t size = std::min(count - first, kWords);
     std::copy_n(words + first, size, part.value);
-    LOPT_LAUNCH("write_words", write_words_kernel, 1, kThreads, 0, reinterpret_cast<cudaStream_t>(stream), part,
+    LOPT_LAUNCH("write_words", write_words_kernel, 1, kThreads, 0, reinterpret_cast<cudaStream_t>(target.stream), part,
                 to + first, static_cast<int>(size));
     LOPT_CUDA_CHECK(cudaGetLastError());
   }

@@ -34,16 +34,16 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) 
 
 }  // namespace
 
-bool apply_mma_cuda(const ApplyParams& params, int feature_set, int width, int device, uint64_t stream);
+bool apply_mma_cuda(const ApplyParams& params, int feature_set, int width, const Target& target);
 
-bool apply_cuda(const ApplyParams& params, int feature_set, int width, int device, uint64_t stream) {
-  if (params.precision != kExact) return apply_mma_cuda(params, feature_set, width, device, stream);
+bool apply_cuda(const ApplyParams& params, int feature_set, int width, const Target& target) {
+  if (params.precision != kExact) return apply_mma_cuda(params, feature_set, width, target);
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
     using Features = decltype(features);
     constexpr int kWidth = decltype(width_constant)::value;
     const auto kernel = params.state_dtype == kFloat32 ? apply_kernel<kFloat32, Features, kWidth>
                                                        : apply_kernel<kBFloat16, Features, kWidth>;
-    launch_per_chunk("apply", kernel, params, device, stream);
+    launch_per_chunk("apply", kernel, params, target);
   });
 }
 

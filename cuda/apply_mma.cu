@@ -31,11 +31,11 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumn
 
 }  // namespace
 
-bool apply_mma_cuda(const ApplyParams& params, int feature_set, int width, int device, uint64_t stream) {
+bool apply_mma_cuda(const ApplyParams& params, int feature_set, int width, const Target& target) {
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
     using Features = decltype(features);
     constexpr int kWidth = decltype(width_constant)::value;
-    const auto launch = [&](auto kernel) { launch_per_chunk("apply_mma", kernel, params, device, stream); };
+    const auto launch = [&](auto kernel) { launch_per_chunk("apply_mma", kernel, params, target); };
     if (params.state_dtype == kFloat32)
       launch(params.precision == kFast ? apply_mma_kernel<kFloat32, Features, kWidth, 1>
                                        : apply_mma_kernel<kFloat32, Features, kWidth, 2>);

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "api/kernels.h"
+#include "api/backend.h"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -49,14 +49,14 @@ class DeviceGuard {
 
 // kernel(params) with one block of kThreads per chunk, on the caller's stream.
 template <class Params>
-void launch_per_chunk(const char* name, void (*kernel)(Params), const Params& params, int device, uint64_t stream) {
+void launch_per_chunk(const char* name, void (*kernel)(Params), const Params& params, const Target& target) {
   if (params.num_chunks == 0) return;
   if (params.num_chunks > 0x7fffffff)
     throw std::runtime_error(std::string(name) + ": expected at most 2^31 - 1 chunks, got " +
                              std::to_string(params.num_chunks) + "; update the tensors in several calls");
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(target.device);
   LOPT_LAUNCH(name, kernel, static_cast<unsigned>(params.num_chunks), kThreads, 0,
-              reinterpret_cast<cudaStream_t>(stream), params);
+              reinterpret_cast<cudaStream_t>(target.stream), params);
   LOPT_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -63,17 +63,17 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
 }  // namespace
 
 bool sweep_mma_cuda(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-                    int device, uint64_t stream);
+                    const Target& target);
 
 bool sweep_cuda(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-                int device, uint64_t stream) {
-  if (applying.precision != kExact) return sweep_mma_cuda(accumulating, applying, feature_set, width, device, stream);
+                const Target& target) {
+  if (applying.precision != kExact) return sweep_mma_cuda(accumulating, applying, feature_set, width, target);
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
     using Features = decltype(features);
     constexpr int kWidth = decltype(width_constant)::value;
     const auto kernel = applying.state_dtype == kFloat32 ? sweep_kernel<kFloat32, Features, kWidth>
                                                          : sweep_kernel<kBFloat16, Features, kWidth>;
-    launch_per_chunk("sweep", kernel, SweepParams{accumulating, applying, applying.num_chunks}, device, stream);
+    launch_per_chunk("sweep", kernel, SweepParams{accumulating, applying, applying.num_chunks}, target);
   });
 }
 

@@ -37,12 +37,12 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
 }  // namespace
 
 bool sweep_mma_cuda(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-                    int device, uint64_t stream) {
+                    const Target& target) {
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
     using Features = decltype(features);
     constexpr int kWidth = decltype(width_constant)::value;
     const SweepParams params{accumulating, applying, applying.num_chunks};
-    const auto launch = [&](auto kernel) { launch_per_chunk("sweep_mma", kernel, params, device, stream); };
+    const auto launch = [&](auto kernel) { launch_per_chunk("sweep_mma", kernel, params, target); };
     if (applying.state_dtype == kFloat32)
       launch(applying.precision == kFast ? sweep_mma_kernel<kFloat32, Features, kWidth, 1>
                                          : sweep_mma_kernel<kFloat32, Features, kWidth, 2>);

@@ -1,5 +1,7 @@
 """Which code computes the steps of an optimizer."""
 
+from functools import cache
+
 import torch
 
 from lopt import kernels
@@ -9,12 +11,21 @@ from lopt.rule import ThetaSpec
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
 
 
+@cache
+def warn_not_built() -> None:
+    """Say once that everything is computed by the reference."""
+    warn(f"{kernels.NOT_BUILT}. Until then impl='auto' is the slow impl='reference'")
+
+
 def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> str:
     """What ``impl`` means for parameters on ``device``; an explicit choice is never replaced by another.
 
     Raises:
         ValueError, RuntimeError: there are no such kernels for the device or for the spec.
     """
+    if impl == "auto" and kernels.NOT_BUILT:
+        warn_not_built()
+        return "reference"
     if impl == "auto" and not kernels.is_compiled(spec):
         warn(
             f"no kernel is compiled for feature set {spec.feature_set!r} with MLP width {spec.mlp_width} "
@@ -25,9 +36,8 @@ def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> s
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"params: on {device}; kernels exist for cpu and cuda, elsewhere use impl='reference'")
         impl = device.type
-    if impl == "cuda" and not kernels.has_cuda():
-        raise RuntimeError("impl='cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
     if impl != "reference":
+        kernels.module_of(impl)  # raises what is missing
         wanted = "cuda" if impl == "cuda" else "cpu"
         if device.type != wanted:
             raise ValueError(f"impl={impl!r}: parameters are on {device}, expected {wanted}; use impl='auto'")

@@ -31,6 +31,11 @@ GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, np.ndarray]
 
 
+try:
+    SIM = kernels.module_of("sim")
+except RuntimeError as error:
+    pytest.exit(f"The tests need lopt._sim, which `make test` builds. {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+
 VARIANTS = [f"cpu-{simd}" for simd in kernels._C.simd_available()] + ["sim", "sim-reverse", "cuda"]
 
 
@@ -49,9 +54,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     selected = kernels._C.simd_selected()
     if name == "cpu":
         assert kernels._C.simd_select(variant)
-    kernels._C.sim_reverse_order(variant == "reverse")
+    SIM.reverse_order(variant == "reverse")
     yield Backend(name, torch.device("cuda", 0) if name == "cuda" else torch.device("cpu"))
-    kernels._C.sim_reverse_order(False)
+    SIM.reverse_order(False)
     kernels._C.simd_select(selected)
 
 

@@ -158,10 +158,10 @@ def test_a_sweep_of_many_tensors(backend: Backend, preset: str, width: int, prec
     problem = problem_of(preset, width, SWEPT, dtype, dtype)
     halved = {name: [x.to(dtype) for x in getattr(problem, name)] for name in ("mom", "rms")}
     problem = dataclasses.replace(problem, **halved)
-    launches = kernels._C.sim_launches()
+    launches = kernels.module_of("sim").launches()
     found = sweep(problem, backend, precision)
     if backend.name == "sim":
-        assert kernels._C.sim_launches() - launches == 1
+        assert kernels.module_of("sim").launches() - launches == 1
         expected = sweep(problem, backend, precision, apart=True)
         if precision == "exact":  # its threads add up other parameters
             torch.testing.assert_close(found.pop("hidden"), expected.pop("hidden"), rtol=2e-6, atol=1e-6)

@@ -344,10 +344,10 @@ def test_sim_same_bits_in_both_thread_orders(feature_set: str, precision: str) -
     problem, sim = problem_of(feature_set, 16, (*MIXED, (20_000,))), Backend("sim", torch.device("cpu"))
     forward = outputs(Run(problem, sim, guard=ALIGNED, precision=precision))
     try:
-        kernels._C.sim_reverse_order(True)
+        kernels.module_of("sim").reverse_order(True)
         backward = outputs(Run(problem, sim, guard=ALIGNED, precision=precision))
     finally:
-        kernels._C.sim_reverse_order(False)
+        kernels.module_of("sim").reverse_order(False)
     assert same(forward, backward)
 
 

@@ -195,9 +195,9 @@ def test_same_bits_in_both_thread_orders(case: str) -> None:
     theta, inputs = random_theta(spec), random_inputs(spec, len(shapes))
     results = []
     for reverse in (False, True):
-        kernels._C.sim_reverse_order(reverse)
+        kernels.module_of("sim").reverse_order(reverse)
         results.append(drive(Backend("sim", torch.device("cpu")), theta, shapes, inputs))
-    kernels._C.sim_reverse_order(False)
+    kernels.module_of("sim").reverse_order(False)
     assert_same_bits(results[0], results[1])
 
 
@@ -215,11 +215,11 @@ def test_launches_of_a_step_whatever_the_number_of_tensors(preset: str, number: 
     params = make_params([(2,)] * number)
     opt = LearnedOptimizer(params, make_theta(preset).with_spec(stats=stats), impl="sim")
     for step, launches in enumerate((5, each, each)):
-        before = kernels._C.sim_launches()
+        before = kernels.module_of("sim").launches()
         run(opt, params, 1, step)
-        assert kernels._C.sim_launches() - before == launches
+        assert kernels.module_of("sim").launches() - before == launches
     opt.observe(valid_loss=1.0, train_loss=2.0)
-    assert kernels._C.sim_launches() - before == each + 1
+    assert kernels.module_of("sim").launches() - before == each + 1
 
 
 class Recorder(TorchDispatchMode):
@@ -282,7 +282,7 @@ def test_options_may_change_in_every_way(impl: str) -> None:
 def test_words_as_kernel_arguments(count: int) -> None:
     words = torch.randint(-(2**62), 2**62, (count,), generator=torch.Generator().manual_seed(0))
     to = torch.full((count + 1,), 7)
-    kernels._C.write_words("sim", to.data_ptr(), words.tolist(), 0, 0)
+    kernels.module_of("sim").write_words("sim", to.data_ptr(), words.tolist(), 0, 0)
     assert torch.equal(to[:-1], words)
     assert int(to[-1]) == 7
 

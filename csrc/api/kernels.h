@@ -1,4 +1,4 @@
-// The contract between Python and the kernels: tables, parameter structs, prototypes. No torch, no CUDA header.
+// The contract between Python and the kernels: tables and parameter structs. No torch, no CUDA header.
 //
 // Two operations, each one call for all tensors:
 //   accumulate  clip gradients, update mom and rms, reduce per-tensor statistics          -> stats [T, S]
@@ -93,24 +93,6 @@ template <class V>
 LOPT_HD V next_param(V param, MlpOutput<V> out, float keep, V step_size, float magnitude_rate) {
   return param * keep - out.direction * exp_of(out.magnitude * magnitude_rate) * step_size;
 }
-
-// feature_set: 0 paper, 1 compact; width: 8, 16 or 32. They return false for any other combination.
-bool accumulate_cpu(const AccumulateParams& params, int feature_set, int num_threads);
-bool apply_cpu(const ApplyParams& params, int feature_set, int width, int num_threads);
-bool sweep_cpu(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-               int num_threads);
-
-// `sim` runs the CUDA kernels on the CPU, one fiber per CUDA thread; for tests.
-bool accumulate_sim(const AccumulateParams& params, int feature_set);
-bool apply_sim(const ApplyParams& params, int feature_set, int width);
-bool sweep_sim(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width);
-void set_sim_reverse_order(bool reverse);  // threads and blocks in descending order, to reveal missing barriers
-
-// Asynchronous on `stream` (a cudaStream_t) of `device`; all pointers are device pointers. Throw std::runtime_error.
-bool accumulate_cuda(const AccumulateParams& params, int feature_set, int device, uint64_t stream);
-bool apply_cuda(const ApplyParams& params, int feature_set, int width, int device, uint64_t stream);
-bool sweep_cuda(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-                int device, uint64_t stream);
 
 // Calls f(Features{}, integral_constant<int, width>) for a compiled combination.
 template <int kValue>

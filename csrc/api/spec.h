@@ -73,27 +73,4 @@ struct AdvanceParams {
   uint32_t* finished;  // [1] zero before and after
 };
 
-// All return false when no kernel is compiled for the spec.
-// Before accumulate: takes new losses, and computes the clip limit of this step from the gradients of the steps before.
-bool begin_cpu(const AdvanceParams& params);
-
-// Between accumulate and apply: losses and statistics -> LSTM -> what apply is conditioned on.
-bool advance_cpu(const AdvanceParams& params);
-
-// After apply: the mean MLP outputs that the next LSTM step sees.
-bool finish_cpu(const AdvanceParams& params);
-
-// The same on the CUDA kernels' terms (kernels.h), one launch each.
-bool begin_sim(const AdvanceParams& params);
-bool advance_sim(const AdvanceParams& params);
-bool finish_sim(const AdvanceParams& params);
-bool begin_cuda(const AdvanceParams& params, int device, uint64_t stream);
-bool advance_cuda(const AdvanceParams& params, int device, uint64_t stream);
-bool finish_cuda(const AdvanceParams& params, int device, uint64_t stream);
-int64_t sim_launches();  // kernels that sim has run so far
-
-// to[i] = words[i] for i < count, on the device, as kernel arguments: in a CUDA graph they are constants.
-void write_words_sim(int64_t* to, const int64_t* words, int64_t count);
-void write_words_cuda(int64_t* to, const int64_t* words, int64_t count, int device, uint64_t stream);
-
 }  // namespace lopt

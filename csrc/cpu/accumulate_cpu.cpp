@@ -58,9 +58,9 @@ void merge_stats(const AccumulateParams& params, int feature_set, int64_t t) {
   with_feature_set(feature_set, [&](auto features) { merge_tensor<decltype(features)>(params, t); });
 }
 
-bool accumulate(const AccumulateParams& params, int feature_set, int num_threads) {
+bool accumulate(const AccumulateParams& params, int feature_set, const Target& target) {
   return with_feature_set(feature_set, [&](auto) {
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(target.num_threads)
     {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < params.num_chunks; ++i) accumulate_chunk(params, feature_set, i);

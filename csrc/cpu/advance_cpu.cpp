@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <vector>
 
+#include "api/backend.h"
 #include "cpu/lstm_cell.h"
 
 namespace lopt {
 namespace LOPT_ISA {
 
-bool begin(const AdvanceParams& p) {
+bool begin(const AdvanceParams& p, const Target&) {
   const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
   observe_pending(p.pending_loss, p.new_train ? *p.new_train : p.train_value);
   g.observe_valid(*p.spec, p.new_valid ? *p.new_valid : p.valid_value);
@@ -16,7 +17,7 @@ bool begin(const AdvanceParams& p) {
   return true;
 }
 
-bool advance(const AdvanceParams& p) {
+bool advance(const AdvanceParams& p, const Target&) {
   const Spec& s = *p.spec;
   return with_kernel(s.feature_set, s.width, [&](auto features, auto) {
     using Features = decltype(features);
@@ -44,7 +45,7 @@ bool advance(const AdvanceParams& p) {
   });
 }
 
-bool finish(const AdvanceParams& p) {
+bool finish(const AdvanceParams& p, const Target&) {
   const Spec& s = *p.spec;
   return with_kernel(s.feature_set, s.width, [&](auto features, auto) {
     const ThetaView theta(s, decltype(features)::kNumColumns, p.theta);

@@ -45,11 +45,11 @@ void merge_tensor(const ApplyParams& params, int64_t t) {
 
 }  // namespace
 
-bool apply(const ApplyParams& params, int feature_set, int width, int num_threads) {
+bool apply(const ApplyParams& params, int feature_set, int width, const Target& target) {
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
     using Features = decltype(features);
     constexpr int kWidth = decltype(width_constant)::value;
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(target.num_threads)
     {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < params.num_chunks; ++i) run_chunk<Features, kWidth>(params, params.num_chunks - 1 - i);
@@ -61,11 +61,11 @@ bool apply(const ApplyParams& params, int feature_set, int width, int num_thread
 
 // Chunk by chunk: what apply reads again is in a cache near by.
 bool sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-           int num_threads) {
+           const Target& target) {
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
     using Features = decltype(features);
     constexpr int kWidth = decltype(width_constant)::value;
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(target.num_threads)
     {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < applying.num_chunks; ++i) {

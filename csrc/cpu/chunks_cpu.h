@@ -1,7 +1,7 @@
 // Parts of accumulate that the single sweep shares; one chunk or tensor each.
 #pragma once
 
-#include "api/kernels.h"
+#include "api/backend.h"
 
 namespace lopt {
 namespace LOPT_ISA {

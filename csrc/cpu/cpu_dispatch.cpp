@@ -1,20 +1,22 @@
 // Picks the widest instruction set that was compiled and that this processor has.
 #include "cpu/cpu_dispatch.h"
 
-#include "api/kernels.h"
+#include <algorithm>
+
+#include "api/backend.h"
 #include "unroll/unroll.h"
 
 namespace lopt {
 
 #define LOPT_DECLARE(isa)                                                                                           \
   namespace isa {                                                                                                   \
-  bool begin(const AdvanceParams& params);                                                                          \
-  bool accumulate(const AccumulateParams& params, int feature_set, int num_threads);                                \
-  bool advance(const AdvanceParams& params);                                                                        \
-  bool apply(const ApplyParams& params, int feature_set, int width, int num_threads);                               \
+  bool begin(const AdvanceParams& params, const Target& target);                                                    \
+  bool accumulate(const AccumulateParams& params, int feature_set, const Target& target);                           \
+  bool advance(const AdvanceParams& params, const Target& target);                                                  \
+  bool apply(const ApplyParams& params, int feature_set, int width, const Target& target);                          \
   bool sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,         \
-             int num_threads);                                                                                      \
-  bool finish(const AdvanceParams& params);                                                                         \
+             const Target& target);                                                                                 \
+  bool finish(const AdvanceParams& params, const Target& target);                                                   \
   double multiply_add_rate(int num_threads, double seconds);                                                        \
   int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
   bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,     \
@@ -28,22 +30,22 @@ LOPT_DECLARE(v4)
 
 namespace {
 
+void write_words(int64_t* to, const int64_t* words, int64_t count, const Target&) { std::copy_n(words, count, to); }
+
 struct CpuKernels {
   const char* name;
-  decltype(&baseline::begin) begin;
-  decltype(&baseline::accumulate) accumulate;
-  decltype(&baseline::advance) advance;
-  decltype(&baseline::apply) apply;
-  decltype(&baseline::sweep) sweep;
-  decltype(&baseline::finish) finish;
+  Backend backend;
   decltype(&baseline::multiply_add_rate) multiply_add_rate;
   decltype(&baseline::start_run) start_run;
   decltype(&baseline::unroll) unroll;
 };
 
-#define LOPT_KERNELS(name, isa)                                                 \
-  {name,       isa::begin,  isa::accumulate,        isa::advance,   isa::apply, \
-   isa::sweep, isa::finish, isa::multiply_add_rate, isa::start_run, isa::unroll}
+#define LOPT_KERNELS(name, isa)                                                                   \
+  {name,                                                                                          \
+   {isa::begin, isa::accumulate, isa::advance, isa::apply, isa::sweep, isa::finish, write_words}, \
+   isa::multiply_add_rate,                                                                        \
+   isa::start_run,                                                                                \
+   isa::unroll}
 
 constexpr CpuKernels kKernels[] = {
 #if defined(__x86_64__)
@@ -100,24 +102,7 @@ double multiply_add_rate(int num_threads, double seconds) {
   return selected()->multiply_add_rate(num_threads, seconds);
 }
 
-bool accumulate_cpu(const AccumulateParams& params, int feature_set, int num_threads) {
-  return selected()->accumulate(params, feature_set, num_threads);
-}
-
-bool apply_cpu(const ApplyParams& params, int feature_set, int width, int num_threads) {
-  return selected()->apply(params, feature_set, width, num_threads);
-}
-
-bool sweep_cpu(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-               int num_threads) {
-  return selected()->sweep(accumulating, applying, feature_set, width, num_threads);
-}
-
-bool begin_cpu(const AdvanceParams& params) { return selected()->begin(params); }
-
-bool advance_cpu(const AdvanceParams& params) { return selected()->advance(params); }
-
-bool finish_cpu(const AdvanceParams& params) { return selected()->finish(params); }
+const Backend& cpu_backend() { return selected()->backend; }
 
 int64_t start_run_cpu(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state) {
   return selected()->start_run(spec, problem, theta, init, state);

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lopt import _C
+from lopt import kernels
 from lopt.benchmark.timing import Timer, cache_bytes
 
 
@@ -34,7 +34,8 @@ def measure_peaks(device: torch.device, repeats: int = 7) -> Peaks:
 
 
 def _cpu_rate(repeats: int) -> float:
-    return max(_C.multiply_add_rate(torch.get_num_threads(), 0.02) for _ in range(repeats))
+    rate = kernels.module_of("cpu").multiply_add_rate
+    return max(float(rate(torch.get_num_threads(), 0.02)) for _ in range(repeats))
 
 
 def _matmul_rate(timer: Timer, size: int = 4096) -> float:

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lopt import _C
+from lopt import kernels
 from lopt.commands.common import Command, Outcome, say, show_table
 from lopt.meta.provenance import versions
 from lopt.optimizer import LearnedOptimizer
@@ -44,7 +44,10 @@ class Doctor(Command):
 
 
 def compiled() -> dict[str, str]:
-    """What the extension lopt._C was built with."""
+    """What the extensions were built with."""
+    if kernels.NOT_BUILT:
+        return {"kernels": f"none, impl='auto' is the reference: {kernels.NOT_BUILT}"}
+    _C = kernels._C
     cuda = f"CUDA {_C.cuda_version} for {_C.cuda_archs}" if _C.has_cuda else "built without CUDA"
     simd = f"{_C.simd_selected()} of {', '.join(_C.simd_available())}"
     return {"compiler": f"{_C.compiler}, {_C.build_type}", "cuda kernels": cuda, "cpu kernels": simd}
@@ -63,8 +66,9 @@ def self_test(preset: str, impl: str) -> dict[str, Any]:
         ``impl``, ``preset``, ``result`` ("ok", "FAILED" or "not here", with the reason), ``error`` if it ran.
     """
     test: dict[str, Any] = {"impl": impl, "preset": preset}
-    if impl == "cuda" and not (_C.has_cuda and torch.cuda.is_available()):
-        return {**test, "result": f"not here: {'no GPU' if _C.has_cuda else 'built without CUDA'}"}
+    missing = not_here(impl)
+    if missing:
+        return {**test, "result": f"not here: {missing}"}
     try:
         actual = _steps(preset, impl, "cuda" if impl == "cuda" else "cpu", torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -74,6 +78,15 @@ def self_test(preset: str, impl: str) -> dict[str, Any]:
     update = max(float((a - b).abs().max()) for a, b in zip(expected, start, strict=True))
     worst = max(float((a.cpu() - b).abs().max()) for a, b in zip(actual, expected, strict=True)) / update
     return {**test, "error": worst, "result": "ok" if worst <= TOLERANCE else "FAILED"}
+
+
+def not_here(impl: str) -> str:
+    """Why an implementation cannot run on this machine; empty where it can."""
+    try:
+        kernels.module_of(impl)
+    except RuntimeError as error:
+        return str(error)
+    return "no GPU" if impl == "cuda" and not torch.cuda.is_available() else ""
 
 
 def _params(dtype: torch.dtype, device: str) -> list[Tensor]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import lopt
-from lopt import _C
+from lopt import kernels
 from lopt.benchmark.rows import origin
 from lopt.evaluation.adam_grid import GRID, adam_results
 from lopt.evaluation.opponents import LEARNED, Opponent, make_optimizer, opponent
@@ -314,7 +314,7 @@ def code_sha256() -> str:
     """SHA-256 of the code of the learned optimizer: the sources that were compiled, and what the modules at the top of
     the package do, whatever their comments and docstrings say."""
     modules = sorted(file for file in Path(lopt.__file__).parent.glob("*.py") if file.stem != "cli")
-    digest = hashlib.sha256(_C.source_sha256.encode())
+    digest = hashlib.sha256(kernels.source_sha256().encode())
     for file in modules:
         digest.update(ast.dump(without_docstrings(ast.parse(file.read_text()))).encode())
     return digest.hexdigest()

@@ -1,7 +1,16 @@
-"""The compiled kernels: everything that imports ``lopt._C``. They know tensors and theta, and no optimizer."""
+"""The compiled kernels: all that imports ``lopt._C`` or ``lopt._sim``. They know tensors and theta, no optimizer."""
 
-from lopt import _C
-from lopt.kernels.extension import BACKENDS, WIDTHS, has_cuda, is_compiled, simd_selected
+from lopt.kernels.extension import (
+    _C,
+    BACKENDS,
+    NOT_BUILT,
+    WIDTHS,
+    has_cuda,
+    is_compiled,
+    module_of,
+    simd_selected,
+    source_sha256,
+)
 from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, contiguous, feedback, fold_bias, pack_mlp, step
 from lopt.kernels.structs import FEATURE_SET_INDEX
 from lopt.kernels.tensor_level import SHARED, TensorLevel, apply_inputs
@@ -10,6 +19,7 @@ __all__ = [
     "BACKENDS",
     "DTYPES",
     "FEATURE_SET_INDEX",
+    "NOT_BUILT",
     "PRECISIONS",
     "SHARED",
     "WIDTHS",
@@ -22,7 +32,9 @@ __all__ = [
     "fold_bias",
     "has_cuda",
     "is_compiled",
+    "module_of",
     "pack_mlp",
     "simd_selected",
+    "source_sha256",
     "step",
 ]

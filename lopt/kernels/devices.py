@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lopt import _C
+from lopt.kernels.extension import module_of
 
 
 def stream_of(device: torch.device) -> dict[str, int]:
@@ -26,6 +26,6 @@ def upload(table: np.ndarray, device: torch.device) -> Tensor:
         return host.to(device, copy=True)
     if is_capturing(device):  # what the host holds now must be part of the graph: kernel arguments are
         words = torch.empty_like(host, device=device)
-        _C.write_words("cuda", words.data_ptr(), host.reshape(-1).tolist(), **stream_of(device))
+        module_of("cuda").write_words("cuda", words.data_ptr(), host.reshape(-1).tolist(), **stream_of(device))
         return words
     return host.pin_memory().to(device, non_blocking=True)

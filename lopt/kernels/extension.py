@@ -1,54 +1,101 @@
-"""The door to the compiled module ``lopt._C``: whether it is there, what was built, and that Python agrees with it."""
+"""The door to the compiled modules: whether they are there, which one serves a back end, that Python agrees with them.
+
+``lopt._C`` has the back ends ``cpu`` and ``cuda`` and the unroll engine, ``lopt._sim`` has ``sim``, which only tests
+need. Without them lopt is imported all the same, and computes by lopt/rule/reference.py.
+"""
+
+import importlib
+from functools import cache
+from types import ModuleType
 
 from lopt.kernels.structs import ACCUMULATE, ADVANCE, APPLY, FEATURE_SET_INDEX, SHAPE, SPEC, check_sizes
 from lopt.rule.features import FEATURE_SETS
 from lopt.rule.spec import ThetaSpec
 
-try:
-    from lopt import _C
-except ImportError as error:  # pragma: no cover
-    raise ImportError(
-        f"lopt was not built ({error}). In its source folder run: pip install --no-build-isolation --no-deps -e ."
-    ) from error
-
 BACKENDS = ("cpu", "cuda", "sim")
 WIDTHS = (8, 16, 32)
+_BUILD = "in its source folder run: {}pip install --no-build-isolation --no-deps -e ."
 
-for _facts, _features in zip(_C.feature_sets(), FEATURE_SETS.values(), strict=True):
-    _expected = {
-        "name": _features.name,
-        "columns": len(_features.columns),
-        "moments": len(_features.moments),
-        "stats": _features.num_stats,
-        "num_mom": len(_features.mom_decays),
-        "num_rms": len(_features.rms_decays),
-    }
-    if _facts != _expected:
-        raise ImportError(f"lopt._C has feature set {_facts}, lopt/rule/features.py {_expected}: rebuild the extension")
+try:
+    from lopt import _C as _C
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    NOT_BUILT = f"lopt was not built ({error}); {_BUILD.format('')}"
+else:
+    NOT_BUILT = ""
+    for _facts, _features in zip(_C.feature_sets(), FEATURE_SETS.values(), strict=True):
+        _expected = {
+            "name": _features.name,
+            "columns": len(_features.columns),
+            "moments": len(_features.moments),
+            "stats": _features.num_stats,
+            "num_mom": len(_features.mom_decays),
+            "num_rms": len(_features.rms_decays),
+        }
+        if _facts != _expected:
+            raise ImportError(
+                f"lopt._C has feature set {_facts}, lopt/rule/features.py {_expected}: rebuild the extension"
+            )
+    check_sizes(
+        _C.struct_sizes(),
+        {
+            "AccumulateParams": ACCUMULATE,
+            "ApplyParams": APPLY,
+            "Spec": SPEC,
+            "TensorShape": SHAPE,
+            "AdvanceParams": ADVANCE,
+        },
+    )
 
 
-check_sizes(
-    _C.struct_sizes(),
-    {
-        "AccumulateParams": ACCUMULATE,
-        "ApplyParams": APPLY,
-        "Spec": SPEC,
-        "TensorShape": SHAPE,
-        "AdvanceParams": ADVANCE,
-    },
-)
+def module_of(backend: str) -> ModuleType:
+    """The compiled module that has the kernels of a back end.
+
+    Raises:
+        ValueError: there is no such back end.
+        RuntimeError: it is not part of this build; with what to do.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if NOT_BUILT:
+        raise RuntimeError(f"backend {backend!r}: {NOT_BUILT}")
+    if backend == "cuda" and not _C.has_cuda:
+        raise RuntimeError("backend 'cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
+    return _sim() if backend == "sim" else _C
+
+
+@cache
+def _sim() -> ModuleType:
+    remedy = f"'sim' is for tests; {_BUILD.format('LOPT_SIM=ON ')}"
+    try:
+        module = importlib.import_module("lopt._sim")
+    except ImportError as error:
+        raise RuntimeError(f"backend 'sim': it was not built ({error}). {remedy}") from error
+    if module.source_sha256 != _C.source_sha256:  # it would read the structs of other sources
+        raise RuntimeError(f"backend 'sim': lopt._sim was built from other sources than lopt._C. {remedy}")
+    return module
 
 
 def has_cuda() -> bool:
     """Whether the library was built with nvcc; says nothing about a device."""
-    return _C.has_cuda
+    return not NOT_BUILT and _C.has_cuda
 
 
 def simd_selected() -> str:
     """Instruction set the CPU kernels use."""
-    return _C.simd_selected()
+    return "no kernels" if NOT_BUILT else _C.simd_selected()
+
+
+def source_sha256() -> str:
+    """SHA-256 of the compiled sources; empty where nothing was built."""
+    return "" if NOT_BUILT else _C.source_sha256
+
+
+def packed_weights(feature_set: str, width: int) -> int:
+    """Floats in one packed row of MLP weights; 0 where no kernel is compiled for this feature set and MLP width."""
+    return 0 if NOT_BUILT else _C.packed_weights(FEATURE_SET_INDEX[feature_set], width)
 
 
 def is_compiled(spec: ThetaSpec) -> bool:
     """Whether kernels exist for this feature set and MLP width."""
-    return _C.packed_weights(FEATURE_SET_INDEX[spec.feature_set], spec.mlp_width) > 0
+    return packed_weights(spec.feature_set, spec.mlp_width) > 0

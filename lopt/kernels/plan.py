@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lopt import _C
 from lopt.kernels import devices
 from lopt.kernels.devices import stream_of, upload
-from lopt.kernels.extension import BACKENDS, WIDTHS
+from lopt.kernels.extension import WIDTHS, module_of, packed_weights
 from lopt.kernels.structs import ACCUMULATE, APPLY, FEATURE_SET_INDEX
 from lopt.kernels.tensor_level import TensorLevel
 from lopt.rule.features import FEATURE_SETS
@@ -48,7 +47,7 @@ def pack_mlp(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> Tensor:
         skip,
     ]
     flat = torch.cat([part.reshape(*lead, -1) for part in parts], dim=-1).float()
-    size = _C.packed_weights(FEATURE_SET_INDEX[spec.feature_set], spec.mlp_width)
+    size = packed_weights(spec.feature_set, spec.mlp_width)
     return torch.nn.functional.pad(flat, (0, size - flat.shape[-1])).contiguous()
 
 
@@ -124,16 +123,13 @@ class Plan:
         precision: str = "high",
         seed: int = 0,
     ) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+        self.module = module_of(backend)
         if precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
         if not params:
             raise ValueError("params: expected at least one tensor, got none")
         if feature_set not in FEATURE_SETS:
             raise ValueError(f"feature_set: expected one of {sorted(FEATURE_SETS)}, got {feature_set!r}")
-        if backend == "cuda" and not _C.has_cuda:
-            raise RuntimeError("backend 'cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
         theta_index = [0] * len(params) if theta_index is None else list(theta_index)
         for name, values in (("mom", mom), ("rms", rms), ("theta_index", theta_index)):
             _check_length(name, len(values), len(params))
@@ -156,10 +152,11 @@ class Plan:
         self.param_addresses = [param.data_ptr() for param in params]
         self.keep_alive = (list(mom), list(rms))
 
-        chunks_of = [-(-size // _C.chunk) for size in sizes]
+        chunk = self.module.chunk
+        chunks_of = [-(-size // chunk) for size in sizes]
         first = np.concatenate([[0], np.cumsum(chunks_of)]).astype(np.int64)
         owner = np.repeat(np.arange(len(sizes), dtype=np.int64), chunks_of)
-        begin = (np.arange(first[-1], dtype=np.int64) - first[owner]) * _C.chunk
+        begin = (np.arange(first[-1], dtype=np.int64) - first[owner]) * chunk
         self.table = np.stack(
             [
                 np.array(self.param_addresses, dtype=np.int64),
@@ -261,7 +258,7 @@ class Plan:
         self._check_grads()
         self.bind_accumulate(clip_limit, mom_decays, rms_decays)
         self.set_step(step)
-        _C.accumulate(self.backend, self.index, self.addresses[0], **self._place())
+        self.module.accumulate(self.backend, self.index, self.addresses[0], **self._place())
         return self.stats
 
     def set_step(self, step: Tensor | None) -> None:
@@ -313,7 +310,7 @@ class Plan:
         """
         self._check_grads()
         self.bind_apply(clip_limit, scale, shift, bias, step_size, keep, weights, magnitude_rate, feature_clip)
-        _C.apply(self.backend, self.index, bias.shape[-1], self.addresses[1], **self._place())
+        self.module.apply(self.backend, self.index, bias.shape[-1], self.addresses[1], **self._place())
         return self.hidden
 
     def bind_apply(
@@ -330,7 +327,7 @@ class Plan:
     ) -> None:
         """Check the operands of :meth:`apply` and keep them for :func:`step`."""
         columns, width = len(self.features.columns), bias.shape[-1]
-        size = _C.packed_weights(self.index, width)
+        size = packed_weights(self.features.name, width)
         if size == 0:
             raise ValueError(f"bias: kernels exist for MLP widths {WIDTHS}, got {width}; use impl='reference'")
         if weights.dtype != torch.float32 or weights.device != self.device or weights.shape[-1] != size:
@@ -366,7 +363,7 @@ class Plan:
         for name in ("accumulate", "apply"):
             if name not in self._operands:
                 raise RuntimeError(f"operands of {name}: not known yet; call Plan.bind_{name} before sweep")
-        _C.sweep(self.backend, self.index, self.hidden.shape[-1], *self.addresses, **self._place())
+        self.module.sweep(self.backend, self.index, self.hidden.shape[-1], *self.addresses, **self._place())
         return self.stats, self.hidden
 
 
@@ -376,4 +373,4 @@ def step(plan: Plan, level: TensorLevel) -> None:
     With lagged statistics advance comes before accumulate and sees what ``plan.stats`` holds; accumulate and apply are
     then one sweep.
     """
-    _C.step(plan.backend, level.address, *plan.addresses, level.lagged, **plan._place())
+    plan.module.step(plan.backend, level.address, *plan.addresses, level.lagged, **plan._place())

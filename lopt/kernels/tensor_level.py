@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lopt import _C
 from lopt.kernels import devices
 from lopt.kernels.devices import stream_of, upload
+from lopt.kernels.extension import module_of
 from lopt.kernels.structs import ADVANCE, shape_records, spec_record
 from lopt.rule.spec import ThetaSpec
 from lopt.rule.tensor_lstm import Rows
@@ -74,7 +74,7 @@ class TensorLevel:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        self.backend, self.device = backend, device
+        self.module, self.backend, self.device = module_of(backend), backend, device
         self.lr, self.decay, self.total_steps = empty(num_tensors), empty(num_tensors), empty(1)
         inputs = apply_inputs(spec, num_tensors, device) if inputs is None else inputs
         self.clip_limit, self.step_size, self.keep = (inputs[name] for name in ("clip_limit", "step_size", "keep"))
@@ -102,8 +102,8 @@ class TensorLevel:
         self.address = record.ctypes.data
         self._shared: tuple[int, ...] = ()
 
-    def _call(self, function: Callable[..., None]) -> None:
-        function(self.backend, self.address, **stream_of(self.device))
+    def _call(self, operation: Callable[..., None]) -> None:
+        operation(self.backend, self.address, **stream_of(self.device))
 
     def set_options(self, groups: Sequence[Mapping[str, Any]], total_steps: int | None) -> None:
         """``lr`` and ``weight_decay`` of the param groups, and the number of steps planned."""
@@ -136,7 +136,7 @@ class TensorLevel:
 
     def start(self) -> None:
         """:meth:`begin`, of what :meth:`set_losses` was given."""
-        self._call(_C.begin)
+        self._call(self.module.begin)
 
     def set_losses(
         self, shared: Mapping[str, Tensor], train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None
@@ -159,9 +159,9 @@ class TensorLevel:
     def advance(self, stats: Tensor) -> None:
         """Between accumulate and apply: from ``stats`` and the options the inputs of apply."""
         self._record["stats"] = stats.data_ptr()
-        self._call(_C.advance)
+        self._call(self.module.advance)
 
     def finish(self, hidden: Tensor) -> None:
         """After apply: what the next LSTM step sees of ``hidden`` ``[T, width]``."""
         self._record["hidden"] = hidden.data_ptr()
-        self._call(_C.finish)
+        self._call(self.module.finish)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lopt import _C
+from lopt.kernels.extension import _C, NOT_BUILT, module_of
 from lopt.kernels.structs import SPEC, check_sizes, spec_record
 from lopt.rule import ThetaSpec
 from lopt.tasks.seeds import minibatch_key
@@ -41,7 +41,8 @@ _RUN = np.dtype(
         *((name, "i8") for name in ("outer_losses", "train_losses")),
     ]
 )
-check_sizes(_C.struct_sizes(), {"Spec": SPEC, "Problem": _PROBLEM, "Run": _RUN})
+if not NOT_BUILT:
+    check_sizes(_C.struct_sizes(), {"Spec": SPEC, "Problem": _PROBLEM, "Run": _RUN})
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,12 @@ class Problem:
 
 def problem_of(task: Task) -> Problem | None:
     """The task as the engine runs it; None for what only the torch unroll can run."""
-    if not isinstance(task, Perceptron) or len(task.sizes) > MAX_LAYERS + 1 or task.activation not in ACTIVATIONS:
+    if (
+        NOT_BUILT
+        or not isinstance(task, Perceptron)
+        or len(task.sizes) > MAX_LAYERS + 1
+        or task.activation not in ACTIVATIONS
+    ):
         return None
     loss = "squared_error" if task.regression else "softmax"
     data = tuple((task.splits[split].inputs, task.splits[split].targets) for split in SPLITS)
@@ -170,11 +176,12 @@ def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Ten
     theta, init = theta.float().contiguous(), init.float().contiguous()
     record, problem_record = spec_record(spec), problem.record()
     addresses = record.ctypes.data, problem_record.ctypes.data, theta.data_ptr(), init.data_ptr()
-    size = _C.start_run(*addresses, 0)
+    engine = module_of("cpu")
+    size = engine.start_run(*addresses, 0)
     if size < 0:
         raise ValueError(f"spec: no kernel is compiled for {spec.feature_set!r} with MLP width {spec.mlp_width}")
     state = torch.empty(size)
-    _C.start_run(*addresses, state.data_ptr())
+    engine.start_run(*addresses, state.data_ptr())
     return state
 
 
@@ -228,7 +235,7 @@ def unroll(
     table["steps"], table["loss_every"] = steps, loss_every
     table["valid_every"], table["valid_batches"] = valid_every, valid_batches
     record = spec_record(spec)
-    _C.unroll(
+    module_of("cpu").unroll(
         record.ctypes.data,
         problem_table.ctypes.data,
         table.ctypes.data,

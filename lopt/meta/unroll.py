@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
+from lopt.implementations import warn_not_built
 from lopt.meta.objective import Losses, Unit
 from lopt.rule import Theta, ThetaSpec, reference
 from lopt.rule.tensor_lstm import Globals, Rows
@@ -199,6 +200,8 @@ def _stepper(
         raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
     like = weights["initial_h"]
     if impl == "auto":
+        if kernels.NOT_BUILT:
+            warn_not_built()
         compiled = kernels.is_compiled(spec) and like.dtype == torch.float32 and like.device.type in kernels.BACKENDS
         impl = like.device.type if compiled else "reference"  # type: ignore[assignment]
     return _Reference(spec, weights, run, state) if impl == "reference" else _Kernels(impl, spec, weights, run, state)
