@@ -2,6 +2,7 @@
 // instruction set; cpu_dispatch.cpp picks.
 #include "cpu/accumulate_block.h"
 #include "cpu/chunks_cpu.h"
+#include "cpu/threads.h"
 
 namespace lopt {
 namespace LOPT_ISA {
@@ -60,7 +61,7 @@ void merge_stats(const AccumulateParams& params, int feature_set, int64_t t) {
 
 bool accumulate(const AccumulateParams& params, int feature_set, const Target& target) {
   return with_feature_set(feature_set, [&](auto) {
-#pragma omp parallel num_threads(target.num_threads)
+#pragma omp parallel num_threads(threads_over(params.tensors, params.num_tensors, target.num_threads))
     {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < params.num_chunks; ++i) accumulate_chunk(params, feature_set, i);

@@ -2,6 +2,7 @@
 // set; cpu_dispatch.cpp picks. apply takes the chunks in descending order: accumulate left the last ones in the caches.
 #include "cpu/apply_block.h"
 #include "cpu/chunks_cpu.h"
+#include "cpu/threads.h"
 
 namespace lopt {
 namespace LOPT_ISA {
@@ -49,7 +50,7 @@ bool apply(const ApplyParams& params, int feature_set, int width, const Target& 
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
     using Features = decltype(features);
     constexpr int kWidth = decltype(width_constant)::value;
-#pragma omp parallel num_threads(target.num_threads)
+#pragma omp parallel num_threads(threads_over(params.tensors, params.num_tensors, target.num_threads))
     {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < params.num_chunks; ++i) run_chunk<Features, kWidth>(params, params.num_chunks - 1 - i);
@@ -65,7 +66,7 @@ bool sweep(const AccumulateParams& accumulating, const ApplyParams& applying, in
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
     using Features = decltype(features);
     constexpr int kWidth = decltype(width_constant)::value;
-#pragma omp parallel num_threads(target.num_threads)
+#pragma omp parallel num_threads(threads_over(applying.tensors, applying.num_tensors, target.num_threads))
     {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < applying.num_chunks; ++i) {

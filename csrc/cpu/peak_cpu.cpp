@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "cpu/simd.h"
+#include "cpu/threads.h"
 #include "rule/mlp.h"
 
 namespace lopt {
@@ -13,7 +14,7 @@ double multiply_add_rate(int num_threads, double seconds) {
   constexpr int kChains = 10,
                 kRounds = 20000;  // five cycles of latency times two units, and the operands: 12 registers
   double rate = 0.0;
-#pragma omp parallel num_threads(num_threads) reduction(+ : rate)
+#pragma omp parallel num_threads(threads_for(num_threads, num_threads, 1)) reduction(+ : rate)
   {
     Vec sum[kChains];
     unrolled<kChains>([&](auto j) LOPT_INLINE { sum[j] = splat(0.01f * static_cast<float>(j + 1)); });

@@ -34,6 +34,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/threads.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -290,7 +292,7 @@ void launch(const char* name, Kernel* kernel, dim3 grid, dim3 block_dim, size_t 
   const std::function<void()> body = [&] { kernel(args...); };
   std::atomic<bool> failed{false};
   std::string error;
-#pragma omp parallel
+#pragma omp parallel num_threads(lopt::threads_for(omp_get_max_threads(), blocks, 1))
   {
     static thread_local Block mine;
     block = &mine;

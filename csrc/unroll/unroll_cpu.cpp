@@ -11,6 +11,7 @@
 #include "cpu/accumulate_block.h"
 #include "cpu/apply_block.h"
 #include "cpu/lstm_cell.h"
+#include "cpu/threads.h"
 #include "unroll/dense.h"
 
 namespace lopt {
@@ -276,7 +277,7 @@ bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t 
       EngineOf(spec, problems[runs[i].problem], arena);
       scratch = std::max(scratch, arena.used);
     }
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(threads_for(num_threads, num_runs, 1))
     {
       // Zeros also where rows are padded: inputs and targets of a problem leave their padding untouched.
       std::vector<float> memory(static_cast<size_t>(scratch) + 16);
