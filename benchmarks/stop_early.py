@@ -31,7 +31,7 @@ def main() -> None:
     print("offset", *(f"{horizon} {'told' if told else 'untold'}" for horizon, told in pairs.settings(config)), "mean")
     for offset in OFFSETS:
         step = theta.tensors["step.w"].clone()
-        step[theta.spec.lstm_width + theta.spec.valid_rise] += offset
+        step[theta.spec.lstm_width + theta.spec.lstm_index("valid_rise")] += offset
         changed = Theta(theta.spec, {**theta.tensors, "step.w": step})
         finals, _ = score(changed, config, executor, TASKS)
         scores[offset] = float(finals.mean()), changed

@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kThreads)
   const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
   if (t == 0) {
     observe_pending(p.pending_loss, p.new_train ? *p.new_train : p.train_value);
-    g.observe_valid(s, p.new_valid ? *p.new_valid : p.valid_value);
+    observe_valid(s, g, p.new_valid ? *p.new_valid : p.valid_value);
   }
-  if (t < p.num_tensors) p.clip_limit[t] = g.clip_limit(s);
+  if (t < p.num_tensors) p.clip_limit[t] = clip_limit(s, g);
 }
 
 // Two blocks per multiprocessor leave 128 registers: without a bound, some compilers aim at 40 and spill.
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   constexpr int kStats = kNumStats<Features>;
   __shared__ double rows[kNumSums][kRowThreads], sums[kNumSums];
   __shared__ float stats[kStats], corrections[Features::kNumMom + Features::kNumRms];
-  __shared__ float train_loss[6], valid_loss[6], clip[2];  // the next state, in every block
+  // The next state, in every block.
+  __shared__ float train_loss[LossState::kCount], valid_loss[LossState::kCount], clip[ClipState::kCount];
   __shared__ Shared shared;
   __shared__ ThetaView theta;          // too many pointers for registers
   LOPT_DYNAMIC_SHARED(float, memory);  // [row_floats]
@@ -111,9 +112,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   __syncthreads();
   if (threadIdx.x == 0) {
     theta = ThetaView(s, Features::kNumColumns, p.theta);
-    for (int i = 0; i < 6; ++i) train_loss[i] = p.train_loss[i];
-    for (int i = 0; i < 6; ++i) valid_loss[i] = p.valid_loss[i];
-    for (int i = 0; i < 2; ++i) clip[i] = p.clip[i];
+    for (int i = 0; i < LossState::kCount; ++i) train_loss[i] = p.train_loss[i], valid_loss[i] = p.valid_loss[i];
+    for (int i = 0; i < ClipState::kCount; ++i) clip[i] = p.clip[i];
     shared = advance_shared(s, g, sums, tensors, mean_pending(p.pending_loss));
   }
 
@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
   if (threadIdx.x != 0) return;
   *p.step = step + 1;
-  for (int i = 0; i < 6; ++i) p.train_loss[i] = train_loss[i];
-  for (int i = 0; i < 2; ++i) p.clip[i] = clip[i];
-  p.pending_loss[0] = p.pending_loss[1] = 0.0f;
+  for (int i = 0; i < LossState::kCount; ++i) p.train_loss[i] = train_loss[i];
+  for (int i = 0; i < ClipState::kCount; ++i) p.clip[i] = clip[i];
+  for (int i = 0; i < PendingLoss::kCount; ++i) p.pending_loss[i] = 0.0f;
   *p.nonfinite += static_cast<int64_t>(sums[kSumNonfinite]);
 }
 

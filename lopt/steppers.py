@@ -10,7 +10,8 @@ from torch import Tensor
 from lopt import kernels
 from lopt.options import effective
 from lopt.rule import Theta, ThetaSpec, reference
-from lopt.rule.tensor_lstm import Conditioning, Rows, Shapes
+from lopt.rule.inputs import Shapes
+from lopt.rule.tensor_lstm import Conditioning, Rows
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """The feature tables: equal to the compiled ones, and every column and column map by hand on a few numbers."""
 
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
 
 from lopt import Theta, kernels
+from lopt.kernels import tables
 from lopt.rule import PRESETS, reference
 from lopt.rule.features import FEATURE_SETS, STATS, FeatureSet
 
@@ -67,6 +70,21 @@ def test_tables_are_the_compiled_ones() -> None:
         sizes = len(features.columns), len(features.moments), features.num_stats
         assert (facts["name"], facts["columns"], facts["moments"], facts["stats"]) == (name, *sizes)
         assert (facts["num_mom"], facts["num_rms"]) == (len(features.mom_decays), len(features.rms_decays))
+
+
+@pytest.mark.parametrize("name", tables.rule_tables())
+def test_another_table_than_the_compiled_one_fails_at_import(name: str) -> None:
+    """Two names swapped, one missing, or another number; the message says which table."""
+    compiled = kernels._C.rule_tables()
+    tables.check_tables(compiled)
+    value = compiled[name]
+    others: list[Any] = [value + 1] if not isinstance(value, list) else [[*value[1:], value[0]], value[1:]]
+    for other in others:
+        if other != value:
+            with pytest.raises(ImportError, match=rf"lopt\._C has {re.escape(name)} = "):
+                tables.check_tables({**compiled, name: other})
+    with pytest.raises(ImportError, match="rebuild the extension"):
+        tables.check_tables({**compiled, "more": 1})
 
 
 def test_decays() -> None:

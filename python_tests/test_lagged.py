@@ -30,6 +30,7 @@ from lopt.benchmark import traffic
 from lopt.meta import engine
 from lopt.rule import PRESETS, ThetaSpec, reference, tensor_lstm
 from lopt.rule.features import STATS
+from lopt.rule.inputs import Shapes
 
 PRESET = pytest.mark.parametrize("preset", PRESETS)
 IMPLS = pytest.mark.parametrize("impl", ["cpu", "sim", "reference"])
@@ -53,7 +54,7 @@ def test_the_second_step_sees_the_statistics_of_the_first(preset: str) -> None:
     second = reference.update(
         spec, weights, first.state, first.params, make_grads(params, 1), before=first.trace["kept"]
     )
-    shapes = tensor_lstm.Shapes.of(spec, [tuple(param.shape) for param in params], weights["initial_h"])
+    shapes = Shapes.of(spec, [tuple(param.shape) for param in params], weights["initial_h"])
     _, _, conditioning, _ = tensor_lstm.advance(
         spec, weights, first.state.globals, first.state.rows, first.trace["stats"], shapes, None, torch.zeros(())
     )

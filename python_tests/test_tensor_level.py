@@ -30,7 +30,8 @@ from lopt.kernels import devices
 from lopt.rule import PRESETS as SPECS
 from lopt.rule import ThetaSpec, tensor_lstm
 from lopt.rule.features import STATS
-from lopt.rule.tensor_lstm import Globals, Shapes
+from lopt.rule.inputs import Shapes
+from lopt.rule.tensor_lstm import Globals
 
 ULP = 2.0**-23
 MIXED = ((), (4,), (3, 5), (2, 3, 2, 2), (1, 2, 2, 1, 3), (64,))

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from lopt import Theta
-from lopt.rule import PRESETS, ThetaSpec, tensor_lstm
+from lopt.rule import PRESETS, ThetaSpec, inputs, losses, tensor_lstm
+from lopt.rule.constants import WARMUP
 from lopt.rule.features import STATS
-from lopt.rule.tensor_lstm import Globals, Rows, Shapes
+from lopt.rule.inputs import Shapes
+from lopt.rule.tensor_lstm import Globals, Rows
 
 Arrays = dict[str, np.ndarray]
 
@@ -52,6 +54,50 @@ def random_stats(spec: ThetaSpec, count: int, generator: torch.Generator) -> Ten
 def fresh(preset: str) -> tuple[ThetaSpec, Globals]:
     theta = Theta.init(preset).to(dtype=F64)
     return theta.spec, tensor_lstm.init_globals(theta.spec, theta.tensors)
+
+
+def values_of(
+    spec: ThetaSpec,
+    globals_: Globals,
+    rows: Rows | None = None,
+    stats: Tensor | None = None,
+    shapes: Shapes | None = None,
+    total_steps: Tensor | float = 0.0,
+) -> dict[str, Tensor]:
+    """Inputs at tensor level by name; of one tensor of ones where nothing else is given."""
+    like = globals_.from_lstm
+    if stats is None:
+        stats = like.new_ones(1, spec.features.num_stats)
+    if shapes is None:
+        shapes = Shapes.of(spec, [(1,)] * len(stats), like)
+    if rows is None:
+        empty = like.new_empty(len(stats), 0)
+        rows = Rows(empty, empty, empty, like.new_ones(len(stats)), like.new_ones(len(stats)))
+    total = torch.as_tensor(total_steps, dtype=like.dtype)
+    return spec.inputs.values(spec, tensor_lstm.seen(spec, globals_, rows, stats, shapes, total))
+
+
+def named(values: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    """``[T, len(names)]``."""
+    return inputs.stack(values, names, max(value.numel() for value in values.values()))
+
+
+def loss_inputs(spec: ThetaSpec, globals_: Globals) -> list[Tensor]:
+    """Those the set has, training and validation loss first."""
+    names = [name for name in spec.inputs.scalars if name.endswith(("_loss", "_rise"))]
+    values = values_of(spec, globals_)
+    return [values[name] for name in names]
+
+
+def time_inputs(spec: ThetaSpec, step: Tensor, total_steps: Tensor, like: Tensor) -> Tensor:
+    """``[num_time]``."""
+    globals_ = tensor_lstm.init_globals(spec, Theta(spec, zeros(spec)).to(dtype=like.dtype).tensors)
+    values = values_of(spec, globals_._replace(step=step), total_steps=total_steps)
+    return torch.stack([values[name] for name in spec.inputs.time_names(spec.horizon_input)])
+
+
+def zeros(spec: ThetaSpec) -> dict[str, Tensor]:
+    return {name: torch.zeros(shape) for name, shape in spec.shapes().items()}
 
 
 # ---- LSTM -----------------------------------------------------------------------------------------------------------
@@ -124,14 +170,13 @@ def test_advance_by_hand() -> None:
     assert int(after.step) == 1
     mean = (h @ weights["lstm_to_lstm.w"]).mean(dim=0) + weights["lstm_to_lstm.b"]
     torch.testing.assert_close(after.from_lstm, mean, rtol=0, atol=1e-14)
-    time = tensor_lstm.time_inputs(spec, globals_.step, scalar(0.0), stats)
+    constant = named(values_of(spec, globals_, new, stats, shapes), spec.constant_names)
     square = stats[:, STATS.index("param_square")]
-    facts = torch.cat([time.expand(count, -1), tensor_lstm.tensor_facts(spec, shapes, square)], dim=1)
     to_mlp = h @ weights["lstm_to_mlp.w"] + weights["lstm_to_mlp.b"]
-    torch.testing.assert_close(conditioning.constant, torch.cat([facts, to_mlp], dim=1), rtol=0, atol=1e-14)
+    torch.testing.assert_close(conditioning.constant, torch.cat([constant, to_mlp], dim=1), rtol=0, atol=1e-14)
     _, scale = tensor_lstm.tensor_scale(square.sqrt(), shapes, rows.scale)
     log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
-    first = 1 / tensor_lstm.WARMUP
+    first = 1 / WARMUP
     torch.testing.assert_close(conditioning.multiplier, first * scale * torch.exp(log_step), rtol=1e-13, atol=0)
 
 
@@ -154,7 +199,7 @@ def test_log_step_multiplier_is_bounded(bias: float, bounded: float) -> None:
     theta.tensors["step.b"].fill_(bias)
     stats = torch.ones(1, theta.spec.features.num_stats, dtype=F64)
     rows, globals_ = (
-        tensor_lstm.init_rows(theta.spec, theta.tensors, 1)._replace(updates=scalar(tensor_lstm.WARMUP).view(1)),
+        tensor_lstm.init_rows(theta.spec, theta.tensors, 1)._replace(updates=scalar(WARMUP).view(1)),
         tensor_lstm.init_globals(theta.spec, theta.tensors),
     )
     shapes = Shapes.of(theta.spec, [(3, 3)], stats)
@@ -179,8 +224,8 @@ def test_a_rising_validation_loss_lowers_the_step_of_init_adam(stop_early: float
     ]
     assert torch.equal(steps[0], steps[1])
     train = tensor_lstm.observe_train(spec, rising, None).train_loss  # as the step sees it
-    spread = tensor_lstm.loss_spread(train, spec.train_loss_decay)
-    rise = tensor_lstm.loss_rise(rising.valid_loss, spec.valid_loss_decay, spread)
+    spread = losses.loss_spread(train, spec.train_loss_decay)
+    rise = losses.loss_rise(rising.valid_loss, spec.valid_loss_decay, spread)
     assert rise > 1.0
     torch.testing.assert_close(steps[2], steps[0] * torch.exp(-stop_early * rise), rtol=1e-6, atol=0)
 
@@ -195,12 +240,12 @@ def test_loss_statistics_of_the_port(golden: Callable[[str], Arrays], decay: flo
     expected = {name: recorded[f"loss{decay}|{name}"] for name in ("mean", "var", "corrected", "weight")}
     state = torch.zeros(6)
     for i, loss in enumerate(torch.from_numpy(recorded["loss|losses"])):
-        state = tensor_lstm.next_loss(state, loss, decay)
+        state = losses.next_loss(state, loss, decay)
         found = {
             "mean": state[0],
             "var": state[1],
-            "corrected": tensor_lstm.corrected_mean(state, decay),
-            "weight": tensor_lstm.standardise_loss(state, loss, decay),
+            "corrected": losses.corrected_mean(state, decay),
+            "weight": losses.standardise_loss(state, loss, decay),
         }
         for name, value in found.items():
             assert float(value) == pytest.approx(expected[name][i], rel=1e-6, abs=1e-6), (name, i)
@@ -211,17 +256,17 @@ def test_loss_statistics_by_hand() -> None:
     state = torch.zeros(6, dtype=F64)
     mean = var = 0.0
     for count, loss in enumerate((3.0, 1.0, 2.0), start=1):
-        state = tensor_lstm.next_loss(state, scalar(loss), 0.9)
+        state = losses.next_loss(state, scalar(loss), 0.9)
         mean = 0.9 * mean + 0.1 * loss
         var = 0.9 * var + 0.1 * (mean - loss) ** 2
         correction = 1 / (1 - 0.9**count + 1e-8)
         assert state[:3].tolist() == pytest.approx([mean, var, count], rel=1e-14)
-        assert tensor_lstm.corrected_mean(state, 0.9).item() == pytest.approx(mean * correction, rel=1e-12)
+        assert losses.corrected_mean(state, 0.9).item() == pytest.approx(mean * correction, rel=1e-12)
         standard = (7.0 - mean * correction) / math.sqrt(var * correction + 1e-8)
-        found = tensor_lstm.standardise_loss(state, scalar(7.0), 0.9).item()
+        found = losses.standardise_loss(state, scalar(7.0), 0.9).item()
         assert found == pytest.approx(min(5.0, standard), rel=1e-12)
-    assert tensor_lstm.standardise_loss(state, scalar(1e6), 0.9).item() == 5.0
-    assert tensor_lstm.standardise_loss(state, scalar(-1e6), 0.9).item() == -5.0
+    assert losses.standardise_loss(state, scalar(1e6), 0.9).item() == 5.0
+    assert losses.standardise_loss(state, scalar(-1e6), 0.9).item() == -5.0
 
 
 def test_loss_inputs_are_zero_before_any_loss() -> None:
@@ -230,20 +275,20 @@ def test_loss_inputs_are_zero_before_any_loss() -> None:
     for _ in range(3):
         globals_ = tensor_lstm.observe_train(spec, globals_, None)
     assert globals_.train_loss.tolist() == [0.0] * 6
-    assert [float(x) for x in tensor_lstm.loss_inputs(spec, globals_)] == [0.0, 0.0]
+    assert [float(x) for x in loss_inputs(spec, globals_)] == [0.0, 0.0]
     globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(3.0))
-    assert [float(x) for x in tensor_lstm.loss_inputs(spec, globals_)] == [0.0, 0.0]
+    assert [float(x) for x in loss_inputs(spec, globals_)] == [0.0, 0.0]
 
 
 def test_validation_input_before_any_validation_loss() -> None:
     """The mean of no validation losses is 0, standardised by the training loss like any other."""
     spec, globals_ = fresh("paper")
-    assert float(tensor_lstm.corrected_mean(globals_.valid_loss, 0.95)) == 0.0
+    assert float(losses.corrected_mean(globals_.valid_loss, 0.95)) == 0.0
     for loss in (3.0, 2.0, 2.5):
         globals_ = tensor_lstm.observe_train(spec, globals_, scalar(loss))
-    train, valid = tensor_lstm.loss_inputs(spec, globals_)
-    assert float(train) == float(tensor_lstm.standardise_loss(globals_.train_loss, scalar(2.5), 0.9))
-    assert float(valid) == float(tensor_lstm.standardise_loss(globals_.train_loss, scalar(0.0), 0.9))
+    train, valid = loss_inputs(spec, globals_)
+    assert float(train) == float(losses.standardise_loss(globals_.train_loss, scalar(2.5), 0.9))
+    assert float(valid) == float(losses.standardise_loss(globals_.train_loss, scalar(0.0), 0.9))
     assert float(valid) < -1.0
 
 
@@ -253,8 +298,8 @@ def test_validation_input_shows_overfitting(loss: float, sign: float) -> None:
     spec, globals_ = fresh("paper")
     for train_loss in (3.0, 2.0, 2.5):
         globals_ = tensor_lstm.observe_train(spec, globals_, scalar(train_loss))
-    _, valid = tensor_lstm.loss_inputs(spec, tensor_lstm.observe_valid(spec, globals_, scalar(loss)))
-    expected = tensor_lstm.standardise_loss(globals_.train_loss, scalar(loss), 0.9)
+    _, valid = loss_inputs(spec, tensor_lstm.observe_valid(spec, globals_, scalar(loss)))
+    expected = losses.standardise_loss(globals_.train_loss, scalar(loss), 0.9)
     assert float(valid) == pytest.approx(float(expected), rel=1e-6)
     assert float(valid) * sign > 0.3
 
@@ -263,25 +308,25 @@ def test_rise_of_a_loss_by_hand() -> None:
     """The share of the way from the first to the lowest mean that is lost, as ln(1 + 100 share), at most 5."""
     state, decay, mean, means = torch.zeros(6, dtype=F64), 0.9, 0.0, []
     for i, loss in enumerate((8.0, 5.0, 1.0, 0.5, 3.0, 0.1, 7.0)):
-        state = tensor_lstm.next_loss(state, scalar(loss), decay)
+        state = losses.next_loss(state, scalar(loss), decay)
         mean = decay * mean + (1 - decay) * loss
         means.append(mean / (1 - decay ** (i + 1) + 1e-8))
         share = (means[-1] - min(means)) / max(means[0] - min(means), 1e-30)
         assert state[3:].tolist() == pytest.approx([loss, means[0], min(means)], rel=1e-12)
-        assert tensor_lstm.loss_rise(state, decay).item() == pytest.approx(math.log1p(100 * share), abs=1e-9)
+        assert losses.loss_rise(state, decay).item() == pytest.approx(math.log1p(100 * share), abs=1e-9)
     for _ in range(9):
-        state = tensor_lstm.next_loss(state, scalar(100.0), decay)
-    assert tensor_lstm.loss_rise(state, decay).item() == 5.0
+        state = losses.next_loss(state, scalar(100.0), decay)
+    assert losses.loss_rise(state, decay).item() == 5.0
 
 
 def test_rise_of_a_loss_beside_its_spread_by_hand() -> None:
     """Of 2 that were gained half is lost; a spread of 3 says that this may be noise."""
     state = torch.tensor([3.0, 0.0, 1e9, 3.0, 4.0, 2.0], dtype=F64)  # mean 3, first 4, lowest 2
     for spread, share in ((0.0, 0.5), (3.0, 0.2), (1e12, 0.0)):
-        found = tensor_lstm.loss_rise(state, 0.9, scalar(spread)).item()
+        found = losses.loss_rise(state, 0.9, scalar(spread)).item()
         assert found == pytest.approx(math.log1p(100 * share), abs=1e-6)
     variance = torch.tensor([0.0, 0.19 * 4.0, 2.0, 0.0, 0.0, 0.0], dtype=F64)  # after two losses, 1 - .9^2
-    assert tensor_lstm.loss_spread(variance, 0.9).item() == pytest.approx(2.0, rel=1e-7)
+    assert losses.loss_spread(variance, 0.9).item() == pytest.approx(2.0, rel=1e-7)
 
 
 def test_validation_losses_above_the_first_count_as_the_first() -> None:
@@ -291,27 +336,27 @@ def test_validation_losses_above_the_first_count_as_the_first() -> None:
         expected = globals_.valid_loss
         for loss, counted in ((2.0, 2.0), (50.0, overshoot), (40.0, min(overshoot, 40.0)), (1.0, 1.0)):
             globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(loss))
-            expected = tensor_lstm.next_loss(expected, scalar(counted), spec.valid_loss_decay)
+            expected = losses.next_loss(expected, scalar(counted), spec.valid_loss_decay)
         torch.testing.assert_close(globals_.valid_loss, expected, rtol=1e-6, atol=0)  # the first mean is off by 1e-7
     spec, globals_ = fresh("compact")
     for loss in (3.0, 2.0):
         globals_ = tensor_lstm.observe_train(spec, globals_, scalar(loss))
     for loss in (2.0, 50.0, 40.0, 50.0):
         globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(loss))
-    assert abs(float(tensor_lstm.loss_inputs(spec, globals_)[3])) < 1e-5
+    assert abs(float(loss_inputs(spec, globals_)[3])) < 1e-5
 
 
 def test_losses_of_compact_are_zero_until_known() -> None:
     spec, globals_ = fresh("compact")
-    assert [float(x) for x in tensor_lstm.loss_inputs(spec, globals_)] == [0.0] * 4
+    assert [float(x) for x in loss_inputs(spec, globals_)] == [0.0] * 4
     for loss in (3.0, 2.0, 2.9):
         globals_ = tensor_lstm.observe_train(spec, globals_, scalar(loss))
-    train, valid, train_rise, valid_rise = (float(x) for x in tensor_lstm.loss_inputs(spec, globals_))
+    train, valid, train_rise, valid_rise = (float(x) for x in loss_inputs(spec, globals_))
     assert (valid, valid_rise) == (0.0, 0.0)
     assert min(abs(train), train_rise) > 0.1
     for loss in (3.0, 1.0, 2.5):
         globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(loss))
-    assert all(abs(float(x)) > 0.1 for x in tensor_lstm.loss_inputs(spec, globals_))
+    assert all(abs(float(x)) > 0.1 for x in loss_inputs(spec, globals_))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -368,12 +413,12 @@ def test_sinusoids_of_the_port(golden: Callable[[str], Arrays]) -> None:
     recorded = golden("tensor_level")
     like = torch.zeros(())
     for step, expected in zip(recorded["sinusoid_steps"], recorded["sinusoids"], strict=True):
-        found = tensor_lstm.time_inputs(PAPER, torch.tensor(int(step)), like, like)
+        found = time_inputs(PAPER, torch.tensor(int(step)), like, like)
         np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=2e-7)
 
 
 def test_sinusoids_by_hand() -> None:
-    found = tensor_lstm.time_inputs(PAPER, torch.tensor(7), scalar(0.0), scalar(0.0))
+    found = time_inputs(PAPER, torch.tensor(7), scalar(0.0), scalar(0.0))
     scales = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)
     assert found.tolist() == pytest.approx([math.sin(7 / (s * math.pi)) for s in scales], abs=1e-6)
 
@@ -393,14 +438,30 @@ LOG_TIME = [
 @pytest.mark.parametrize(("step", "total", "expected"), LOG_TIME)
 def test_log_time_by_hand(step: int, total: int, expected: list[float]) -> None:
     like = scalar(0.0)
-    found = tensor_lstm.time_inputs(COMPACT, torch.tensor(step), scalar(float(total)), like)
+    found = time_inputs(COMPACT, torch.tensor(step), scalar(float(total)), like)
     assert found.tolist() == pytest.approx([*expected, expected[1] * expected[0]], rel=1e-12, abs=1e-12)
     without = dataclasses.replace(COMPACT, horizon_input=False)
-    found = tensor_lstm.time_inputs(without, torch.tensor(step), scalar(float(total)), like)
+    found = time_inputs(without, torch.tensor(step), scalar(float(total)), like)
     assert found.tolist() == pytest.approx(expected[:1], rel=1e-12)
 
 
 # ---- Facts and statistics as inputs ---------------------------------------------------------------------------------
+
+
+def test_the_lstm_sees_what_all_share_then_feedback_then_the_named_inputs() -> None:
+    for preset in PRESETS:
+        theta, globals_, rows, stats = one_row(preset)
+        spec, shapes = theta.spec, Shapes.of(theta.spec, [(3, 5)], stats)
+        after, new, _, x = tensor_lstm.advance(
+            spec, theta.tensors, globals_, rows, stats + 1.0, shapes, scalar(2.0), scalar(9.0)
+        )
+        seen_by_lstm = after._replace(step=globals_.step, from_lstm=globals_.from_lstm)
+        values = values_of(spec, seen_by_lstm, new, stats + 1.0, shapes, 9.0)
+        names = spec.inputs.scalars
+        names += spec.inputs.facts + spec.inputs.time if preset == "compact" else ()
+        expected = [globals_.from_lstm, rows.feedback[0], named(values, names)[0]]
+        assert torch.equal(x[0], torch.cat(expected))
+        assert [x[0, spec.lstm_index(name)] for name in names] == named(values, names)[0].tolist()
 
 
 def test_shapes_by_hand() -> None:
@@ -419,11 +480,17 @@ def test_shapes_by_hand() -> None:
 
 def test_tensor_facts_by_hand() -> None:
     square = f64(4.0, 0.25, 0.0, 1.0, 1.0)
-    paper = tensor_lstm.tensor_facts(PAPER, Shapes.of(PAPER, SHAPES, square), square)
+    found = {}
+    for preset in PRESETS:
+        spec, globals_ = fresh(preset)
+        stats = torch.ones(5, spec.features.num_stats, dtype=F64)
+        stats[:, STATS.index("param_square")] = square
+        values = values_of(spec, globals_, None, stats, Shapes.of(spec, SHAPES, square))
+        found[preset] = named(values, spec.inputs.facts)
+    paper, compact = found["paper"], found["compact"]
     for t, numel in enumerate((1, 4, 15, 24, 12)):
         norm = math.sqrt(float(square[t]) * numel)
         assert paper[t].tolist() == pytest.approx([math.log(5) - 1, math.log(norm + 1e-8), math.log(numel)], rel=1e-12)
-    compact = tensor_lstm.tensor_facts(COMPACT, Shapes.of(COMPACT, SHAPES, square), square)
     assert compact[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
     assert compact[:, 1].tolist() == pytest.approx([math.log(n) / 8 for n in (1, 4, 15, 24, 12)], abs=1e-14)
 
@@ -459,20 +526,18 @@ def test_paper_lstm_inputs_by_hand() -> None:
     theta, globals_, rows, stats = one_row("paper")
     globals_ = tensor_lstm.observe_train(theta.spec, globals_, scalar(2.0))
     globals_ = tensor_lstm.observe_train(theta.spec, globals_, scalar(1.0))
-    train, valid = (float(x) for x in tensor_lstm.loss_inputs(theta.spec, globals_))
+    train, valid = (float(x) for x in loss_inputs(theta.spec, globals_))
     shapes = Shapes.of(theta.spec, [(3, 5)], stats)
-    time = tensor_lstm.time_inputs(theta.spec, globals_.step, scalar(0.0), stats)
-    found = tensor_lstm.lstm_inputs(theta.spec, globals_, rows, stats, shapes, time)
-    assert found.shape == (1, 52)
-    assert torch.equal(found[0, :18], theta.tensors["initial_from_lstm"])
-    assert torch.equal(found[0, 18:34], theta.tensors["initial_from_mlp"])
+    rows = rows._replace(updates=rows.updates + 1.0)
+    found = named(values_of(theta.spec, globals_, rows, stats, shapes), theta.spec.lstm_names)
+    assert found.shape == (1, 18)
     expected = [
         *(magnitude(math.sqrt(0.09 * 15)), -1.0),  # gradient norm, is_scalar
         *(magnitude(0.02), 1.0, magnitude(0.04), 1.0, magnitude(-0.5), -1.0),  # mean mom, mean rms, mean param
         *(magnitude(math.sqrt(4.0 * 15)), math.log(3) - 1, math.log(5) - 1, -1.0, -1.0),  # parameter norm, shape
         *(train, valid, magnitude(0.0021), magnitude(0.0001), magnitude(3.75)),  # losses, variances
     ]
-    assert found[0, 34:].tolist() == pytest.approx(expected, rel=1e-12)
+    assert found[0].tolist() == pytest.approx(expected, rel=1e-12)
     assert expected[16] == -5.0  # ln .0001 is below the bound
 
 
@@ -487,8 +552,7 @@ def test_compact_lstm_inputs_by_hand() -> None:
     stats[1, 0] = 0.63  # so that the mean square gradient of the two tensors is .36
     globals_ = globals_._replace(step=torch.tensor(3))
     shapes = Shapes.of(theta.spec, [(3, 5), (7,)], stats)
-    time = tensor_lstm.time_inputs(theta.spec, globals_.step, scalar(100.0), stats)
-    found = tensor_lstm.lstm_inputs(theta.spec, globals_, rows, stats, shapes, time)
+    found = named(values_of(theta.spec, globals_, rows, stats, shapes, 100.0), theta.spec.lstm_names)
     quick, middle, late = (float(np.float32(decay)) for decay in (0.9, 0.99, 0.999))
     slow = 0.001 / (1 - late**20)
     expected = [
@@ -503,9 +567,9 @@ def test_compact_lstm_inputs_by_hand() -> None:
         *(1.0, math.log(15) / 8),
         *(math.log(4) / 8, 1.0, 0.03, math.log(1 - 0.99 * 0.03), math.log(101) / 8, math.log(4) / 8),
     ]
-    assert found.shape == (2, theta.spec.num_lstm_input)
-    assert found[0, 8:].tolist() == pytest.approx(expected, rel=1e-12)
-    assert found[1, 14].item() == pytest.approx(0.5 * math.log(0.63 / 0.36), rel=1e-12)
+    assert found.shape == (2, 19)
+    assert found[0].tolist() == pytest.approx(expected, rel=1e-12)
+    assert found[1, 6].item() == pytest.approx(0.5 * math.log(0.63 / 0.36), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -522,8 +586,7 @@ def test_lstm_inputs_are_bounded(preset: str, value: float, dtype: torch.dtype) 
     rows = rows._replace(updates=rows.updates + 1.0)
     globals_, rows = (type(x)(*(v.to(dtype) if v.is_floating_point() else v for v in x)) for x in (globals_, rows))
     shapes = Shapes.of(spec, [(3, 5)], stats.to(dtype))
-    time = tensor_lstm.time_inputs(spec, globals_.step, scalar(0.0, dtype), stats.to(dtype))
-    found = tensor_lstm.lstm_inputs(spec, globals_, rows, stats.to(dtype), shapes, time)
+    found = named(values_of(spec, globals_, rows, stats.to(dtype), shapes), spec.lstm_names)
     assert bool((found.abs() <= 5.0).all())
 
 

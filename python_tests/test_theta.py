@@ -51,7 +51,7 @@ def test_paper_has_35799_floats() -> None:
     assert spec.num_floats == 35_799
     assert Theta.init("paper").flatten().shape == (35_799,)
     assert sum(math.prod(PAPER_SHAPES[name]) for name in PAPER_SHAPES if name.startswith("mlp")) == 3_410
-    assert (spec.num_time, spec.num_facts, spec.num_constant, spec.num_lstm_input) == (11, 3, 31, 52)
+    assert (len(spec.constant_names), spec.num_constant, spec.num_lstm_input) == (14, 31, 52)
 
 
 def test_paper_has_the_constants_of_the_specification() -> None:

@@ -1,5 +1,6 @@
 // The pybind11 module lopt._C: the back ends `cpu` and `cuda`, the unroll engine, and how all of it was built.
 #include "api/bind_backend.h"
+#include "api/rule_tables.h"
 #include "cpu/cpu_dispatch.h"
 #include "unroll/unroll.h"
 
@@ -85,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
   lopt::bind_backends(m);
   m.def("feature_sets", &lopt::feature_sets,
         "Name and sizes of every compiled feature set, in the order of their index.");
+  m.def("rule_tables", &lopt::rule_tables, "Names and constants of csrc/rule, as lopt/kernels/tables.py has them.");
   m.def("packed_weights", &lopt::packed_weights, "feature_set"_a, "width"_a,
         "Floats in one packed row of MLP weights; 0 when no kernel is compiled for this combination.");
   m.def("simd_available", &lopt::simd_available, "Instruction sets this processor can run, widest first.");

@@ -10,17 +10,18 @@ namespace lopt {
 // ThetaSpec (lopt/rule/theta.py) as plain numbers; lopt/kernels/structs.py writes it.
 struct Spec {
   int32_t feature_set, width, lstm_width, from_mlp, lstm_to_mlp, from_lstm;
-  int32_t linear_skip, step_control, paper_inputs, horizon_input, valid_advances_step, unused;
+  int32_t linear_skip, step_control, tensor_inputs, horizon_input, valid_advances_step, unused;
   double train_loss_decay, valid_loss_decay, clip_decay;  // 1 - decay is formed in double, as in Python
   float step_multiplier, magnitude_rate, time_limit, clip_multiplier;
   float feature_clip;  // +inf: none
   float mom_decay[kMaxDecays], rms_decay[kMaxDecays];
   float unused_too;
 
-  LOPT_HD int num_time() const { return paper_inputs ? 11 : horizon_input ? 6 : 1; }
-  LOPT_HD int num_facts() const { return paper_inputs ? 3 : 2; }
-  LOPT_HD int num_constant() const { return num_time() + num_facts() + lstm_to_mlp; }
-  LOPT_HD int num_lstm_input() const { return from_lstm + from_mlp + (paper_inputs ? 18 : 13 + num_time()); }
+  // Defined in rule/inputs.h.
+  LOPT_HD int num_time() const;
+  LOPT_HD int num_facts() const;
+  LOPT_HD int num_constant() const;
+  LOPT_HD int num_lstm_input() const;
 };
 
 // Facts about one tensor that never change.
@@ -40,8 +41,8 @@ struct AdvanceParams {
   int64_t num_tensors;
   // Global state, read and written (lopt.rule.tensor_lstm.Globals).
   int64_t* step;
-  float* train_loss;    // [6] mean, var, updates, last, first and lowest mean
-  float* valid_loss;    // [6] the same
+  float* train_loss;    // [LossState::kCount], see rule/losses.h
+  float* valid_loss;    // [LossState::kCount]
   float* clip;          // [2] count, running root mean square of gradients
   float* from_lstm;     // [from_lstm]
   float* pending_loss;  // [2] sum and number of losses observed since the last step; zero afterwards

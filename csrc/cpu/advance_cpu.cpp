@@ -12,8 +12,8 @@ namespace LOPT_ISA {
 bool begin(const AdvanceParams& p, const Target&) {
   const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
   observe_pending(p.pending_loss, p.new_train ? *p.new_train : p.train_value);
-  g.observe_valid(*p.spec, p.new_valid ? *p.new_valid : p.valid_value);
-  std::fill_n(p.clip_limit, p.num_tensors, g.clip_limit(*p.spec));
+  observe_valid(*p.spec, g, p.new_valid ? *p.new_valid : p.valid_value);
+  std::fill_n(p.clip_limit, p.num_tensors, clip_limit(*p.spec, g));
   return true;
 }
 
@@ -34,7 +34,7 @@ bool advance(const AdvanceParams& p, const Target&) {
     take_scratch(s, level, arena);
 
     const float loss = mean_pending(p.pending_loss);
-    p.pending_loss[0] = p.pending_loss[1] = 0;
+    std::fill_n(p.pending_loss, int{PendingLoss::kCount}, 0.0f);
     const LstmCell cell{theta, s.num_lstm_input(), s.lstm_width, level.gates, level.activation};
     const double nonfinite = lopt::advance<Features>(s, theta, g, level, loss, *p.total_steps, cell);
     *p.nonfinite += static_cast<int64_t>(nonfinite);

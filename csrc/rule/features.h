@@ -11,6 +11,7 @@
 // Source: arXiv:2009.11243 and the author's port, rnn_mlp_lopt in google/learned_optimization (`PaperFeatures`).
 #pragma once
 
+#include "rule/constants.h"
 #include "rule/maths.h"
 
 namespace lopt {
@@ -21,6 +22,7 @@ struct PaperFeatures {
   static constexpr int kNumMom = 5;  // decays .5 .9 .99 .999 .9999
   static constexpr int kNumRms = 5;  // the same decays, paired by index
   static constexpr int kSlow = -1;   // no second moment is a Moment
+  static constexpr float kEpsilon = 1e-5f;
   LOPT_ENUM(Column, kNumColumns, grad, param, log_param, mom0, mom1, mom2, mom3, mom4, rms0, rms1, rms2, rms3, rms4,
             mom0_over_rms0, mom1_over_rms1, mom2_over_rms2, mom3_over_rms3, mom4_over_rms4, rsqrt_rms0, rsqrt_rms1,
             rsqrt_rms2, rsqrt_rms3, rsqrt_rms4);
@@ -62,7 +64,7 @@ struct PaperFeatures {
   // Scale and shift of every column from the means of its moments; corrections[k] = 1 - decay_k^updates of mom, then rms.
   LOPT_HD static void column_map(const float* means, const float*, float* scale, float* shift) {
     for (int c = 0; c < kNumColumns; ++c) {
-      scale[c] = rsqrt_of(means[c] + 1e-5f);
+      scale[c] = rsqrt_of(means[c] + kEpsilon);
       shift[c] = 0.0f;
     }
   }
@@ -78,28 +80,28 @@ struct CompactFeatures {
   LOPT_ENUM(Column, kNumColumns, mom0_over_slow, mom1_over_slow, mom2_over_slow, grad_over_slow, mom0_over_quick, param,
             grad, mom0, mom1, mom2, log_slow, log_ratio);
   LOPT_ENUM(Moment, kNumMoments, param_squared, grad_squared, mom0_squared, mom1_squared, mom2_squared, rms1);
-  static constexpr float kTiny = 1e-24f;  // small enough to keep every column independent of the gradient's scale
+  static constexpr float kEpsilon = 1e-24f;  // small enough to keep every column independent of the gradient's scale
 
   template <class V>
   LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, V* x) {
-    const V slow = rsqrt_of(rms[1] + kTiny);
+    const V slow = rsqrt_of(rms[1] + kEpsilon);
     LOPT_UNROLL
     for (int k = 0; k < kNumMom; ++k) {
       x[Column::mom0_over_slow + k] = mom[k] * slow;
       x[Column::mom0 + k] = mom[k];
     }
     x[Column::grad_over_slow] = grad * slow;
-    x[Column::mom0_over_quick] = mom[0] * rsqrt_of(rms[0] + kTiny);
+    x[Column::mom0_over_quick] = mom[0] * rsqrt_of(rms[0] + kEpsilon);
     x[Column::param] = param;
     x[Column::grad] = grad;
-    x[Column::log_slow] = log_of(rms[1] + kTiny) * 0.5f;
-    x[Column::log_ratio] = log_of(rms[0] + kTiny) * 0.5f - x[Column::log_slow];
+    x[Column::log_slow] = log_of(rms[1] + kEpsilon) * 0.5f;
+    x[Column::log_ratio] = log_of(rms[0] + kEpsilon) * 0.5f - x[Column::log_slow];
   }
 
   // 1, or 0 if there was no gradient for 180 steps, or ever: the MLP of zeros is not zero, and would let it drift.
   template <class V>
   LOPT_HD static V active(const V* rms) {
-    return rms[0] > rms[kSlow] * 1e-4f ? V{} + 1.0f : V{};
+    return rms[0] > rms[kSlow] * kResting ? V{} + 1.0f : V{};
   }
 
   template <class V>
@@ -117,14 +119,14 @@ struct CompactFeatures {
     for (int c = 0; c < kNumColumns; ++c) shift[c] = 0.0f;
     for (int k = 0; k < kNumMom; ++k) {
       scale[Column::mom0_over_slow + k] = ::sqrtf(rms[1]) / mom[k];
-      scale[Column::mom0 + k] = rsqrt_of(means[Moment::mom0_squared + k] + kTiny);
+      scale[Column::mom0 + k] = rsqrt_of(means[Moment::mom0_squared + k] + kEpsilon);
     }
     scale[Column::grad_over_slow] = ::sqrtf(rms[1]);
     scale[Column::mom0_over_quick] = ::sqrtf(rms[0]) / mom[0];
-    scale[Column::param] = rsqrt_of(means[Moment::param_squared] + kTiny);
-    scale[Column::grad] = rsqrt_of(means[Moment::grad_squared] + kTiny);
+    scale[Column::param] = rsqrt_of(means[Moment::param_squared] + kEpsilon);
+    scale[Column::grad] = rsqrt_of(means[Moment::grad_squared] + kEpsilon);
     scale[Column::log_slow] = scale[Column::log_ratio] = 1.0f;
-    shift[Column::log_slow] = -0.5f * ::logf(means[Moment::rms1] + kTiny);
+    shift[Column::log_slow] = -0.5f * ::logf(means[Moment::rms1] + kEpsilon);
     shift[Column::log_ratio] = 0.5f * ::logf(rms[1] / rms[0]);
   }
 };

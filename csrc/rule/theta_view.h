@@ -1,7 +1,7 @@
 // The flat vector of meta-parameters, by the names of its tensors.
 #pragma once
 
-#include "api/spec.h"
+#include "rule/inputs.h"
 
 namespace lopt {
 

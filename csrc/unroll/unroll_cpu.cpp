@@ -29,9 +29,9 @@ struct RunState {
     Arena arena{base};
     param = arena.take(num_params);  // first: lopt/meta/engine.py reads it
     globals.step = reinterpret_cast<int64_t*>(arena.take(2));
-    globals.train_loss = arena.take(6);
-    globals.valid_loss = arena.take(6);
-    globals.clip = arena.take(2);
+    globals.train_loss = arena.take(LossState::kCount);
+    globals.valid_loss = arena.take(LossState::kCount);
+    globals.clip = arena.take(ClipState::kCount);
     globals.from_lstm = arena.take(s.from_lstm);
     h = arena.take(int64_t{tensors} * s.lstm_width);
     c = arena.take(int64_t{tensors} * s.lstm_width);
@@ -180,7 +180,7 @@ struct Engine {
   }
 
   void optimizer_step(const ThetaView& theta, const RunState& state, float loss, float total_steps) {
-    const float limit = state.globals.clip_limit(s);
+    const float limit = clip_limit(s, state.globals);
     int64_t offset = 0;
     for (int t = 0; t < tensors; offset += shapes[t].numel, ++t) {
       double total[kStats];
@@ -241,7 +241,7 @@ struct Engine {
             perceptron.gather(kInnerValid, r.keys[kInnerValid], step / r.valid_every * r.valid_batches + j);
             sum += perceptron.forward(state.param);
           }
-          state.globals.observe_valid(s, static_cast<float>(sum / static_cast<double>(r.valid_batches)));
+          observe_valid(s, state.globals, static_cast<float>(sum / static_cast<double>(r.valid_batches)));
         }
         perceptron.gather(kTrain, r.keys[kTrain], step);
         train[i] = perceptron.forward(state.param);
@@ -303,8 +303,8 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
     if (!base) return;
     std::memset(base, 0, static_cast<size_t>(size) * sizeof(float));
     const ThetaView theta(spec, Features::kNumColumns, theta_row);
-    state.globals.clip[0] = 1.0f;
-    state.globals.clip[1] = static_cast<float>(1.0 - spec.clip_decay);
+    state.globals.clip[ClipState::steps] = 1.0f;
+    state.globals.clip[ClipState::rms] = static_cast<float>(1.0 - spec.clip_decay);
     std::copy_n(theta.initial_from_lstm, spec.from_lstm, state.globals.from_lstm);
     std::copy_n(init, params, state.param);
     for (int t = 0; t < tensors; ++t) {

@@ -9,6 +9,7 @@ from functools import cache
 from types import ModuleType
 
 from lopt.kernels.structs import ACCUMULATE, ADVANCE, APPLY, FEATURE_SET_INDEX, SHAPE, SPEC, check_sizes
+from lopt.kernels.tables import check_tables
 from lopt.rule.features import FEATURE_SETS
 from lopt.rule.spec import ThetaSpec
 
@@ -36,6 +37,7 @@ else:
             raise ImportError(
                 f"lopt._C has feature set {_facts}, lopt/rule/features.py {_expected}: rebuild the extension"
             )
+    check_tables(_C.rule_tables())
     check_sizes(
         _C.struct_sizes(),
         {

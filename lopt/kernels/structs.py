@@ -8,6 +8,7 @@ import numpy as np
 
 from lopt.rule import ThetaSpec
 from lopt.rule.features import FEATURE_SETS
+from lopt.rule.inputs import INPUT_SETS
 
 MAX_DECAYS = 8
 FEATURE_SET_INDEX = {name: index for index, name in enumerate(FEATURE_SETS)}
@@ -36,7 +37,7 @@ APPLY = np.dtype(
 SPEC = np.dtype(
     [
         *((name, "i4") for name in ("feature_set", "width", "lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm")),
-        *((name, "i4") for name in ("linear_skip", "step_control", "paper_inputs", "horizon_input")),
+        *((name, "i4") for name in ("linear_skip", "step_control", "tensor_inputs", "horizon_input")),
         *((name, "i4") for name in ("valid_advances_step", "unused")),
         *((name, "f8") for name in ("train_loss_decay", "valid_loss_decay", "clip_decay")),
         *((name, "f4") for name in ("step_multiplier", "magnitude_rate", "time_limit", "clip_multiplier")),
@@ -82,7 +83,7 @@ def spec_record(spec: ThetaSpec) -> Record:
     for name in ("magnitude_rate", "time_limit", "clip_multiplier"):
         record[name] = getattr(spec, name)
     record["feature_set"], record["width"] = FEATURE_SET_INDEX[spec.feature_set], spec.mlp_width
-    record["paper_inputs"] = spec.tensor_inputs == "paper"
+    record["tensor_inputs"] = list(INPUT_SETS).index(spec.tensor_inputs)
     record["feature_clip"] = np.inf if spec.feature_clip is None else spec.feature_clip
     record["mom_decay"][: len(spec.mom_decays)] = spec.mom_decays
     record["rms_decay"][: len(spec.rms_decays)] = spec.rms_decays

@@ -8,11 +8,14 @@ Source: arXiv:2009.11243, appendix C, and its author's port (the ``paper`` set).
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lopt.rule.constants import RESTING
 
 #: Columns of the per-tensor statistics, common to all feature sets; the set's moments follow (csrc/rule/stats.h).
 STATS = (
@@ -26,10 +29,6 @@ STATS = (
     "rms_mean",
     "rms_var",
 )
-
-
-#: A parameter rests once its quickest second moment is at most so much of the slow one: (.999 / .95)^180 is 1e4.
-RESTING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,11 @@ class FeatureSet:
             scale = scale * torch.exp(corrections @ table.linear_exponents)
             shift = shift + corrections @ table.log_exponents
         return scale, shift
+
+
+def round_decays(decays: Sequence[float], like: Tensor) -> Tensor:
+    """Decays rounded to float32 in any dtype: ``1 - .9999`` differs by 2e-4 between float32 and float64 decays."""
+    return torch.tensor(decays, dtype=torch.float32, device=like.device).to(like.dtype)
 
 
 def bias_corrections(updates: Tensor, decays: Tensor) -> Tensor:

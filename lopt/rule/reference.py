@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from lopt.rule import tensor_lstm
-from lopt.rule.features import STATS
+from lopt.rule.features import STATS, round_decays
+from lopt.rule.inputs import Shapes
 from lopt.rule.spec import ThetaSpec
-from lopt.rule.tensor_lstm import Conditioning, Globals, Rows, Shapes, Weights, round_decays
+from lopt.rule.tensor_lstm import Conditioning, Globals, Rows, Weights
 
 
 class State(NamedTuple):

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lopt.rule.features import FEATURE_SETS, FeatureSet
-
-#: Kinds of inputs at tensor level, with the number of scalars about one tensor that the LSTM sees.
-TENSOR_INPUTS = {"paper": 18, "relative": 13}
+from lopt.rule.inputs import INPUT_SETS, InputSet
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,19 @@ class ThetaSpec:
             raise ValueError(f"magnitude_rate: expected a finite number, got {self.magnitude_rate}")
         if self.feature_clip is not None and not self.feature_clip > 0.0:
             raise ValueError(f"feature_clip: expected None or a positive bound, got {self.feature_clip}")
-        if self.tensor_inputs not in TENSOR_INPUTS:
-            raise ValueError(f"tensor_inputs: expected one of {sorted(TENSOR_INPUTS)}, got {self.tensor_inputs!r}")
+        if self.tensor_inputs not in INPUT_SETS:
+            raise ValueError(f"tensor_inputs: expected one of {sorted(INPUT_SETS)}, got {self.tensor_inputs!r}")
         if self.stats not in ("current", "lagged"):
             raise ValueError(f"stats: expected 'current' or 'lagged', got {self.stats!r}")
-        if self.tensor_inputs == "relative" and self.features.slow is None:
-            raise ValueError(f"tensor_inputs: 'relative' is not available with feature set {self.feature_set!r}")
-        if self.horizon_input and self.tensor_inputs != "relative":
-            raise ValueError("horizon_input: only available with tensor_inputs='relative'")
+        if (self.inputs.needs_slow and self.features.slow is None) or not (
+            set(self.inputs.moments) <= set(self.features.moments)
+        ):
+            raise ValueError(
+                f"tensor_inputs: {self.tensor_inputs!r} is not available with feature set {self.feature_set!r}"
+            )
+        if self.horizon_input and len(self.inputs.time) == self.inputs.untold:
+            told = [name for name, table in INPUT_SETS.items() if len(table.time) > table.untold]
+            raise ValueError(f"horizon_input: only available with tensor_inputs={' or '.join(map(repr, told))}")
 
     @property
     def features(self) -> FeatureSet:
@@ -118,30 +121,33 @@ class ThetaSpec:
         return FEATURE_SETS[self.feature_set]
 
     @property
-    def num_time(self) -> int:
-        """Number of time inputs."""
-        return 11 if self.tensor_inputs == "paper" else 6 if self.horizon_input else 1
+    def inputs(self) -> InputSet:
+        """The table of inputs at tensor level."""
+        return INPUT_SETS[self.tensor_inputs]
 
     @property
-    def num_facts(self) -> int:
-        """Number of inputs about the tensor itself, beside time (:func:`lopt.rule.tensor_lstm.tensor_facts`)."""
-        return 3 if self.tensor_inputs == "paper" else 2
+    def constant_names(self) -> tuple[str, ...]:
+        """MLP inputs that are constant in a tensor, before the LSTM's output."""
+        return self.inputs.constant_names(self.horizon_input)
+
+    @property
+    def lstm_names(self) -> tuple[str, ...]:
+        """LSTM inputs about a tensor, after the LSTM's own output and the MLP's feedback."""
+        return self.inputs.lstm_names(self.horizon_input)
 
     @property
     def num_constant(self) -> int:
         """Number of MLP inputs that are constant in a tensor: time, facts about the tensor, LSTM output."""
-        return self.num_time + self.num_facts + self.lstm_to_mlp
+        return len(self.constant_names) + self.lstm_to_mlp
 
     @property
     def num_lstm_input(self) -> int:
         """Number of LSTM inputs per tensor."""
-        time = self.num_time if self.tensor_inputs == "relative" else 0
-        return self.from_lstm + self.from_mlp + TENSOR_INPUTS[self.tensor_inputs] + time
+        return self.from_lstm + self.from_mlp + len(self.lstm_names)
 
-    @property
-    def valid_rise(self) -> int:
-        """Position of the rise of the validation loss among the LSTM's inputs; only with relative inputs."""
-        return self.num_lstm_input - self.num_time - self.num_facts - 1
+    def lstm_index(self, name: str) -> int:
+        """Position among the LSTM's inputs of the one called ``name``."""
+        return self.from_lstm + self.from_mlp + self.lstm_names.index(name)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of theta, in the order of :meth:`Theta.flatten`. Weights are ``[in, out]``."""

@@ -97,7 +97,7 @@ class Theta:
         ``total_steps`` it starts at twice that and falls linearly to 1%. Both factors were set on synthetic tasks
         (benchmarks/step_size.py, before there was a warm-up): final training loss .99 and .85 times that of constant
         Adam with the best of five learning rates for each task. Where the optimizer sees a validation loss, a rise of
-        it (:func:`lopt.rule.tensor_lstm.loss_rise`) lowers the log of the step by ``stop_early`` times that input: to
+        it (:func:`lopt.rule.losses.loss_rise`) lowers the log of the step by ``stop_early`` times that input: to
         half once a hundredth of what was gained is lost, to a hundredth in the end.
 
         ``paper``: no column has Adam's pair of decays. Two hidden units carry ``+-x`` of the column nearest to Adam's
@@ -110,10 +110,10 @@ class Theta:
         tensors["mlp.w3"][:, :2] = 0.0
         if spec.linear_skip:
             tensors["skip"][spec.features.column_index("mom0_over_slow")] = 1.0
-            time = tensors["step.w"][-spec.num_time :]
-            time[1] = math.log(2.0)  # when total_steps is known
-            time[3] = 1.0  # ln(1 - .99 step / total_steps)
-            tensors["step.w"][spec.lstm_width + spec.valid_rise] = -stop_early
+            of_inputs = tensors["step.w"][spec.lstm_width :]
+            of_inputs[spec.lstm_index("told")] = math.log(2.0)
+            of_inputs[spec.lstm_index("log_left")] = 1.0
+            of_inputs[spec.lstm_index("valid_rise")] = -stop_early
         else:
             for unit, sign in ((0, 1.0), (1, -1.0)):
                 for name in ("mlp.w1", "mlp.w2"):

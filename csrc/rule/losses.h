@@ -1,0 +1,83 @@
+// State of a loss, and what the tensor level sees of it; lopt/rule/losses.py is the definition.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "rule/constants.h"
+#include "rule/maths.h"
+
+namespace lopt {
+
+// Fields of a loss' state, all zero before the first: running mean and variance with the bias of their start at zero,
+// number of losses, the last one, first and lowest mean without bias.
+struct LossState {
+  LOPT_ENUM(Field, kCount, mean, var, updates, last, first, lowest);
+};
+
+// Of the gradient clipper: steps (starts at 1), running root mean square of gradients with the bias of its start.
+struct ClipState {
+  LOPT_ENUM(Field, kCount, steps, rms);
+};
+
+// Of the training losses since the last step.
+struct PendingLoss {
+  LOPT_ENUM(Field, kCount, sum, number);
+};
+
+namespace {  // compiled once per instruction set: no function may be shared between them
+
+LOPT_HD bool is_finite(float x) { return x - x == 0.0f; }
+
+LOPT_HD bool any_loss(const float* state) { return state[LossState::updates] > 0; }
+
+LOPT_HD float correction(const float* state, double decay) {
+  return 1.0f / (1.0f - ::powf(static_cast<float>(decay), state[LossState::updates]) + kEpsilon);
+}
+
+LOPT_HD float corrected_mean(const float* state, double decay) {
+  return any_loss(state) ? state[LossState::mean] * correction(state, decay) : 0.0f;
+}
+
+LOPT_HD void next_loss(float* state, float loss, double decay) {
+  const float keep = static_cast<float>(decay), rest = static_cast<float>(1.0 - decay);
+  float &mean = state[LossState::mean], &var = state[LossState::var], &lowest = state[LossState::lowest];
+  mean = keep * mean + rest * loss;
+  var = keep * var + rest * (mean - loss) * (mean - loss);
+  state[LossState::updates] += 1;
+  state[LossState::last] = loss;
+  const float now = corrected_mean(state, decay);
+  if (state[LossState::updates] == 1) state[LossState::first] = lowest = now;
+  lowest = ::fminf(lowest, now);
+}
+
+LOPT_HD float loss_spread(const float* state, double decay) {
+  return ::sqrtf(state[LossState::var] * correction(state, decay));
+}
+
+// How much of what was gained is lost again, as a logarithm.
+LOPT_HD float loss_rise(const float* state, double decay, float spread = 0.0f) {
+  const float lowest = state[LossState::lowest];
+  const float above = corrected_mean(state, decay) - lowest, gained = state[LossState::first] - lowest;
+  return ::fminf(::log1pf(kRiseScale * above / (gained + spread + kTiny)), kInputBound);
+}
+
+LOPT_HD float standardise_loss(const float* state, float loss, double decay) {
+  const float c = correction(state, decay);
+  return clamp_of((loss - state[LossState::mean] * c) / ::sqrtf(state[LossState::var] * c + kEpsilon), -kInputBound,
+                  kInputBound);
+}
+
+// A training loss joins the others since the last step; a non-finite one counts as none.
+LOPT_HD void observe_pending(float* pending, float loss) {
+  if (!is_finite(loss)) return;
+  pending[PendingLoss::sum] += loss;
+  pending[PendingLoss::number] += 1;
+}
+
+LOPT_HD float mean_pending(const float* pending) {
+  return pending[PendingLoss::number] > 0 ? pending[PendingLoss::sum] / pending[PendingLoss::number] : NAN;
+}
+
+}  // namespace
+}  // namespace lopt

@@ -1,0 +1,18 @@
+"""Numbers of the rule that are not meta-learned; csrc/rule/constants.h has the same, and import compares them."""
+
+EPSILON = 1e-8  # of the paper: in logarithms and roots, and in the bias correction of losses
+TINY = 1e-30  # keeps ratios of zeros finite
+INPUT_BOUND = 5.0  # of the LSTM's logarithms and standardised losses
+WAVES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)  # periods of the paper's time inputs, over 2 pi^2
+LOG_TIME_SCALE = 8.0  # brings ln(steps) into the range of the other inputs
+LAST_SHARE = 0.99  # ln(1 - .99 done): the logarithm of what is left, finite at the end
+RISE_SCALE = 100.0  # a hundredth of the way down lost is a rise of ln 2
+SMALLEST_SCALE = 0.3  # of a tensor, relative to the mean of all matrices
+EMPTY_SCALE = 0.1  # when every parameter is zero
+SCALE_GROWTH = 2.0  # factor within which a tensor's scale follows its parameters
+MAX_LOG_STEP = 6.0  # bound of the learned log step multiplier
+WARMUP = 10.0  # updates of a tensor until its learned step is whole
+RESTING = 1e-4  # of the slow second moment: a parameter whose quick one is less rests; (.999 / .95)^180 is 1e4
+
+#: All of them by name.
+CONSTANTS: dict[str, float | tuple[float, ...]] = {name: value for name, value in globals().items() if name.isupper()}

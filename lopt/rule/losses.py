@@ -1,0 +1,81 @@
+"""State of a loss, and what the tensor level sees of it: running mean and variance, first and lowest mean.
+
+Pure functions of a state ``[6]``, a tensor with the fields of :class:`LossState`; csrc/rule/losses.h has them in C++.
+
+Source: arXiv:2009.11243, appendix C.3, with the constants of the author's port; the rises are ours.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.rule.constants import EPSILON, INPUT_BOUND, RISE_SCALE, TINY
+
+
+class LossState(NamedTuple):
+    """Fields of the state of a loss, all zero before the first."""
+
+    mean: Tensor  # running mean, with the bias of its start at zero
+    var: Tensor  # running variance, likewise
+    updates: Tensor  # number of losses so far
+    last: Tensor  # loss
+    first: Tensor  # mean without bias
+    lowest: Tensor  # mean without bias
+
+    @classmethod
+    def of(cls, state: Tensor) -> "LossState":
+        """The fields of a state ``[6]``."""
+        return cls(*state.unbind())
+
+
+def init_loss(like: Tensor) -> Tensor:
+    """State before any loss ``[6]``, in dtype and on device of ``like``."""
+    return like.new_zeros(len(LossState._fields))
+
+
+def next_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
+    """State of a loss after one more; ``var`` uses the new, uncorrected mean."""
+    old = LossState.of(state)
+    mean = decay * old.mean + (1.0 - decay) * loss
+    var = decay * old.var + (1.0 - decay) * torch.square(mean - loss)
+    new = LossState(mean, var, old.updates + 1.0, loss, old.first, old.lowest)
+    now, only = corrected_mean(torch.stack(new), decay), new.updates == 1.0
+    first, lowest = torch.where(only, now, old.first), torch.where(only, now, torch.minimum(old.lowest, now))
+    return torch.stack(new._replace(first=first, lowest=lowest))
+
+
+def _correction(state: Tensor, decay: float) -> Tensor:
+    return 1.0 / (1.0 - torch.pow(state.new_full((), decay), LossState.of(state).updates) + EPSILON)
+
+
+def corrected_mean(state: Tensor, decay: float) -> Tensor:
+    """Bias-corrected mean of the losses, 0 before the first."""
+    mean = LossState.of(state).mean
+    return torch.where(LossState.of(state).updates > 0, mean * _correction(state, decay), torch.zeros_like(mean))
+
+
+def standardise_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
+    """``clip((loss - mean) / std, -5, 5)`` with bias-corrected mean and variance."""
+    old, correction = LossState.of(state), _correction(state, decay)
+    standard = (loss - old.mean * correction) * torch.rsqrt(old.var * correction + EPSILON)
+    return torch.clamp(standard, -INPUT_BOUND, INPUT_BOUND)
+
+
+def loss_spread(state: Tensor, decay: float) -> Tensor:
+    """Standard deviation of the losses around their mean."""
+    return torch.sqrt(LossState.of(state).var * _correction(state, decay))
+
+
+def loss_rise(state: Tensor, decay: float, spread: Tensor | float = 0.0) -> Tensor:
+    """``ln(1 + 100 (mean - lowest) / (first - lowest + spread))``, at most 5: how much of what was gained is lost.
+
+    0 while the mean of the losses falls, .7 when a hundredth of the way down is lost, 4.6 at the first loss. A rising
+    validation loss is overfitting, a rising training loss too large a step. Does not depend on the loss' scale or zero.
+
+    Args:
+        spread: of the losses, in their units: as long as less than that is gained, a rise may be noise.
+    """
+    old = LossState.of(state)
+    above, gained = corrected_mean(state, decay) - old.lowest, old.first - old.lowest
+    return torch.clamp(torch.log1p(RISE_SCALE * above / (gained + spread + TINY)), max=INPUT_BOUND)
