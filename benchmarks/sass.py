@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lopt import _C
+from lopt.rule.features import FEATURE_SETS
 
 COLUMNS = ["LDG", "LDG.128", "STG", "STG.128", "LDS", "HMMA", "FFMA", "MUFU", "LDL", "STL", "all"]
 FACTS = ["registers", "shared", "warps"]
@@ -106,8 +107,8 @@ class Kernel:
         """See the docstring of this file; empty for kernels of the tensor level and for a bfloat16 state."""
         if not self.predictable or "bfloat16" in self.name:
             return {}
-        features = next(facts for facts in _C.feature_sets() if facts["name"] == self.template[0])
-        planes = int(features["num_mom"]) + int(features["num_rms"])
+        features = FEATURE_SETS[self.template[0]]
+        planes = len(features.mom_decays) + len(features.rms_decays)
         path = main_path(self.code, TILES if self.stagings == 2 else TILES // 2)
         per_trip = 1 if self.operation == "apply" else 4  # parameters per thread
         flops = {"16816": 2048, "1688": 1024}  # multiply-adds of one HMMA
@@ -130,8 +131,8 @@ class Kernel:
 
     def _problems_of_operation(self) -> list[str]:
         name, numbers = self.template
-        features = next(facts for facts in _C.feature_sets() if facts["name"] == name)
-        planes, counts = int(features["num_mom"]) + int(features["num_rms"]), self.counts
+        features = FEATURE_SETS[name]
+        planes, counts = len(features.mom_decays) + len(features.rms_decays), self.counts
         stored = planes * (self.operation in ("accumulate", *SWEEPS)) + (self.operation != "accumulate")
         least = {"LDG.128": planes + 2, "STG.128": stored}
         if "bfloat16" in self.name:  # four accumulators are 8 bytes
@@ -141,7 +142,7 @@ class Kernel:
             least = {}
         if self.operation.endswith("_mma"):
             width, parts = numbers
-            blocks, tiles = int(features["columns"]) // 8 + 1, width // 8
+            blocks, tiles = len(features.columns) // 8 + 1, width // 8
             # A loop over tiles per staging; of both layers, two blocks of 8 inputs at a time; three products or one.
             products = self.stagings * ((blocks + 1) // 2 + (tiles + 1) // 2) * tiles * (3 if parts == 2 else 1)
             warps = 8 if (name, width, parts) == ("paper", 32, 2) else 12

@@ -20,9 +20,9 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
   const ChunkRange chunk = chunk_of_block(params.tensors, params.chunks);
   const TensorEntry tensor = params.tensors[chunk.tensor];
   const int64_t grads = params.grads[chunk.tensor];
-  const float limit = params.clip_limit[chunk.tensor];
+  const float limit = params.clip_limit[tensor.row];
   if (kState == kBFloat16) {
-    if (threadIdx.x == 0) words = words_of<Features>(params, chunk);
+    if (threadIdx.x == 0) words = words_of<Features>(params, tensor, chunk);
     __syncthreads();
   }
 

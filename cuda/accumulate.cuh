@@ -44,7 +44,9 @@ __device__ __forceinline__ void add_partials(float* row, float seen, const float
       row[c] += one[c];
       continue;
     }
-    const int values = c == Stat::mom_mean ? Features::kNumMom : c == Stat::rms_mean ? Features::kNumRms : 1;  // per parameter
+    const int values = c == Stat::mom_mean   ? Features::kNumMom
+                       : c == Stat::rms_mean ? Features::kNumRms
+                                             : 1;  // per parameter
     const float delta = one[c] - row[c];
     row[c] += delta * share;
     row[c + 1] += one[c + 1] + delta * delta * (seen * share * values);
@@ -63,7 +65,9 @@ __device__ __forceinline__ double merge_column(int c, int64_t rows, double numel
   const int m = is_mean ? c : c - 1;
   const double mean = sum_rows(rows, [&](int64_t r) { return weight(r) * value(r, m); }) / numel;
   if (is_mean) return mean;
-  const int values = m == Stat::mom_mean ? Features::kNumMom : m == Stat::rms_mean ? Features::kNumRms : 1;  // per parameter
+  const int values = m == Stat::mom_mean   ? Features::kNumMom
+                     : m == Stat::rms_mean ? Features::kNumRms
+                                           : 1;  // per parameter
   return sum_rows(rows, [&](int64_t r) {
     const double delta = value(r, m) - mean;
     return value(r, c) + weight(r) * values * delta * delta;
@@ -100,9 +104,10 @@ using WordsOf = RoundingWords<(Features::kNumMom + Features::kNumRms + 1) / 2>;
 
 // By one thread of the block.
 template <class Features>
-__device__ __forceinline__ WordsOf<Features> words_of(const AccumulateParams& params, const ChunkRange& chunk) {
+__device__ __forceinline__ WordsOf<Features> words_of(const AccumulateParams& params, const TensorEntry& tensor,
+                                                      const ChunkRange& chunk) {
   const uint64_t key = rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),
-                                    static_cast<uint64_t>(chunk.tensor));
+                                    static_cast<uint64_t>(tensor.row));
   return WordsOf<Features>::of(key, chunk.begin);
 }
 
@@ -172,7 +177,7 @@ __device__ __forceinline__ void stats_of_tensor(const AccumulateParams& params, 
     if (lane_index() == 0) total[c] = merged;
   }
   __syncthreads();
-  if (threadIdx.x == 0) finish_stats<Features, double>(total, numel, params.stats + chunk.tensor * kStats);
+  if (threadIdx.x == 0) finish_stats<Features, double>(total, numel, params.stats + tensor.row * kStats);
 }
 
 }  // namespace lopt

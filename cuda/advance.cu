@@ -7,7 +7,7 @@
 // No number is read back to the host. Source: arXiv:2009.11243, appendix C. See Note [Order of reduction].
 #include <algorithm>
 
-#include "api/spec.h"
+#include "api/kernels.h"
 #include "reduce.cuh"
 #include "rule/tensor_lstm.h"
 
@@ -69,13 +69,13 @@ LOPT_HD int row_floats(const Spec& s) { return s.num_lstm_input() + 5 * s.lstm_w
 
 __global__ void __launch_bounds__(kThreads)
     begin_kernel(const __grid_constant__ Spec s, const __grid_constant__ AdvanceParams p) {
-  const int64_t t = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
-  if (t == 0) {
+  if (i == 0) {
     observe_pending(p.pending_loss, p.new_train ? *p.new_train : p.train_value);
     observe_valid(s, g, p.new_valid ? *p.new_valid : p.valid_value);
   }
-  if (t < p.num_tensors) p.clip_limit[t] = clip_limit(s, g);
+  if (i < p.num_tensors) p.clip_limit[p.rows[i]] = clip_limit(s, g);
 }
 
 // Two blocks per multiprocessor leave 128 registers: without a bound, some compilers aim at 40 and spill.
@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 
   // All tensors -> what they share.
   double own[kNumSums] = {};
-  for (int t = team.rank(); t < tensors; t += kRowThreads) add_to_sums(p.shapes[t], p.stats + int64_t{t} * kStats, own);
+  for (int i = team.rank(); i < tensors; i += kRowThreads)
+    add_to_sums(p.shapes[p.rows[i]], p.stats + p.rows[i] * kStats, own);
 #pragma unroll
   for (int i = 0; i < kNumSums; ++i) rows[i][threadIdx.x] = own[i];
   time_inputs(team, s, step, *p.total_steps, constant);
@@ -130,7 +131,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   level.x = memory;
   level.constant = constant;
   const BlockLstm lstm{team, theta, inputs, hidden, gates};
-  for (int t = static_cast<int>(blockIdx.x); t < tensors; t += static_cast<int>(gridDim.x)) {
+  for (int index = static_cast<int>(blockIdx.x); index < tensors; index += static_cast<int>(gridDim.x)) {
+    const int t = static_cast<int>(p.rows[index]);
     const float updates = p.updates[t] + 1.0f;
     for (int i = team.rank(); i < kStats; i += kRowThreads) stats[i] = p.stats[int64_t{t} * kStats + i];
     for (int j = team.rank(); j < hidden; j += kRowThreads) h[j] = p.h[int64_t{t} * hidden + j];
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   // Tensors -> shared state, once nobody reads the old one.
   if (!last_of_tensor(p.finished, gridDim.x)) return;
   for (int i = warp_index(); i < s.from_lstm; i += kRowThreads / 32) {
-    const double sum = sum_rows(tensors, [&](int64_t t) -> double { return p.to_lstm[t * s.from_lstm + i]; });
+    const double sum = sum_rows(tensors, [&](int64_t t) -> double { return p.to_lstm[p.rows[t] * s.from_lstm + i]; });
     if (lane_index() == 0) p.from_lstm[i] = static_cast<float>(sum / tensors);
   }
   if (threadIdx.x != 0) return;
@@ -166,9 +168,9 @@ __global__ void __launch_bounds__(kThreads)
     finish_kernel(const __grid_constant__ Spec s, const __grid_constant__ AdvanceParams p) {
   const ThetaView theta(s, Features::kNumColumns, p.theta);
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;  // of feedback [T, from_mlp]
-  const int64_t t = i / s.from_mlp;
-  if (t < p.num_tensors)
-    p.feedback[i] = feedback_of(s, theta, p.hidden + t * s.width, static_cast<int>(i % s.from_mlp));
+  if (i >= p.num_tensors * s.from_mlp) return;
+  const int64_t t = p.rows[i / s.from_mlp], o = i % s.from_mlp;
+  p.feedback[t * s.from_mlp + o] = feedback_of(s, theta, p.hidden + t * s.width, static_cast<int>(o));
 }
 
 // As many as fit into the 4 KB of a kernel's arguments.

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) 
 
   const ChunkRange chunk = chunk_of_block(params.tensors, params.chunks);
   const Operands operands = operands_of(params, chunk.tensor);
-  rule.load(params, chunk.tensor, operands.tensor.theta);
+  rule.load(params, operands.tensor);
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) rows[j][threadIdx.x] = 0.0f;
   __syncthreads();

@@ -22,11 +22,11 @@ struct Rule {
   alignas(16) float shift[kColumns];
 
   // By all threads of the block, which meet afterwards.
-  __device__ __forceinline__ void load(const ApplyParams& params, int64_t tensor, int64_t theta) {
-    copy_block(weights, params.weights + theta * Layout::kSize, Layout::kSize);
-    copy_block(bias, params.bias + tensor * kWidth, kWidth);
-    copy_block(scale, params.scale + tensor * kColumns, kColumns);
-    copy_block(shift, params.shift + tensor * kColumns, kColumns);
+  __device__ __forceinline__ void load(const ApplyParams& params, const TensorEntry& tensor) {
+    copy_block(weights, params.weights + tensor.theta * Layout::kSize, Layout::kSize);
+    copy_block(bias, params.bias + tensor.row * kWidth, kWidth);
+    copy_block(scale, params.scale + tensor.row * kColumns, kColumns);
+    copy_block(shift, params.shift + tensor.row * kColumns, kColumns);
   }
 
   // x = clamp(columns(grad, param, mom, rms) * scale + shift, +-feature_clip)
@@ -58,9 +58,10 @@ struct Operands {
   __device__ __forceinline__ bool moves() const { return step_size != 0.0f || keep != 1.0f; }  // lr = 0 changes no bit
 };
 
-__device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64_t tensor) {
-  return {params.tensors[tensor], params.grads[tensor], params.clip_limit[tensor], params.keep[tensor],
-          params.step_size[tensor]};
+__device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64_t t) {
+  const TensorEntry tensor = params.tensors[t];
+  return {tensor, params.grads[t], params.clip_limit[tensor.row], params.keep[tensor.row],
+          params.step_size[tensor.row]};
 }
 
 // The new value of one parameter in plain float, the oracle of the faster ones; writes its last hidden layer to `hidden`.
@@ -110,7 +111,7 @@ __device__ __forceinline__ void hidden_of_tensor(const ApplyParams& params, cons
   for (int j = warp_index(); j < kWidth; j += kWarps) {
     const double sum = sum_rows(chunk.of_tensor, [&](int64_t r) { return partials[r * kWidth + j]; });
     if (lane_index() == 0)
-      params.hidden[chunk.tensor * kWidth + j] = static_cast<float>(sum / static_cast<double>(tensor.numel));
+      params.hidden[tensor.row * kWidth + j] = static_cast<float>(sum / static_cast<double>(tensor.numel));
   }
 }
 

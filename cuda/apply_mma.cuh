@@ -156,7 +156,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
   const bool aligned = aligned_quads<kState>(tensor, operands.grads);
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
   auto& stage = stages[warp_index()];
-  rule.load(params, chunk.tensor, tensor.theta);
+  rule.load(params, tensor);
   __syncthreads();
   for (int unit = static_cast<int>(threadIdx.x); unit < kWidth; unit += kThreads) {
     float* to = last_layer.of[unit / 8][unit % 8 / 2] + unit % 2;

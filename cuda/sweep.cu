@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
   const TensorEntry& tensor = operands.tensor;
   Accumulator<kState, Features> accumulator{params.accumulating, operands, words, stat_rows};
   accumulator.begin(chunk);
-  rule.load(applying, chunk.tensor, tensor.theta);
+  rule.load(applying, tensor);
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) hidden_rows[j][threadIdx.x] = 0.0f;
   __syncthreads();

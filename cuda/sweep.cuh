@@ -29,7 +29,7 @@ struct Accumulator {
 
   // By all threads of the block, which meet afterwards.
   __device__ __forceinline__ void begin(const ChunkRange& chunk) {
-    if (kState == kBFloat16 && threadIdx.x == 0) words = words_of<Features>(params, chunk);
+    if (kState == kBFloat16 && threadIdx.x == 0) words = words_of<Features>(params, operands.tensor, chunk);
 #pragma unroll
     for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = 0.0f;
   }

@@ -4,14 +4,12 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_dtype, _shape, _device = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
 _SHARDED = "train whole tensors, with DistributedDataParallel; sharded training is not supported"
 
 
@@ -109,44 +107,32 @@ def _check_dtype(name: str, tensor: Tensor, allowed: Iterable[torch.dtype]) -> N
         raise TypeError(f"{name}: expected float32 or bfloat16, got {tensor.dtype}; {remedy(tensor.dtype)}")
 
 
-def check_changed(
-    params: list[Tensor],
-    grads: list[Tensor],
-    before: list[int],
-    groups: Sequence[dict[str, Any]],
-    device: torch.device,
-    allowed: set[torch.dtype],
-) -> list[int]:
-    """Check parameters and gradients of a step, unless their memory is that of the step before.
+def check_gradients(groups: Sequence[dict[str, Any]], device: torch.device, allowed: set[torch.dtype]) -> None:
+    """Check the gradients of all parameters, and the parameters that have one.
 
     Args:
-        params, grads: of the step, dense and not empty.
-        before: what the last call returned.
-        groups: the optimizer's, for the names in messages.
-        device, allowed: where parameters must be, and their dtypes.
-
-    Returns:
-        Their addresses.
+        groups: the optimizer's.
+        device: of the optimizer's state, where parameters must be.
+        allowed: dtypes of parameters and gradients.
 
     Raises:
-        TypeError, ValueError: one cannot be used, named with its position.
+        TypeError, ValueError, RuntimeError: one cannot be used, named with its position.
     """
-    addresses = [*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, grads)]
-    if addresses == before:
-        return addresses
-    devices = {*map(_device, params), *map(_device, grads)}
-    fits = 0 not in addresses and devices <= {device} and set(map(_dtype, params)) <= allowed
-    if not fits or list(map(_shape, params)) != list(map(_shape, grads)):
-        for index, group in enumerate(groups):
-            for i, param in enumerate(group["params"]):
-                if param.grad is None or (param.numel() == 0 and param.grad.numel() == 0):
-                    continue
-                name = f"param_groups[{index}]['params'][{i}] of shape {tuple(param.shape)}"
-                check_gradient(f"gradient of {name}", param, param.grad)
-                _check_dtype(name, param, allowed)
-                if param.device != device:
-                    raise ValueError(f"{name}: on {param.device}, but the optimizer's state is on {device}; move it")
-    return addresses
+    for index, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None or (param.numel() == 0 and grad.numel() == 0):
+                continue
+            name = f"param_groups[{index}]['params'][{i}] of shape {tuple(param.shape)}"
+            if grad.is_sparse or grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"gradient of {name}: expected a dense tensor, got layout {grad.layout}; use sparse=False"
+                )
+            _check_dtype(f"gradient of {name}", grad, allowed)
+            check_gradient(f"gradient of {name}", param, grad)
+            _check_dtype(name, param, allowed)
+            if param.device != device:
+                raise ValueError(f"{name}: on {param.device}, but the optimizer's state is on {device}; move it")
 
 
 def as_loss(name: str, loss: object, like: Tensor) -> float | Tensor | None:

@@ -1,10 +1,8 @@
 """LearnedOptimizer: a ``torch.optim.Optimizer`` whose update rule is a small neural network."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from itertools import compress, repeat
-from operator import attrgetter, is_
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,55 +11,24 @@ from torch.optim import Optimizer
 from lopt import kernels
 from lopt.implementations import IMPLEMENTATIONS, choose_implementation
 from lopt.kernels import devices
-from lopt.operands import as_loss, as_weight, check_changed, check_params
-from lopt.operands import remedy as _remedy
+from lopt.operands import as_loss, as_weight, check_gradients, check_params
 from lopt.options import (
     check_choice,
     check_group,
     check_total_steps,
     check_unknown,
     descending,
-    effective,
     read_rates,
     warn,
 )
-from lopt.rule import Theta, reference, tensor_lstm
-from lopt.rule.features import STATS
-from lopt.rule.tensor_lstm import Globals, Rows
-from lopt.state import SHARED, check_state, holds_shared, init_state, open_theta, restore_state, share_state
-from lopt.steppers import KernelPlan, ReferencePlan, one_thread
+from lopt.rule import Theta, tensor_lstm
+from lopt.rule.tensor_lstm import Globals
+from lopt.state import SHARED, check_state, holds_shared, open_theta, restore_state, share_state
+from lopt.steppers import KernelStepper, ReferenceStepper, Tensors
 
 NONFINITE = ("ignore", "raise", "skip")
 PRECISIONS = ("high", "fast")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
-
-
-class _Active(NamedTuple):
-    """The tensors of one step and everything about them that is kept between steps."""
-
-    params: list[Tensor]
-    groups: list[int]  # param group of each
-    plan: ReferencePlan | KernelPlan
-    mom: list[Tensor]
-    rows: Rows  # stacked state; state[p]["lstm"] holds views of its rows
-    states: list[dict[str, Any]]  # state of each
-    all_states: list[dict[str, Any]]  # of all parameters, in the order of the optimizer's
-    stats: Tensor | None  # [T, S] of the step before, where they lag; state[p]["stats"] holds views of its rows
-
-    def serves(self, params: list[Tensor], groups: list[int], state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether the same tensors come again, and nobody has cleared or replaced their state."""
-        return (
-            _same(self.params, params)
-            and self.groups == groups
-            and _same(self.all_states, state.values())
-            and _same(self.mom, map(dict.get, self.states, repeat("mom")))
-        )
-
-
-def _same(old: list[Any], new: Iterable[Any]) -> bool:
-    found = list(new)
-    return len(old) == len(found) and all(map(is_, old, found))
 
 
 def _run_eagerly(optimizer: type) -> None:
@@ -169,10 +136,9 @@ class LearnedOptimizer(Optimizer):
         self.precision = precision
         self.state_dtype = state_dtype
         self.impl = impl
-        self._active: _Active | None = None
+        self._stepper: ReferenceStepper | KernelStepper | None = None
         self._weights: dict[str, Tensor] = {}
         self._losses: kernels.TensorLevel | None = None
-        self._addresses: list[int] = []
         self._observed = False  # whether a training loss was observed that no step has used yet
         self._valid_alone: bool | None = None  # whether there were validation losses, and never a training loss
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None})
@@ -197,7 +163,7 @@ class LearnedOptimizer(Optimizer):
         group.update(self._identity, total_steps=self._total_steps)
         if holds_shared(self.param_groups):
             self._globals()
-        self._active = None
+        self._stepper = None
 
     def _check_group(self, group: dict[str, Any], position: int) -> None:
         check_group(group)
@@ -249,47 +215,31 @@ class LearnedOptimizer(Optimizer):
         count: Tensor = self._globals()["nonfinite"]
         return count
 
-    def _init_state(self, param: Tensor) -> None:
-        weights = self._theta_weights()
-        dtype = self._accumulator_dtype(weights["initial_h"])
-        self.state[param].update(init_state(self.theta.spec, weights, param.numel(), dtype))
-
     def _accumulator_dtype(self, like: Tensor) -> torch.dtype:
         """``state_dtype``, and float64 in place of float32 for float64 parameters."""
         return like.dtype if self.state_dtype == torch.float32 else self.state_dtype
 
-    def _prepare(self, params: list[Tensor], groups: list[int]) -> _Active:
-        """Tables and stacked rows for the tensors of this step; kept while the same tensors come."""
-        if self._active is not None and self._active.serves(params, groups, self.state):
-            return self._active
-        if devices.is_capturing(params[0].device):
+    def _ready(self) -> ReferenceStepper | KernelStepper:
+        """What makes the steps; made anew when parameters, groups or, by somebody's hands, the state changed."""
+        if self._stepper is None or not self._stepper.tensors.serve(self.param_groups, self.state):
+            self._stepper = None
+            self._check_capture()
+            weights = self._theta_weights()
+            dtype = self._accumulator_dtype(weights["initial_h"])
+            tensors = Tensors(self.param_groups, self.state, self.theta.spec, weights, dtype)
+            if self.implementation == "reference":
+                self._stepper = ReferenceStepper(tensors, self.theta)
+            else:
+                self._stepper = KernelStepper(self.implementation, tensors, self.theta, self.precision)
+                self._losses = self._stepper.level
+        return self._stepper
+
+    def _check_capture(self) -> None:
+        if devices.is_capturing(self._first_param().device):
             raise RuntimeError(
                 "CUDA graph: these tensors had no step yet, and tables cannot be made during capture; "
                 "take one step with gradients of the same parameters before"
             )
-        for param in params:
-            if "mom" not in self.state[param]:
-                self._init_state(param)
-        states = [self.state[param] for param in params]
-        rows = Rows(*(torch.stack([state["lstm"][name] for state in states]) for name in Rows._fields))
-        for i, state in enumerate(states):
-            state["lstm"] = {name: value[i] for name, value in rows._asdict().items()}
-        spec, weights = self.theta.spec, self._theta_weights()
-        mom, rms = [state["mom"] for state in states], [state["rms"] for state in states]
-        before = stats = torch.stack([state["stats"] for state in states]) if spec.stats == "lagged" else None
-        plan: ReferencePlan | KernelPlan
-        if self.implementation == "reference":
-            plan = ReferencePlan(spec, weights, [tuple(param.shape) for param in params], mom, rms)
-        else:
-            kept = mom, rms, rows
-            plan = KernelPlan(self.implementation, self.theta, weights, params, groups, *kept, self.precision, before)
-            self._losses = plan.level
-            stats = None if before is None else plan.plan.stats
-        if stats is not None:
-            for row, state in zip(stats, states, strict=True):
-                state["stats"] = row
-        self._active = _Active(params, groups, plan, mom, rows, states, list(self.state.values()), stats)
-        return self._active
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -298,7 +248,7 @@ class LearnedOptimizer(Optimizer):
         return {**state, **{name: getattr(self, name) for name in (*names, *kept)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._active, self._weights, self._losses, self._addresses = None, {}, None, []
+        self._stepper, self._weights, self._losses = None, {}, None
         super().__setstate__(state)
         _run_eagerly(type(self))
 
@@ -354,7 +304,7 @@ class LearnedOptimizer(Optimizer):
             self._total_steps = told
         for group in self.param_groups:
             group.update(self._identity, total_steps=self._total_steps)
-        self._active, self._observed, self._valid_alone = None, False, None
+        self._stepper, self._observed, self._valid_alone = None, False, None
         if holds_shared(self.param_groups):
             shared = self._globals()
             self._observed = float(shared["pending_loss"][1]) > 0
@@ -471,13 +421,13 @@ class LearnedOptimizer(Optimizer):
                 raise ValueError("loss: given beside a closure that returns a loss, too; pass only one of them")
             loss = result if loss is None else loss
         observed = None if self._observed else self._loss("loss", loss)
-        params, grads, groups = self._gradients()
-        device = self._theta_weights()["initial_h"].device
-        operands = params, grads, self._addresses, self.param_groups
-        self._addresses = check_changed(*operands, device, self._grad_dtypes())
+        stepper = self._ready()
+        grads, others, unchecked = stepper.tensors.gradients()
+        if unchecked:
+            self._check_gradients()
+            stepper.tensors.accept(grads)
         read_rates(self.param_groups)
-        grads = descending(grads, groups, self.param_groups)
-        if params and self.on_nonfinite != "ignore":
+        if grads and self.on_nonfinite != "ignore":
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
             if int(bad) > 0:
                 if self.on_nonfinite == "raise":
@@ -485,95 +435,31 @@ class LearnedOptimizer(Optimizer):
                 self._globals()["nonfinite"] += bad
                 return result
         self._note(observed)
-        if params and self._valid_alone:
+        if grads and self._valid_alone:
             self._valid_alone = False
             warn(
                 "validation losses were observed, and no training loss: they are compared with training losses, so "
                 "they do nothing; give step(loss=...), or observe(train_loss=...)"
             )
-        if params:
+        if grads:
             self._observed = False
-        if not params:
+        if not grads:
             self._observe(observed, None)
             return result
-        active = self._prepare(params, groups)
-        if isinstance(active.plan, KernelPlan):
-            self._globals()
-            active.plan.step(params, grads, self.param_groups, self.total_steps, observed)
+        if others:
+            self._check_capture()
+            stepper.select()
+        tensors, shared, steps = stepper.tensors, self._globals(), self.total_steps or 0
+        if any(group["maximize"] for group in self.param_groups):
+            grads = descending(grads, tensors.selected_groups, self.param_groups)
+        if isinstance(stepper, KernelStepper):
+            stepper.step(tensors.selected_params, grads, self.param_groups, shared, steps, observed, unchecked)
             return result
-        with torch.autocast(params[0].device.type, enabled=False):  # in case the whole loop runs under autocast
+        with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast
             self._observe(observed, None)
-            self._update(active, active.plan, grads)
+            stepper.step(tensors.selected_params, grads, self.param_groups, shared, steps)
         return result
 
-    def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Parameters that have a gradient, their gradients, and their param groups."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
-        grads = [param.grad for param in params]
-        given = [grad is not None for grad in grads]
-        if not all(given):
-            params, groups = list(compress(params, given)), list(compress(groups, given))
-            grads = list(compress(grads, given))
-        dtypes, layouts = set(map(_dtype, grads)), set(map(_layout, grads))
-        if layouts <= {torch.strided} and dtypes <= self._grad_dtypes() and all(map(Tensor.numel, params)):
-            return params, grads, groups
-        return self._gradients_one_by_one()
-
-    def _grad_dtypes(self) -> set[torch.dtype]:
-        return {torch.float32, torch.bfloat16} | ({torch.float64} if self.implementation == "reference" else set())
-
-    def _gradients_one_by_one(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        params, grads, groups = [], [], []
-        for index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None:
-                    continue
-                if param.numel() == 0:  # nothing to update, but distributed checkpoints look for its state
-                    if "mom" not in self.state[param]:
-                        self._init_state(param)
-                    continue
-                name = f"gradient of param_groups[{index}]['params'][{i}] of shape {tuple(param.shape)}"
-                if grad.is_sparse or grad.layout != torch.strided:
-                    raise RuntimeError(f"{name}: expected a dense tensor, got layout {grad.layout}; use sparse=False")
-                if grad.dtype not in self._grad_dtypes():
-                    raise TypeError(f"{name}: expected float32 or bfloat16, got {grad.dtype}; {_remedy(grad.dtype)}")
-                params.append(param)
-                grads.append(grad)
-                groups.append(index)
-        return params, grads, groups
-
-    def _update(self, active: _Active, plan: ReferencePlan, grads: list[Tensor]) -> None:
-        """The step of the reference."""
-        spec, weights, group = self.theta.spec, self._theta_weights(), self._globals()
-        like = weights["initial_h"]
-        lagged = active.stats is not None  # in one sweep advance, which counts the step, comes before accumulate
-        plan.set_tensors(active.params, grads, group["step"] + int(lagged))
-        lr, decay = (self._per_tensor(name, active, like) for name in ("lr", "weight_decay"))
-        globals_ = Globals(*(group[name] for name in Globals._fields))
-        total, count = group["pending_loss"]
-        loss = torch.where(count > 0, total / count, torch.full_like(total, float("nan")))
-        horizon = torch.full((), float(self.total_steps or 0), dtype=like.dtype, device=like.device)
-        stats = plan.accumulate(tensor_lstm.clip_limit(spec, globals_))
-        seen = stats
-        if active.stats is not None:
-            seen, kept = reference.lag(stats, active.stats, active.rows.updates)
-            active.stats.copy_(kept)
-        with one_thread(like.device):
-            globals_, rows, conditioning, _ = tensor_lstm.advance(
-                spec, weights, globals_, active.rows, seen, plan.shapes, loss, horizon
-            )
-        step_size = torch.where(lr > 0, lr * spec.step_multiplier * conditioning.multiplier, 0.0)
-        feedback = plan.apply(conditioning, step_size, 1.0 - lr * decay)
-
-        self._write_globals(globals_)
-        for old, new in zip(active.rows, rows._replace(feedback=feedback), strict=True):
-            old.copy_(new)
-        group["pending_loss"].zero_()
-        group["nonfinite"] += seen[:, STATS.index("nonfinite")].sum().to(torch.int64)
-
-    def _per_tensor(self, name: str, active: _Active, like: Tensor) -> Tensor:
-        """``[T]`` values of a group option."""
-        values = [effective(self.param_groups[group])[name] for group in active.groups]
-        return torch.stack([torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in values])
+    def _check_gradients(self) -> None:
+        allowed = {torch.float32, torch.bfloat16} | ({torch.float64} if self.implementation == "reference" else set())
+        check_gradients(self.param_groups, self._theta_weights()["initial_h"].device, allowed)

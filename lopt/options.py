@@ -150,8 +150,6 @@ def effective(group: dict[str, Any]) -> dict[str, Any]:
 
 def descending(grads: list[Tensor], group_of: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """Gradients to descend along: those of groups with ``maximize`` are negated, in new memory of the same size."""
-    if not any(group["maximize"] for group in groups):
-        return grads
     ascending = [i for i, group in enumerate(group_of) if groups[group]["maximize"]]
     negated = torch._foreach_neg([grads[i] for i in ascending])
     grads = list(grads)

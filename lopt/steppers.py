@@ -1,17 +1,32 @@
-"""A step over one list of tensors, by the reference or by the kernels, as the optimizer drives them."""
+"""Steps of an optimizer over its tensors: by the reference, or by the kernels.
 
-from collections.abc import Iterator, Mapping, Sequence
+An optimizer has R tensors; those with a gradient take part in a step, the selected ones. :class:`Tensors` holds their
+state, stacked, and says which are selected. :class:`ReferenceStepper` and :class:`KernelStepper` make the steps, both
+in the order of :mod:`lopt.rule.step`; an unsharded step of the kernels is one call.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lopt import kernels
 from lopt.options import effective
-from lopt.rule import Theta, ThetaSpec, reference
-from lopt.rule.inputs import Shapes
-from lopt.rule.tensor_lstm import Conditioning, Rows
+from lopt.rule import Theta, ThetaSpec, reference, tensor_lstm
+from lopt.rule.features import STATS
+from lopt.rule.step import run
+from lopt.rule.tensor_lstm import Globals, Rows
+from lopt.state import init_state
+
+_grad, _dtype, _shape = attrgetter("grad"), attrgetter("dtype"), attrgetter("shape")
+_layout, _device = attrgetter("layout"), attrgetter("device")
+
+Groups = Sequence[dict[str, Any]]
 
 
 @contextmanager
@@ -28,136 +43,310 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class ReferencePlan:
-    """The two operations by lopt/rule/reference.py, around ``lopt.rule.tensor_lstm.advance``."""
-
-    def __init__(
-        self,
-        spec: ThetaSpec,
-        weights: Mapping[str, Tensor],
-        shapes: Sequence[Sequence[int]],
-        mom: list[Tensor],
-        rms: list[Tensor],
-    ) -> None:
-        self.spec, self.weights, self.mom, self.rms = spec, weights, mom, rms
-        self.shapes = Shapes.of(spec, shapes, weights["initial_h"])
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.dtype = weights["mlp.b1"].dtype
-        self.step = torch.zeros((), dtype=torch.int64)
-
-    def set_tensors(self, params: list[Tensor], grads: list[Tensor], step: Tensor) -> None:
-        self.params, self.grads, self.step = params, grads, step
-
-    def _flat(self, tensor: Tensor) -> Tensor:  # contiguous, since strides change the order of sums
-        return tensor.reshape(-1).to(self.dtype).contiguous()
-
-    def accumulate(self, clip_limit: Tensor) -> Tensor:
-        stats = []
-        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            flat = self._flat(param), self._flat(grad)
-            rounding = reference.Rounding(int(self.step), i) if self.mom[i].dtype == torch.bfloat16 else None
-            mom, rms = self.mom[i].to(self.dtype), self.rms[i].to(self.dtype)
-            clipped, mom, rms, row = reference.accumulate(self.spec, *flat, mom, rms, clip_limit, rounding)
-            self.grads[i] = clipped
-            self.mom[i].copy_(mom)
-            self.rms[i].copy_(rms)
-            stats.append(row)
-        return torch.stack(stats)
-
-    def apply(self, conditioning: Conditioning, step_size: Tensor, keep: Tensor) -> Tensor:
-        feedback = []
-        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            row = Conditioning(*(value[i] for value in conditioning))
-            flat = self._flat(param)
-            new, mean, _, _ = reference.apply(
-                self.spec,
-                self.weights,
-                flat,
-                grad,
-                self.mom[i].to(self.dtype),
-                self.rms[i].to(self.dtype),
-                row,
-                step_size[i],
-                keep[i],
-            )
-            param.copy_(new.view_as(param))
-            feedback.append(mean)
-        return torch.stack(feedback)
+def _same(old: Sequence[Any], new: Iterable[Any]) -> bool:
+    found = list(new)
+    return len(old) == len(found) and all(map(is_, old, found))
 
 
-class KernelPlan:
-    """A step by the compiled kernels, on a GPU five launches: begin, accumulate, advance, apply, finish; with lagged
-    statistics four: begin, advance, one sweep, finish.
+class Tensors:
+    """The non-empty parameters of an optimizer with their state, and which of them are selected.
 
-    Parameters that are not contiguous pass through a staging copy. With lagged statistics, ``before`` ``[T, S]`` are
-    those of the step before; ``plan.stats`` holds them from then on.
+    ``state[p]`` is created with the first gradient of ``p``; its ``lstm`` (and with lagged statistics ``stats``) are
+    views of rows of the stacked tables here. What is in ``state`` already is taken up.
+
+    Args:
+        groups: the optimizer's param groups.
+        state: the optimizer's; written.
+        dtype: of the accumulators.
     """
 
     def __init__(
         self,
-        backend: str,
-        theta: Theta,
+        groups: Groups,
+        state: MutableMapping[Tensor, dict[str, Any]],
+        spec: ThetaSpec,
         weights: Mapping[str, Tensor],
-        params: list[Tensor],
-        groups: list[int],
-        mom: list[Tensor],
-        rms: list[Tensor],
-        rows: Rows,
-        precision: str,
-        before: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
+        self.spec, self.weights, self.dtype, self.state = spec, weights, dtype, state
+        self._all = [param for group in groups for param in group["params"]]
+        self._sizes = [len(group["params"]) for group in groups]
+        indices = [index for index, size in enumerate(self._sizes) for _ in range(size)]
+        for param in self._all:
+            if param.numel() == 0 and "mom" not in state[param]:  # never updated, but checkpoints look for its state
+                state[param].update(init_state(spec, weights, 0, dtype))
+        filled = [param.numel() > 0 for param in self._all]
+        self.params: list[Tensor] = list(compress(self._all, filled))
+        self.groups: list[int] = list(compress(indices, filled))
+        self.states: list[dict[str, Any] | None] = [
+            state[param] if "mom" in state.get(param, {}) else None for param in self.params
+        ]
+        fresh = tensor_lstm.init_rows(spec, weights, 1)
+        self.rows = Rows(
+            *(
+                torch.stack([old["lstm"][name] if old else new[0] for old in self.states] or [new[0]])
+                for name, new in fresh._asdict().items()
+            )
+        )
+        self.stats: Tensor | None = None  # [R, S] of the step before, where they lag
+        if spec.stats == "lagged":
+            new = self.rows.h.new_zeros(spec.features.num_stats)
+            self.stats = torch.stack([old["stats"] if old else new for old in self.states] or [new])
+        self.bind()
+        self.selected: list[int] = []
+        self.mom: list[Tensor] = []  # of the selected ones
+        self.rms: list[Tensor] = []
+        self._selected_states: list[dict[str, Any]] = []
+        self._facts: list[list[Any]] = []
+        self._known = list(state.values())
+
+    def bind(self) -> None:
+        """Make the states show rows of the tables."""
+        views = [value.unbind() for value in self.rows]
+        self._views = [dict(zip(Rows._fields, row, strict=True)) for row in zip(*views, strict=True)]
+        self._stats_views = None if self.stats is None else self.stats.unbind()
+        for index, state in enumerate(self.states):
+            if state is not None:
+                self._show(index, state)
+
+    def _show(self, index: int, state: dict[str, Any]) -> None:
+        state["lstm"] = self._views[index]
+        if self._stats_views is not None:
+            state["stats"] = self._stats_views[index]
+
+    def serve(self, groups: Groups, state: Mapping[Tensor, Any]) -> bool:
+        """Whether parameters and groups are still these, and nobody has cleared or replaced their state."""
+        return (
+            state is self.state
+            and _same(self._all, [param for group in groups for param in group["params"]])
+            and self._sizes == [len(group["params"]) for group in groups]
+            and _same(self._known, self.state.values())
+            and _same(self.mom, map(dict.get, self._selected_states, repeat("mom")))
+        )
+
+    def gradients(self) -> tuple[list[Tensor], bool, bool]:
+        """Gradients of the parameters that have one.
+
+        Returns:
+            The gradients, whether it is other tensors than the selected ones that have one, and whether parameters and
+            gradients have to be checked: it is others, or a dtype, layout, shape or device is not as it was.
+        """
+        grads = list(map(_grad, self.params))
+        given = list(map(is_not, grads, repeat(None)))
+        if all(given):
+            others = len(self.selected) != len(grads)
+        else:
+            grads = list(compress(grads, given))
+            others = self.selected != list(compress(range(len(given)), given))
+        return grads, others, others or self._facts_of(grads) != self._facts
+
+    def _facts_of(self, grads: Sequence[Tensor]) -> list[list[Any]]:
+        facts = [list(map(fact, grads)) for fact in (_layout, _dtype, _shape, _device, type)]
+        facts += [list(map(fact, self.params)) for fact in (_dtype, _shape, _device)]
+        dense = all(map(is_, facts[0], repeat(torch.strided)))
+        in_memory = dense and all(map(Tensor.data_ptr, grads)) and all(map(Tensor.data_ptr, self.params))
+        return [*facts, [in_memory]]
+
+    def accept(self, grads: Sequence[Tensor]) -> None:
+        """Parameters and gradients have been checked; do so again when something has changed."""
+        self._facts = self._facts_of(grads)
+
+    def select(self) -> list[int]:
+        """Take the tensors that have a gradient now, with state for each; returns those that had none before."""
+        self.selected = [index for index, param in enumerate(self.params) if param.grad is not None]
+        new = [index for index in self.selected if self.states[index] is None]
+        for index in new:
+            param = self.params[index]
+            state = self.state[param]
+            state.update(init_state(self.spec, self.weights, param.numel(), self.dtype))
+            self.states[index] = state
+            self._show(index, state)
+        states: list[Any] = [self.states[index] for index in self.selected]
+        self._selected_states = states
+        self.mom, self.rms = [state["mom"] for state in states], [state["rms"] for state in states]
+        self._known = list(self.state.values())
+        return new
+
+    @property
+    def selected_groups(self) -> list[int]:
+        """The param group of each selected parameter."""
+        return [self.groups[index] for index in self.selected]
+
+    @property
+    def selected_params(self) -> list[Tensor]:
+        """The selected parameters."""
+        if len(self.selected) == len(self.params):
+            return self.params
+        return [self.params[index] for index in self.selected]
+
+
+class ReferenceStepper:
+    """Steps by lopt/rule/reference.py."""
+
+    def __init__(self, tensors: Tensors, theta: Theta) -> None:
+        self.tensors, self.spec = tensors, theta.spec
+        self.index = torch.zeros(0, dtype=torch.int64)
+
+    def select(self) -> None:
+        """Take the tensors that have a gradient now."""
+        self.tensors.select()
+        self.index = torch.tensor(self.tensors.selected, dtype=torch.int64, device=self.tensors.rows.h.device)
+
+    def step(
+        self, params: list[Tensor], grads: list[Tensor], groups: Groups, shared: Mapping[str, Tensor], total_steps: int
+    ) -> None:
+        """One step; ``shared`` is the state of all tensors, written, with the losses since the last step in it."""
+        tensors, spec = self.tensors, self.spec
+        like = tensors.weights["initial_h"]
+        everything = len(tensors.selected) == len(tensors.params)
+        stacked = tensors.rows if everything else Rows(*(value[self.index] for value in tensors.rows))
+        before = tensors.stats if tensors.stats is None or everything else tensors.stats[self.index]
+        globals_ = Globals(*(shared[name] for name in Globals._fields))
+        total, count = shared["pending_loss"]
+        with one_thread(like.device):
+            params_, state, trace = reference.update(
+                spec,
+                tensors.weights,
+                reference.State(globals_, stacked, tensors.mom, tensors.rms),
+                params,
+                grads,
+                torch.where(count > 0, total / count, torch.full_like(total, float("nan"))),
+                lr=self._option("lr", groups),
+                weight_decay=self._option("weight_decay", groups),
+                total_steps=float(total_steps),
+                before=before,
+                positions=tensors.selected,
+            )
+        for param, new in zip(params, params_, strict=True):
+            param.copy_(new)
+        for old, new in zip([*tensors.mom, *tensors.rms], [*state.mom, *state.rms], strict=True):
+            old.copy_(new)
+        for old, new in zip(tensors.rows, state.rows, strict=True):
+            old.index_copy_(0, self.index, new)
+        if tensors.stats is not None:
+            tensors.stats.index_copy_(0, self.index, trace["kept"])
+        for name, value in state.globals._asdict().items():
+            shared[name].copy_(value)
+        shared["pending_loss"].zero_()
+        shared["nonfinite"].add_(trace["seen"][:, STATS.index("nonfinite")].sum().to(torch.int64))
+
+    def _option(self, name: str, groups: Groups) -> Tensor:
+        """``[T]`` values of a group option."""
+        like = self.tensors.weights["initial_h"]
+        options = [effective(group)[name] for group in groups]
+        values = [options[self.tensors.groups[index]] for index in self.tensors.selected]
+        return torch.stack([torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in values])
+
+
+class KernelPhases:
+    """The phases of :mod:`lopt.rule.step` by kernels, each a call; the tables have R rows, of which the plan's selected
+    ones count."""
+
+    def __init__(self, plan: kernels.Plan, level: kernels.TensorLevel, step: Tensor, updates: Tensor) -> None:
+        self.plan, self.level, self.number, self.updates = plan, level, step, updates
+        self.kept = plan.stats
+
+    def begin(self) -> None:
+        self.level.start()
+
+    def accumulate(self) -> Tensor:
+        self.before = self.plan.stats.clone() if self.level.lagged else self.plan.stats
+        # In one sweep advance, which counts the step, comes before accumulate.
+        self.plan.set_step(self.number + 1 if self.level.lagged else self.number)
+        return self.plan.run_accumulate()
+
+    def advance(self, stats: Tensor) -> None:
+        seen = stats
+        if self.level.lagged:
+            seen, self.kept = reference.lag(stats, self.before, self.updates)
+        self.level.advance(seen)
+
+    def apply(self) -> Tensor:
+        return self.plan.run_apply()
+
+    def finish(self, means: Tensor) -> None:
+        self.level.finish(means)
+        if self.level.lagged:
+            self.plan.stats.copy_(self.kept)
+        self.level.bind(self.plan)
+
+
+class KernelStepper:
+    """Steps by the compiled kernels, on a GPU five launches: begin, accumulate, advance, apply, finish; with lagged
+    statistics four: begin, advance, one sweep, finish.
+
+    Parameters that are not contiguous pass through a staging copy.
+    """
+
+    def __init__(self, backend: str, tensors: Tensors, theta: Theta, precision: str) -> None:
         spec = theta.spec
-        self.plan = kernels.Plan(backend, spec.feature_set, kernels.contiguous(params), mom, rms, precision=precision)
-        shapes = [tuple(param.shape) for param in params]
-        self.level = level = kernels.TensorLevel(backend, theta, shapes, rows, groups, lagged=before is not None)
-        self.plan.bind_accumulate(level.clip_limit, spec.mom_decays, spec.rms_decays)
-        rows_ = level.clip_limit, level.scale, level.shift, level.bias, level.step_size, level.keep
-        packed = kernels.pack_mlp(spec, weights)
-        self.plan.bind_apply(*rows_, packed, spec.magnitude_rate, spec.feature_clip)
-        level.bind(self.plan)
-        self.decays = spec.mom_decays, spec.rms_decays
-        self.updates, self.operands = rows.updates, (*rows_, packed, spec.magnitude_rate, spec.feature_clip)
-        self.some_first = before is not None and bool((rows.updates == 0).any())
-        if before is not None:
-            self.plan.stats.copy_(before)
+        self.tensors, self.lagged = tensors, spec.stats == "lagged"
+        states = [state or {} for state in tensors.states]
+        self.plan = plan = kernels.Plan(
+            backend,
+            spec.feature_set,
+            kernels.contiguous(tensors.params),
+            [state.get("mom") for state in states],
+            [state.get("rms") for state in states],
+            precision=precision,
+            state_dtype=tensors.dtype,
+        )
+        shapes = [tuple(param.shape) for param in tensors.params]
+        self.level = level = kernels.TensorLevel(
+            backend, theta, shapes, tensors.rows, tensors.groups, lagged=self.lagged
+        )
+        plan.bind_accumulate(level.inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
+        packed = kernels.pack_mlp(spec, tensors.weights)
+        plan.bind_apply(
+            **level.inputs, weights=packed, magnitude_rate=spec.magnitude_rate, feature_clip=spec.feature_clip
+        )
+        self.levels = np.array([level.address])
+        if tensors.stats is not None:
+            plan.stats.copy_(tensors.stats)
+            tensors.stats = plan.stats  # the kernels write there
+            tensors.bind()
+        self.some_first = False
+
+    def select(self) -> None:
+        """Take the tensors that have a gradient now."""
+        tensors = self.tensors
+        for row in tensors.select():
+            state: Any = tensors.states[row]
+            self.plan.hold(row, state["mom"], state["rms"])
+        self.plan.select(tensors.selected)
+        self.level.bind(self.plan)
+        # With lagged statistics, a tensor's first step sees its own, so accumulate comes before advance.
+        self.some_first = self.lagged and bool((tensors.rows.updates[tensors.selected] == 0).any())
 
     def step(
         self,
         params: list[Tensor],
         grads: list[Tensor],
-        groups: list[dict[str, Any]],
-        total_steps: int | None,
+        groups: Groups,
+        shared: Mapping[str, Tensor],
+        total_steps: int,
         loss: Tensor | float | None,
+        unchecked: bool,
     ) -> None:
-        """One whole step; ``groups`` are the optimizer's, whose first holds the state of all tensors."""
+        """One step; ``shared`` is the state of all tensors, written. ``unchecked``: what set_tensors checks may be
+        otherwise than in the step before."""
         plan, level = self.plan, self.level
         copies = kernels.contiguous(params)
-        plan.set_tensors(copies, kernels.contiguous(grads))
-        level.set_options(list(map(effective, groups)), total_steps)
-        level.set_losses(groups[0], loss)
-        plan.set_step(groups[0]["step"])
-        if self.some_first:
-            self._first_step(groups[0]["step"])
+        if unchecked:
+            plan.set_tensors(copies, kernels.contiguous(grads))
         else:
-            kernels.step(plan, level)
+            plan.point(copies, kernels.contiguous(grads))
+        level.set_options(list(map(effective, groups)), total_steps)
+        level.set_losses(shared, loss)
+        if self.some_first:
+            run(KernelPhases(plan, level, shared["step"], self.tensors.rows.updates))
+            self.some_first = False
+        else:
+            plan.set_step(shared["step"])
+            kernels.step(plan, self.levels, self.lagged)
         if copies is not params:
             for param, copy in zip(params, copies, strict=True):
                 if copy is not param:
                     param.copy_(copy)
         torch.autograd.graph.increment_version(params)  # a backward pass that needs the old values must fail
         plan.grads = []  # zero_grad frees their memory
-
-    def _first_step(self, step: Tensor) -> None:
-        """With lagged statistics, while some tensors have none yet: in two sweeps."""
-        plan, level = self.plan, self.level
-        level.start()
-        before = plan.stats.clone()
-        # In one sweep advance, which counts the step, comes before accumulate.
-        stats = plan.accumulate(level.clip_limit, *self.decays, step + 1)
-        seen, kept = reference.lag(stats, before, self.updates)
-        level.advance(seen)
-        level.finish(plan.apply(*self.operands))
-        plan.stats.copy_(kept)
-        level.bind(plan)
-        self.some_first = False

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -55,6 +55,16 @@ class Problem:
         rows = {name: getattr(self, name)[index] for name in ("clip_limit", "bias", "step_size", "keep")}
         conditioning = Conditioning(*(value[index] for value in self.conditioning))
         return dataclasses.replace(self, **lists, **rows, conditioning=conditioning)
+
+
+def fold_bias(spec: ThetaSpec, weights: Mapping[str, Tensor], constant: Tensor) -> Tensor:
+    """First-layer bias ``[T, width]`` with the inputs ``constant`` ``[T, num_constant]`` folded in."""
+    return constant @ weights["mlp.w1"][len(spec.features.columns) :] + weights["mlp.b1"]
+
+
+def feedback_of(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    """Mean MLP outputs for the LSTM ``[T, from_mlp]`` from the mean hidden vector ``[T, width]``."""
+    return hidden @ weights["mlp.w3"][:, 2:] + weights["mlp.b3"][2:]
 
 
 def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,7 +146,7 @@ def random_problem(
         rms,
         clip_limit,
         Conditioning(scale.float(), shift.float(), constant, torch.ones(count)),
-        kernels.fold_bias(spec, weights, constant),
+        fold_bias(spec, weights, constant),
         step_size=0.1 * torch.rand(count, generator=generator),
         keep=1.0 - 0.1 * torch.rand(count, generator=generator),
     )

@@ -61,17 +61,6 @@ def one_parameter(features: FeatureSet) -> tuple[torch.Tensor, ...]:
     )
 
 
-def test_tables_are_the_compiled_ones() -> None:
-    assert kernels._C.feature_sets() == [
-        {"name": "paper", "columns": 23, "moments": 23, "stats": 32, "num_mom": 5, "num_rms": 5},
-        {"name": "compact", "columns": 12, "moments": 6, "stats": 15, "num_mom": 3, "num_rms": 2},
-    ]
-    for facts, (name, features) in zip(kernels._C.feature_sets(), FEATURE_SETS.items(), strict=True):
-        sizes = len(features.columns), len(features.moments), features.num_stats
-        assert (facts["name"], facts["columns"], facts["moments"], facts["stats"]) == (name, *sizes)
-        assert (facts["num_mom"], facts["num_rms"]) == (len(features.mom_decays), len(features.rms_decays))
-
-
 @pytest.mark.parametrize("name", tables.rule_tables())
 def test_another_table_than_the_compiled_one_fails_at_import(name: str) -> None:
     """Two names swapped, one missing, or another number; the message says which table."""

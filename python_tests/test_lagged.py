@@ -119,7 +119,7 @@ def steps(
     opt = LearnedOptimizer(params, lagged(preset), state_dtype=state_dtype, **options)
     run(opt, params, 1)
     for step in (1, 2):
-        opt._active.plan.some_first = apart  # type: ignore[union-attr]  # as if it were the first of some other tensor
+        opt._stepper.some_first = apart  # type: ignore[union-attr]  # as if it were the first of some other tensor
         run(opt, params, 1, first=step)
     return [*(p.detach() for p in params), *(opt.state[p][name] for p in params for name in ("mom", "rms", "stats"))]
 

@@ -29,7 +29,9 @@ from kernel_cases import (
     Run,
     accumulated_of,
     applied_of,
+    feedback_of,
     flat,
+    fold_bias,
     outputs,
     problem_of,
     random_weights,
@@ -373,7 +375,7 @@ def test_a_population_is_its_thetas_one_by_one(backend: Backend, feature_set: st
     batched = {name: torch.stack([theta[name] for theta in thetas]) for name in thetas[0]}
     packed = kernels.pack_mlp(spec, batched)
     assert torch.equal(packed, torch.stack([kernels.pack_mlp(spec, theta) for theta in thetas]))
-    bias = torch.stack([kernels.fold_bias(spec, thetas[i], constant[t]) for t, i in enumerate(theta_index)])
+    bias = torch.stack([fold_bias(spec, thetas[i], constant[t]) for t, i in enumerate(theta_index)])
     problem = dataclasses.replace(problem, bias=bias)
     together = Run(problem, backend, theta_index)
     hidden = together.apply(packed)
@@ -472,7 +474,7 @@ def test_folding_is_exact(feature_set: str) -> None:
     param, mom, rms = flat(problem.params[0], torch.float64), problem.mom[0].double(), problem.rms[0].double()
     _, feedback, x, _ = reference.apply(problem.spec, weights, param, param, mom, rms, row, 0.1, 1.0)
     columns = len(problem.spec.features.columns)
-    folded = kernels.fold_bias(problem.spec, weights, row.constant)
+    folded = fold_bias(problem.spec, weights, row.constant)
     torch.testing.assert_close(
         x[:, :columns] @ weights["mlp.w1"][:columns] + folded,
         x @ weights["mlp.w1"] + weights["mlp.b1"],
@@ -480,4 +482,4 @@ def test_folding_is_exact(feature_set: str) -> None:
         atol=1e-12,
     )
     hidden = torch.relu(torch.relu(x @ weights["mlp.w1"] + weights["mlp.b1"]) @ weights["mlp.w2"] + weights["mlp.b2"])
-    torch.testing.assert_close(kernels.feedback(weights, hidden.mean(dim=0)[None])[0], feedback, rtol=0, atol=1e-12)
+    torch.testing.assert_close(feedback_of(weights, hidden.mean(dim=0)[None])[0], feedback, rtol=0, atol=1e-12)

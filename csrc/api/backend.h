@@ -4,7 +4,6 @@
 #include <string>
 
 #include "api/kernels.h"
-#include "api/spec.h"
 
 namespace lopt {
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "api/backend.h"
+#include "api/step.h"
 
 namespace lopt {
 namespace {
@@ -59,21 +60,43 @@ void level(const std::string& backend, uint64_t params, int device, uint64_t str
   check_ran((backend_of(backend).*operation)(p, Target{1, device, stream}), p.spec->feature_set, p.spec->width);
 }
 
-void step(const std::string& name, uint64_t level, uint64_t accumulating, uint64_t applying, bool lagged,
-          int num_threads, int device, uint64_t stream) {
-  const Backend& backend = backend_of(name);
-  const Target target{num_threads, device, stream};
-  const AdvanceParams& p = *pointer<AdvanceParams>(level);
-  const AccumulateParams& first = *pointer<AccumulateParams>(accumulating);
-  const ApplyParams& second = *pointer<ApplyParams>(applying);
-  const int feature_set = p.spec->feature_set, width = p.spec->width;
-  bool ran = backend.begin(p, target);
-  if (lagged)
-    ran = ran && backend.advance(p, target) && backend.sweep(first, second, feature_set, width, target);
-  else
-    ran = ran && backend.accumulate(first, feature_set, target) && backend.advance(p, target) &&
-          backend.apply(second, feature_set, width, target);
-  check_ran(ran && backend.finish(p, target), feature_set, width);
+// The phases of a back end over one plan and the levels that share it (api/step.h).
+struct BackendPhases {
+  const Backend& backend;
+  const Target target;
+  const uint64_t* levels;  // [num_levels] addresses of AdvanceParams
+  int64_t num_levels;
+  const AccumulateParams& accumulating;
+  const ApplyParams& applying;
+  int feature_set, width;
+
+  void each_level(bool (*operation)(const AdvanceParams&, const Target&)) const {
+    for (int64_t i = 0; i < num_levels; ++i)
+      check_ran(operation(*pointer<AdvanceParams>(levels[i]), target), feature_set, width);
+  }
+  void begin() const { each_level(backend.begin); }
+  void accumulate() const { check_ran(backend.accumulate(accumulating, feature_set, target), feature_set, width); }
+  void advance() const { each_level(backend.advance); }
+  void apply() const { check_ran(backend.apply(applying, feature_set, width, target), feature_set, width); }
+  void sweep() const {
+    check_ran(backend.sweep(accumulating, applying, feature_set, width, target), feature_set, width);
+  }
+  void finish() const { each_level(backend.finish); }
+};
+
+void step(const std::string& backend, uint64_t levels, int64_t num_levels, uint64_t accumulating, uint64_t applying,
+          bool lagged, int num_threads, int device, uint64_t stream) {
+  const uint64_t* addresses = pointer<uint64_t>(levels);
+  const Spec& s = *pointer<AdvanceParams>(addresses[0])->spec;
+  BackendPhases phases{backend_of(backend),
+                       {num_threads, device, stream},
+                       addresses,
+                       num_levels,
+                       *pointer<AccumulateParams>(accumulating),
+                       *pointer<ApplyParams>(applying),
+                       s.feature_set,
+                       s.width};
+  run_step(phases, lagged);
 }
 
 void write_words(const std::string& backend, uint64_t to, const std::vector<int64_t>& words, int device,
@@ -89,21 +112,21 @@ void bind_backends(pybind11::module_& m) {
   m.attr("sanitizer") = LOPT_SANITIZER;          // as in -fsanitize=; or ""
   m.def("accumulate", &accumulate, "backend"_a, "feature_set"_a, "params"_a, "num_threads"_a, "device"_a, "stream"_a,
         py::call_guard<py::gil_scoped_release>(),
-        "Clip gradients, update mom and rms, reduce statistics; see AccumulateParams in csrc/api/kernels.h.");
+        "Clip gradients, update mom and rms, reduce statistics; see AccumulateParams in csrc/api/structs.h.");
   m.def("apply", &apply, "backend"_a, "feature_set"_a, "width"_a, "params"_a, "num_threads"_a, "device"_a, "stream"_a,
         py::call_guard<py::gil_scoped_release>(),
-        "Features, small MLP, parameter update; see ApplyParams in csrc/api/kernels.h.");
+        "Features, small MLP, parameter update; see ApplyParams in csrc/api/structs.h.");
   m.def("sweep", &sweep, "backend"_a, "feature_set"_a, "width"_a, "accumulating"_a, "applying"_a, "num_threads"_a,
         "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "accumulate and apply in one sweep, for operands of apply that do not depend on the statistics.");
-  m.def("step", &step, "backend"_a, "level"_a, "accumulating"_a, "applying"_a, "lagged"_a, "num_threads"_a, "device"_a,
-        "stream"_a, py::call_guard<py::gil_scoped_release>(),
+  m.def("step", &step, "backend"_a, "levels"_a, "num_levels"_a, "accumulating"_a, "applying"_a, "lagged"_a,
+        "num_threads"_a, "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "begin, accumulate, advance, apply and finish; lagged: begin, advance, accumulate and apply in one "
         "sweep, finish.");
   m.def("write_words", &write_words, "backend"_a, "to"_a, "words"_a, "device"_a, "stream"_a,
         "Write 64-bit integers to the device as kernel arguments, for CUDA graphs.");
   m.def("begin", &level<&Backend::begin>, "backend"_a, "params"_a, "device"_a, "stream"_a,
-        "Before accumulate: losses, and the clip limit of this step; see AdvanceParams in csrc/api/spec.h.");
+        "Before accumulate: losses, and the clip limit of this step; see AdvanceParams in csrc/api/structs.h.");
   m.def("advance", &level<&Backend::advance>, "backend"_a, "params"_a, "device"_a, "stream"_a,
         "Tensor level between the two operations.");
   m.def("finish", &level<&Backend::finish>, "backend"_a, "params"_a, "device"_a, "stream"_a,

@@ -17,7 +17,7 @@ void run_chunk(const AccumulateParams& params, int64_t index) {
   AccumulatorOf accumulator{
       params.mom_decay,
       params.rms_decay,
-      params.clip_limit[chunk.tensor],
+      params.clip_limit[tensor.row],
       Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
       Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype == kBFloat16, chunk.begin),
       {Numbers::at(tensor.mom, kRounding, chunk.begin), tensor.stride},
@@ -25,7 +25,7 @@ void run_chunk(const AccumulateParams& params, int64_t index) {
   };
   if (kRounding) {
     const uint64_t key = rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),
-                                      static_cast<uint64_t>(chunk.tensor));
+                                      static_cast<uint64_t>(tensor.row));
     accumulator.words = RoundingWords<AccumulatorOf::kPairs>::of(key, chunk.begin);
     accumulator.first = static_cast<uint32_t>(chunk.begin);
   }
@@ -41,7 +41,8 @@ void merge_tensor(const AccumulateParams& params, int64_t t) {
     merge_partials<Features, double>(total, static_cast<double>(begin), total + begin / kChunk * kNumStats<Features>,
                                      static_cast<double>(left < kChunk ? left : kChunk));
   }
-  finish_stats<Features, double>(total, static_cast<double>(tensor.numel), params.stats + t * kNumStats<Features>);
+  finish_stats<Features, double>(total, static_cast<double>(tensor.numel),
+                                 params.stats + tensor.row * kNumStats<Features>);
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ bool begin(const AdvanceParams& p, const Target&) {
   const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
   observe_pending(p.pending_loss, p.new_train ? *p.new_train : p.train_value);
   observe_valid(*p.spec, g, p.new_valid ? *p.new_valid : p.valid_value);
-  std::fill_n(p.clip_limit, p.num_tensors, clip_limit(*p.spec, g));
+  const float limit = clip_limit(*p.spec, g);
+  for (int64_t i = 0; i < p.num_tensors; ++i) p.clip_limit[p.rows[i]] = limit;
   return true;
 }
 
@@ -24,8 +25,9 @@ bool advance(const AdvanceParams& p, const Target&) {
     const int tensors = static_cast<int>(p.num_tensors);
     const ThetaView theta(s, Features::kNumColumns, p.theta);
     const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
-    TensorLevel level{tensors, p.shapes, p.h,         p.c,     p.feedback, p.initial_scale, p.updates, p.stats, p.scale,
-                      p.shift, p.bias,   p.step_size, nullptr, nullptr,    nullptr,         nullptr,   nullptr};
+    TensorLevel level{tensors,         p.rows,    p.shapes, p.h,     p.c,     p.feedback,
+                      p.initial_scale, p.updates, p.stats,  p.scale, p.shift, p.bias,
+                      p.step_size,     nullptr,   nullptr,  nullptr, nullptr, nullptr};
     Arena count{nullptr};
     take_scratch(s, level, count);
     static thread_local std::vector<float> memory;  // kept between steps
@@ -38,7 +40,8 @@ bool advance(const AdvanceParams& p, const Target&) {
     const LstmCell cell{theta, s.num_lstm_input(), s.lstm_width, level.gates, level.activation};
     const double nonfinite = lopt::advance<Features>(s, theta, g, level, loss, *p.total_steps, cell);
     *p.nonfinite += static_cast<int64_t>(nonfinite);
-    for (int t = 0; t < tensors; ++t) {
+    for (int i = 0; i < tensors; ++i) {
+      const int64_t t = p.rows[i];
       p.step_size[t] = scaled_step(p.step_size[t], p.lr[t]);
       p.keep[t] = 1.0f - p.lr[t] * p.decay[t];
     }
@@ -49,8 +52,10 @@ bool finish(const AdvanceParams& p, const Target&) {
   const Spec& s = *p.spec;
   return with_kernel(s.feature_set, s.width, [&](auto features, auto) {
     const ThetaView theta(s, decltype(features)::kNumColumns, p.theta);
-    for (int64_t t = 0; t < p.num_tensors; ++t)
+    for (int64_t i = 0; i < p.num_tensors; ++i) {
+      const int64_t t = p.rows[i];
       next_feedback(s, theta, p.hidden + t * s.width, p.feedback + t * s.from_mlp);
+    }
   });
 }
 

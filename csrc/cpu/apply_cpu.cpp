@@ -12,21 +12,21 @@ template <class Features, int kWidth>
 void run_chunk(const ApplyParams& params, int64_t index) {
   constexpr int kColumns = Features::kNumColumns;
   const Chunk chunk = params.chunks[index];
-  const int64_t t = chunk.tensor;
-  const TensorEntry& tensor = params.tensors[t];
+  const TensorEntry& tensor = params.tensors[chunk.tensor];
+  const int64_t row = tensor.row;
   const int64_t left = tensor.numel - chunk.begin;
   const Applier<Features, kWidth> applier{
       Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
-      Numbers::at(params.grads[t], tensor.grad_dtype == kBFloat16, chunk.begin),
+      Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype == kBFloat16, chunk.begin),
       {Numbers::at(tensor.mom, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
       {Numbers::at(tensor.rms, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
-      params.scale + t * kColumns,
-      params.shift + t * kColumns,
-      params.bias + t * kWidth,
+      params.scale + row * kColumns,
+      params.shift + row * kColumns,
+      params.bias + row * kWidth,
       params.weights + tensor.theta * MlpLayout<kColumns, kWidth>::kSize,
-      params.clip_limit[t],
-      params.keep[t],
-      params.step_size[t],
+      params.clip_limit[row],
+      params.keep[row],
+      params.step_size[row],
       params.magnitude_rate,
       params.feature_clip,
   };
@@ -40,7 +40,7 @@ void merge_tensor(const ApplyParams& params, int64_t t) {
     double total = 0.0;
     for (int64_t begin = 0; begin < tensor.numel; begin += kChunk)
       total += params.partials[(tensor.first_chunk + begin / kChunk) * kWidth + j];
-    params.hidden[t * kWidth + j] = static_cast<float>(total / static_cast<double>(tensor.numel));
+    params.hidden[tensor.row * kWidth + j] = static_cast<float>(total / static_cast<double>(tensor.numel));
   }
 }
 

@@ -7,7 +7,7 @@
 // Source: arXiv:2009.11243, appendix C.2 to C.4, and the author's port (`PaperInputs`).
 #pragma once
 
-#include "api/spec.h"
+#include "api/kernels.h"
 #include "rule/losses.h"
 
 namespace lopt {

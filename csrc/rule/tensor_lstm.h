@@ -41,6 +41,7 @@ LOPT_HD void observe_valid(const Spec& s, const Globals& g, float loss) {
 // What `advance` reads and writes for the T tensors; see AdvanceParams.
 struct TensorLevel {
   int num_tensors;
+  const int64_t* rows;  // [num_tensors] of what follows; null: all of them
   const TensorShape* shapes;
   float *h, *c, *feedback, *initial_scale, *updates;
   const float* stats;
@@ -51,6 +52,8 @@ struct TensorLevel {
   float* gates;       // [4 lstm_width, or from_lstm if more, and padding]
   float* constant;    // [num_constant]
   float* activation;  // [lstm_width and padding]
+
+  LOPT_HD int64_t row(int i) const { return rows ? rows[i] : i; }
 };
 
 // See Note [Team].
@@ -205,12 +208,13 @@ double advance(const Spec& s, const ThetaView& theta, const Globals& g, const Te
   const OneThread team;
   const int tensors = level.num_tensors;
   double sums[kNumSums]{};
-  for (int t = 0; t < tensors; ++t) add_to_sums(level.shapes[t], level.stats + int64_t{t} * kStats, sums);
+  for (int i = 0; i < tensors; ++i) add_to_sums(level.shapes[level.row(i)], level.stats + level.row(i) * kStats, sums);
   const Shared shared = advance_shared(s, g, sums, tensors, loss);
   time_inputs(team, s, *g.step, total_steps, level.constant);
   for (int i = 0; i < s.from_lstm; ++i) level.from_lstm[i] = 0;
   float corrections[Features::kNumMom + Features::kNumRms]{}, corrected_for = 0;
-  for (int t = 0; t < tensors; ++t) {
+  for (int i = 0; i < tensors; ++i) {
+    const int t = static_cast<int>(level.row(i));
     level.updates[t] += 1;
     if (level.updates[t] != corrected_for) {  // mostly the same for all tensors
       corrected_for = level.updates[t];
@@ -220,7 +224,7 @@ double advance(const Spec& s, const ThetaView& theta, const Globals& g, const Te
     advance_row<Features>(team, s, theta, g, shared, level, t, level.updates[t], level.stats + int64_t{t} * kStats,
                           corrections, level.h + int64_t{t} * s.lstm_width, level.c + int64_t{t} * s.lstm_width,
                           to_lstm, lstm);
-    for (int i = 0; i < s.from_lstm; ++i) level.from_lstm[i] += to_lstm[i] / static_cast<float>(tensors);
+    for (int j = 0; j < s.from_lstm; ++j) level.from_lstm[j] += to_lstm[j] / static_cast<float>(tensors);
   }
   for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] = level.from_lstm[i];
   *g.step += 1;

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "api/spec.h"
+#include "api/kernels.h"
 
 namespace lopt {
 
@@ -17,29 +17,37 @@ enum Loss : int64_t { kSoftmax, kSquaredError };  // means over rows, and over r
 enum Split { kTrain, kInnerValid, kOuterValid, kNumSplits };
 
 // A perceptron and its data. Parameters are w0 [in, out], b0 [out], w1, b1, ... in one vector.
+using Sizes = int64_t[kMaxLayers + 1];
+using PerSplit = int64_t[kNumSplits];
+using Keys = uint64_t[kNumSplits];
+#define LOPT_PROBLEM(FIELD)                                          \
+  FIELD(int64_t, num_layers)                                         \
+  FIELD(Sizes, sizes)        /* inputs, hidden widths, outputs */    \
+  FIELD(int64_t, activation) /* enum Activation */                   \
+  FIELD(int64_t, loss)       /* enum Loss */                         \
+  FIELD(int64_t, batch)                                              \
+  FIELD(PerSplit, rows)                                              \
+  FIELD(PerSplit, inputs)  /* addresses of float [rows, sizes[0]] */ \
+  FIELD(PerSplit, targets) /* addresses of int64 [rows] labels, or float [rows, outputs] */
 struct Problem {
-  int64_t num_layers;
-  int64_t sizes[kMaxLayers + 1];  // inputs, hidden widths, outputs
-  int64_t activation;             // enum Activation
-  int64_t loss;                   // enum Loss
-  int64_t batch;
-  int64_t rows[kNumSplits];
-  int64_t inputs[kNumSplits];   // addresses of float [rows, sizes[0]]
-  int64_t targets[kNumSplits];  // addresses of int64 [rows] labels, or float [rows, outputs]
+  LOPT_PROBLEM(LOPT_MEMBER)
 };
 
+#define LOPT_RUN(FIELD)                                                                                         \
+  FIELD(int64_t, problem)       /* row of the problem table */                                                  \
+  FIELD(int64_t, theta)         /* row of the theta matrix */                                                   \
+  FIELD(int64_t, state)         /* address of state_floats(...) floats */                                       \
+  FIELD(Keys, keys)             /* of the minibatch streams */                                                  \
+  FIELD(int64_t, steps)         /* how many to run now */                                                       \
+  FIELD(int64_t, valid_every)   /* steps between validation losses for the optimizer */                         \
+  FIELD(int64_t, valid_batches) /* minibatches that a validation loss is the mean over */                       \
+  FIELD(int64_t, loss_every)    /* steps between outer_valid losses */                                          \
+  FIELD(double, total_steps)    /* told to the optimizer; 0: unknown */                                         \
+  FIELD(int64_t,                                                                                                \
+        outer_losses) /* address of float [steps / loss_every], written: after the update; NaN once diverged */ \
+  FIELD(int64_t, train_losses) /* address of float [steps], written: before the update; NaN once diverged */
 struct Run {
-  int64_t problem;           // row of the problem table
-  int64_t theta;             // row of the theta matrix
-  int64_t state;             // address of state_floats(...) floats
-  int64_t keys[kNumSplits];  // of the minibatch streams
-  int64_t steps;             // how many to run now
-  int64_t valid_every;       // steps between validation losses for the optimizer
-  int64_t valid_batches;     // minibatches that a validation loss is the mean over
-  int64_t loss_every;        // steps between outer_valid losses
-  double total_steps;        // told to the optimizer; 0: unknown
-  int64_t outer_losses;      // address of float [steps / loss_every], written: after the update; NaN once diverged
-  int64_t train_losses;      // address of float [steps], written: before the update; NaN once diverged
+  LOPT_RUN(LOPT_MEMBER)
 };
 
 // Row `i` of minibatch `step` of a stream, among `rows`: a counter-based generator (splitmix64's finaliser), so that any

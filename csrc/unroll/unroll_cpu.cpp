@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "api/step.h"
 #include "cpu/accumulate_block.h"
 #include "cpu/apply_block.h"
 #include "cpu/lstm_cell.h"
@@ -146,7 +147,7 @@ struct Engine {
   int tensors;
   int64_t params;
   Perceptron perceptron;
-  float *grad, *stats, *packed;
+  float *grad, *stats, *packed, *hidden;
   TensorShape* shapes;
   TensorLevel level{};
 
@@ -159,6 +160,7 @@ struct Engine {
     grad = arena.take(params);
     stats = arena.take(int64_t{tensors} * kStats);
     packed = arena.take(MlpLayout<kColumns, kWidth>::kSize);
+    hidden = arena.take(int64_t{tensors} * kWidth);
     shapes =
         reinterpret_cast<TensorShape*>(arena.take(tensors * static_cast<int64_t>(sizeof(TensorShape) / sizeof(float))));
     level.num_tensors = tensors;
@@ -179,45 +181,74 @@ struct Engine {
     }
   }
 
-  void optimizer_step(const ThetaView& theta, const RunState& state, float loss, float total_steps) {
-    const float limit = clip_limit(s, state.globals);
-    int64_t offset = 0;
-    for (int t = 0; t < tensors; offset += shapes[t].numel, ++t) {
-      double total[kStats];
-      const Accumulator<Features> accumulator{s.mom_decay,
-                                              s.rms_decay,
-                                              limit,
-                                              {state.param + offset},
-                                              {grad + offset},
-                                              {{state.mom + offset}, params},
-                                              {{state.rms + offset}, params}};
-      accumulator.run(shapes[t].numel, total);
-      finish_stats<Features, double>(total, static_cast<double>(shapes[t].numel), stats + int64_t{t} * kStats);
+  // The phases of one step (api/step.h).
+  struct Step {
+    Engine& engine;
+    const ThetaView& theta;
+    const RunState& state;
+    float loss, total_steps, limit;
+
+    // f(t, first parameter, number of parameters) for every tensor
+    template <class Function>
+    void for_tensors(const Function& f) const {
+      int64_t offset = 0;
+      for (int t = 0; t < engine.tensors; offset += engine.shapes[t].numel, ++t) f(t, offset, engine.shapes[t].numel);
     }
-    const LstmCell cell{theta, s.num_lstm_input(), s.lstm_width, level.gates, level.activation};
-    advance<Features>(s, theta, state.globals, level, loss, total_steps, cell);
-    offset = 0;
-    for (int t = 0; t < tensors; offset += shapes[t].numel, ++t) {
-      double total[kWidth];
-      float hidden[kWidth];
-      const Applier<Features, kWidth> applier{{state.param + offset},
-                                              {grad + offset},
-                                              {{state.mom + offset}, params},
-                                              {{state.rms + offset}, params},
-                                              level.scale + t * kColumns,
-                                              level.shift + t * kColumns,
-                                              level.bias + t * kWidth,
-                                              packed,
-                                              limit,
-                                              1.0f,
-                                              level.step_size[t],
-                                              s.magnitude_rate,
-                                              s.feature_clip};
-      applier.run(shapes[t].numel, total);
-      for (int j = 0; j < kWidth; ++j) hidden[j] = static_cast<float>(total[j] / static_cast<double>(shapes[t].numel));
-      next_feedback(s, theta, hidden, level.feedback + int64_t{t} * s.from_mlp);
+
+    void begin() { limit = clip_limit(engine.s, state.globals); }
+
+    void accumulate() const {
+      for_tensors([&](int t, int64_t offset, int64_t numel) {
+        double total[kStats];
+        const Accumulator<Features> accumulator{engine.s.mom_decay,
+                                                engine.s.rms_decay,
+                                                limit,
+                                                {state.param + offset},
+                                                {engine.grad + offset},
+                                                {{state.mom + offset}, engine.params},
+                                                {{state.rms + offset}, engine.params}};
+        accumulator.run(numel, total);
+        finish_stats<Features, double>(total, static_cast<double>(numel), engine.stats + int64_t{t} * kStats);
+      });
     }
-  }
+
+    void advance() const {
+      const LstmCell cell{theta, engine.s.num_lstm_input(), engine.s.lstm_width, engine.level.gates,
+                          engine.level.activation};
+      lopt::advance<Features>(engine.s, theta, state.globals, engine.level, loss, total_steps, cell);
+    }
+
+    void apply() const {
+      const TensorLevel& level = engine.level;
+      for_tensors([&](int t, int64_t offset, int64_t numel) {
+        double total[kWidth];
+        const Applier<Features, kWidth> applier{{state.param + offset},
+                                                {engine.grad + offset},
+                                                {{state.mom + offset}, engine.params},
+                                                {{state.rms + offset}, engine.params},
+                                                level.scale + t * kColumns,
+                                                level.shift + t * kColumns,
+                                                level.bias + t * kWidth,
+                                                engine.packed,
+                                                limit,
+                                                1.0f,
+                                                level.step_size[t],
+                                                engine.s.magnitude_rate,
+                                                engine.s.feature_clip};
+        applier.run(numel, total);
+        for (int j = 0; j < kWidth; ++j)
+          engine.hidden[t * kWidth + j] = static_cast<float>(total[j] / static_cast<double>(numel));
+      });
+    }
+
+    void sweep() const {}  // lagged statistics: the engine refuses them (lopt/meta/engine.py)
+
+    void finish() const {
+      for (int t = 0; t < engine.tensors; ++t)
+        next_feedback(engine.s, theta, engine.hidden + t * kWidth,
+                      engine.level.feedback + int64_t{t} * engine.s.from_mlp);
+    }
+  };
 
   void run(const Run& r, const float* theta_row) {
     const ThetaView theta(s, kColumns, theta_row);
@@ -248,7 +279,8 @@ struct Engine {
         alive = std::isfinite(train[i]);
         if (alive) {
           perceptron.backward(grad);
-          optimizer_step(theta, state, train[i], static_cast<float>(r.total_steps));
+          Step step_phases{*this, theta, state, train[i], static_cast<float>(r.total_steps), 0.0f};
+          run_step(step_phases);
         }
       }
       if ((i + 1) % r.loss_every == 0) {

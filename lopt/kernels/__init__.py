@@ -3,6 +3,7 @@
 from lopt.kernels.extension import (
     _C,
     BACKENDS,
+    FEATURE_SET_INDEX,
     NOT_BUILT,
     WIDTHS,
     has_cuda,
@@ -11,9 +12,8 @@ from lopt.kernels.extension import (
     simd_selected,
     source_sha256,
 )
-from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, contiguous, feedback, fold_bias, pack_mlp, step
-from lopt.kernels.structs import FEATURE_SET_INDEX
-from lopt.kernels.tensor_level import SHARED, TensorLevel, apply_inputs
+from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, contiguous, pack_mlp
+from lopt.kernels.tensor_level import SHARED, TensorLevel, apply_inputs, step
 
 __all__ = [
     "BACKENDS",
@@ -28,8 +28,6 @@ __all__ = [
     "TensorLevel",
     "apply_inputs",
     "contiguous",
-    "feedback",
-    "fold_bias",
     "has_cuda",
     "is_compiled",
     "module_of",

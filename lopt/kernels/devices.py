@@ -1,4 +1,4 @@
-"""Where kernels run and how small tables get there."""
+"""Where kernels run, and how small tables get there."""
 
 import numpy as np
 import torch
@@ -7,11 +7,11 @@ from torch import Tensor
 from lopt.kernels.extension import module_of
 
 
-def stream_of(device: torch.device) -> dict[str, int]:
+def stream_of(device: torch.device) -> tuple[int, int]:
     """Where kernels run: the device's index and its current stream."""
     if device.type != "cuda":
-        return {"device": 0, "stream": 0}
-    return {"device": device.index or 0, "stream": torch.cuda.current_stream(device).cuda_stream}
+        return 0, 0
+    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -19,13 +19,33 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def upload(table: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of ``table`` on the device, without waiting for it."""
-    host = torch.from_numpy(np.ascontiguousarray(table))
-    if device.type == "cpu" or host.numel() == 0:
-        return host.to(device, copy=True)
+class Table:
+    """A NumPy array that kernels read: on the CPU as it is, on a GPU the copy that :meth:`send` makes.
+
+    Args:
+        host: contiguous; write to it, then call :meth:`send`.
+    """
+
+    def __init__(self, host: np.ndarray, device: torch.device) -> None:
+        self.host, self.device = host, device
+        self.copy: Tensor | None = None
+        self.address = host.ctypes.data
+        self.send()
+
+    def send(self) -> int:
+        """Let kernels see what is in ``host`` now, without waiting for it; the address where they do."""
+        if self.device.type != "cpu":
+            self.copy = _upload(self.host, self.device)
+            self.address = self.copy.data_ptr()
+        return self.address
+
+
+def _upload(table: np.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(table.reshape(-1).view(np.int64))
+    if host.numel() == 0:
+        return host.to(device)
     if is_capturing(device):  # what the host holds now must be part of the graph: kernel arguments are
         words = torch.empty_like(host, device=device)
-        module_of("cuda").write_words("cuda", words.data_ptr(), host.reshape(-1).tolist(), **stream_of(device))
+        module_of("cuda").write_words("cuda", words.data_ptr(), host.tolist(), *stream_of(device))
         return words
     return host.pin_memory().to(device, non_blocking=True)

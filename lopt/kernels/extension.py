@@ -1,4 +1,4 @@
-"""The door to the compiled modules: whether they are there, which one serves a back end, that Python agrees with them.
+"""The door to the compiled modules: whether they are there, and which one serves a back end.
 
 ``lopt._C`` has the back ends ``cpu`` and ``cuda`` and the unroll engine, ``lopt._sim`` has ``sim``, which only tests
 need. Without them lopt is imported all the same, and computes by lopt/rule/reference.py.
@@ -8,13 +8,12 @@ import importlib
 from functools import cache
 from types import ModuleType
 
-from lopt.kernels.structs import ACCUMULATE, ADVANCE, APPLY, FEATURE_SET_INDEX, SHAPE, SPEC, check_sizes
-from lopt.kernels.tables import check_tables
 from lopt.rule.features import FEATURE_SETS
 from lopt.rule.spec import ThetaSpec
 
 BACKENDS = ("cpu", "cuda", "sim")
 WIDTHS = (8, 16, 32)
+FEATURE_SET_INDEX = {name: index for index, name in enumerate(FEATURE_SETS)}
 _BUILD = "in its source folder run: {}pip install --no-build-isolation --no-deps -e ."
 
 try:
@@ -24,30 +23,6 @@ except ImportError as error:
     NOT_BUILT = f"lopt was not built ({error}); {_BUILD.format('')}"
 else:
     NOT_BUILT = ""
-    for _facts, _features in zip(_C.feature_sets(), FEATURE_SETS.values(), strict=True):
-        _expected = {
-            "name": _features.name,
-            "columns": len(_features.columns),
-            "moments": len(_features.moments),
-            "stats": _features.num_stats,
-            "num_mom": len(_features.mom_decays),
-            "num_rms": len(_features.rms_decays),
-        }
-        if _facts != _expected:
-            raise ImportError(
-                f"lopt._C has feature set {_facts}, lopt/rule/features.py {_expected}: rebuild the extension"
-            )
-    check_tables(_C.rule_tables())
-    check_sizes(
-        _C.struct_sizes(),
-        {
-            "AccumulateParams": ACCUMULATE,
-            "ApplyParams": APPLY,
-            "Spec": SPEC,
-            "TensorShape": SHAPE,
-            "AdvanceParams": ADVANCE,
-        },
-    )
 
 
 def module_of(backend: str) -> ModuleType:

@@ -10,24 +10,23 @@ are constant in a tensor are folded into a bias per tensor, and the MLP outputs 
 once per tensor from the mean hidden vector.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lopt.kernels import devices
-from lopt.kernels.devices import stream_of, upload
-from lopt.kernels.extension import WIDTHS, module_of, packed_weights
-from lopt.kernels.structs import ACCUMULATE, APPLY, FEATURE_SET_INDEX
-from lopt.kernels.tensor_level import TensorLevel
+from lopt.kernels.devices import Table, stream_of
+from lopt.kernels.extension import FEATURE_SET_INDEX, WIDTHS, module_of, packed_weights
+from lopt.kernels.structs import ACCUMULATE, APPLY, CHUNK, ENTRY
 from lopt.rule.features import FEATURE_SETS
 from lopt.rule.spec import ThetaSpec
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 PRECISIONS = ("exact", "high", "fast")
+_dtype = attrgetter("dtype")
 
 
 def pack_mlp(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> Tensor:
@@ -51,16 +50,6 @@ def pack_mlp(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> Tensor:
     return torch.nn.functional.pad(flat, (0, size - flat.shape[-1])).contiguous()
 
 
-def fold_bias(spec: ThetaSpec, weights: Mapping[str, Tensor], constant: Tensor) -> Tensor:
-    """First-layer bias ``[T, width]`` with the inputs ``constant`` ``[T, num_constant]`` folded in."""
-    return constant @ weights["mlp.w1"][len(spec.features.columns) :] + weights["mlp.b1"]
-
-
-def feedback(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-    """Mean MLP outputs for the LSTM ``[T, from_mlp]`` from the mean hidden vector ``[T, width]``."""
-    return hidden @ weights["mlp.w3"][:, 2:] + weights["mlp.b3"][2:]
-
-
 def _check(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], numel: int, device: torch.device) -> None:
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
@@ -71,15 +60,6 @@ def _check(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], numel: int,
         raise ValueError(f"{name}: expected {numel} elements, got {tensor.numel()}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}; pass x.contiguous()")
-
-
-# What is checked of every tensor; `map` over these reads an attribute of a thousand tensors in 40 microseconds.
-_FACTS: tuple[Callable[[Tensor], Any], ...] = (
-    attrgetter("dtype"),
-    attrgetter("device"),
-    Tensor.numel,
-    Tensor.is_contiguous,
-)
 
 
 def contiguous(tensors: list[Tensor]) -> list[Tensor]:
@@ -102,11 +82,16 @@ class Plan:
         feature_set: a key of ``FEATURE_SETS``.
         params: contiguous, non-empty float32 or bfloat16 tensors on one device, written by :meth:`apply`.
         mom, rms: contiguous ``[num_mom, numel]`` and ``[num_rms, numel]`` for each, all float32 or all bfloat16;
-            :meth:`accumulate` writes, and rounds bfloat16 stochastically (csrc/rule/rounding.h).
+            :meth:`accumulate` writes, and rounds bfloat16 stochastically (csrc/rule/rounding.h). None for a tensor
+            that has no state yet: :meth:`hold` gives it one, before it is selected.
         theta_index: for each tensor the row of the MLP weights that drives it; zeros by default.
         precision: of the small MLP in the CUDA kernels. ``"exact"`` is plain float32; ``"high"`` splits a float32 into
             two halves for tensor cores and keeps its accuracy; ``"fast"`` rounds to 11 bits.
         seed: chooses, with the step and the position of an element, how a bfloat16 state is rounded.
+        state_dtype: of ``mom`` and ``rms``; needed where all are None.
+
+    Tables over tensors (``stats``, ``hidden``, the operands of :meth:`apply`) have a row for each of the R tensors; the
+    operations read and write those of the selected ones.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, device, size or layout, named with its position.
@@ -117,11 +102,12 @@ class Plan:
         backend: str,
         feature_set: str,
         params: Sequence[Tensor],
-        mom: Sequence[Tensor],
-        rms: Sequence[Tensor],
+        mom: Sequence[Tensor | None],
+        rms: Sequence[Tensor | None],
         theta_index: Sequence[int] | None = None,
         precision: str = "high",
         seed: int = 0,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         self.module = module_of(backend)
         if precision not in PRECISIONS:
@@ -138,97 +124,115 @@ class Plan:
         self.device = params[0].device
         if self.device.type != ("cuda" if backend == "cuda" else "cpu"):
             raise ValueError(f"params[0]: on {self.device}, which back end {backend!r} cannot reach; use impl='auto'")
-        sizes = [param.numel() for param in params]
-        decays = len(self.features.mom_decays), len(self.features.rms_decays)
-        self.state_dtype = mom[0].dtype
-        state_dtypes = (self.state_dtype,) if self.state_dtype in DTYPES else tuple(DTYPES)
+        self.sizes = [param.numel() for param in params]
+        given = [m.dtype for m in mom if m is not None]
+        self.state_dtype = state_dtype or (given[0] if given else torch.float32)
+        self.num_rows = len(self.sizes)
+        self.all_entries = np.zeros(self.num_rows, ENTRY)
+        self.all_entries["numel"] = self.all_entries["stride"] = self.sizes
+        self.all_entries["theta"], self.all_entries["row"] = theta_index, np.arange(self.num_rows)
+        self.chunks_of = -(-np.array(self.sizes, dtype=np.int64) // self.module.chunk)
+        self.keep_alive: dict[int, tuple[Tensor, Tensor]] = {}
         for i, (param, m, r) in enumerate(zip(params, mom, rms, strict=True)):
-            if sizes[i] == 0:
+            if self.sizes[i] == 0:
                 raise ValueError(f"params[{i}]: empty; leave empty tensors out")
-            _check(f"params[{i}]", param, tuple(DTYPES), sizes[i], self.device)
-            _check(f"mom[{i}]", m, state_dtypes, decays[0] * sizes[i], self.device)
-            _check(f"rms[{i}]", r, state_dtypes, decays[1] * sizes[i], self.device)
-        self.sizes = sizes
-        self.param_addresses = [param.data_ptr() for param in params]
-        self.keep_alive = (list(mom), list(rms))
+            _check(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
+            self.all_entries[i]["param"], self.all_entries[i]["param_dtype"] = param.data_ptr(), DTYPES[param.dtype]
+            if m is not None and r is not None:
+                self.hold(i, m, r)
 
-        chunk = self.module.chunk
-        chunks_of = [-(-size // chunk) for size in sizes]
-        first = np.concatenate([[0], np.cumsum(chunks_of)]).astype(np.int64)
-        owner = np.repeat(np.arange(len(sizes), dtype=np.int64), chunks_of)
-        begin = (np.arange(first[-1], dtype=np.int64) - first[owner]) * chunk
-        self.table = np.stack(
-            [
-                np.array(self.param_addresses, dtype=np.int64),
-                np.array([m.data_ptr() for m in mom], dtype=np.int64),
-                np.array([r.data_ptr() for r in rms], dtype=np.int64),
-                np.array(sizes, dtype=np.int64),
-                np.array(sizes, dtype=np.int64),  # stride between accumulator planes
-                first[:-1],
-                np.array(theta_index, dtype=np.int64),
-                np.array([DTYPES[param.dtype] for param in params], dtype=np.int64),  # high half: that of the gradient
-            ],
-            axis=1,
-        )
-        self.num_tensors, self.num_chunks = len(sizes), int(first[-1])
-        self.chunks = upload(np.stack([owner, begin], axis=1), self.device)
-        self.tensors = upload(self.table, self.device)
-        self.finished = torch.zeros(self.num_tensors, dtype=torch.int32, device=self.device)
-        self.stats = torch.empty(self.num_tensors, self.features.num_stats, device=self.device, dtype=torch.float32)
+        num_chunks = int(self.chunks_of.sum())
+        self.finished = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)
+        self.stats = torch.zeros(self.num_rows, self.features.num_stats, device=self.device, dtype=torch.float32)
         self.hidden = self.stats.new_empty(0)
         self.partials, self.hidden_partials = (
-            torch.empty(self.num_chunks, columns, device=self.device, dtype=torch.float64)
+            torch.empty(num_chunks, columns, device=self.device, dtype=torch.float64)
             for columns in (self.features.num_stats, max(WIDTHS))
         )
-        self.grads: Sequence[Tensor] = []
-        self.grad_addresses: list[int] = []
-        self.grad_table = torch.empty(0)
-        self.captured: list[tuple[Tensor, Tensor]] = []  # tables that CUDA graphs read
-        self._checked: list[list[Any]] = []
+        self.captured: list[list[Tensor | None]] = []  # tables that CUDA graphs read
         self._operands: dict[str, list[Tensor]] = {}
         self._accumulate, self._apply = np.zeros((), ACCUMULATE), np.zeros((), APPLY)
         for record in (self._accumulate, self._apply):
-            record["num_tensors"], record["num_chunks"] = self.num_tensors, self.num_chunks
-            record["state_dtype"] = DTYPES[self.state_dtype]
-            for name in ("tensors", "chunks", "partials", "finished"):
-                record[name] = getattr(self, name).data_ptr()
+            record["state_dtype"] = DTYPES.get(self.state_dtype, 0)
+            record["finished"] = self.finished.data_ptr()
+        self._accumulate["partials"] = self.partials.data_ptr()
         self._apply["partials"] = self.hidden_partials.data_ptr()
         self._accumulate["stats"], self._apply["precision"] = self.stats.data_ptr(), self.precision
         self._accumulate["seed"] = seed
         #: Addresses of AccumulateParams and ApplyParams.
         self.addresses = self._accumulate.ctypes.data, self._apply.ctypes.data
+        self.select(None)
+
+    def hold(self, row: int, mom: Tensor, rms: Tensor) -> None:
+        """Give tensor ``row`` its accumulators."""
+        dtypes = (self.state_dtype,) if self.state_dtype in DTYPES else tuple(DTYPES)
+        decays = len(self.features.mom_decays), len(self.features.rms_decays)
+        for name, tensor, planes in (("mom", mom, decays[0]), ("rms", rms, decays[1])):
+            _check(f"{name}[{row}]", tensor, dtypes, planes * self.sizes[row], self.device)
+            self.all_entries[row][name] = tensor.data_ptr()
+        self.keep_alive[row] = mom, rms
+
+    def select(self, rows: Sequence[int] | None) -> None:
+        """Let the operations work on these tensors, in ascending order; None selects all."""
+        chosen = np.arange(self.num_rows) if rows is None else np.array(rows, dtype=np.int64)
+        chunks_of = self.chunks_of[chosen]
+        first = np.concatenate([[0], np.cumsum(chunks_of)]).astype(np.int64)
+        chunks = np.zeros(int(first[-1]), CHUNK)
+        chunks["tensor"] = owner = np.repeat(np.arange(len(chosen)), chunks_of)
+        chunks["begin"] = (np.arange(len(chunks)) - first[owner]) * self.module.chunk
+        entries = self.all_entries[chosen]
+        entries["first_chunk"] = first[:-1]
+        self.num_tensors, self.num_chunks = len(chosen), len(chunks)
+        self.rows, self.chunks = Table(chosen, self.device), Table(chunks, self.device)
+        self.tensors = Table(entries, self.device)
+        self.grads: Sequence[Tensor] = []
+        self.grad_table = Table(np.zeros(len(chosen), dtype=np.int64), self.device)
+        self.grad_addresses: list[int] = []
+        self._pointed: tuple[list[int], list[torch.dtype], list[torch.dtype]] | None = None
+        for record in (self._accumulate, self._apply):
+            record["num_tensors"], record["num_chunks"] = self.num_tensors, self.num_chunks
+            record["tensors"], record["chunks"] = self.tensors.address, self.chunks.address
 
     def set_tensors(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Point the plan to this step's gradients, and to the parameters in case they moved."""
+        """Check this step's gradients of the selected tensors, and the parameters, which may have moved, and point the
+        plan to them."""
         _check_length("params", len(params), self.num_tensors)
         _check_length("grads", len(grads), self.num_tensors)
+        sizes = self.tensors.host["numel"].tolist()
+        for name, tensors in (("params", params), ("grads", grads)):
+            for i, (tensor, numel) in enumerate(zip(tensors, sizes, strict=True)):
+                _check(f"{name}[{i}]", tensor, tuple(DTYPES), numel, self.device)
+        self.point(params, grads)
+
+    def point(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """:meth:`set_tensors` for tensors that are known to be as they should: contiguous, and of the right dtypes,
+        sizes and device."""
         capturing = devices.is_capturing(self.device)  # what is captured has not run: later steps must not count on it
-        addresses = list(map(Tensor.data_ptr, params))
-        facts = [list(map(fact, tensors)) for tensors in (params, grads) for fact in _FACTS]
-        if facts != self._checked or addresses != self.param_addresses:
-            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-                _check(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
-                _check(f"grads[{i}]", grad, tuple(DTYPES), self.sizes[i], self.device)
-            dtypes = [DTYPES[param.dtype] | DTYPES[grad.dtype] << 32 for param, grad in zip(params, grads, strict=True)]
-            self.param_addresses, self._checked = addresses, [] if capturing else facts
-            self.table[:, 0], self.table[:, 7] = addresses, dtypes
-            self.tensors = upload(self.table, self.device)
-            self._accumulate["tensors"] = self._apply["tensors"] = self.tensors.data_ptr()
-        grad_addresses = list(map(Tensor.data_ptr, grads))
-        if grad_addresses != self.grad_addresses:
-            self.grad_addresses = [] if capturing else grad_addresses
-            self.grad_table = upload(np.array(grad_addresses, dtype=np.int64), self.device)
-            self._accumulate["grads"] = self._apply["grads"] = self.grad_table.data_ptr()
+        facts = list(map(Tensor.data_ptr, params)), list(map(_dtype, params)), list(map(_dtype, grads))
+        if facts != self._pointed:
+            entries = self.tensors.host
+            entries["param"] = facts[0]
+            for name, dtypes in (("param_dtype", facts[1]), ("grad_dtype", facts[2])):
+                entries[name] = [DTYPES[dtype] for dtype in dtypes]
+            self._accumulate["tensors"] = self._apply["tensors"] = self.tensors.send()
+            self._pointed = None if capturing else facts
+        addresses = list(map(Tensor.data_ptr, grads))
+        if addresses != self.grad_addresses:
+            self.grad_addresses = [] if capturing else addresses
+            self.grad_table.host[:] = addresses
+            self._accumulate["grads"] = self._apply["grads"] = self.grad_table.send()
         if capturing:
-            self.captured.append((self.tensors, self.grad_table))
+            self.captured.append([table.copy for table in (self.tensors, self.grad_table, self.chunks, self.rows)])
         self.grads = grads  # alive until the next step
 
-    def _check_grads(self) -> None:
+    def _check_bound(self, operation: str) -> None:
         if not self.grads:
             raise RuntimeError("grads: not known yet; call Plan.set_tensors before accumulate and apply")
+        if operation not in self._operands:
+            raise RuntimeError(f"operands of {operation}: not known yet; call Plan.bind_{operation} before")
 
     def _rows(self, name: str, value: Tensor, columns: int | None) -> Tensor:
-        shape = (self.num_tensors,) if columns is None else (self.num_tensors, columns)
+        shape = (self.num_rows,) if columns is None else (self.num_rows, columns)
         if value.dtype != torch.float32 or value.device != self.device or tuple(value.shape) != shape:
             raise ValueError(
                 f"{name}: expected float32 of shape {shape} on {self.device}, "
@@ -236,8 +240,9 @@ class Plan:
             )
         return value.contiguous()
 
-    def _place(self) -> dict[str, int]:
-        return {"num_threads": torch.get_num_threads(), **stream_of(self.device)}
+    def place(self) -> tuple[int, int, int]:
+        """Threads, device and stream of a call."""
+        return torch.get_num_threads(), *stream_of(self.device)
 
     def accumulate(
         self,
@@ -246,19 +251,23 @@ class Plan:
         rms_decays: Sequence[float] = (),
         step: Tensor | None = None,
     ) -> Tensor:
-        """Clip gradients, update ``mom`` and ``rms`` in place, and return the statistics ``[T, S]``.
+        """Clip gradients, update ``mom`` and ``rms`` in place, and return the statistics ``[R, S]``.
 
         The next call writes into the same memory.
 
         Args:
-            clip_limit: ``[T]`` float32, bound of the gradient elements.
+            clip_limit: ``[R]`` float32, bound of the gradient elements.
             mom_decays, rms_decays: the feature set's own when not given.
             step: ``[]`` int64, steps so far; needed for a bfloat16 state.
         """
-        self._check_grads()
         self.bind_accumulate(clip_limit, mom_decays, rms_decays)
         self.set_step(step)
-        self.module.accumulate(self.backend, self.index, self.addresses[0], **self._place())
+        return self.run_accumulate()
+
+    def run_accumulate(self) -> Tensor:
+        """:meth:`accumulate` with the operands that were bound before."""
+        self._check_bound("accumulate")
+        self.module.accumulate(self.backend, self.index, self.addresses[0], *self.place())
         return self.stats
 
     def set_step(self, step: Tensor | None) -> None:
@@ -296,21 +305,25 @@ class Plan:
         magnitude_rate: float,
         feature_clip: float | None,
     ) -> Tensor:
-        """Write the parameters and return the mean of the last hidden layer ``[T, width]``.
+        """Write the parameters and return the mean of the last hidden layer ``[R, width]``.
 
         The next call writes into the same memory.
 
         Args:
-            clip_limit: ``[T]``, as given to :meth:`accumulate`.
-            scale, shift: ``[T, columns]`` column maps.
-            bias: ``[T, width]`` folded first-layer bias.
-            step_size: ``[T]``, ``lr * step_multiplier * multiplier``.
-            keep: ``[T]``, ``1 - lr * weight_decay``.
+            clip_limit: ``[R]``, as given to :meth:`accumulate`.
+            scale, shift: ``[R, columns]`` column maps.
+            bias: ``[R, width]`` folded first-layer bias.
+            step_size: ``[R]``, ``lr * step_multiplier * multiplier``.
+            keep: ``[R]``, ``1 - lr * weight_decay``.
             weights: ``[num_theta, size]`` from :func:`pack_mlp`.
         """
-        self._check_grads()
         self.bind_apply(clip_limit, scale, shift, bias, step_size, keep, weights, magnitude_rate, feature_clip)
-        self.module.apply(self.backend, self.index, bias.shape[-1], self.addresses[1], **self._place())
+        return self.run_apply()
+
+    def run_apply(self) -> Tensor:
+        """:meth:`apply` with the operands that were bound before."""
+        self._check_bound("apply")
+        self.module.apply(self.backend, self.index, self.hidden.shape[-1], self.addresses[1], *self.place())
         return self.hidden
 
     def bind_apply(
@@ -335,7 +348,8 @@ class Plan:
                 f"weights: expected float32 [num_theta, {size}] on {self.device}, "
                 f"got {weights.dtype} {tuple(weights.shape)} on {weights.device}"
             )
-        if int(self.table[:, 6].max()) >= weights.reshape(-1, size).shape[0] or int(self.table[:, 6].min()) < 0:
+        index = self.all_entries["theta"]
+        if int(index.max()) >= weights.reshape(-1, size).shape[0] or int(index.min()) < 0:
             raise ValueError(f"theta_index: out of range for {weights.reshape(-1, size).shape[0]} rows of weights")
         rows = {
             "clip_limit": self._rows("clip_limit", clip_limit, None),
@@ -346,8 +360,8 @@ class Plan:
             "keep": self._rows("keep", keep, None),
             "weights": weights.contiguous(),
         }
-        if self.hidden.shape != (self.num_tensors, width):
-            self.hidden = self.stats.new_empty(self.num_tensors, width)
+        if self.hidden.shape != (self.num_rows, width):
+            self.hidden = self.stats.new_zeros(self.num_rows, width)
         for name, value in rows.items():
             self._apply[name] = value.data_ptr()
         self._apply["hidden"], self._apply["magnitude_rate"] = self.hidden.data_ptr(), magnitude_rate
@@ -359,18 +373,7 @@ class Plan:
 
         The operands of ``apply`` cannot depend on the statistics of the same sweep.
         """
-        self._check_grads()
-        for name in ("accumulate", "apply"):
-            if name not in self._operands:
-                raise RuntimeError(f"operands of {name}: not known yet; call Plan.bind_{name} before sweep")
-        self.module.sweep(self.backend, self.index, self.hidden.shape[-1], *self.addresses, **self._place())
+        self._check_bound("accumulate")
+        self._check_bound("apply")
+        self.module.sweep(self.backend, self.index, self.hidden.shape[-1], *self.addresses, *self.place())
         return self.stats, self.hidden
-
-
-def step(plan: Plan, level: TensorLevel) -> None:
-    """begin, accumulate, advance, apply and finish in one call, of operands that were bound before.
-
-    With lagged statistics advance comes before accumulate and sees what ``plan.stats`` holds; accumulate and apply are
-    then one sweep.
-    """
-    plan.module.step(plan.backend, level.address, *plan.addresses, level.lagged, **plan._place())

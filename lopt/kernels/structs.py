@@ -1,92 +1,116 @@
-"""NumPy records of the structs in csrc/api: how Python hands numbers and addresses to C++."""
+"""The structs of csrc/api/structs.h as NumPy dtypes: how Python hands numbers and addresses to C++.
 
+C++ has the one list of each struct's fields and tells names, formats and offsets; the dtypes here are built from it.
+What both languages define, columns of feature sets and statistics and the layout of theta, is compared name by name.
+Importing lopt fails where Python does not know a field, or has a column or a tensor of theta elsewhere.
+"""
+
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from lopt.rule import ThetaSpec
-from lopt.rule.features import FEATURE_SETS
+from lopt.kernels.extension import _C, FEATURE_SET_INDEX, NOT_BUILT
+from lopt.kernels.tables import check_tables
 from lopt.rule.inputs import INPUT_SETS
+from lopt.rule.spec import PRESETS, ThetaSpec
 
-MAX_DECAYS = 8
-FEATURE_SET_INDEX = {name: index for index, name in enumerate(FEATURE_SETS)}
+REMEDY = "rebuild the extension: pip install --no-build-isolation --no-deps -e ."
 
 Record = np.ndarray[tuple[()], np.dtype[np.void]]
 
-ACCUMULATE = np.dtype(
-    [
-        *((name, "i8") for name in ("tensors", "grads", "chunks", "num_tensors", "num_chunks", "clip_limit")),
-        ("mom_decay", "f4", MAX_DECAYS),
-        ("rms_decay", "f4", MAX_DECAYS),
-        *((name, "i8") for name in ("step", "seed")),
-        *((name, "i4") for name in ("state_dtype", "unused")),
-        *((name, "i8") for name in ("partials", "finished", "stats")),
-    ]
-)
-APPLY = np.dtype(
-    [
-        *((name, "i8") for name in ("tensors", "grads", "chunks", "num_tensors", "num_chunks", "clip_limit")),
-        *((name, "i8") for name in ("scale", "shift", "bias", "step_size", "keep", "weights")),
-        *((name, "f4") for name in ("magnitude_rate", "feature_clip")),
-        *((name, "i4") for name in ("precision", "state_dtype")),
-        *((name, "i8") for name in ("partials", "finished", "hidden")),
-    ]
-)
-SPEC = np.dtype(
-    [
-        *((name, "i4") for name in ("feature_set", "width", "lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm")),
-        *((name, "i4") for name in ("linear_skip", "step_control", "tensor_inputs", "horizon_input")),
-        *((name, "i4") for name in ("valid_advances_step", "unused")),
-        *((name, "f8") for name in ("train_loss_decay", "valid_loss_decay", "clip_decay")),
-        *((name, "f4") for name in ("step_multiplier", "magnitude_rate", "time_limit", "clip_multiplier")),
-        ("feature_clip", "f4"),
-        ("mom_decay", "f4", MAX_DECAYS),
-        ("rms_decay", "f4", MAX_DECAYS),
-        ("unused_too", "f4"),
-    ]
-)
-SHAPE = np.dtype([("numel", "i8"), ("log_dims", "f4", 4), ("is_scalar", "i4"), ("is_matrix", "i4")])
-ADVANCE = np.dtype(
-    [
-        *((name, "i8") for name in ("spec", "theta", "shapes", "num_tensors")),
-        *(
-            (name, "i8")
-            for name in ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite")
-        ),
-        *((name, "i8") for name in ("h", "c", "feedback", "initial_scale", "updates")),
-        *((name, "i8") for name in ("stats", "lr", "decay", "total_steps", "hidden", "new_train", "new_valid")),
-        *((name, "f4") for name in ("train_value", "valid_value")),
-        *((name, "i8") for name in ("clip_limit", "scale", "shift", "bias", "step_size", "keep")),
-        *((name, "i8") for name in ("to_lstm", "finished")),
-    ]
-)
+#: The fields that Python fills in, of every struct; their order and place are C++'s.
+FILLED = {
+    "TensorEntry": "param mom rms numel stride first_chunk theta row param_dtype grad_dtype",
+    "Chunk": "tensor begin",
+    "AccumulateParams": "tensors grads chunks num_tensors num_chunks clip_limit mom_decay rms_decay step seed "
+    "state_dtype partials finished stats",
+    "ApplyParams": "tensors grads chunks num_tensors num_chunks clip_limit scale shift bias step_size keep weights "
+    "magnitude_rate feature_clip precision state_dtype partials finished hidden",
+    "Spec": "feature_set width lstm_width from_mlp lstm_to_mlp from_lstm linear_skip step_control tensor_inputs "
+    "horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay step_multiplier magnitude_rate "
+    "time_limit clip_multiplier feature_clip mom_decay rms_decay",
+    "TensorShape": "numel log_dims is_scalar is_matrix",
+    "AdvanceParams": "spec theta shapes rows num_tensors step train_loss valid_loss clip from_lstm pending_loss "
+    "nonfinite h c feedback initial_scale updates stats lr decay total_steps hidden new_train new_valid train_value "
+    "valid_value clip_limit scale shift bias step_size keep to_lstm finished",
+    "Problem": "num_layers sizes activation loss batch rows inputs targets",
+    "Run": "problem theta state keys steps valid_every valid_batches loss_every total_steps outer_losses train_losses",
+}
 
 
-def check_sizes(compiled: dict[str, int], expected: dict[str, np.dtype[Any]]) -> None:
-    """Raise ImportError where a compiled struct has another size than its record."""
-    for name, dtype in expected.items():
-        if compiled[name] != dtype.itemsize:
+def build_dtypes(structs: Mapping[str, Any]) -> dict[str, np.dtype[np.void]]:
+    """The dtypes of ``_C.struct_fields()``.
+
+    Raises:
+        ImportError: a struct has a field that Python does not fill in, or lacks one that it does.
+    """
+    dtypes = {}
+    for name, struct in structs.items():
+        compiled, known = {field[0] for field in struct["fields"]}, set(FILLED.get(name, "").split())
+        if compiled != known:
             raise ImportError(
-                f"lopt._C has a {name} of {compiled[name]} bytes, Python one of {dtype.itemsize}: rebuild the extension"
+                f"lopt._C: {name} has the fields {sorted(compiled - known)} that lopt/kernels/structs.py does not fill "
+                f"in, and lacks {sorted(known - compiled)}; {REMEDY}"
             )
+        names, formats, offsets, counts = zip(*struct["fields"], strict=True)
+        dtypes[name] = np.dtype(
+            {
+                "names": names,
+                "formats": [(form, count) if count else form for form, count in zip(formats, counts, strict=True)],
+                "offsets": offsets,
+                "itemsize": struct["size"],
+            }
+        )
+    missing = set(FILLED) - set(dtypes)
+    if missing:
+        raise ImportError(f"lopt._C: no struct {sorted(missing)}; {REMEDY}")
+    return dtypes
+
+
+def check_same(what: str, compiled: Sequence[Any], expected: Sequence[Any]) -> None:
+    """Raise ImportError, naming the first difference, where two lists differ."""
+    if list(compiled) == list(expected):
+        return
+    pairs = zip([*compiled, *[None] * len(expected)], [*expected, *[None] * len(compiled)], strict=False)
+    position, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise ImportError(f"{what}: at position {position} lopt._C has {theirs!r}, Python has {ours!r}; {REMEDY}")
+
+
+def check_theta(spec: ThetaSpec, layout: Sequence[tuple[str, int, int]]) -> None:
+    """Compare the names, order, offsets and sizes of theta's tensors."""
+    counts = [math.prod(shape) for shape in spec.shapes().values()]
+    offsets = accumulate(counts, initial=0)
+    names = [name.replace(".", "_") for name in spec.shapes()]
+    expected = list(zip(names, offsets, counts, strict=False))
+    check_same("theta's tensors (name, offset, size)", [tuple(item) for item in layout if item[2]], expected)
+
+
+_dtypes = dict.fromkeys(FILLED, np.dtype([])) if NOT_BUILT else build_dtypes(_C.struct_fields())
+ENTRY, CHUNK = _dtypes["TensorEntry"], _dtypes["Chunk"]
+ACCUMULATE, APPLY = _dtypes["AccumulateParams"], _dtypes["ApplyParams"]
+SPEC, SHAPE, ADVANCE = _dtypes["Spec"], _dtypes["TensorShape"], _dtypes["AdvanceParams"]
+PROBLEM, RUN = _dtypes["Problem"], _dtypes["Run"]
 
 
 def spec_record(spec: ThetaSpec) -> Record:
     """The spec as csrc/rule/tensor_lstm.h reads it."""
     record = np.zeros((), SPEC)
-    for name in ("lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm", "linear_skip", "step_control", "horizon_input"):
-        record[name] = getattr(spec, name)
-    for name in ("valid_advances_step", "train_loss_decay", "valid_loss_decay", "clip_decay", "step_multiplier"):
-        record[name] = getattr(spec, name)
-    for name in ("magnitude_rate", "time_limit", "clip_multiplier"):
-        record[name] = getattr(spec, name)
-    record["feature_set"], record["width"] = FEATURE_SET_INDEX[spec.feature_set], spec.mlp_width
-    record["tensor_inputs"] = list(INPUT_SETS).index(spec.tensor_inputs)
-    record["feature_clip"] = np.inf if spec.feature_clip is None else spec.feature_clip
-    record["mom_decay"][: len(spec.mom_decays)] = spec.mom_decays
-    record["rms_decay"][: len(spec.rms_decays)] = spec.rms_decays
+    special = {
+        "feature_set": FEATURE_SET_INDEX[spec.feature_set],
+        "width": spec.mlp_width,
+        "tensor_inputs": list(INPUT_SETS).index(spec.tensor_inputs),
+        "feature_clip": np.inf if spec.feature_clip is None else spec.feature_clip,
+    }
+    for name in SPEC.names or ():
+        if name in ("mom_decay", "rms_decay"):
+            decays = getattr(spec, f"{name}s")
+            record[name][: len(decays)] = decays
+        else:
+            record[name] = special[name] if name in special else getattr(spec, name)
     return record
 
 
@@ -98,3 +122,15 @@ def shape_records(shapes: Sequence[Sequence[int]]) -> np.ndarray[tuple[int], np.
         record["log_dims"] = np.log(np.array([*shape[:4], 1, 1, 1, 1][:4], dtype=np.float32)) - np.float32(1.0)
         record["is_scalar"], record["is_matrix"] = len(shape) == 0, len(shape) >= 2
     return records
+
+
+def check_contracts() -> None:
+    """Everything that both languages define, compared; called when lopt is imported."""
+    check_tables(_C.rule_tables())
+    plain = dataclasses.replace(PRESETS["compact"], linear_skip=False, step_control=False, horizon_input=False)
+    for spec in (*PRESETS.values(), plain):
+        check_theta(spec, _C.theta_layout(spec_record(spec).ctypes.data))
+
+
+if not NOT_BUILT:
+    check_contracts()

@@ -2,23 +2,21 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from operator import is_, itemgetter
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lopt.kernels import devices
-from lopt.kernels.devices import stream_of, upload
+from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.extension import module_of
+from lopt.kernels.plan import Plan
 from lopt.kernels.structs import ADVANCE, shape_records, spec_record
 from lopt.rule.spec import ThetaSpec
 from lopt.rule.tensor_lstm import Rows
 from lopt.rule.theta import Theta
-
-if TYPE_CHECKING:
-    from lopt.kernels.plan import Plan
 
 #: State that all tensors share, as AdvanceParams names it.
 SHARED = ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite")
@@ -76,13 +74,12 @@ class TensorLevel:
 
         self.module, self.backend, self.device = module_of(backend), backend, device
         self.lr, self.decay, self.total_steps = empty(num_tensors), empty(num_tensors), empty(1)
-        inputs = apply_inputs(spec, num_tensors, device) if inputs is None else inputs
-        self.clip_limit, self.step_size, self.keep = (inputs[name] for name in ("clip_limit", "step_size", "keep"))
-        self.scale, self.shift, self.bias = (inputs[name] for name in ("scale", "shift", "bias"))
+        self.inputs = dict(apply_inputs(spec, num_tensors, device) if inputs is None else inputs)
         self.to_lstm = empty(num_tensors, spec.from_lstm)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.theta = theta.flatten().to(device, torch.float32).contiguous()
-        self.shapes = upload(shape_records(shapes).view(np.uint8), device)
+        self.shapes = Table(shape_records(shapes), device)
+        self.all_rows = Table(np.arange(num_tensors), device)
         self._options: list[tuple[int, str, Tensor]] = []  # group, its option, the tensors of the group
         for group in sorted(set(groups)):
             of_group = slice(groups.index(group), len(groups) - list(reversed(groups)).index(group))
@@ -92,18 +89,19 @@ class TensorLevel:
         self._keep_alive = rows, spec_
         self._record = record = np.zeros((), ADVANCE)
         record["spec"], record["num_tensors"] = spec_.ctypes.data, num_tensors
-        for name in ("theta", "shapes", "lr", "decay", "total_steps", "to_lstm", "finished"):
+        record["shapes"], record["rows"] = self.shapes.address, self.all_rows.address
+        for name in ("theta", "lr", "decay", "total_steps", "to_lstm", "finished"):
             record[name] = getattr(self, name).data_ptr()
-        for name in ("clip_limit", "scale", "shift", "bias", "step_size", "keep"):
-            record[name] = getattr(self, name).data_ptr()
+        for name, value in self.inputs.items():
+            record[name] = value.data_ptr()
         for name, value in zip(("h", "c", "feedback", "initial_scale", "updates"), rows, strict=True):
             record[name] = value.data_ptr()
         #: Address of AdvanceParams.
         self.address = record.ctypes.data
-        self._shared: tuple[int, ...] = ()
+        self._shared: tuple[Tensor, ...] = ()
 
-    def _call(self, operation: Callable[..., None]) -> None:
-        operation(self.backend, self.address, **stream_of(self.device))
+    def _call(self, function: Callable[..., None]) -> None:
+        function(self.backend, self.address, *stream_of(self.device))
 
     def set_options(self, groups: Sequence[Mapping[str, Any]], total_steps: int | None) -> None:
         """``lr`` and ``weight_decay`` of the param groups, and the number of steps planned."""
@@ -142,19 +140,26 @@ class TensorLevel:
         self, shared: Mapping[str, Tensor], train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None
     ) -> None:
         """What :meth:`begin` reads, for :func:`step`."""
-        addresses = tuple(map(Tensor.data_ptr, _shared_tensors(shared)))
-        if addresses != self._shared:
-            self._shared = addresses
-            for name, address in zip(SHARED, addresses, strict=True):
-                self._record[name] = address
+        tensors = _shared_tensors(shared)
+        if not self._shared or not all(map(is_, tensors, self._shared)):
+            self._shared = tensors
+            for name, tensor in zip(SHARED, tensors, strict=True):
+                self._record[name] = tensor.data_ptr()
         for name, loss in (("train", train_loss), ("valid", valid_loss)):
             on_device = isinstance(loss, Tensor)
             self._record[f"new_{name}"] = loss.data_ptr() if isinstance(loss, Tensor) else 0
             self._record[f"{name}_value"] = np.nan if on_device or loss is None else loss
 
-    def bind(self, plan: "Plan") -> None:
-        """Let :meth:`advance` and :meth:`finish` read what the plan writes, for :func:`step`."""
-        self._record["stats"], self._record["hidden"] = plan.stats.data_ptr(), plan.hidden.data_ptr()
+    def bind(self, plan: Plan, part: slice | None = None) -> None:
+        """Let the phases read what ``plan`` writes, for its selected tensors.
+
+        Args:
+            part: this level's rows among the plan's, where several levels share it; all of them must be selected.
+        """
+        stats, hidden = (plan.stats, plan.hidden) if part is None else (plan.stats[part], plan.hidden[part])
+        self._record["stats"], self._record["hidden"] = stats.data_ptr(), hidden.data_ptr()
+        if part is None:
+            self._record["rows"], self._record["num_tensors"] = plan.rows.address, plan.num_tensors
 
     def advance(self, stats: Tensor) -> None:
         """Between accumulate and apply: from ``stats`` and the options the inputs of apply."""
@@ -162,6 +167,17 @@ class TensorLevel:
         self._call(self.module.advance)
 
     def finish(self, hidden: Tensor) -> None:
-        """After apply: what the next LSTM step sees of ``hidden`` ``[T, width]``."""
+        """After apply: what the next LSTM step sees of ``hidden`` ``[R, width]``."""
         self._record["hidden"] = hidden.data_ptr()
         self._call(self.module.finish)
+
+
+def step(plan: Plan, levels: np.ndarray, lagged: bool = False) -> None:
+    """A whole step in one call (csrc/api/step.h), of operands that were bound before.
+
+    Args:
+        levels: int64, the addresses of the levels that share the plan.
+        lagged: advance comes before accumulate and sees what ``plan.stats`` holds; accumulate and apply are then one
+            sweep.
+    """
+    plan.module.step(plan.backend, levels.ctypes.data, len(levels), *plan.addresses, lagged, *plan.place())

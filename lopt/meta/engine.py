@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lopt.kernels.extension import _C, NOT_BUILT, module_of
-from lopt.kernels.structs import SPEC, check_sizes, spec_record
+from lopt.kernels.extension import NOT_BUILT, module_of
+from lopt.kernels.structs import PROBLEM, RUN, spec_record
 from lopt.rule import ThetaSpec
 from lopt.tasks.seeds import minibatch_key
 from lopt.tasks.synthetic import Perceptron
@@ -23,26 +23,6 @@ SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid")
 ACTIVATIONS = ("relu", "tanh", "gelu")
 LOSSES = ("softmax", "squared_error")
 MAX_LAYERS = 5
-
-_PROBLEM = np.dtype(
-    [
-        ("num_layers", "i8"),
-        ("sizes", "i8", MAX_LAYERS + 1),
-        *((name, "i8") for name in ("activation", "loss", "batch")),
-        *((name, "i8", len(SPLITS)) for name in ("rows", "inputs", "targets")),
-    ]
-)
-_RUN = np.dtype(
-    [
-        *((name, "i8") for name in ("problem", "theta", "state")),
-        ("keys", "u8", len(SPLITS)),
-        *((name, "i8") for name in ("steps", "valid_every", "valid_batches", "loss_every")),
-        ("total_steps", "f8"),
-        *((name, "i8") for name in ("outer_losses", "train_losses")),
-    ]
-)
-if not NOT_BUILT:
-    check_sizes(_C.struct_sizes(), {"Spec": SPEC, "Problem": _PROBLEM, "Run": _RUN})
 
 
 @dataclass(frozen=True)
@@ -98,7 +78,7 @@ class Problem:
 
     def record(self) -> np.ndarray[tuple[()], np.dtype[np.void]]:
         """The problem as csrc/unroll/unroll.h reads it; valid while this object lives."""
-        record = np.zeros((), _PROBLEM)
+        record = np.zeros((), PROBLEM)
         record["num_layers"] = len(self.sizes) - 1
         record["sizes"][: len(self.sizes)] = self.sizes
         record["activation"], record["loss"] = ACTIVATIONS.index(self.activation), LOSSES.index(self.loss)
@@ -224,7 +204,7 @@ def unroll(
         raise ValueError(f"theta: expected shape [n, {spec.num_floats}], got {tuple(theta.shape)}")
     outer, train = torch.empty(len(runs), steps // loss_every), torch.empty(len(runs), steps)
     problem_table = np.stack([problem.record() for problem in problems])
-    table = np.zeros(len(runs), _RUN)
+    table = np.zeros(len(runs), RUN)
     for i, run in enumerate(runs):
         if not (0 <= run.problem < len(problems) and 0 <= run.theta < len(theta)):
             raise ValueError(f"runs[{i}]: problem {run.problem} or theta {run.theta} out of range")

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,10 +145,9 @@ class _Kernels:
     """
 
     def __init__(self, backend: str, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState) -> None:
-        own = map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), state[1:])
-        self.spec = spec
-        self.params: dict[str, Tensor] = own[0]
-        self.optimizer: reference.State = own[1]
+        copies = map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), state[1:])
+        self.params: dict[str, Tensor] = copies[0]
+        self.optimizer: reference.State = copies[1]
         self.grads = {name: torch.empty_like(value) for name, value in self.params.items()}
         shapes, num_runs = [tuple(value.shape[1:]) for value in self.params.values()], len(weights["initial_h"])
         count = len(shapes)
@@ -158,39 +158,36 @@ class _Kernels:
         params = by_run(list(self.params.values()))
         mom, rms = by_run(self.optimizer.mom), by_run(self.optimizer.rms)
         theta_index = [row for row in range(num_runs) for _ in shapes]
-        self.plan = kernels.Plan(backend, spec.feature_set, params, mom, rms, theta_index)
-        self.plan.set_tensors(params, by_run(list(self.grads.values())))
-        self.packed = kernels.pack_mlp(spec, weights)
-        self.inputs = kernels.apply_inputs(spec, num_runs * count, self.packed.device)
+        self.plan = plan = kernels.Plan(backend, spec.feature_set, params, mom, rms, theta_index)
+        plan.set_tensors(params, by_run(list(self.grads.values())))
+        packed = kernels.pack_mlp(spec, weights)
+        inputs = kernels.apply_inputs(spec, num_runs * count, packed.device)
+        plan.bind_accumulate(inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
+        plan.bind_apply(**inputs, weights=packed, magnitude_rate=spec.magnitude_rate, feature_clip=spec.feature_clip)
         self.levels = []
         for row in range(num_runs):
             theta = Theta(spec, {name: value[row] for name, value in weights.items()})
             rows = Rows(*(value[row] for value in self.optimizer.rows))
             part = slice(row * count, (row + 1) * count)
-            inputs = {name: value[part] for name, value in self.inputs.items()}
-            level = kernels.TensorLevel(backend, theta, shapes, rows, inputs=inputs)
+            own = {name: value[part] for name, value in inputs.items()}
+            level = kernels.TensorLevel(backend, theta, shapes, rows, inputs=own)
             level.set_options([{"lr": 1.0, "weight_decay": 0.0}], run.total_steps)
+            level.bind(plan, part)
             shared = {name: value[row] for name, value in self.optimizer.globals._asdict().items()}
-            shared["pending_loss"] = torch.zeros(2, device=self.packed.device)
-            shared["nonfinite"] = torch.zeros((), dtype=torch.int64, device=self.packed.device)
-            self.levels.append((level, shared, part))
+            shared["pending_loss"] = torch.zeros(2, device=packed.device)
+            shared["nonfinite"] = torch.zeros((), dtype=torch.int64, device=packed.device)
+            self.levels.append((level, shared))
+        self.addresses = np.array([level.address for level, _ in self.levels])
 
     def step(self, grads: dict[str, Tensor], loss: Tensor, valid_loss: Tensor | None) -> None:
         """One update of all runs; losses ``[runs]``."""
         for name, grad in grads.items():
             self.grads[name].copy_(grad)
-        valid = [None] * len(loss) if valid_loss is None else valid_loss.unbind()
-        for (level, shared, _), train_loss, given in zip(self.levels, loss.unbind(), valid, strict=True):
-            level.begin(shared, train_loss, given)
-        spec = self.spec
-        stats = self.plan.accumulate(self.inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
-        for level, _, part in self.levels:
-            level.advance(stats[part])
-        hidden = self.plan.apply(
-            **self.inputs, weights=self.packed, magnitude_rate=spec.magnitude_rate, feature_clip=spec.feature_clip
-        )
-        for level, _, part in self.levels:
-            level.finish(hidden[part])
+        losses = loss.contiguous(), None if valid_loss is None else valid_loss.contiguous()
+        valid = [None] * len(loss) if losses[1] is None else losses[1].unbind()
+        for (level, shared), train_loss, given in zip(self.levels, losses[0].unbind(), valid, strict=True):
+            level.set_losses(shared, train_loss, given)
+        kernels.step(self.plan, self.addresses)
 
 
 def _stepper(

@@ -28,6 +28,7 @@ from lopt.rule import tensor_lstm
 from lopt.rule.features import STATS, round_decays
 from lopt.rule.inputs import Shapes
 from lopt.rule.spec import ThetaSpec
+from lopt.rule.step import NOTHING, Seams, run
 from lopt.rule.tensor_lstm import Conditioning, Globals, Rows, Weights
 
 
@@ -242,6 +243,121 @@ def observe_valid(spec: ThetaSpec, state: State, loss: Tensor) -> State:
     return state._replace(globals=tensor_lstm.observe_valid(spec, state.globals, loss))
 
 
+class ReferencePhases:
+    """The phases of one step (:mod:`lopt.rule.step`) on plain tensors; arguments are those of :func:`update`.
+
+    Nothing that was given is written: the result is :meth:`result`.
+    """
+
+    def __init__(
+        self,
+        spec: ThetaSpec,
+        weights: Weights,
+        state: State,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        loss: Tensor | None,
+        lr: float | Tensor,
+        weight_decay: float | Tensor,
+        total_steps: float | Tensor,
+        before: Tensor | None,
+        positions: Sequence[int] | None,
+    ) -> None:
+        self.spec, self.weights, self.state, self.loss = spec, weights, state, loss
+        self.lr, self.weight_decay, self.before = lr, weight_decay, before
+        like = weights["initial_h"]
+        # Contiguous, since strides change the order of sums.
+        self.params = [param.reshape(-1).to(like.dtype).contiguous() for param in params]
+        self.grads = [grad.reshape(-1).to(like.dtype).contiguous() for grad in grads]
+        self.total_steps = torch.as_tensor(total_steps, dtype=like.dtype, device=like.device)
+        self.shapes = Shapes.of(spec, [tuple(param.shape) for param in params], like)
+        self.positions = range(len(params)) if positions is None else positions
+        self.trace: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        self.limit = tensor_lstm.clip_limit(self.spec, self.state.globals)
+
+    def _rounding(self, mom: Tensor, position: int) -> Rounding | None:
+        if mom.dtype != torch.bfloat16:
+            return None
+        # In one sweep advance, which counts the step, comes before accumulate.
+        step = int(self.state.globals.step) + int(self.spec.stats == "lagged")
+        return Rounding(step, position)
+
+    def accumulate(self) -> Tensor:
+        dtype = self.limit.dtype
+        accumulated = [
+            accumulate(self.spec, param, grad, mom.to(dtype), rms.to(dtype), self.limit, self._rounding(mom, position))
+            for param, grad, mom, rms, position in zip(
+                self.params, self.grads, self.state.mom, self.state.rms, self.positions, strict=True
+            )
+        ]
+        self.clipped, self.mom, self.rms = ([item[k] for item in accumulated] for k in range(3))
+        return torch.stack([item[3] for item in accumulated])
+
+    def advance(self, stats: Tensor) -> None:
+        self.stats = self.seen = self.kept = stats
+        if self.spec.stats == "lagged":
+            if self.before is None:
+                raise ValueError(
+                    "before: a theta with stats='lagged' needs the statistics of the step before, got none"
+                )
+            self.seen, self.kept = lag(stats, self.before, self.state.rows.updates)
+        self.globals, self.rows, self.conditioning, self.lstm_input = tensor_lstm.advance(
+            self.spec,
+            self.weights,
+            self.state.globals,
+            self.state.rows,
+            self.seen,
+            self.shapes,
+            self.loss,
+            self.total_steps,
+        )
+
+    def apply(self) -> Tensor:
+        lr, decay = (
+            torch.as_tensor(x, dtype=self.stats.dtype, device=self.stats.device).expand(len(self.params))
+            for x in (self.lr, self.weight_decay)
+        )
+        # lr = 0 wins over NaN.
+        step_size = torch.where(lr > 0, lr * self.spec.step_multiplier * self.conditioning.multiplier, 0.0)
+        keep = 1.0 - lr * decay
+        self.applied = [
+            apply(
+                self.spec,
+                self.weights,
+                param,
+                self.clipped[t],
+                self.mom[t],
+                self.rms[t],
+                Conditioning(*(value[t] for value in self.conditioning)),
+                step_size[t],
+                keep[t],
+            )
+            for t, param in enumerate(self.params)
+        ]
+        return torch.stack([item[1] for item in self.applied])
+
+    def finish(self, means: Tensor) -> None:
+        self.rows = self.rows._replace(feedback=means)
+
+    def result(self, params: Sequence[Tensor]) -> "Update":
+        """New parameters in the shapes of ``params``, new state, and every intermediate."""
+        new_params = [item[0].reshape(param.shape) for item, param in zip(self.applied, params, strict=True)]
+        trace = {
+            "clip_limit": self.limit,
+            "grad": self.clipped,
+            "stats": self.stats,
+            "seen": self.seen,
+            "kept": self.kept,
+            "lstm_input": self.lstm_input,
+            "conditioning": self.conditioning,
+            "mlp_input": [item[2] for item in self.applied],
+            "mlp_output": [item[3] for item in self.applied],
+        }
+        return Update(new_params, State(self.globals, self.rows, self.mom, self.rms), trace)
+
+
 def update(
     spec: ThetaSpec,
     weights: Weights,
@@ -254,15 +370,22 @@ def update(
     weight_decay: float | Tensor = 0.0,
     total_steps: float | Tensor = 0.0,
     before: Tensor | None = None,
+    positions: Sequence[int] | None = None,
+    seams: Seams = NOTHING,
 ) -> Update:
-    """One training update of all tensors.
+    """One training update of all tensors: the phases of :mod:`lopt.rule.step` in their order.
 
     Args:
-        weights: the tensors of theta.
-        params, grads: non-empty tensors of any shape, in one dtype.
-        loss: training loss ``[]``; None repeats the last one.
+        weights: the tensors of theta; everything is computed in their dtype.
+        state: ``mom`` and ``rms`` in that dtype, or in bfloat16: then they are rounded stochastically.
+        params, grads: non-empty tensors of any shape.
+        loss: training loss ``[]``; None or a non-finite one repeats the last one.
+        lr, weight_decay: of all tensors, or ``[T]``.
         total_steps: number of steps planned, 0 when unknown.
         before: ``[T, S]`` for ``stats="lagged"``: ``trace["kept"]`` of the step before, zeros in the first.
+        positions: of the tensors among all that the optimizer has, by which a bfloat16 state is rounded; 0, 1, ... by
+            default.
+        seams: what is done between the phases.
 
     Raises:
         ValueError: theta needs ``before``, which was not given.
@@ -276,46 +399,8 @@ def update(
         >>> trace["mlp_input"][0].shape
         torch.Size([3, 54])
     """
-    flat = [param.reshape(-1) for param in params]
-    limit = tensor_lstm.clip_limit(spec, state.globals)
-    accumulated = [
-        accumulate(spec, param, grad.reshape(-1), mom, rms, limit)
-        for param, grad, mom, rms in zip(flat, grads, state.mom, state.rms, strict=True)
-    ]
-    stats = torch.stack([item[3] for item in accumulated])
-    seen = kept = stats
-    if spec.stats == "lagged":
-        if before is None:
-            raise ValueError("before: a theta with stats='lagged' needs the statistics of the step before, got none")
-        seen, kept = lag(stats, before, state.rows.updates)
-    shapes = Shapes.of(spec, [tuple(param.shape) for param in params], stats)
-    total = torch.as_tensor(total_steps, dtype=stats.dtype, device=stats.device)
-    globals_, rows, conditioning, lstm_input = tensor_lstm.advance(
-        spec, weights, state.globals, state.rows, seen, shapes, loss, total
+    phases = ReferencePhases(
+        spec, weights, state, params, grads, loss, lr, weight_decay, total_steps, before, positions
     )
-    applied = [
-        apply(
-            spec,
-            weights,
-            param,
-            *accumulated[t][:3],
-            Conditioning(*(value[t] for value in conditioning)),
-            lr * spec.step_multiplier * conditioning.multiplier[t],
-            1.0 - lr * weight_decay,
-        )
-        for t, param in enumerate(flat)
-    ]
-    rows = rows._replace(feedback=torch.stack([item[1] for item in applied]))
-    trace = {
-        "clip_limit": limit,
-        "grad": [item[0] for item in accumulated],
-        "stats": stats,
-        "kept": kept,
-        "lstm_input": lstm_input,
-        "conditioning": conditioning,
-        "mlp_input": [item[2] for item in applied],
-        "mlp_output": [item[3] for item in applied],
-    }
-    new_params = [item[0].reshape(param.shape) for item, param in zip(applied, params, strict=True)]
-    new_state = State(globals_, rows, [item[1] for item in accumulated], [item[2] for item in accumulated])
-    return Update(new_params, new_state, trace)
+    run(phases, seams)
+    return phases.result(params)
