@@ -425,7 +425,7 @@ class LearnedOptimizer(Optimizer):
         grads, others, unchecked = stepper.tensors.gradients()
         if unchecked:
             self._check_gradients()
-            stepper.tensors.accept(grads)
+            stepper.tensors.accept()
         read_rates(self.param_groups)
         if grads and self.on_nonfinite != "ignore":
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()

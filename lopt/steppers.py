@@ -98,6 +98,7 @@ class Tensors:
         self.rms: list[Tensor] = []
         self._selected_states: list[dict[str, Any]] = []
         self._facts: list[list[Any]] = []
+        self._unchecked: list[list[Any]] = []
         self._known = list(state.values())
 
     def bind(self) -> None:
@@ -131,31 +132,32 @@ class Tensors:
             The gradients, whether it is other tensors than the selected ones that have one, and whether parameters and
             gradients have to be checked: it is others, or a dtype, layout, shape or device is not as it was.
         """
-        grads = list(map(_grad, self.params))
+        params, grads = self.params, list(map(_grad, self.params))
         given = list(map(is_not, grads, repeat(None)))
         if all(given):
             others = len(self.selected) != len(grads)
         else:
-            grads = list(compress(grads, given))
+            params, grads = list(compress(params, given)), list(compress(grads, given))
             others = self.selected != list(compress(range(len(given)), given))
-        return grads, others, others or self._facts_of(grads) != self._facts
-
-    def _facts_of(self, grads: Sequence[Tensor]) -> list[list[Any]]:
         facts = [list(map(fact, grads)) for fact in (_layout, _dtype, _shape, _device, type)]
-        facts += [list(map(fact, self.params)) for fact in (_dtype, _shape, _device)]
+        facts += [list(map(fact, params)) for fact in (_dtype, _shape, _device)]
         dense = all(map(is_, facts[0], repeat(torch.strided)))
-        in_memory = dense and all(map(Tensor.data_ptr, grads)) and all(map(Tensor.data_ptr, self.params))
-        return [*facts, [in_memory]]
+        in_memory = dense and all(map(Tensor.data_ptr, grads)) and all(map(Tensor.data_ptr, params))
+        unchecked = others or not in_memory or facts != self._facts
+        self._facts = [] if unchecked else facts
+        self._unchecked = facts
+        return grads, others, unchecked
 
-    def accept(self, grads: Sequence[Tensor]) -> None:
-        """Parameters and gradients have been checked; do so again when something has changed."""
-        self._facts = self._facts_of(grads)
+    def accept(self) -> None:
+        """The parameters and gradients of the last call of :meth:`gradients` have been checked."""
+        self._facts = self._unchecked
 
-    def select(self) -> list[int]:
-        """Take the tensors that have a gradient now, with state for each; returns those that had none before."""
+    def select(self) -> None:
+        """Take the tensors that have a gradient now, with state for each."""
         self.selected = [index for index, param in enumerate(self.params) if param.grad is not None]
-        new = [index for index in self.selected if self.states[index] is None]
-        for index in new:
+        for index in self.selected:
+            if self.states[index] is not None:
+                continue
             param = self.params[index]
             state = self.state[param]
             state.update(init_state(self.spec, self.weights, param.numel(), self.dtype))
@@ -165,7 +167,6 @@ class Tensors:
         self._selected_states = states
         self.mom, self.rms = [state["mom"] for state in states], [state["rms"] for state in states]
         self._known = list(self.state.values())
-        return new
 
     @property
     def selected_groups(self) -> list[int]:
@@ -281,15 +282,16 @@ class KernelStepper:
     def __init__(self, backend: str, tensors: Tensors, theta: Theta, precision: str) -> None:
         spec = theta.spec
         self.tensors, self.lagged = tensors, spec.stats == "lagged"
-        states = [state or {} for state in tensors.states]
+        none = [None] * len(tensors.params)
         self.plan = plan = kernels.Plan(
             backend,
             spec.feature_set,
-            kernels.contiguous(tensors.params),
-            [state.get("mom") for state in states],
-            [state.get("rms") for state in states],
+            tensors.params,
+            none,
+            none,
             precision=precision,
             state_dtype=tensors.dtype,
+            device=tensors.rows.h.device,
         )
         shapes = [tuple(param.shape) for param in tensors.params]
         self.level = level = kernels.TensorLevel(
@@ -310,9 +312,10 @@ class KernelStepper:
     def select(self) -> None:
         """Take the tensors that have a gradient now."""
         tensors = self.tensors
-        for row in tensors.select():
-            state: Any = tensors.states[row]
-            self.plan.hold(row, state["mom"], state["rms"])
+        tensors.select()
+        for row, mom, rms in zip(tensors.selected, tensors.mom, tensors.rms, strict=True):
+            if row not in self.plan.keep_alive:
+                self.plan.hold(row, mom, rms)
         self.plan.select(tensors.selected)
         self.level.bind(self.plan)
         # With lagged statistics, a tensor's first step sees its own, so accumulate comes before advance.

@@ -88,7 +88,8 @@ class Plan:
         precision: of the small MLP in the CUDA kernels. ``"exact"`` is plain float32; ``"high"`` splits a float32 into
             two halves for tensor cores and keeps its accuracy; ``"fast"`` rounds to 11 bits.
         seed: chooses, with the step and the position of an element, how a bfloat16 state is rounded.
-        state_dtype: of ``mom`` and ``rms``; needed where all are None.
+        state_dtype, device: of ``mom`` and ``rms``, and of everything; needed where all tensors have no state yet, so
+            that it is not known which parameters will be trained.
 
     Tables over tensors (``stats``, ``hidden``, the operands of :meth:`apply`) have a row for each of the R tensors; the
     operations read and write those of the selected ones.
@@ -108,6 +109,7 @@ class Plan:
         precision: str = "high",
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.module = module_of(backend)
         if precision not in PRECISIONS:
@@ -121,7 +123,7 @@ class Plan:
             _check_length(name, len(values), len(params))
         self.backend, self.features = backend, FEATURE_SETS[feature_set]
         self.index, self.precision = FEATURE_SET_INDEX[feature_set], PRECISIONS.index(precision)
-        self.device = params[0].device
+        self.device = device or params[0].device
         if self.device.type != ("cuda" if backend == "cuda" else "cpu"):
             raise ValueError(f"params[0]: on {self.device}, which back end {backend!r} cannot reach; use impl='auto'")
         self.sizes = [param.numel() for param in params]
@@ -136,9 +138,8 @@ class Plan:
         for i, (param, m, r) in enumerate(zip(params, mom, rms, strict=True)):
             if self.sizes[i] == 0:
                 raise ValueError(f"params[{i}]: empty; leave empty tensors out")
-            _check(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
-            self.all_entries[i]["param"], self.all_entries[i]["param_dtype"] = param.data_ptr(), DTYPES[param.dtype]
             if m is not None and r is not None:
+                _check(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
                 self.hold(i, m, r)
 
         num_chunks = int(self.chunks_of.sum())
