@@ -1,5 +1,5 @@
-"""A training loop as it is written for AdamW, with one line changed: warm-up and cosine of a learning rate that the loop
-writes into the groups, weight decay for matrices, clipped gradients, several minibatches in a step.
+"""A training loop as it is written for AdamW, with one line changed: a warm-up and a cosine of a learning rate that the
+loop writes into the groups, weight decay for matrices, clipped gradients, several minibatches in a step.
 
 python examples/train_gpt.py --steps 300 [--optimizer adamw] [--peak-lr 0 --weight-decay 0]
 """
@@ -85,7 +85,7 @@ def main(
     layers: int = 4,
     seed: int = 0,
 ) -> float:
-    """Train for ``steps`` steps and return the loss on the last tenth of the text; ``peak_lr=0`` leaves ``lr`` alone."""
+    """Train, and return the loss on the last tenth of the text; ``peak_lr=0`` leaves ``lr`` alone."""
     torch.manual_seed(seed)
     content = "\n".join(pydoc_data.topics.topics.values())
     characters = {character: i for i, character in enumerate(sorted(set(content)))}
@@ -119,7 +119,7 @@ def main(
     torch.manual_seed(0)
     with torch.no_grad():
         final = sum(loss_of(model, windows(valid, 64)).item() for _ in range(4)) / 4
-    print(f"after {steps} steps: validation loss {final:.3f}")
+    print(f"{steps} steps: validation loss {final:.3f} nats")
     return final
 
 

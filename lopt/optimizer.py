@@ -50,20 +50,24 @@ class LearnedOptimizer(Optimizer):
     For every parameter tensor an LSTM sees statistics of gradient, accumulators and parameter, and the training and
     validation loss; for every parameter a small MLP sees its features and the LSTM's output, and writes
 
-    .. math:: w \leftarrow (1 - lr \cdot wd)\, w - lr \cdot s \cdot d \cdot e^{c m}
+    .. math:: w \leftarrow (1 - lr \cdot s \cdot wd)\, w - lr \cdot s \cdot d \cdot e^{c m}
 
     with the MLP's outputs *direction* d and *magnitude* m, and the step s of the tensor. There is nothing to tune:
     ``lr`` is a multiplier that stays 1, and weight decay is there for those who want it. Except with ``paper``, nothing
     else moves what has no gradient: a tensor rests at once, a parameter after some 180 steps, or from the beginning.
 
     Args:
-        params: parameters or groups of them, as for any torch optimizer. Groups may have their own ``lr`` and
-            ``weight_decay``.
+        params: parameters or groups of them, as for any torch optimizer. Groups may have their own ``lr``,
+            ``weight_decay`` and ``maximize``. Frozen ones may be anything, until a step meets a gradient of theirs.
         theta: a :class:`Theta`, the path of a theta file, or the name of shipped weights.
-        total_steps: number of steps planned, an optional hint; a theta without horizon input ignores it.
-        lr: multiplier of the learned step.
-        weight_decay: decoupled decay, scaled by lr. With ``lr=1`` the customary value is about 1e-5, not 1e-2: AdamW's
-            decay per step is its learning rate times .01.
+        total_steps: number of steps planned, an optional hint; a theta without horizon input ignores it. A state dict
+            holds it, and loading one without an own ``total_steps`` restores it.
+        lr: multiplier of the learned step. A group in which it is at most .05 in the first step (and above 0) was
+            written for another optimizer: its multiplier is lr / (the highest lr of the group so far), which it keeps
+            as ``peak_lr``, and a warning says so. Exceptions: a scheduler of torch's that started from more than .05,
+            and an lr that is a tensor, which is taken as it is.
+        weight_decay: decoupled decay, scaled by the learned step of the tensor as AdamW's is by its learning rate:
+            customary values (.01 to .1) mean what they mean there.
         impl: ``"auto"`` picks ``"cuda"`` or ``"cpu"`` by the parameters' device. ``"reference"`` is plain PyTorch, in
             float64 if the parameters are; ``"sim"`` runs the CUDA kernels on the CPU, for tests. An explicit choice
             never falls back to another.
@@ -74,6 +78,10 @@ class LearnedOptimizer(Optimizer):
             features, weights and hidden units to 11 bits, as TF32 does. Elsewhere it has no effect.
         state_dtype: of the accumulators. ``torch.bfloat16`` halves their memory. They are rounded stochastically, so
             that slow ones do not stall, by bits that depend on step and position only: runs repeat bit for bit.
+        maximize: climb instead of descending. Gradients are negated into new memory of their size, and so are losses if
+            all groups maximize.
+        options: those of torch's other optimizers (``foreach``, ``betas``, ...) are accepted where they are None or
+            False.
 
     Raises:
         ValueError, TypeError, RuntimeError: the operand, what was expected, what came, and what to do.
@@ -91,7 +99,8 @@ class LearnedOptimizer(Optimizer):
 
     ``state[p]`` is ``{"mom": [K, numel], "rms": [K', numel], "lstm": {"h", "c", "feedback", "scale", "updates"}}``
     (row-major order of the parameter; ``mom`` and ``rms`` in ``state_dtype``, the rest in float32), created in the
-    first step; what all tensors share is in ``param_groups[0]``. State dicts resume bit for bit.
+    first step. What all tensors share is in every param group, as the same tensors, with theta's name and checksum:
+    groups may be removed, added and exchanged. State dicts resume bit for bit.
 
     On CUDA a step is five launches, with lagged statistics four, and waits for nothing. After one step outside,
     ``torch.cuda.graph`` can hold it. A replay reads losses, gradients and ``lr`` anew where they are tensors, and takes
@@ -100,7 +109,8 @@ class LearnedOptimizer(Optimizer):
 
     ``torch.compile`` leaves a step as it is: in a compiled training step the graph ends before it and goes on after it.
 
-    ``OneCycleLR`` and ``CyclicLR`` need ``cycle_momentum=False``, since there is no momentum to cycle.
+    docs/porting.md says what becomes of a training script written for another optimizer. ``OneCycleLR`` and
+    ``CyclicLR`` need ``cycle_momentum=False``, since there is no momentum to cycle.
 
     Source: arXiv:2009.11243.
     """
