@@ -9,6 +9,19 @@ from lopt.options import warn
 from lopt.rule import ThetaSpec
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
+CHOICES: dict[str, tuple[object, ...]] = {
+    "impl": IMPLEMENTATIONS,
+    "on_nonfinite": ("ignore", "raise", "skip"),
+    "precision": ("high", "fast"),
+    "state_dtype": (torch.float32, torch.bfloat16),
+}
+
+
+def check_choices(**values: object) -> None:
+    """Refuse arguments of an optimizer that are none of the values there are."""
+    for name, value in values.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}: expected one of {CHOICES[name]}, got {value!r}")
 
 
 @cache

@@ -2,33 +2,20 @@
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopt import kernels
-from lopt.implementations import IMPLEMENTATIONS, choose_implementation
+from lopt.implementations import check_choices, choose_implementation
 from lopt.kernels import devices
+from lopt.losses import Loss, Losses
 from lopt.operands import as_loss, as_weight, check_gradients, check_params
-from lopt.options import (
-    check_choice,
-    check_group,
-    check_total_steps,
-    check_unknown,
-    descending,
-    read_rates,
-    warn,
-)
-from lopt.rule import Theta, tensor_lstm
-from lopt.rule.tensor_lstm import Globals
+from lopt.options import check_group, check_total_steps, check_unknown, descending, describe, read_rates, warn
+from lopt.rule import Theta
 from lopt.state import SHARED, check_state, holds_shared, open_theta, restore_state, share_state
 from lopt.steppers import KernelStepper, ReferenceStepper, Tensors
-
-NONFINITE = ("ignore", "raise", "skip")
-PRECISIONS = ("high", "fast")
-STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _run_eagerly(optimizer: type) -> None:
@@ -131,15 +118,11 @@ class LearnedOptimizer(Optimizer):
         **options: Any,
     ) -> None:
         check_unknown(options)
-        check_choice("impl", impl, IMPLEMENTATIONS)
-        check_choice("on_nonfinite", on_nonfinite, NONFINITE)
-        check_choice("precision", precision, PRECISIONS)
-        check_choice("state_dtype", state_dtype, STATE_DTYPES)
+        check_choices(impl=impl, on_nonfinite=on_nonfinite, precision=precision, state_dtype=state_dtype)
         check_total_steps(total_steps)
         if isinstance(params, torch.nn.Module):
-            raise TypeError(
-                f"params: expected parameters, got the module {type(params).__name__}; give its .parameters()"
-            )
+            module = type(params).__name__
+            raise TypeError(f"params: expected parameters, got the module {module}; give its .parameters()")
         self.theta, self._identity = open_theta(theta)
         self._total_steps, self._told = total_steps, total_steps is not None
         self.on_nonfinite = on_nonfinite
@@ -148,9 +131,8 @@ class LearnedOptimizer(Optimizer):
         self.impl = impl
         self._stepper: ReferenceStepper | KernelStepper | None = None
         self._weights: dict[str, Tensor] = {}
-        self._losses: kernels.TensorLevel | None = None
-        self._observed = False  # whether a training loss was observed that no step has used yet
-        self._valid_alone: bool | None = None  # whether there were validation losses, and never a training loss
+        self._losses = Losses()
+        self._rates: list[float] = []
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None})
         self.implementation = choose_implementation(impl, self._first_param().device, self.theta.spec)
         _run_eagerly(type(self))
@@ -163,7 +145,9 @@ class LearnedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check_group(group, position)
+            check_group(group, self._total_steps)
+            allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.impl == "reference" else ())
+            check_params(group["params"], self._first_param(), allowed, position)
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -173,25 +157,14 @@ class LearnedOptimizer(Optimizer):
         group.update(self._identity, total_steps=self._total_steps)
         if holds_shared(self.param_groups):
             self._globals()
-        self._stepper = None
-
-    def _check_group(self, group: dict[str, Any], position: int) -> None:
-        check_group(group)
-        if group.get("total_steps") not in (None, self._total_steps):
-            raise ValueError(
-                f"total_steps: got {group['total_steps']!r} in a group, but it belongs to all; "
-                "write LearnedOptimizer(params, total_steps=...)"
-            )
-        allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.impl == "reference" else ())
-        check_params(group["params"], self._first_param(), allowed, position)
+        self._stepper, self._rates = None, []
 
     def _first_param(self) -> Tensor:
         """The first parameter that is trained, whose device and precision are those of the state."""
         params = [param for group in self.param_groups for param in group["params"]]
         if not params:
             raise ValueError("params: expected at least one parameter, got none")
-        first: Tensor = next((param for param in params if param.requires_grad), params[0])
-        return first
+        return cast(Tensor, next((param for param in params if param.requires_grad), params[0]))
 
     # ---- State ------------------------------------------------------------------------------------------------------
 
@@ -222,8 +195,7 @@ class LearnedOptimizer(Optimizer):
     @property
     def nonfinite_gradients(self) -> Tensor:
         """Number of NaN and Inf gradient elements met so far, a tensor on the device."""
-        count: Tensor = self._globals()["nonfinite"]
-        return count
+        return cast(Tensor, self._globals()["nonfinite"])
 
     def _accumulator_dtype(self, like: Tensor) -> torch.dtype:
         """``state_dtype``, and float64 in place of float32 for float64 parameters."""
@@ -241,7 +213,7 @@ class LearnedOptimizer(Optimizer):
                 self._stepper = ReferenceStepper(tensors, self.theta)
             else:
                 self._stepper = KernelStepper(self.implementation, tensors, self.theta, self.precision)
-                self._losses = self._stepper.level
+                self._losses.level = self._stepper.level
         return self._stepper
 
     def _check_capture(self) -> None:
@@ -253,22 +225,19 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        names = ("theta", "on_nonfinite", "precision", "state_dtype", "impl", "implementation")
-        kept = ("_identity", "_total_steps", "_told", "_observed", "_valid_alone")
-        return {**state, **{name: getattr(self, name) for name in (*names, *kept)}}
+        kept = ["theta", "on_nonfinite", "precision", "state_dtype", "impl", "implementation"]
+        kept += ["_identity", "_total_steps", "_told", "_losses", "_rates"]
+        return {**state, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._stepper, self._weights, self._losses = None, {}, None
+        self._stepper, self._weights = None, {}
         super().__setstate__(state)
         _run_eagerly(type(self))
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} (theta={self._identity['theta']!r}, total_steps={self._total_steps}"]
-        for i, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {i}: {len(group['params'])} tensors")
-            hidden = {"params", "param_names", *SHARED, *self._identity, "total_steps"}
-            lines += [f"    {name}: {group[name]}" for name in sorted(group.keys() - hidden)]
-        return "\n".join([*lines, ")"])
+        head = f"{type(self).__name__} (theta={self._identity['theta']!r}, total_steps={self._total_steps}"
+        hidden = {"params", "param_names", *SHARED, *self._identity, "total_steps"}
+        return "\n".join([head, *describe(self.param_groups, hidden), ")"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; the state gets this optimizer's dtypes, whatever the dtype of the parameters.
@@ -314,12 +283,8 @@ class LearnedOptimizer(Optimizer):
             self._total_steps = told
         for group in self.param_groups:
             group.update(self._identity, total_steps=self._total_steps)
-        self._stepper, self._observed, self._valid_alone = None, False, None
-        if holds_shared(self.param_groups):
-            shared = self._globals()
-            self._observed = float(shared["pending_loss"][1]) > 0
-            known = self._observed or float(shared["train_loss"][2]) > 0
-            self._valid_alone = False if known else True if float(shared["valid_loss"][2]) > 0 else None
+        self._stepper, self._rates = None, []
+        self._losses.follow(self._globals() if holds_shared(self.param_groups) else None)
 
     # ---- Losses -----------------------------------------------------------------------------------------------------
 
@@ -354,50 +319,20 @@ class LearnedOptimizer(Optimizer):
         """
         part = as_weight(weight, self._theta_weights()["initial_h"])
         train, valid = self._loss("train_loss", train_loss), self._loss("valid_loss", valid_loss)
-        self._note(train, valid)
-        self._observed |= train is not None
-        self._observe(train, valid, part)
+        self._losses.note(train, valid)
+        self._losses.waiting |= train is not None
+        self._write(train, valid, part)
 
-    def _note(self, train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None) -> None:
-        if train_loss is not None:
-            self._valid_alone = False
-        elif valid_loss is not None and self._valid_alone is None:
-            self._valid_alone = True
+    def _write(self, train: Loss, valid: Loss = None, weight: Loss = 1.0) -> None:
+        shared, weights = self._globals(), self._theta_weights()
+        self._losses.write(self.implementation, self.theta, weights, shared, train, valid, weight)
 
-    def _observe(
-        self, train_loss: float | Tensor | None, valid_loss: float | Tensor | None, weight: float | Tensor | None = 1.0
-    ) -> None:
-        group, spec, weights = self._globals(), self.theta.spec, self._theta_weights()
-        compiled = self.implementation != "reference"
-        like = weights["initial_h"]
-        if train_loss is not None and not (compiled and isinstance(weight, float) and weight == 1.0):
-            loss, part = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (train_loss, weight))
-            terms = torch.stack([part * loss, part.expand_as(loss)]).reshape(2)
-            group["pending_loss"] += torch.where(torch.isfinite(terms).all() & (part > 0), terms, 0.0)
-            train_loss = None
-        if train_loss is None and valid_loss is None:
-            return
-        if compiled:
-            if self._losses is None:
-                rows = tensor_lstm.init_rows(spec, weights, 0)
-                self._losses = kernels.TensorLevel(self.implementation, self.theta, (), rows)
-            self._losses.begin(group, train_loss, valid_loss)
-            return
-        loss = torch.as_tensor(valid_loss, dtype=like.dtype, device=like.device).reshape(())
-        globals_ = Globals(*(group[name] for name in Globals._fields))
-        self._write_globals(tensor_lstm.observe_valid(spec, globals_, loss))
-
-    def _loss(self, name: str, loss: object) -> float | Tensor | None:
+    def _loss(self, name: str, loss: object) -> Loss:
         """A loss to minimise: a number, or a tensor on the device whose value is not looked at."""
         found = as_loss(name, loss, self._theta_weights()["initial_h"])
-        if found is None or not all(group["maximize"] for group in self.param_groups):
+        if found is None or not all(group.get("maximize") for group in self.param_groups):
             return found
         return -found
-
-    def _write_globals(self, globals_: Globals) -> None:
-        group = self.param_groups[0]
-        for name, value in globals_._asdict().items():
-            group[name].copy_(value)
 
     # ---- The step ---------------------------------------------------------------------------------------------------
 
@@ -430,13 +365,14 @@ class LearnedOptimizer(Optimizer):
             if loss is not None and result is not None:
                 raise ValueError("loss: given beside a closure that returns a loss, too; pass only one of them")
             loss = result if loss is None else loss
-        observed = None if self._observed else self._loss("loss", loss)
+        observed = None if self._losses.waiting else self._loss("loss", loss)
         stepper = self._ready()
         grads, others, unchecked = stepper.tensors.gradients()
         if unchecked:
-            self._check_gradients()
+            allowed = {torch.float32, torch.bfloat16, *([torch.float64] if self.implementation == "reference" else [])}
+            check_gradients(self.param_groups, self._theta_weights()["initial_h"].device, allowed)
             stepper.tensors.accept()
-        read_rates(self.param_groups)
+        self._rates = read_rates(self.param_groups, self._rates)
         if grads and self.on_nonfinite != "ignore":
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
             if int(bad) > 0:
@@ -444,32 +380,21 @@ class LearnedOptimizer(Optimizer):
                     raise FloatingPointError(f"gradients hold {int(bad)} NaN or Inf elements; nothing was changed")
                 self._globals()["nonfinite"] += bad
                 return result
-        self._note(observed)
-        if grads and self._valid_alone:
-            self._valid_alone = False
-            warn(
-                "validation losses were observed, and no training loss: they are compared with training losses, so "
-                "they do nothing; give step(loss=...), or observe(train_loss=...)"
-            )
-        if grads:
-            self._observed = False
+        self._losses.note(observed)
         if not grads:
-            self._observe(observed, None)
+            self._write(observed)
             return result
+        self._losses.use()
         if others:
             self._check_capture()
             stepper.select()
         tensors, shared, steps = stepper.tensors, self._globals(), self.total_steps or 0
-        if any(group["maximize"] for group in self.param_groups):
+        if any(group.get("maximize") for group in self.param_groups):
             grads = descending(grads, tensors.selected_groups, self.param_groups)
         if isinstance(stepper, KernelStepper):
             stepper.step(tensors.selected_params, grads, self.param_groups, shared, steps, observed, unchecked)
             return result
         with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast
-            self._observe(observed, None)
+            self._write(observed)
             stepper.step(tensors.selected_params, grads, self.param_groups, shared, steps)
         return result
-
-    def _check_gradients(self) -> None:
-        allowed = {torch.float32, torch.bfloat16} | ({torch.float64} if self.implementation == "reference" else set())
-        check_gradients(self.param_groups, self._theta_weights()["initial_h"].device, allowed)

@@ -60,20 +60,14 @@ def check_unknown(options: Mapping[str, Any]) -> None:
         raise TypeError(f"LearnedOptimizer() got an unexpected keyword argument {min(unknown)!r}")
 
 
-def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Refuse a value that is not one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
-
-
 def check_total_steps(value: Any) -> None:
     """Refuse a number of steps below 1."""
     if value is not None and not (isinstance(value, numbers.Real) and 1.0 <= float(value) < math.inf):
         raise ValueError(f"total_steps: expected a number from 1 on or None, got {value!r}")
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Check the options of a new group.
+def check_group(group: Mapping[str, Any], total_steps: float | None) -> None:
+    """Check the options of a new group of an optimizer with these ``total_steps``.
 
     Raises:
         ValueError: an option is out of range, of a wrong type, or one of another optimizer.
@@ -92,29 +86,48 @@ def check_group(group: Mapping[str, Any]) -> None:
     peak = group["peak_lr"]
     if peak is not None and not (isinstance(peak, numbers.Real) and 0.0 <= float(peak) < math.inf):
         raise ValueError(f"peak_lr: expected None or a finite number >= 0, got {peak!r}")
+    if group.get("total_steps") not in (None, total_steps):
+        raise ValueError(
+            f"total_steps: got {group['total_steps']!r} in a group, but it belongs to all; "
+            "write LearnedOptimizer(params, total_steps=...)"
+        )
 
 
-def read_rates(groups: Sequence[dict[str, Any]]) -> None:
+def read_rates(groups: Sequence[dict[str, Any]], before: Sequence[float]) -> list[float]:
     """Before a step: check the ``lr`` of all groups, and decide for new ones whether it is a script's learning rate.
 
     ``peak_lr`` of a group is None until its first step with an ``lr`` above 0. From then on it is 0 where ``lr`` is a
     multiplier, and otherwise the highest learning rate so far, to which :func:`effective_lr` relates the present one.
-    A scheduler of torch's that started above :data:`LARGEST_RATE` says that ``lr`` is a multiplier, in a warm-up.
+    A scheduler of torch's that started above :data:`LARGEST_RATE` says that ``lr`` is a multiplier, in a warm-up. A
+    script that writes rates after its first step only shows in a fall from above .5 within a step.
+
+    Args:
+        groups: the optimizer's; ``peak_lr`` is written.
+        before: what the last call returned.
+
+    Returns:
+        The ``lr`` of all groups, NaN for tensors.
 
     Raises:
         ValueError: an ``lr`` is negative or not finite.
     """
+    now = [math.nan if isinstance(group["lr"], Tensor) else group["lr"] for group in groups]
+    if now == before:
+        return now
     rates: dict[float, list[int]] = {}
-    for i, group in enumerate(groups):
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
+    for i, (group, lr) in enumerate(zip(groups, now, strict=True)):
+        if isinstance(group["lr"], Tensor):
             continue
         if not 0.0 <= lr < math.inf:
             raise ValueError(f"param_groups[{i}]['lr']: expected a finite number >= 0, got {lr!r}; nothing was changed")
-        if lr > 0.0 and group.get("peak_lr") is None:
+        if lr == 0.0:
+            continue
+        peak = group.get("peak_lr")
+        fell = peak == 0.0 and lr <= LARGEST_RATE and i < len(before) and before[i] > 0.5
+        if peak is None or fell:
             known = (float(group.get(name) or 0.0) for name in ("initial_lr", "max_lr"))  # of torch's schedulers
-            peak = max(float(lr), *known)
-            group["peak_lr"] = peak if peak <= LARGEST_RATE else 0.0
+            highest = max(float(lr), *known)
+            group["peak_lr"] = highest if highest <= LARGEST_RATE else 0.0
             if group["peak_lr"]:
                 rates.setdefault(float(lr), []).append(i)
     if rates:
@@ -125,6 +138,7 @@ def read_rates(groups: Sequence[dict[str, Any]]) -> None:
             "(highest lr of the group so far), so that only the course of a schedule counts. Leave lr and its schedule "
             "out, or use multipliers around 1 (docs/porting.md)"
         )
+    return now
 
 
 def effective_lr(group: dict[str, Any]) -> float | Tensor:
@@ -150,9 +164,18 @@ def effective(group: dict[str, Any]) -> dict[str, Any]:
 
 def descending(grads: list[Tensor], group_of: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """Gradients to descend along: those of groups with ``maximize`` are negated, in new memory of the same size."""
-    ascending = [i for i, group in enumerate(group_of) if groups[group]["maximize"]]
+    ascending = [i for i, group in enumerate(group_of) if groups[group].get("maximize")]
     negated = torch._foreach_neg([grads[i] for i in ascending])
     grads = list(grads)
     for i, grad in zip(ascending, negated, strict=True):
         grads[i] = grad
     return grads
+
+
+def describe(groups: Sequence[Mapping[str, Any]], hidden: set[str]) -> list[str]:
+    """Lines that show the options of the groups."""
+    lines = []
+    for i, group in enumerate(groups):
+        lines.append(f"Parameter Group {i}: {len(group['params'])} tensors")
+        lines += [f"    {name}: {group[name]}" for name in sorted(group.keys() - hidden)]
+    return lines

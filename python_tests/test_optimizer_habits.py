@@ -156,13 +156,30 @@ def test_multipliers_are_taken_as_they_are(lr: float) -> None:
     opt, other = make_optimizer(params, lr=lr), make_optimizer(others, lr=torch.tensor(lr))
     run(opt, params, 1)
     run(other, others, 1)
-    opt.param_groups[0]["lr"] = 1e-3  # the end of a schedule
-    other.param_groups[0]["lr"].fill_(1e-3)
-    run(opt, params, 2, 1)
-    run(other, others, 2, 1)
+    for step, rate in enumerate((0.4, 1e-3), 1):  # the end of a schedule
+        opt.param_groups[0]["lr"] = rate
+        other.param_groups[0]["lr"].fill_(rate)
+        run(opt, params, 1, step)
+        run(other, others, 1, step)
     assert_same_bits(params, others)
     assert opt.param_groups[0]["peak_lr"] == 0.0
     assert other.param_groups[0]["peak_lr"] is None
+
+
+@every_impl
+def test_rates_that_come_after_the_first_step(impl: str) -> None:
+    """The loop writes them at its end: a fall by so much within a step is no schedule of multipliers."""
+    params, others = make_params(), make_params()
+    opt, other = make_optimizer(params, impl), make_optimizer(others, impl)
+    run(opt, params, 1)
+    opt.param_groups[0]["lr"] = 1e-3
+    with a_rate:
+        run(opt, params, 1, 1)
+    run(other, others, 2)
+    opt.param_groups[0]["lr"], other.param_groups[0]["lr"] = 5e-4, 0.5
+    run(opt, params, 1, 2)
+    run(other, others, 1, 2)
+    assert_same_bits(without_peaks(snapshot(opt)), without_peaks(snapshot(other)))
 
 
 def test_a_given_peak_needs_no_warning() -> None:

@@ -1,0 +1,89 @@
+"""Losses on their way into an optimizer's state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopt import kernels
+from lopt.options import warn
+from lopt.rule import Theta, tensor_lstm
+from lopt.rule.tensor_lstm import Globals
+
+Loss = float | Tensor | None
+
+
+class Losses:
+    """What was told since the last step, and ever.
+
+    Attributes:
+        waiting: a training loss was observed that no step has used yet.
+        valid_alone: validation losses were told, and never a training loss; None before any loss.
+        level: takes losses in compiled code: that of the steps, once there was one.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = False
+        self.valid_alone: bool | None = None
+        self.level: kernels.TensorLevel | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "level": None}
+
+    def note(self, train: Loss, valid: Loss = None) -> None:
+        """Losses are told."""
+        if train is not None:
+            self.valid_alone = False
+        elif valid is not None and self.valid_alone is None:
+            self.valid_alone = True
+
+    def use(self) -> None:
+        """A step uses what waits."""
+        self.waiting = False
+        if self.valid_alone:
+            self.valid_alone = False  # said once
+            warn(
+                "validation losses were observed, and no training loss: they are compared with training losses, so "
+                "they do nothing; give step(loss=...), or observe(train_loss=...)"
+            )
+
+    def follow(self, shared: Mapping[str, Tensor] | None) -> None:
+        """Say what the state says that all tensors share, after it was loaded."""
+        self.waiting, self.valid_alone, self.level = False, None, None
+        if shared is not None:
+            self.waiting = float(shared["pending_loss"][1]) > 0
+            if self.waiting or float(shared["train_loss"][2]) > 0:
+                self.valid_alone = False
+            elif float(shared["valid_loss"][2]) > 0:
+                self.valid_alone = True
+
+    def write(
+        self,
+        implementation: str,
+        theta: Theta,
+        weights: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        train: Loss,
+        valid: Loss = None,
+        weight: Loss = 1.0,
+    ) -> None:
+        """Add a training loss to those of the next step, and take a validation loss, in place."""
+        like, compiled = weights["initial_h"], implementation != "reference"
+        if train is not None and not (compiled and isinstance(weight, float) and weight == 1.0):
+            loss, part = (torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in (train, weight))
+            terms = torch.stack([part * loss, part])
+            shared["pending_loss"].add_(torch.where(torch.isfinite(terms).all() & (part > 0), terms, 0.0))
+            train = None
+        if train is None and valid is None:
+            return
+        if compiled:
+            if self.level is None:
+                rows = tensor_lstm.init_rows(theta.spec, weights, 0)
+                self.level = kernels.TensorLevel(implementation, theta, (), rows)
+            self.level.begin(shared, train, valid)
+            return
+        loss = torch.as_tensor(valid, dtype=like.dtype, device=like.device).reshape(())
+        old = Globals(*(shared[name] for name in Globals._fields))
+        for name, value in tensor_lstm.observe_valid(theta.spec, old, loss)._asdict().items():
+            shared[name].copy_(value)
