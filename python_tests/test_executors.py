@@ -2,8 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,10 +84,84 @@ def test_a_failing_unit_is_an_error_with_its_traceback() -> None:
         finally:
             executor.close()  # must not hide the error
 
-    with pytest.raises(RuntimeError, match=r"a unit of work failed in a worker process:(.|\n)*ZeroDivisionError"):
+    with pytest.raises(ZeroDivisionError, match="float division by zero") as error:
         close_after_the_error()
+    trace = str(error.value.__cause__)
+    assert trace.startswith("a unit of work failed in a worker process:\nTraceback (most recent call last):")
+    assert "return shared / item" in trace
     with pytest.raises(ValueError, match="workers: expected a positive number, got 0"):
         LocalProcesses(0)
+
+
+class Local(Exception):
+    """Does not survive pickling."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def fail(shared: None, item: int) -> None:
+    raise Local(item, item)
+
+
+def test_an_error_that_cannot_travel_is_told() -> None:
+    executor = LocalProcesses(1)
+    try:
+        with pytest.raises(RuntimeError, match=r"a unit of work failed in a worker process:\n(.|\n)*Local: 3 and 3"):
+            executor.map(fail, None, [3])
+    finally:
+        executor.close()
+
+
+def test_results_come_as_they_end(two: LocalProcesses) -> None:
+    """The first item ends only when the second has."""
+    with tempfile.TemporaryDirectory() as folder:
+        assert [index for index, _ in two.stream(wait_for, Path(folder), [1, 0])] == [1, 0]
+
+
+def wait_for(shared: Path, item: int) -> None:
+    while item and not (shared / "0").exists():
+        time.sleep(0.01)
+    (shared / str(item)).touch()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("end", ["interrupt", "kill"])
+def test_the_processes_of_a_command_end_with_it(end: str, tmp_path: Path) -> None:
+    """``lopt evaluate`` with two busy workers, after one Ctrl-C, as a terminal sends it to all; and killed alone."""
+    command = [sys.executable, "-m", "lopt", "evaluate", "--tasks", "spirals-32-32-3", "--horizons", "10000000"]
+    command += ["--seeds", "0", "1", "--workers", "2", "--optimizers", "lopt", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while (
+                process.poll() is None and len(children.read_text().split()) < 3
+            ):  # multiprocessing has one of its own
+                time.sleep(0.01)
+            if end == "interrupt":
+                os.killpg(process.pid, signal.SIGINT)
+                assert process.communicate(timeout=120)[1] == "lopt: interrupted\n"
+                assert process.returncode == 130
+            else:
+                process.kill()
+                process.communicate(timeout=120)  # standard error is closed when the last of them is gone
+            while group_is_there(process.pid):
+                time.sleep(0.01)
+        finally:
+            if group_is_there(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def group_is_there(group: int) -> bool:
+    """Whether a process of the group runs, which one that nobody waits for does not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
 
 
 def test_processes_that_keep_dying_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

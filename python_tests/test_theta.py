@@ -500,5 +500,5 @@ def test_a_spec_value_of_the_wrong_type_is_a_value_error(tmp_path):
 def test_a_corrupt_npz_is_named(tmp_path):
     path = tmp_path / "theta.npz"
     path.write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(ValueError, match=r"theta\.npz is not a readable \.npz"):
+    with pytest.raises(ValueError, match=r"theta\.npz: not a readable \.npz file"):
         Theta.import_jax(path)

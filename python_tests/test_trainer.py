@@ -144,6 +144,39 @@ def test_sigkill_of_the_program_loses_nothing_but_time(tmp_path: Path) -> None:
     assert same(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_a_second_process_in_the_folder_is_refused(tmp_path: Path) -> None:
+    """While a run goes on here, ``lopt meta-train --resume`` in another process changes nothing and says why."""
+    refused = []
+
+    class Meanwhile(Serial):
+        def map(self, function: Any, shared: Any, items: Any) -> Any:
+            if not refused and shared.iteration == 2:
+                before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+                command = [sys.executable, "-m", "lopt", "meta-train", "--workers", "1", "--out", str(tmp_path)]
+                refused.append(subprocess.run([*command, "--resume"], capture_output=True, text=True))
+                assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+            return super().map(function, shared, items)
+
+    train(dataclasses.replace(SMALL, checkpoint_every=1), tmp_path, executor=Meanwhile())
+    message = f"another process is meta-training in {str(tmp_path)!r}; wait for its end, or choose another folder"
+    assert [(one.returncode, one.stdout, one.stderr) for one in refused] == [(2, "", f"lopt: out: {message}\n")]
+    assert [line["iteration"] for line in metrics(tmp_path)] == list(range(len(metrics(tmp_path))))
+    with pytest.raises(FileExistsError, match="holds a meta-training run already"):
+        train(SMALL, tmp_path)  # the folder is free again
+
+
+def test_a_checkpoint_goes_on_without_its_metrics(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(SMALL, tmp_path, executor=KilledAt(2))
+    reached = checkpoint.load(tmp_path / "checkpoint.pt")[2].iteration
+    (tmp_path / "metrics.jsonl").unlink()
+    train(SMALL, tmp_path, resume=True)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")[2].theta.equal(checkpoint.load(whole / "checkpoint.pt")[2].theta)
+    assert [line["iteration"] for line in metrics(tmp_path)] == [
+        line["iteration"] for line in metrics(whole) if line["iteration"] > reached
+    ]
+
+
 class Assassin(LocalProcesses):
     """Kills a worker before every third iteration."""
 

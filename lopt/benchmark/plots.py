@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lopt.benchmark.rows import Row
 from lopt.evaluation.plots import COLOURS, require_matplotlib
+from lopt.files import save_figure
 
 
 def time_per_parameter(rows: Sequence[Row], path: Path) -> None:
@@ -45,5 +46,4 @@ def time_per_parameter(rows: Sequence[Row], path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(path, figure)

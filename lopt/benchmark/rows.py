@@ -78,13 +78,13 @@ def append_csv(path: Path, rows: Sequence[Row]) -> None:
     """
     columns = list(rows[0])
     if path.exists():
-        with path.open(newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             found = next(csv.reader(file), [])
         if found != columns:
             raise ValueError(f"{path}: has the columns {found}, these rows have {columns}; name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         if new:
             writer.writeheader()
@@ -92,9 +92,20 @@ def append_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file that :func:`append_csv` wrote."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a CSV file that :func:`append_csv` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else, or damaged.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        for row in rows:
+            seconds_of(row)
+    except (UnicodeDecodeError, csv.Error, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not rows of lopt bench, or damaged ({error!r}); name another file") from error
+    return rows
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lopt.files import write_text
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -39,8 +41,7 @@ class Command(ABC):
 def write_json(path: Path, numbers: dict[str, Any]) -> None:
     """Write ``numbers`` to ``path`` as standard JSON: paths become strings, non-finite numbers become
     null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_plain(numbers), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_plain(numbers), indent=1, allow_nan=False) + "\n")
 
 
 def say(console: Console, text: str) -> None:

@@ -84,7 +84,7 @@ class RunExperiment(Command):
         table = RowTable(out / f"{self.name}.csv")
         rows = self._execute(console, runs, table)
         figure, text = experiment.write(rows, out)
-        say(console, text.read_text().rstrip())
+        say(console, text.read_text(encoding="utf-8").rstrip())
         say(console, "")
         say(console, f"Wrote {table.path}, {figure} and {text}")
         numbers = {"command": "experiment", "rows": [dataclasses.asdict(row) for row in rows]}

@@ -59,6 +59,8 @@ class MetaTrain(Command):
 
     def run(self, console: Console) -> Outcome:
         given = self._given()
+        if not self.resume:
+            trainer.check_new(self.out)
         workers = usable_cores() if self.workers is None else self.workers
         executor: Executor = Serial() if workers == 1 else LocalProcesses(workers)
         try:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lopt.commands.common import Command, Outcome, say
 from lopt.meta import plots
-from lopt.meta.metrics import read_metrics
+from lopt.meta.metrics import FILE, read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class Plot(Command):
 
     def run(self, console: Console) -> Outcome:
         metrics = read_metrics(self.folder)
+        if not metrics:
+            raise ValueError(f"folder: {self.folder / FILE} has no whole line; wait for the first, or run it again")
         path = self.folder / "meta_loss.png"
         plots.meta_loss(metrics, path)
         last = metrics[-1]

@@ -16,6 +16,7 @@ from lopt.evaluation.opponents import opponent
 from lopt.evaluation.report import Report
 from lopt.evaluation.step_times import StepTimes
 from lopt.evaluation.table import Run, RunTable
+from lopt.files import write_text
 from lopt.meta.provenance import file_checksum
 
 
@@ -99,8 +100,7 @@ class MakeReport(Command):
             for horizon in report.horizons
         }
         out = self.out or path.with_name("report.html")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(report.markdown() if out.suffix == ".md" else report.html())
+        write_text(out, report.markdown() if out.suffix == ".md" else report.html())
         say(console, "")
         say(console, f"Wrote {out}")
         said = {"facts": report.facts, "warnings": report.warnings}

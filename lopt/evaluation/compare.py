@@ -316,7 +316,7 @@ def code_sha256() -> str:
     modules = sorted(file for file in Path(lopt.__file__).parent.glob("*.py") if file.stem != "cli")
     digest = hashlib.sha256(kernels.source_sha256().encode())
     for file in modules:
-        digest.update(ast.dump(without_docstrings(ast.parse(file.read_text()))).encode())
+        digest.update(ast.dump(without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
     return digest.hexdigest()
 
 

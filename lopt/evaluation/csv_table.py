@@ -4,12 +4,13 @@ import csv
 import dataclasses
 import io
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from filelock import FileLock
+
+from lopt.files import write_text
 
 
 class Keyed(Protocol):
@@ -21,6 +22,8 @@ class Keyed(Protocol):
 
 
 R = TypeVar("R", bound=Keyed)
+
+_DAMAGED = "not a table of runs, or damaged ({}); mend or move the file, or choose another --out"
 
 
 class CsvTable(Generic[R]):
@@ -54,7 +57,7 @@ class CsvTable(Generic[R]):
                 return
             before = self.path.read_bytes()[-1:] if self.path.is_file() else b""
             text = self._text(rows, header=not before)
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
                 file.write(("\n" if before not in (b"", b"\n") else "") + text)
 
     def sort(self, order: Callable[[R], Any]) -> None:
@@ -67,8 +70,11 @@ class CsvTable(Generic[R]):
 
     def _read(self) -> bool:
         """Take in the rows of the file; whether it has all columns (or does not exist) and whole rows only."""
-        content = self.path.read_text() if self.path.is_file() else ""
-        lines = list(csv.reader(io.StringIO(content)))
+        try:
+            content = self.path.read_bytes().decode() if self.path.is_file() else ""
+            lines = list(csv.reader(io.StringIO(content), strict=True))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{self.path}: {_DAMAGED.format(error)}") from error
         if not lines:
             return True
         names, header = list(self.columns), lines[0]
@@ -76,9 +82,12 @@ class CsvTable(Generic[R]):
         if len(header) < required or header != names[: len(header)]:
             columns = ", ".join(names)
             raise ValueError(f"{self.path}: expected the columns {columns}; move the file or choose another --out")
-        for line in lines[1:] if content.endswith("\n") else lines[1:-1]:
+        for number, line in enumerate(lines[1:] if content.endswith("\n") else lines[1:-1], 2):
             if len(line) == len(header):
-                row = self._parse(line)
+                try:
+                    row = self._parse(line)
+                except ValueError as error:
+                    raise ValueError(f"{self.path}, row {number}: {_DAMAGED.format(error)}") from error
                 self.rows[row.key] = row
         return header == names and content.endswith("\n")
 
@@ -91,9 +100,7 @@ class CsvTable(Generic[R]):
 
     def _write(self) -> None:
         """Replace the file by all rows."""
-        part = self.path.with_suffix(".part")
-        part.write_text(self._text(self.rows.values(), header=True), newline="")
-        os.replace(part, self.path)
+        write_text(self.path, self._text(self.rows.values(), header=True))
         self._complete = True
 
     def _text(self, rows: Iterable[Any], header: bool) -> str:

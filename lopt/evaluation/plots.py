@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lopt.evaluation.training import TrainResult
+from lopt.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def training_curves(runs: Mapping[str, Sequence[TrainResult]], title: str, path:
             _accuracy_axis(axes, runs)
     lines, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def _line(axes: Axes, label: str, results: Sequence[TrainResult], quantity: str, colour: str, above: int) -> None:

@@ -1,16 +1,12 @@
 """Work spread over processes of one thread each, which end with their parent."""
 
-import multiprocessing
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from lopt.meta.executors import LocalProcesses
 from lopt.tasks import datasets
 
 Job = TypeVar("Job")
@@ -26,6 +22,9 @@ def in_processes(
         work: can be pickled, if there are several workers.
         data: folder with Fashion-MNIST's IDX files, for the processes.
 
+    Raises:
+        Exception: what ``work`` raised; jobs that have not ended are given up.
+
     Example:
         >>> list(in_processes(abs, [-2, 1], workers=1))
         [(-2, 2), (1, 1)]
@@ -39,25 +38,16 @@ def in_processes(
         finally:
             torch.set_num_threads(threads)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(), data))
+    processes = LocalProcesses(workers)
     try:
-        futures = {pool.submit(work, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures.pop(future), future.result()
+        for index, result in processes.stream(_unit, (work, data), jobs):
+            yield jobs[index], result
     finally:
-        pool.shutdown(cancel_futures=True)
+        processes.close()
 
 
-def _begin(parent: int, data: Path | None) -> None:
-    """What a worker does first: one thread, the data, and an end of its own when its parent is no more."""
-    torch.set_num_threads(1)
+def _unit(shared: tuple[Callable[[Any], Any], Path | None], job: Any) -> Any:
+    work, data = shared
     if data is not None:
         datasets.FASHION_MNIST_FOLDER = data
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return work(job)

@@ -10,6 +10,7 @@ from pathlib import Path
 from lopt.evaluation.processes import in_processes
 from lopt.experiments.rows import Row, RowTable
 from lopt.experiments.runs import Result, Run, Setting
+from lopt.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Experiment:
         self.figure(rows, figure)
         image = f"![{self.title}]({figure.name})"
         parts = [f"# {self.title}", self.about, image, *self.text(rows), _origin(self.name, rows)]
-        text.write_text("\n\n".join(parts) + "\n")
+        write_text(text, "\n\n".join(parts) + "\n")
         return figure, text
 
 

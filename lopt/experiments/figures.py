@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lopt.evaluation.plots import COLOURS, require_matplotlib
+from lopt.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -74,8 +75,7 @@ def draw(panels: Sequence[Panel], title: str, path: Path, columns: int = 3) -> N
     room = int(figure.get_figwidth() / (0.5 + 0.09 * max(map(len, entries))))  # inches of a symbol and of a letter
     columns = min(max(1, room), len(entries))
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def _panel(axes: Axes, panel: Panel) -> None:

@@ -6,7 +6,6 @@ the pair. A run that continues from a checkpoint is bit-identical to one that ne
 """
 
 import json
-import os
 import pickle
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.files import replacing
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.outer import Moments
 from lopt.meta.pairs import Carry
 from lopt.rule import ThetaSpec
+
+#: What torch.load raises for files that were cut short or are something else.
+_DAMAGE = (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, pickle.UnpicklingError)
 
 VERSION = 3  # raised when old checkpoints cannot be continued as they are
 
@@ -59,12 +62,8 @@ def save(path: Path, config: MetaTrainConfig, spec: ThetaSpec, state: TrainState
     content["moments"] = state.moments._asdict()
     content["carries"] = [None if carry is None else carry._asdict() for carry in state.carries]
     content |= {"version": VERSION, "config": json.dumps(config.to_json()), "spec": json.dumps(spec.to_json())}
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load(path: Path) -> tuple[MetaTrainConfig, ThetaSpec, TrainState]:
@@ -76,18 +75,25 @@ def load(path: Path) -> tuple[MetaTrainConfig, ThetaSpec, TrainState]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no file {str(path)!r} to resume from; start anew, in an empty folder")
+    damaged = "restore it or start in an empty folder"
     try:
         content: dict[str, Any] = torch.load(path, weights_only=True)
         version = content.pop("version")
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint: {path} is damaged or no checkpoint of meta-training ({error})") from error
+    except _DAMAGE as error:
+        text = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
+        raise ValueError(
+            f"checkpoint: {path} is damaged or no checkpoint of meta-training ({text}); {damaged}"
+        ) from error
     if version != VERSION:
         raise ValueError(f"checkpoint: {path} has version {version}, this version of lopt reads version {VERSION}")
     missing = sorted({"config", "spec", *(entry.name for entry in fields(TrainState))} - content.keys())
     if missing:
-        raise ValueError(f"checkpoint: {path} has no entries {missing}; it is damaged")
-    config = MetaTrainConfig.from_json(json.loads(content.pop("config")))
-    spec = ThetaSpec.from_json(json.loads(content.pop("spec")))
-    content["moments"] = Moments(**content["moments"])
-    content["carries"] = [None if carry is None else Carry(**carry) for carry in content["carries"]]
-    return config, spec, TrainState(**content)
+        raise ValueError(f"checkpoint: {path} has no entries {missing}; it is damaged: {damaged}")
+    try:
+        config = MetaTrainConfig.from_json(json.loads(content.pop("config")))
+        spec = ThetaSpec.from_json(json.loads(content.pop("spec")))
+        content["moments"] = Moments(**content["moments"])
+        content["carries"] = [None if carry is None else Carry(**carry) for carry in content["carries"]]
+        return config, spec, TrainState(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"checkpoint: {path}: {error}; {damaged}") from error

@@ -7,6 +7,8 @@ the results are the same bits. Another executor (a cluster) needs the two method
 import os
 import pickle
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -67,19 +69,24 @@ class LocalProcesses:
         self.workers = [_Worker() for _ in range(workers)]
 
     def map(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> list[R]:
-        """See :class:`Executor`.
+        """See :class:`Executor`; errors are those of :meth:`stream`."""
+        results = dict(self.stream(function, shared, items))
+        return [results[index] for index in range(len(items))]
+
+    def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
+        """``(index, function(shared, items[index]))`` of every item, as they end; to be used up, or closed after it.
 
         Raises:
-            RuntimeError: a unit raised an error, which the message holds, or processes keep dying.
+            Exception: what a unit raised; its cause has the traceback of the process.
+            RuntimeError: processes keep dying.
         """
         common = pickle.dumps((function, shared))
         messages = [pickle.dumps((index, item)) for index, item in enumerate(items)]
-        results: dict[int, R] = {}
         waiting = list(range(len(items)))[::-1]
-        losses = 0
+        left, losses = len(items), 0
         for worker in self.workers:
             worker.assign(common, None)
-        while len(results) < len(items):
+        while left:
             for place, worker in enumerate(self.workers):
                 if worker.lost:
                     losses += 1
@@ -98,15 +105,17 @@ class LocalProcesses:
                 worker = busy[connection]  # type: ignore[index]
                 answer = worker.receive()
                 if answer is not None:
-                    index, result, error = answer
-                    if error is not None:
+                    index, result, trace = answer
+                    if trace is not None:
                         self.close()
-                        raise RuntimeError(f"a unit of work failed in a worker process:\n{error}")
-                    results[index], losses = result, 0
-        return [results[index] for index in range(len(items))]
+                        raise result from RuntimeError(f"a unit of work failed in a worker process:\n{trace}")
+                    left, losses = left - 1, 0
+                    yield index, result
 
     def close(self) -> None:
-        """End the processes; a second call does nothing."""
+        """End the processes, whatever they are at; a second call does nothing."""
+        for worker in self.workers:
+            worker.connection.close()
         while self.workers:
             self.workers.pop().end()
 
@@ -117,8 +126,8 @@ class _Worker:
     def __init__(self) -> None:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _environment(ONE_THREAD):
+        self.process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+        with _environment(ONE_THREAD), _without_interrupts():
             self.process.start()
         theirs.close()  # so that the death of the process is the end of the file
         self.unit: int | None = None
@@ -143,9 +152,9 @@ class _Worker:
         return answer
 
     def end(self) -> None:
-        """Close the connection, on which the process ends; kill it if it does not."""
+        """Close the connection, on which a process without work ends; kill it if it does not."""
         self.connection.close()
-        self.process.join(timeout=1.0)
+        self.process.join(timeout=1.0 if self.unit is None else 0.0)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -169,9 +178,23 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
             os.environ.update({} if value is None else {name: value})
 
 
-def _serve(connection: Connection) -> None:
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C is for this process, which then ends those that it starts in here; one that comes meanwhile comes after.
+
+    They inherit the mask: a handler of their own would come too late, after seconds of imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(connection: Connection, parent: int) -> None:
     """What a process does: ``(function, shared)``, then ``(index, item)`` until the next of the former."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     function: Any = None
     shared: Any = None
@@ -181,12 +204,29 @@ def _serve(connection: Connection) -> None:
             if callable(first):
                 function, shared = first, second
                 continue
-            answer: tuple[int, Any, str | None]
+            answer: tuple[int, Any, str | None]  # index; result or error; traceback of an error
             try:
                 answer = (first, function(shared, second), None)
-            except Exception:
-                answer = (first, None, traceback.format_exc())
+            except Exception as error:
+                trace = traceback.format_exc()
+                answer = (first, _sendable(error, trace), trace)
             connection.send_bytes(pickle.dumps(answer))
+
+
+def _sendable(error: Exception, trace: str) -> Exception:
+    """The error, or one that says as much, if it does not survive pickling."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"a unit of work failed in a worker process:\n{trace}")
+    return error
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process, in the midst of its work, when its parent is no more."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def usable_cores() -> int:

@@ -1,16 +1,17 @@
 """metrics.jsonl: one JSON object per line and iteration; iteration 0 is the start."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from lopt.files import write_text
 
 FILE = "metrics.jsonl"
 
 
 def append(out: Path, metrics: dict[str, Any]) -> None:
     """Write one more line."""
-    with (out / FILE).open("a") as file:
+    with (out / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
 
 
@@ -23,17 +24,19 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     if not (out / FILE).is_file():
         raise FileNotFoundError(f"metrics: {str(out)!r} holds no {FILE}; give the folder of a meta-training run")
     lines: list[dict[str, Any]] = []
-    for text in (out / FILE).read_text().splitlines():
+    for text in (out / FILE).read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
             break
+        if not (isinstance(line, dict) and {"iteration", "inner_steps"} <= line.keys()):
+            break
+        lines.append(line)
     return lines
 
 
 def truncate(out: Path, iteration: int) -> None:
-    """Drop the lines after ``iteration``, which no checkpoint covers."""
-    lines = [line for line in read_metrics(out) if line["iteration"] <= iteration]
-    partial = out / f"{FILE}.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(partial, out / FILE)
+    """Drop the lines after ``iteration``, which no checkpoint covers; without a file the run goes on without them."""
+    lines = read_metrics(out) if (out / FILE).is_file() else []
+    kept = [line for line in lines if line["iteration"] <= iteration]
+    write_text(out / FILE, "".join(json.dumps(line) + "\n" for line in kept))

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lopt.files import save_figure
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 SMOOTHING = 50  # iterations averaged in the line
 
@@ -51,7 +53,7 @@ def meta_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def running_mean(values: Any, width: int) -> Any:

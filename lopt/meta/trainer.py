@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
+from lopt.files import write_text
 from lopt.meta import checkpoint, es, outer, pairs, plots
 from lopt.meta.checkpoint import TrainState
 from lopt.meta.config import MetaTrainConfig
@@ -59,6 +61,7 @@ def run(
         The best theta; its provenance holds the configuration and what the run cost.
 
     Raises:
+        BlockingIOError: another process is at work in ``out``.
         FileExistsError: ``out`` holds a run and ``resume`` is off.
         FileNotFoundError: ``resume`` is on and there is no checkpoint.
         ValueError: the checkpoint is damaged or belongs to another configuration.
@@ -72,7 +75,7 @@ def run(
         1
     """
     out, console, executor = Path(out), console or Console(stderr=True), executor or Serial()
-    with one_thread():
+    with _alone(out), one_thread():
         spec, state = _continue(config, out) if resume else _begin(config, out, executor)
         with Reporter(console, state.inner_steps, config.inner_steps) as reporter:
             while state.inner_steps < config.inner_steps:
@@ -94,17 +97,34 @@ def run(
     return _theta(config, spec, state, best=True, command=command)
 
 
-def _begin(config: MetaTrainConfig, out: Path, executor: Executor) -> tuple[ThetaSpec, TrainState]:
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """While inside, no other process meta-trains in the folder; a process that is killed lets go."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise BlockingIOError(
+            f"out: another process is meta-training in {str(out)!r}; wait for its end, or choose another folder"
+        ) from error
+
+
+def check_new(out: Path) -> None:
+    """Raises FileExistsError where ``out`` holds a run."""
     if (out / "checkpoint.pt").exists() or (out / "metrics.jsonl").exists():
         raise FileExistsError(
             f"out: {str(out)!r} holds a meta-training run already; resume it or choose another folder"
         )
+
+
+def _begin(config: MetaTrainConfig, out: Path, executor: Executor) -> tuple[ThetaSpec, TrainState]:
+    check_new(out)
     theta = start_theta(config)
-    out.mkdir(parents=True, exist_ok=True)
     checksum = file_checksum(config.init) if config.from_file else None
     state = TrainState.begin(config, theta.flatten(), checksum)
     header = {"config": config.to_json(), "spec": theta.spec.to_json(), "versions": versions(), "commit": commit()}
-    (out / "config.json").write_text(json.dumps(header, indent=1) + "\n")
+    write_text(out / "config.json", json.dumps(header, indent=1) + "\n")
     append(out, {"iteration": 0, "inner_steps": 0, **_validate(config, theta.spec, state, executor)})
     checkpoint.save(out / "checkpoint.pt", config, theta.spec, state)
     return theta.spec, state
@@ -207,7 +227,7 @@ def _save(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, out: Path
     for name, best in (("theta", True), ("theta_last", False)):
         theta = _theta(config, spec, state, best, command)
         theta.save(out / f"{name}.safetensors")
-        (out / f"{name}.json").write_text(json.dumps(theta.provenance, indent=1) + "\n")
+        write_text(out / f"{name}.json", json.dumps(theta.provenance, indent=1) + "\n")
     checkpoint.save(out / "checkpoint.pt", config, spec, state)  # last: what it covers is complete
 
 

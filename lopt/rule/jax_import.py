@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lopt.files import read_npz
 from lopt.rule.spec import PRESETS, ThetaSpec
 
 #: Names of the port's arrays.
@@ -39,14 +39,7 @@ def read_jax(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[ThetaS
     """Spec and tensors of :meth:`lopt.Theta.import_jax`."""
     if not isinstance(source, Mapping):
         path, source = Path(source), {}
-        if path.suffix == ".npz":
-            try:
-                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                    source = {name: arrays[name] for name in arrays.files}
-            except (ValueError, EOFError, zipfile.BadZipFile) as error:
-                raise ValueError(f"import_jax: {path} is not a readable .npz file ({error})") from error
-        else:
-            source = _read_flax(path)
+        source = read_npz(path) if path.suffix == ".npz" else _read_flax(path)
     flat = _flatten_mapping(source)
     if any(name.startswith("theta|") for name in flat):
         flat = {name[6:]: value for name, value in flat.items() if name.startswith("theta|")}

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lopt.files import replacing
 from lopt.rule.jax_import import read_jax
 from lopt.rule.spec import PRESETS, ThetaSpec
 
@@ -130,7 +131,7 @@ class Theta:
 
         Raises:
             FileNotFoundError: neither a file nor a shipped name.
-            ValueError: the file is damaged, of another format version, or its tensors do not fit its spec.
+            ValueError: the file is damaged, of another format version, or its tensors are not finite or not the spec's.
         """
         path = Path(source)
         if not path.suffix and (WEIGHTS / f"{path.name}.safetensors").exists() and path.name == str(source):
@@ -143,9 +144,9 @@ class Theta:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"theta: {path} is not a readable safetensors file ({error}); it may be truncated"
+                f"theta: {path} is not a readable safetensors file ({error}); it may be truncated: copy it again"
             ) from error
         try:
             header = json.loads(metadata["lopt"])
@@ -155,24 +156,33 @@ class Theta:
         if version != FORMAT:
             raise ValueError(f"theta: {path} has format {version}, this version of lopt reads format {FORMAT}")
         try:
-            return cls(ThetaSpec.from_json(spec), tensors, provenance)
+            theta = cls(ThetaSpec.from_json(spec), tensors, provenance)
         except TypeError as error:
             raise ValueError(f"theta: {path} has a spec with a value of the wrong type ({error})") from error
+        theta._check_finite(f"in {path}; it is damaged: copy or make it again")
+        return theta
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; its metadata holds format version, spec and provenance as JSON.
 
         Raises:
             FileNotFoundError: the folder does not exist.
+            ValueError: a value is not finite.
         """
+        self._check_finite("and are not written")
         header = {"format": FORMAT, "spec": self.spec.to_json(), "provenance": self.provenance}
         tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.tensors.items()}
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path: folder {str(path.parent)!r} does not exist; create it first")
-        partial = path.with_name(path.name + ".partial")
-        safetensors.torch.save_file(tensors, partial, {"lopt": json.dumps(header)})
-        os.replace(partial, path)
+        with replacing(path) as file:
+            file.write(safetensors.torch.save(tensors, {"lopt": json.dumps(header)}))
+
+    def _check_finite(self, where: str) -> None:
+        for name, tensor in self.tensors.items():
+            if not bool(tensor.isfinite().all()):
+                count = int((~tensor.isfinite()).sum())
+                raise ValueError(f"theta[{name!r}]: {count} of {tensor.numel()} values are not finite {where}")
 
     def with_spec(self, **changes: Any) -> "Theta":
         """The same meta-parameters under a spec with changed constants, e.g. ``theta.with_spec(step_multiplier=.01)``.

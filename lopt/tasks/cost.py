@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lopt.files import write_text
 from lopt.tasks import measure
 from lopt.tasks.task import Task, map_tensors
 
@@ -140,6 +141,8 @@ class CostModel:
         """What the JSON file holds; where there is none, it is measured on ``tasks`` and written."""
         path = Path(path)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(cls.measured(tasks)), indent=1) + "\n")
-        return cls(**json.loads(path.read_text()))
+            write_text(path, json.dumps(asdict(cls.measured(tasks)), indent=1) + "\n")
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a cost model, or damaged ({error}); remove it, to measure anew") from error

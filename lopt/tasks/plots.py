@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lopt.evaluation.plots import COLOURS, require_matplotlib
+from lopt.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,8 +46,7 @@ def gallery(
         _panel(axes, title, lines)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def _panel(axes: Axes, title: str, lines: Mapping[str, Line]) -> None:

