@@ -8,8 +8,10 @@ import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
+import lopt
 from lopt.commands.bench import Bench
 from lopt.commands.common import Command, say, write_json
+from lopt.commands.console import show_everywhere
 from lopt.commands.doctor import Doctor
 from lopt.commands.evaluate import Evaluate
 from lopt.commands.experiment import RunExperiment
@@ -62,17 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with code 2, a command line that cannot be understood; with code 0, ``--help``.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        show_everywhere(stream)
+    if list(arguments) == ["--version"]:
+        say(Console(), f"lopt {lopt.__version__}")
+        return 0
     try:
         command = cast(
             Command,
             tyro.cli(
                 cast(Any, Commands),
                 prog="lopt",
-                description="A learned optimizer for PyTorch: try it, check it, meta-train it.",
+                description="A learned optimizer for PyTorch: try it, check it, meta-train it (lopt --version: which).",
                 args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
             ),
         )
+        command.check()
         outcome = command.run(Console())
         if command.json is not None:
             write_json(command.json, outcome.numbers)

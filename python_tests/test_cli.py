@@ -22,7 +22,7 @@ pytest.importorskip("tyro", reason="the command line needs tyro, which this envi
 
 from lopt import LearnedOptimizer, Theta
 from lopt.cli import main
-from lopt.commands import common, doctor
+from lopt.commands import common, doctor, progress
 from lopt.commands import train as train_command
 from lopt.evaluation.baselines import adam
 from lopt.evaluation.training import TrainResult, mlp, train
@@ -35,8 +35,9 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Default output folders are relative: keep them out of the repository."""
+    """Default output folders are relative: keep them out of the repository. No lines of progress on slow machines."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "EVERY", 1e6)
 
 
 @pytest.fixture
@@ -117,7 +118,10 @@ def test_train_writes_the_numbers_of_the_training_loop(run: Run, tmp_path: Path)
     theta = Theta.load("default")
     assert numbers["learned_optimizer"]["provenance"] == theta.provenance
     assert numbers["learned_optimizer"]["implementation"] == "cpu"
-    assert f"theta default ({theta.num_floats:,} floats, compact; method " in stdout
+    assert (
+        f"lopt (learned): theta default ({theta.num_floats:,} floats, compact, meta_train), implementation cpu"
+        in stdout
+    )
     assert numbers["options"]["hidden"] == [5]
     assert numbers["dataset"] == {"name": "digits", "source": "scikit-learn load_digits", "rows": 1079}
     assert numbers["versions"]["torch"] == torch.__version__
@@ -202,7 +206,7 @@ def test_diverged_runs_are_null_in_the_json(run: Run, monkeypatch: pytest.Monkey
         (("--optimizers", "adam", "sgd"), "Expected one of ('lopt', 'adam', 'adamw-cosine')"),
         (("--optimizers", "adam", "adam"), "optimizers: expected at least one and none twice, got ['adam', 'adam']"),
         (("--optimizers",), "optimizers: expected at least one"),
-        (("--seeds", "-1"), "seeds: expected numbers from 0 on, got [-1]"),
+        (("--seeds", "-1"), "seeds: expected whole numbers from 0 to 4294967295, got -1"),
         (("--steps", "0"), "steps: expected at least 1, got 0"),
         (("--epochs", "nan"), "epochs: expected a positive number, got nan"),
         (("--hidden", "0"), "hidden: expected widths of at least 1, got [0]"),

@@ -466,8 +466,11 @@ def test_code_is_known_by_what_it_does(tmp_path: Path, monkeypatch: pytest.Monke
     text = '"""About."""\nX = 1\n\n\ndef f(x: int) -> int:\n    """Twice."""\n    return 2 * x\n'
     monkeypatch.setattr(compare.lopt, "__file__", str(tmp_path / "__init__.py"))
 
-    def code(text: str) -> str:
-        (tmp_path / "module.py").write_text(text)
+    (tmp_path / "rule").mkdir()
+    (tmp_path / "kernels").mkdir()
+
+    def code(text: str, module: str = "rule/module.py") -> str:
+        (tmp_path / module).write_text(text)
         return compare.code_sha256()
 
     same, other = code(text), code(text.replace("2 * x", "3 * x"))
@@ -475,6 +478,9 @@ def test_code_is_known_by_what_it_does(tmp_path: Path, monkeypatch: pytest.Monke
     assert code(text.replace("Twice.", "Two times.").replace("X = 1", "X = 1  # one")) == same
     (tmp_path / "cli.py").write_text("Y = 1")
     assert code(text) == same
+    assert len({same, code(text, "kernels/module.py"), code(text, "optimizer.py")}) == 3
+    (tmp_path / "kernels" / "module.py").unlink()
+    (tmp_path / "optimizer.py").unlink()
     monkeypatch.setattr(kernels, "source_sha256", lambda: "another")
     assert code(text) != same
 

@@ -487,7 +487,6 @@ def test_the_command_runs_resumes_and_writes(
     assert sorted(files) == [".lock", "README.md", "implicit-regularization.csv", "implicit-regularization.png"]
     assert files["README.md"].decode().strip() in said
     assert "5 runs, 0 of them in" in said
-    assert [line for line in said.splitlines() if "of 5 runs" in line] == [f"{done} of 5 runs" for done in range(1, 6)]
     assert cli.main(command) == 0
     assert "5 runs, 5 of them in" in capsys.readouterr().out
     assert (tmp_path / "implicit-regularization.csv").read_bytes() == files["implicit-regularization.csv"]

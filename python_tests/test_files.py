@@ -206,14 +206,20 @@ def test_a_damaged_table_is_named_with_its_row(damage: bytes, message: str, tmp_
 def test_rows_of_lopt_bench_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     rows.append_csv(path, [{"name": "step", "ns_per_param": 2.0}])
-    assert rows.read_csv(path) == [{"name": "step", "ns_per_param": "2.0"}]
-    for damaged in ("name,ns_per_param\nstep,x\n", "a,b\n1,2\n", "\0\n\n\0", "name,steps_per_second\nunroll,0\n"):
-        path.write_text(damaged)
-        error = error_of(rows.read_csv, path)
-        assert error.startswith(f"{path}: not rows of lopt bench, or damaged (")
+    assert rows.read_timings(path) == [{"name": "step", "ns_per_param": "2.0"}]
+    for damaged, where, what in (
+        (b"name,ns_per_param\nstep,1\nstep,x\n", ", row 3: not of lopt bench", "ValueError("),
+        (b"a,b\n1,2\n", ", row 2: not of lopt bench", "KeyError('steps_per_second')"),
+        (b"name,steps_per_second\nunroll,0\n", ", row 2: not of lopt bench", "ZeroDivisionError("),
+        (b"name,\xff\n", ": not a table of rows", "'utf-8' codec can't decode"),
+        (b'name,"x\ny', ": not a table of rows", "unexpected end of data"),
+    ):
+        path.write_bytes(damaged)
+        error = error_of(rows.read_timings, path)
+        assert error.startswith(f"{path}{where}, or damaged ({what}")
         assert error.endswith("; name another file")
     with pytest.raises(FileNotFoundError, match=r"missing\.csv"):
-        rows.read_csv(tmp_path / "missing.csv")
+        rows.read_timings(tmp_path / "missing.csv")
 
 
 def test_metrics_are_read_up_to_the_first_damage(tmp_path: Path) -> None:

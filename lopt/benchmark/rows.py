@@ -100,11 +100,21 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        for row in rows:
+            return list(csv.DictReader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a table of rows, or damaged ({error}); name another file") from error
+
+
+def read_timings(path: Path) -> list[dict[str, str]]:
+    """Rows that can be compared with others, see :func:`read_csv`."""
+    rows = read_csv(path)
+    for number, row in enumerate(rows, 2):
+        try:
             seconds_of(row)
-    except (UnicodeDecodeError, csv.Error, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: not rows of lopt bench, or damaged ({error!r}); name another file") from error
+        except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{path}, row {number}: not of lopt bench, or damaged ({error!r}); name another file"
+            ) from error
     return rows
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lopt.benchmark import plots, rows, shapes, suite, unroll
 from lopt.benchmark.rows import Row
-from lopt.commands.common import Command, Outcome, say, show_table
+from lopt.commands.common import Command, Outcome, OutFile, say, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Bench(Command):
     """CPU threads; torch's number if not given."""
 
     peers: bool = True
-    """Also time optimizers of other projects that are installed, for step."""
+    """Do not time optimizers of other projects that are installed, for step."""
 
     repeats: int = 9
     """Measurements of each row."""
@@ -63,7 +63,7 @@ class Bench(Command):
     """Inner steps of one measurement of the compact preset for unroll; the paper preset takes a fifth. Of each run of
     torch-unroll a hundredth."""
 
-    out: Path | None = None
+    out: OutFile | None = None
     """Append the rows to this CSV file."""
 
     compare: Path | None = None
@@ -72,13 +72,13 @@ class Bench(Command):
     tolerance: float = 1.1
     """Ratio above which a row counts as slower."""
 
-    plot: Path | None = None
+    plot: OutFile | None = None
     """Draw time per parameter against size into this PNG file, for kernel and step."""
 
     def run(self, console: Console) -> Outcome:
         if self.steps < 50 or self.repeats < 1:
             raise ValueError(f"steps, repeats: expected at least 50 and 1, got {self.steps} and {self.repeats}")
-        old = rows.read_csv(self.compare) if self.compare else []
+        old = rows.read_timings(self.compare) if self.compare else []
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:

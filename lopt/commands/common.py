@@ -1,18 +1,25 @@
-"""What every command has: options, an outcome, and the ways to say things on a terminal and off it."""
+"""What every command has: options that are checked, outputs that are tried, an outcome, and the ways to say things."""
 
+import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lopt.files import write_text
+from lopt.files import check_file, check_folder, write_text
+from lopt.tasks.seeds import SEEDS
+
+#: Options of these types are checked before the work starts, see :meth:`Command.check`.
+Seed = Annotated[int, "seed"]
+OutFile = Annotated[Path, "file"]
+OutFolder = Annotated[Path, "folder"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Outcome:
 class Command(ABC):
     """A command: its fields are its options, ``run`` does the work."""
 
-    json: Path | None = None
+    json: OutFile | None = None
     """Also write the numbers to this file."""
 
     debug: bool = False
@@ -36,6 +43,38 @@ class Command(ABC):
     @abstractmethod
     def run(self, console: Console) -> Outcome:
         """Do it, say what happened on ``console``, and return the numbers."""
+
+    def check(self) -> None:
+        """Look at all options, and try whether outputs can be written, before anything is done.
+
+        Raises:
+            ValueError: a number that is none, a seed out of range, an output that cannot be written; with its name.
+        """
+        hints = get_type_hints(type(self), include_extras=True)
+        for option in dataclasses.fields(self):
+            given = getattr(self, option.name)
+            for value in given if isinstance(given, tuple) else (given,):
+                check_option(option.name, value, _kind(hints[option.name]))
+
+
+def check_option(name: str, value: Any, kind: str | None) -> None:
+    """Check one value of an option, ``kind`` being the word in its type; see :meth:`Command.check`."""
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{name}: expected a number, got nan")
+    if kind == "seed" and value is not None and not 0 <= value < SEEDS:
+        raise ValueError(f"{name}: expected whole numbers from 0 to {SEEDS - 1}, got {value}")
+    if kind == "file" and value is not None:
+        check_file(name, value)
+    if kind == "folder" and value is not None:
+        check_folder(name, value)
+
+
+def _kind(hint: Any) -> str | None:
+    """The word that ``Annotated`` gave the type, or a part of it."""
+    for word in getattr(hint, "__metadata__", ()):
+        if word in ("seed", "file", "folder"):
+            return str(word)
+    return next((kind for part in get_args(hint) if (kind := _kind(part)) is not None), None)
 
 
 def write_json(path: Path, numbers: dict[str, Any]) -> None:

@@ -4,16 +4,15 @@ import dataclasses
 import itertools
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from lopt.commands.common import Command, Outcome, say, show_table
+from lopt.commands.common import Command, Outcome, OutFolder, Seed, say, show_table
+from lopt.commands.progress import progress
 from lopt.commands.report import show_comparisons
 from lopt.commands.weights import describe_theta
 from lopt.evaluation.adam_grid import LRS
@@ -43,9 +42,6 @@ from lopt.tasks.text_tasks import TextData
 
 #: Tasks with at least this many rows of data, in all splits, are also scored apart.
 LARGE = 10_000
-
-LINES = 10  # of progress, off a terminal
-
 
 #: What runs beside the learned optimizer on the larger suites if nothing is named: one trial each.
 LINE_UP = (
@@ -85,14 +81,14 @@ class Evaluate(Command):
     horizons: tuple[int, ...] = (200, 1000, 2000)
     """Lengths of the runs in steps."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """A seed decides initial weights and minibatches."""
 
     hint: Literal["both", "with", "without"] = "both"
     """Whether the learned optimizer is told the number of steps (total_steps); both runs it both ways."""
 
     references: bool = True
-    """Also run the opponents, if --optimizers does not say. Without, losses are shown relative to the initial ones."""
+    """Do not run opponents, if --optimizers names none; losses are then shown relative to the initial ones."""
 
     tasks: tuple[str, ...] = ()
     """Names of some tasks of the suite; all that are available if none is given."""
@@ -106,7 +102,7 @@ class Evaluate(Command):
     workers: int | None = None
     """Processes; one per processor if not given. Does not change results."""
 
-    out: Path = Path("runs/evaluate")
+    out: OutFolder = Path("runs/evaluate")
     """Folder for runs.csv."""
 
     step_times: bool = False
@@ -247,31 +243,14 @@ class Evaluate(Command):
         return tasks, skipped
 
     def _execute(self, console: Console, plan: Plan, table: RunTable) -> list[Run]:
-        with self._progress(console, f"batches of runs, of {len(plan.jobs)}, that {table.path} lacks") as on_done:
-            runs = execute(plan, table, self.workers or usable_cores(), on_done, self.data)
+        missing = len(plan.missing(table))
+        say(console, f"{missing} batches of runs, of {len(plan.jobs)}, that {table.path} lacks")
+        with progress(console, "batches of runs") as status:
+            runs = execute(plan, table, self.workers or usable_cores(), status.update, self.data)
         if self.step_times:
-            times = StepTimes(self.out)
-            with self._progress(console, f"tasks whose step times {times.path} lacks") as on_done:
-                measure_steps(plan, times, on_done)
+            with progress(console, "step times, tasks") as status:
+                measure_steps(plan, StepTimes(self.out), status.update)
         return runs
-
-    @contextmanager
-    def _progress(self, console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar on a terminal, some lines elsewhere: what is done and to do."""
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task(what, total=None)
-
-            def on_done(done: int, total: int) -> None:
-                progress.update(bar, completed=done, total=total)
-                if console.is_terminal:
-                    return
-                if done == 0:
-                    say(console, f"{total} {what}")
-                elif done % math.ceil(total / LINES) == 0:
-                    say(console, f"{done}/{total}")
-
-            yield on_done
 
 
 def _rows(task: HeldOutTask) -> int:

@@ -1,7 +1,6 @@
 """``lopt experiment``: the paper's experiments, each with a CSV file, a figure and a text."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +8,16 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from lopt.commands.common import Command, Outcome, say
+from lopt.commands.common import Command, Outcome, OutFolder, Seed, check_option, say
+from lopt.commands.progress import progress
 from lopt.evaluation.plots import require_matplotlib
 from lopt.evaluation.suites import take_fashion_mnist_from
 from lopt.experiments import EXPERIMENTS
 from lopt.experiments.experiment import execute
 from lopt.experiments.rows import Row, RowTable
 from lopt.experiments.runs import SEEDS, Run, Scale, Setting
+from lopt.meta.executors import usable_cores
 
 Name = Literal[
     "implicit-regularization",
@@ -32,7 +32,6 @@ Name = Literal[
     "resnet",
     "table",
 ]
-LINES = 10  # of progress, off a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class RunExperiment(Command):
     theta: str = "default"
     """Meta-parameters of the learned optimizer: a shipped name (see lopt weights show) or a file."""
 
-    seeds: tuple[int, ...] | None = None
+    seeds: tuple[Seed, ...] | None = None
     """A seed decides initial weights and minibatches; 0 for small and 0 1 2 for full if none is given."""
 
     data: Path | None = None
@@ -62,7 +61,7 @@ class RunExperiment(Command):
     workers: int | None = None
     """Processes; one per processor if not given. Does not change losses."""
 
-    out: Path | None = None
+    out: OutFolder | None = None
     """Folder for the three files; runs/experiments/NAME-SCALE if not given."""
 
     def __post_init__(self) -> None:
@@ -76,6 +75,7 @@ class RunExperiment(Command):
         require_matplotlib()
         experiment = EXPERIMENTS[self.name]
         out = self.out or Path("runs/experiments") / f"{self.name}-{self.scale}"
+        check_option("out", out, "folder")
         seeds = SEEDS[self.scale] if self.seeds is None else self.seeds
         if self.data is not None:
             take_fashion_mnist_from(self.data)
@@ -91,24 +91,7 @@ class RunExperiment(Command):
         return Outcome(0, {**numbers, "figure": figure, "text": text})
 
     def _execute(self, console: Console, runs: Sequence[Run], table: RowTable) -> list[Row]:
-        workers = self.workers or os.cpu_count() or 1
-        if not console.is_terminal:
-            said = 0
-
-            def line(done: int, total: int) -> None:
-                nonlocal said
-                if done == 0:
-                    say(console, f"{len(runs)} runs, {len(runs) - total} of them in {table.path}")
-                elif done * LINES // total > said:
-                    said = done * LINES // total
-                    say(console, f"{done} of {total} runs")
-
-            return execute(runs, table, workers, line, self.data)
-        columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task(self.name, total=None)
-
-            def update(done: int, total: int) -> None:
-                progress.update(bar, completed=done, total=total)
-
-            return execute(runs, table, workers, update, self.data)
+        missing = sum(run.sha256 not in table.rows for run in runs)
+        say(console, f"{len(runs)} runs, {len(runs) - missing} of them in {table.path}")
+        with progress(console, f"{self.name}, runs") as status:
+            return execute(runs, table, self.workers or usable_cores(), status.update, self.data)

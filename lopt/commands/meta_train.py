@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from lopt.commands.common import Command, Outcome, say
+from lopt.commands.common import Command, Outcome, OutFolder, Seed, say
 from lopt.commands.weights import describe_theta
 from lopt.meta import checkpoint, trainer
 from lopt.meta.config import MetaTrainConfig
@@ -32,7 +32,7 @@ class MetaTrain(Command):
     recipe: RecipeName | None = None
     """Settings to begin with; default if none is named."""
 
-    out: Path = Path("runs/meta-train")
+    out: OutFolder = Path("runs/meta-train")
     """Folder for everything the run leaves behind."""
 
     hours: float | None = None
@@ -48,7 +48,7 @@ class MetaTrain(Command):
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Theta to start from, a file or a shipped name, instead of Adam."""
 
-    seed: int | None = None
+    seed: Seed | None = None
     """Every random number derives from it; 0 if not given."""
 
     workers: int | None = None

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from lopt.commands.common import Command, Outcome, say
+from lopt.commands.common import Command, Outcome, check_option, say
 from lopt.meta import plots
 from lopt.meta.metrics import FILE, read_metrics
 
@@ -21,6 +21,7 @@ class Plot(Command):
 
     def run(self, console: Console) -> Outcome:
         metrics = read_metrics(self.folder)
+        check_option("folder", self.folder, "folder")
         if not metrics:
             raise ValueError(f"folder: {self.folder / FILE} has no whole line; wait for the first, or run it again")
         path = self.folder / "meta_loss.png"

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from lopt.commands.common import Command, Outcome, say, show_table
+from lopt.commands.common import Command, Outcome, OutFile, check_option, say, show_table
 from lopt.evaluation.compare import code_sha256
 from lopt.evaluation.comparison import MEASURES, Runs
 from lopt.evaluation.opponents import opponent
@@ -44,13 +44,15 @@ class MakeReport(Command):
     horizons: tuple[int, ...] = ()
     """Only these lengths."""
 
-    out: Path | None = None
+    out: OutFile | None = None
     """The file, Markdown without figures if its name ends in .md; report.html beside the table if not given."""
 
     def run(self, console: Console) -> Outcome:
         path = self.folder / "runs.csv" if self.folder.is_dir() else self.folder
         if not path.is_file():
             raise FileNotFoundError(f"folder: no runs in {path}; lopt evaluate --out {self.folder} makes them")
+        out = self.out or path.with_name("report.html")
+        check_option("out", out, "file")
         runs, left_out = self._selected(list(RunTable(path).rows.values()))
         times = StepTimes(path.parent)
         budgets: dict[str, int] = {}
@@ -99,7 +101,6 @@ class MakeReport(Command):
             }
             for horizon in report.horizons
         }
-        out = self.out or path.with_name("report.html")
         write_text(out, report.markdown() if out.suffix == ".md" else report.html())
         say(console, "")
         say(console, f"Wrote {out}")

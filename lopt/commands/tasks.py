@@ -4,18 +4,20 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 from rich.console import Console
-from torch import Tensor
 
 from lopt.benchmark.rows import Row, append_csv, cpu_name
-from lopt.commands.common import Command, Outcome, say, show_table, write_json
+from lopt.commands.common import Command, Outcome, OutFile, OutFolder, Seed, say, show_table, write_json
+from lopt.commands.progress import progress
 from lopt.evaluation.plots import require_matplotlib
 from lopt.evaluation.runs import RECORDED, OptimizerFactory, train_task
 from lopt.meta.provenance import commit, versions
@@ -33,7 +35,7 @@ GROUPS = {"core": catalogue.CORE, "meta-train": catalogue.META_TRAIN, "held-out"
 POINTS = 20
 
 FamilyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAMILY")]
-SeedNumber = Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="[SEED]")]
+SeedNumber = Annotated[Seed, tyro.conf.Positional, tyro.conf.arg(metavar="[SEED]")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +109,26 @@ class ShowTask(TasksCommand):
     steps: int = 200
     """Length of the runs."""
 
-    out: Path = Path("runs/tasks")
-    """Folder for the figure and task.json."""
+    out: OutFolder = Path("runs/tasks")
+    """Folder for the figure and the JSON file."""
 
     plot: bool = True
-    """Draw the figure; needs matplotlib."""
+    """Do not draw the figure, which needs matplotlib."""
 
     def work(self, console: Console) -> Outcome:
         if self.plot:
             require_matplotlib("--no-plot")
-        task = self.task(self.family, self.seed)
-        facts = task_facts(task)
+        with progress(console, "time per step"):
+            task = self.task(self.family, self.seed)
+            facts = task_facts(task)
         say(console, f"{task.name}: {_first_line(type(task))}")
         show_table(console, ["", "value"], [[name, _text(value)] for name, value in facts.items() if name != "config"])
         show_table(console, ["config", "value"], [[name, _text(value)] for name, value in facts["config"].items()])
         rates = (1e-4, 1e-3, 1e-2)
-        steps, losses = measure.adam_losses(task, rates, self.steps, points=min(self.steps, 50))
+        with progress(console, f"{task.name}, steps") as status:
+            steps, losses = measure.adam_losses(
+                task, rates, self.steps, points=min(self.steps, 50), on_step=status.update
+            )
         lines = {f"Adam {rate:g}": (steps, row.tolist()) for rate, row in zip(rates, losses, strict=True)}
         numbers = {"command": "tasks show", "seed": self.seed, **facts, "steps": steps, "curves": losses.tolist()}
         write_json(self.out / f"{self.family}-{self.seed}.json", numbers)
@@ -147,11 +153,13 @@ class Time(TasksCommand):
         rows, numbers = [], []
         for family in self.families:
             times, sizes = [], []
-            for seed in range(self.seeds):
-                task = self.task(family, seed)
-                times.append(measure.seconds_per_step(task, steps=3))
-                sizes.append(task.num_params)
-                numbers.append({"family": family, "seed": seed, "seconds": times[-1], "num_params": sizes[-1]})
+            with progress(console, f"{family}, tasks") as status:
+                for seed in range(self.seeds):
+                    status.update(seed, self.seeds)
+                    task = self.task(family, seed)
+                    times.append(measure.seconds_per_step(task, steps=3))
+                    sizes.append(task.num_params)
+                    numbers.append({"family": family, "seed": seed, "seconds": times[-1], "num_params": sizes[-1]})
             cells = [f"{1e3 * value:.2f}" for value in (min(times), statistics.median(times), max(times))]
             slow = sum(value > 0.1 for value in times) / len(times)
             rows.append([family, *cells, f"{slow:.0%}", f"{statistics.median(sizes):,.0f}"])
@@ -181,21 +189,23 @@ class TrainTask(TasksCommand):
     steps: int = 1000
     """Length of the run."""
 
-    run_seed: int = 0
+    run_seed: Seed = 0
     """Decides initial weights and minibatches."""
 
-    out: Path = Path("runs/tasks")
+    out: OutFolder = Path("runs/tasks")
     """Folder for the figure and the JSON file."""
 
     plot: bool = True
-    """Draw the figure; needs matplotlib."""
+    """Do not draw the figure, which needs matplotlib."""
 
     def work(self, console: Console) -> Outcome:
         if self.plot:
             require_matplotlib("--no-plot")
         task = self.task(self.family, self.seed)
         every = math.ceil(self.steps / POINTS)
-        curve = train_task(task, self._maker(), self.run_seed, self.steps, record_every=every)
+        maker = self._maker()
+        with progress(console, f"{task.name}, steps") as status:
+            curve = train_task(task, maker, self.run_seed, self.steps, record_every=every, on_done=status.update)
         recorded = {split: curve.losses[split] for split in RECORDED}
         say(console, f"{task.name}, {task.num_params:,} parameters, {self.optimizer}, {self.steps} steps")
         shown = sorted({0, len(curve.steps) // 4, len(curve.steps) // 2, len(curve.steps) - 1})
@@ -221,11 +231,10 @@ class TrainTask(TasksCommand):
         options: dict[str, Any] = {} if self.lr is None else {"lr": self.lr}
         if self.optimizer == "lopt":
             return lambda params, steps: LearnedOptimizer(params, self.theta, total_steps=steps, **options)
-        kind = getattr(torch.optim, self.optimizer, None)
-        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            known = [name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)]
+        known = torch_optimizers()
+        if self.optimizer not in known:
             raise ValueError(f"optimizer: expected lopt or one of {', '.join(known)}, got {self.optimizer!r}")
-        make: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = kind
+        make = known[self.optimizer]
         return lambda params, _: make(params, **options)
 
 
@@ -252,19 +261,21 @@ class CheckTasks(TasksCommand):
     length: int | None = 12
     """Take at most so many symbols of a text at once."""
 
-    out: Path | None = None
+    out: OutFile | None = None
     """Also append the table to this CSV file, a row for each family as it is done."""
 
     def work(self, console: Console) -> Outcome:
         rows, numbers = [], []
         for family in self.families:
             checks: dict[int, Check] = {}
-            for seed in range(self.seeds):
-                task = self.task(family, seed)
-                if math.isfinite(self.limit) and measure.seconds_per_step(task, steps=1) > self.limit:
-                    continue
-                checks[seed] = measure.check(task)
-                numbers.append({"family": family, "seed": seed, **dataclasses.asdict(checks[seed])})
+            with progress(console, f"{family}, tasks") as status:
+                for seed in range(self.seeds):
+                    status.update(seed, self.seeds)
+                    task = self.task(family, seed)
+                    if math.isfinite(self.limit) and measure.seconds_per_step(task, steps=1) > self.limit:
+                        continue
+                    checks[seed] = measure.check(task)
+                    numbers.append({"family": family, "seed": seed, **dataclasses.asdict(checks[seed])})
             row = check_row(family, checks)
             shares = [f"{int(row[column]) / max(len(checks), 1):.1%}" for column in ("finite", "progress")]
             left_out = self.seeds - len(checks)
@@ -293,7 +304,7 @@ class Gallery(TasksCommand):
     length: int | None = 24
     """Take at most so many symbols of a text at once."""
 
-    out: Path = Path("runs/tasks/gallery.png")
+    out: OutFile = Path("runs/tasks/gallery.png")
     """The figure."""
 
     families: tuple[str, ...] = field(default_factory=lambda: SAMPLED_FAMILIES)
@@ -304,12 +315,34 @@ class Gallery(TasksCommand):
         rates, panels = (1e-4, 1e-3, 1e-2), {}
         for family in self.families:
             task = self.task(family, self.seed)
-            steps, losses = measure.adam_losses(task, rates, self.steps, points=min(self.steps, 40))
+            with progress(console, f"{task.name}, steps") as status:
+                steps, losses = measure.adam_losses(
+                    task, rates, self.steps, points=min(self.steps, 40), on_step=status.update
+                )
             lines = {f"Adam {rate:g}": (steps, row.tolist()) for rate, row in zip(rates, losses, strict=True)}
             panels[task.name] = lines
         plots.gallery(panels, self.out)
         say(console, f"Wrote {self.out}")
         return Outcome(0, {"command": "tasks gallery", "figure": self.out})
+
+
+@cache
+def torch_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """The classes of torch.optim, by name, that take a step on a matrix and a vector with nothing but gradients.
+
+    Not among them: those that need a closure, sparse gradients, or matrices alone.
+    """
+    found: dict[str, Callable[..., torch.optim.Optimizer]] = {}
+    for name in dir(torch.optim):
+        kind = getattr(torch.optim, name)
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            params = [torch.ones(2, 3, requires_grad=True), torch.ones(2, requires_grad=True)]
+            for param in params:
+                param.grad = torch.ones_like(param)
+            with suppress(ValueError, TypeError, RuntimeError, NotImplementedError):
+                kind(params).step()  # type: ignore[call-arg]
+                found[name] = kind
+    return found
 
 
 def check_row(family: str, checks: Mapping[int, Check]) -> Row:

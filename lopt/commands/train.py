@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lopt.commands.common import Command, Outcome, say, show_table, write_json
+from lopt.commands.common import Command, Outcome, OutFolder, Seed, say, show_table, write_json
+from lopt.commands.progress import Status, progress
 from lopt.commands.weights import describe_theta
 from lopt.evaluation import plots
 from lopt.evaluation.baselines import adam, adamw_cosine
@@ -57,7 +57,7 @@ class Train(Command):
     batch_size: int = 32
     """Rows in a minibatch."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """One run per optimizer and seed; a seed decides initial weights and minibatches."""
 
     optimizers: tuple[OptimizerName, ...] = ("lopt", "adam", "adamw-cosine")
@@ -78,11 +78,11 @@ class Train(Command):
     threads: int = 1
     """Processor threads. One is quickest for small models, and the quickest by far on a busy machine."""
 
-    out: Path = Path("runs/train")
+    out: OutFolder = Path("runs/train")
     """Folder for curves.png and results.json."""
 
     plot: bool = True
-    """Draw curves.png; needs matplotlib."""
+    """Do not draw curves.png, which needs matplotlib."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "optimizers"):
@@ -92,8 +92,6 @@ class Train(Command):
         for name in ("steps", "batch_size", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if min(self.seeds) < 0:
-            raise ValueError(f"seeds: expected numbers from 0 on, got {list(self.seeds)}")
         if not all(width >= 1 for width in self.hidden):
             raise ValueError(f"hidden: expected widths of at least 1, got {list(self.hidden)}")
         if self.epochs is not None and not (0 < self.epochs < math.inf):
@@ -174,17 +172,14 @@ class Train(Command):
         """All runs of all optimizers, with a bar per optimizer on a terminal and a line per run elsewhere."""
         runs: dict[OptimizerName, list[TrainResult]] = {}
         inputs = data.train.inputs[0].numel()
-        columns = ("{task.description}", BarColumn(14), TaskProgressColumn(), TimeRemainingColumn())
-        state_column = "{task.fields[state]}"
-        with Progress(*columns, state_column, console=console, disable=not console.is_terminal) as progress:
-            for name in self.optimizers:
-                bar = progress.add_task(LABELS[name], total=steps * len(self.seeds), state="")
+        for name in self.optimizers:
+            with progress(console, f"{LABELS[name]}, steps") as status:
                 runs[name] = []
                 for seed in self.seeds:
                     done = steps * len(runs[name])
 
-                    def on_record(record: Record, bar: TaskID = bar, done: int = done) -> None:
-                        progress.update(bar, completed=done + record.step, state=_state(record))
+                    def on_record(record: Record, status: Status = status, done: int = done) -> None:
+                        status.update(done + record.step, steps * len(self.seeds), _state(record))
 
                     model = mlp(inputs, self.hidden, data.num_classes, seed).to(self.device)
                     result = train(

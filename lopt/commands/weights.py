@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from lopt.commands.common import Command, Outcome, say, show_table
+from lopt.commands.common import Command, Outcome, OutFile, say, show_table
 from lopt.meta.provenance import commit
 from lopt.rule import WEIGHTS, Theta, shipped
 
@@ -46,7 +47,7 @@ class Convert(Command):
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """File to read."""
 
-    dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
+    dest: Annotated[OutFile, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """File to write; its name ends in .safetensors."""
 
     def run(self, console: Console) -> Outcome:
@@ -69,7 +70,7 @@ class Interpolate(Command):
     other: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")]
     """Another of the same spec, or adam: the imitation of Adam that meta-training begins with."""
 
-    dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
+    dest: Annotated[OutFile, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """File to write; its name ends in .safetensors."""
 
     share: float = 0.5
@@ -77,6 +78,8 @@ class Interpolate(Command):
 
     def run(self, console: Console) -> Outcome:
         _check_dest(self.dest)
+        if not math.isfinite(self.share):
+            raise ValueError(f"share: expected a number, 0 for SOURCE to 1 for OTHER, got {self.share}")
         theta = Theta.load(self.source)
         adam = self.other == "adam"
         other = Theta.init_adam(theta.spec.feature_set) if adam else Theta.load(self.other)
@@ -103,8 +106,9 @@ def provenance_text(theta: Theta) -> str:
 
 
 def describe_theta(name: str, theta: Theta) -> str:
-    """One line that says which theta this is and how it came about."""
-    return f"theta {name} ({theta.num_floats:,} floats, {theta.spec.feature_set}; {provenance_text(theta)})"
+    """One line that says which theta this is and how it came about; lopt weights show NAME says all of it."""
+    method = theta.provenance.get("method", "origin not recorded")
+    return f"theta {name} ({theta.num_floats:,} floats, {theta.spec.feature_set}, {method})"
 
 
 def _facts(path: Path, theta: Theta) -> dict[str, Any]:

@@ -118,6 +118,10 @@ class Plan:
                 ]
         return list(dict.fromkeys(found))  # nadamw-list@10 is part of nadamw-list@100
 
+    def missing(self, table: RunTable) -> list[Job]:
+        """The jobs of which ``table`` lacks a run."""
+        return [job for job in self.jobs if not all(key in table.rows for key in self.keys(job))]
+
     def keys(self, job: Job) -> list[tuple[Any, ...]]:
         """The keys of a job's runs."""
         identity = self.identity(job)
@@ -195,7 +199,7 @@ def execute(
     Raises:
         RuntimeError: jobs that failed, after all others have ended.
     """
-    missing = [job for job in plan.jobs if not all(key in table.rows for key in plan.keys(job))]
+    missing = plan.missing(table)
     missing.sort(key=_cost, reverse=True)  # the long ones first, so that no worker is left alone with one at the end
     done = 0
 
@@ -312,8 +316,10 @@ def _cost(job: Job) -> float:
 
 def code_sha256() -> str:
     """SHA-256 of the code of the learned optimizer: the sources that were compiled, and what the modules at the top of
-    the package do, whatever their comments and docstrings say."""
-    modules = sorted(file for file in Path(lopt.__file__).parent.glob("*.py") if file.stem != "cli")
+    the package, of rule and of kernels do, whatever their comments and docstrings say."""
+    package = Path(lopt.__file__).parent
+    parts = [*package.glob("*.py"), *package.glob("rule/*.py"), *package.glob("kernels/*.py")]
+    modules = sorted(file for file in parts if file.stem not in ("cli", "files", "__main__"))
     digest = hashlib.sha256(kernels.source_sha256().encode())
     for file in modules:
         digest.update(ast.dump(without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())

@@ -176,6 +176,7 @@ def train_task(
     record_every: int | None = None,
     valid_every: int = VALID_EVERY,
     valid_rows: int = VALID_ROWS,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> Curve:
     """Train ``task`` from the initial parameters and minibatches of ``seed``, the same for every optimizer.
 
@@ -184,6 +185,7 @@ def train_task(
 
     Args:
         record_every: record losses each time so many steps are done, besides the beginning and the end.
+        on_done: called with the numbers of steps done and to do, each time losses have been recorded.
 
     Raises:
         ValueError: a number below one.
@@ -212,6 +214,8 @@ def train_task(
                 losses.append(_mean_losses(task, run.params, splits) if run.finite else dict.fromkeys(SPLITS, math.nan))
                 final = {name: value.detach().clone() for name, value in run.params.items()}
             at.append(end)
+            if on_done is not None:
+                on_done(end, steps)
     by_split = {split: tuple(point[split] for point in losses) for split in SPLITS}
     _, diverged = limit([by_split[split][-1] for split in SPLITS], [by_split[split][0] for split in SPLITS])
     return Curve(

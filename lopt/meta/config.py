@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from lopt.meta.es import ESTIMATORS, EstimatorName
 from lopt.tasks.distribution import TaskDistribution
+from lopt.tasks.seeds import SEEDS
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 from lopt.tasks.task import VALID_ROWS
 
@@ -215,6 +216,8 @@ class MetaTrainConfig:
         for name in ("seed", "warmup", "warmup_from_file"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a non-negative integer, got {getattr(self, name)}")
+        if self.seed >= SEEDS:
+            raise ValueError(f"seed: expected a whole number from 0 to {SEEDS - 1}, got {self.seed}")
 
     @property
     def groups(self) -> int:

@@ -5,7 +5,7 @@ Runs of several learning rates go side by side, vmapped, on the same minibatches
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -45,11 +45,19 @@ class Check:
 
 
 def adam_losses(
-    task: Task, learning_rates: Sequence[float], steps: int, seed: int = 0, points: int = 1
+    task: Task,
+    learning_rates: Sequence[float],
+    steps: int,
+    seed: int = 0,
+    points: int = 1,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[list[int], Tensor]:
     """Steps ``[points + 1]`` and the losses there ``[learning rates, points + 1]`` of runs with Adam.
 
     Losses are means over four fixed training minibatches.
+
+    Args:
+        on_step: called with the numbers of steps done and to do, before every step.
 
     Example:
         >>> from lopt.tasks import sample_task
@@ -70,6 +78,8 @@ def adam_losses(
     recorded = []
     with torch.no_grad():
         for step in range(steps + 1):
+            if on_step is not None:
+                on_step(step, steps)
             if step in at:
                 recorded.append(torch.stack([losses_of(params, batch) for batch in evaluation]).mean(dim=0))
             if step == steps:

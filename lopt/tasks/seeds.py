@@ -8,6 +8,9 @@ import zlib
 
 import numpy as np
 
+#: A seed that a user may give is below this, so that every generator of NumPy and torch takes it.
+SEEDS = 2**32
+
 
 def generator(seed: int, *path: int | str) -> np.random.Generator:
     """The stream of random numbers called ``path`` under ``seed``.
