@@ -157,7 +157,7 @@ def test_train_options_reach_the_optimizer(run: Run, tmp_path: Path) -> None:
     assert entry["steps"] == math.ceil(0.1 * (1079 // 16)) == 7
     assert len({record["train_loss"] for record in entry["records"]}) == 1
     assert numbers["learned_optimizer"]["implementation"] == "reference"
-    assert "theta mine.safetensors (35,799 floats, paper; method init_adam, preset paper" in numbers["stdout"]
+    assert "theta mine.safetensors (35,799 floats, paper, init_adam), implementation reference" in numbers["stdout"]
     assert "One seed:" in numbers["stdout"]
 
 

@@ -37,7 +37,7 @@ def measure(
     rows.append(kernels.row("step", "AdamW foreach", "", layout, dtype, timer, foreach, peaks, None, adamw=fused))
     for preset in presets:
         theta = Theta.init(preset, seed=0)
-        optimizer = LearnedOptimizer(params, theta, lr=LEARNING_RATE)
+        optimizer = LearnedOptimizer(params, theta)
         loss = torch.ones((), device=timer.device)
         timing = timer.measure(lambda opt=optimizer, loss=loss: opt.step(loss=loss))  # type: ignore[misc]
         bytes_moved = traffic.learned(preset, theta.spec, dtype.itemsize, dtype.itemsize).step
