@@ -12,7 +12,16 @@ from lopt.implementations import check_choices, choose_implementation
 from lopt.kernels import devices
 from lopt.losses import Loss, Losses
 from lopt.operands import as_loss, as_weight, check_gradients, check_params
-from lopt.options import check_group, check_total_steps, check_unknown, descending, describe, read_rates, warn
+from lopt.options import (
+    check_group,
+    check_total_steps,
+    check_unknown,
+    descending,
+    describe,
+    effective,
+    read_rates,
+    warn,
+)
 from lopt.rule import Theta
 from lopt.state import SHARED, check_state, holds_shared, open_theta, restore_state, share_state
 from lopt.steppers import KernelStepper, ReferenceStepper, Tensors
@@ -389,12 +398,13 @@ class LearnedOptimizer(Optimizer):
             self._check_capture()
             stepper.select()
         tensors, shared, steps = stepper.tensors, self._globals(), self.total_steps or 0
-        if any(group.get("maximize") for group in self.param_groups):
+        options = list(map(effective, self.param_groups))
+        if any(group["maximize"] for group in options):
             grads = descending(grads, tensors.selected_groups, self.param_groups)
         if isinstance(stepper, KernelStepper):
-            stepper.step(tensors.selected_params, grads, self.param_groups, shared, steps, observed, unchecked)
+            stepper.step(tensors.selected_params, grads, options, shared, steps, observed, unchecked)
             return result
         with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast
             self._write(observed)
-            stepper.step(tensors.selected_params, grads, self.param_groups, shared, steps)
+            stepper.step(tensors.selected_params, grads, options, shared, steps)
         return result

@@ -158,8 +158,9 @@ def effective_lr(group: dict[str, Any]) -> float | Tensor:
 
 
 def effective(group: dict[str, Any]) -> dict[str, Any]:
-    """``lr`` and ``weight_decay`` of a group as a step uses them."""
-    return {"lr": effective_lr(group), "weight_decay": group["weight_decay"]}
+    """The options of a group as a step uses them."""
+    maximize = bool(group.get("maximize"))
+    return {"lr": effective_lr(group), "weight_decay": group["weight_decay"], "maximize": maximize}
 
 
 def descending(grads: list[Tensor], group_of: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from lopt.kernels.extension import (
     source_sha256,
 )
 from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, contiguous, pack_mlp
-from lopt.kernels.tensor_level import SHARED, TensorLevel, apply_inputs, step
+from lopt.kernels.tensor_level import SHARED, Levels, TensorLevel, apply_inputs, step
 
 __all__ = [
     "BACKENDS",
@@ -24,6 +24,7 @@ __all__ = [
     "SHARED",
     "WIDTHS",
     "_C",
+    "Levels",
     "Plan",
     "TensorLevel",
     "apply_inputs",

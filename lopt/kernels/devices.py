@@ -28,13 +28,14 @@ class Table:
 
     def __init__(self, host: np.ndarray, device: torch.device) -> None:
         self.host, self.device = host, device
+        self.on_host = device.type == "cpu"
         self.copy: Tensor | None = None
         self.address = host.ctypes.data
         self.send()
 
     def send(self) -> int:
         """Let kernels see what is in ``host`` now, without waiting for it; the address where they do."""
-        if self.device.type != "cpu":
+        if not self.on_host:
             self.copy = _upload(self.host, self.device)
             self.address = self.copy.data_ptr()
         return self.address

@@ -11,7 +11,6 @@ once per tensor from the mean hidden vector.
 """
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -26,7 +25,6 @@ from lopt.rule.spec import ThetaSpec
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 PRECISIONS = ("exact", "high", "fast")
-_dtype = attrgetter("dtype")
 
 
 def pack_mlp(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> Tensor:
@@ -189,7 +187,7 @@ class Plan:
         self.grads: Sequence[Tensor] = []
         self.grad_table = Table(np.zeros(len(chosen), dtype=np.int64), self.device)
         self.grad_addresses: list[int] = []
-        self._pointed: tuple[list[int], list[torch.dtype], list[torch.dtype]] | None = None
+        self.param_addresses: list[int] = []
         for record in (self._accumulate, self._apply):
             record["num_tensors"], record["num_chunks"] = self.num_tensors, self.num_chunks
             record["tensors"], record["chunks"] = self.tensors.address, self.chunks.address
@@ -199,29 +197,29 @@ class Plan:
         plan to them."""
         _check_length("params", len(params), self.num_tensors)
         _check_length("grads", len(grads), self.num_tensors)
-        sizes = self.tensors.host["numel"].tolist()
+        entries = self.tensors.host
         for name, tensors in (("params", params), ("grads", grads)):
-            for i, (tensor, numel) in enumerate(zip(tensors, sizes, strict=True)):
+            for i, (tensor, numel) in enumerate(zip(tensors, entries["numel"].tolist(), strict=True)):
                 _check(f"{name}[{i}]", tensor, tuple(DTYPES), numel, self.device)
-        self.point(params, grads)
+        for name, tensors in (("param_dtype", params), ("grad_dtype", grads)):
+            entries[name] = [DTYPES[tensor.dtype] for tensor in tensors]
+        self.param_addresses = []
+        self.point(list(map(Tensor.data_ptr, params)), grads)
 
-    def point(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """:meth:`set_tensors` for tensors that are known to be as they should: contiguous, and of the right dtypes,
-        sizes and device."""
+    def point(self, params: list[int], grads: Sequence[Tensor]) -> None:
+        """Point the plan to parameters at these addresses and to these gradients, which are otherwise as those of the
+        last call of :meth:`set_tensors`."""
         capturing = devices.is_capturing(self.device)  # what is captured has not run: later steps must not count on it
-        facts = list(map(Tensor.data_ptr, params)), list(map(_dtype, params)), list(map(_dtype, grads))
-        if facts != self._pointed:
-            entries = self.tensors.host
-            entries["param"] = facts[0]
-            for name, dtypes in (("param_dtype", facts[1]), ("grad_dtype", facts[2])):
-                entries[name] = [DTYPES[dtype] for dtype in dtypes]
+        if params != self.param_addresses:
+            self.tensors.host["param"] = params
             self._accumulate["tensors"] = self._apply["tensors"] = self.tensors.send()
-            self._pointed = None if capturing else facts
+            self.param_addresses = [] if capturing else params
         addresses = list(map(Tensor.data_ptr, grads))
         if addresses != self.grad_addresses:
-            self.grad_addresses = [] if capturing else addresses
             self.grad_table.host[:] = addresses
-            self._accumulate["grads"] = self._apply["grads"] = self.grad_table.send()
+            if not self.grad_table.on_host or not self.grad_addresses:
+                self._accumulate["grads"] = self._apply["grads"] = self.grad_table.send()
+            self.grad_addresses = [] if capturing else addresses
         if capturing:
             self.captured.append([table.copy for table in (self.tensors, self.grad_table, self.chunks, self.rows)])
         self.grads = grads  # alive until the next step

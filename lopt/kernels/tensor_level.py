@@ -99,6 +99,7 @@ class TensorLevel:
         #: Address of AdvanceParams.
         self.address = record.ctypes.data
         self._shared: tuple[Tensor, ...] = ()
+        self._losses = [(record[f"new_{name}"], record[f"{name}_value"]) for name in ("train", "valid")]  # views
 
     def _call(self, function: Callable[..., None]) -> None:
         function(self.backend, self.address, *stream_of(self.device))
@@ -113,11 +114,10 @@ class TensorLevel:
         if isinstance(value, Tensor) and value.device == target.device:
             self._written.pop(key, None)
             target.copy_(value.reshape(()))
-        elif self._written.get(key) != float(value):
+        elif self._written.get(key) != value:
             target.fill_(float(value))  # a kernel's argument: no memory of the host is read later
-            self._written[key] = (
-                math.nan if devices.is_capturing(self.device) else float(value)
-            )  # captured is not yet run
+            captured = devices.is_capturing(self.device)  # and not yet run
+            self._written[key] = math.nan if captured else float(value)
 
     def begin(
         self, shared: Mapping[str, Tensor], train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None
@@ -145,10 +145,11 @@ class TensorLevel:
             self._shared = tensors
             for name, tensor in zip(SHARED, tensors, strict=True):
                 self._record[name] = tensor.data_ptr()
-        for name, loss in (("train", train_loss), ("valid", valid_loss)):
-            on_device = isinstance(loss, Tensor)
-            self._record[f"new_{name}"] = loss.data_ptr() if isinstance(loss, Tensor) else 0
-            self._record[f"{name}_value"] = np.nan if on_device or loss is None else loss
+        for (address, number), loss in zip(self._losses, (train_loss, valid_loss), strict=True):
+            if isinstance(loss, Tensor):
+                address[...] = loss.data_ptr()  # wins over the number
+            else:
+                address[...], number[...] = 0, math.nan if loss is None else loss
 
     def bind(self, plan: Plan, part: slice | None = None) -> None:
         """Let the phases read what ``plan`` writes, for its selected tensors.
@@ -172,12 +173,20 @@ class TensorLevel:
         self._call(self.module.finish)
 
 
-def step(plan: Plan, levels: np.ndarray, lagged: bool = False) -> None:
+class Levels:
+    """The levels that share a plan, as :func:`step` takes them."""
+
+    def __init__(self, levels: Sequence[TensorLevel]) -> None:
+        self.levels = levels
+        self._addresses = np.array([level.address for level in levels])
+        self.address, self.count = self._addresses.ctypes.data, len(levels)
+
+
+def step(plan: Plan, levels: Levels, lagged: bool = False) -> None:
     """A whole step in one call (csrc/api/step.h), of operands that were bound before.
 
     Args:
-        levels: int64, the addresses of the levels that share the plan.
         lagged: advance comes before accumulate and sees what ``plan.stats`` holds; accumulate and apply are then one
             sweep.
     """
-    plan.module.step(plan.backend, levels.ctypes.data, len(levels), *plan.addresses, lagged, *plan.place())
+    plan.module.step(plan.backend, levels.address, levels.count, *plan.addresses, lagged, *plan.place())

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,7 +163,8 @@ class _Kernels:
         inputs = kernels.apply_inputs(spec, num_runs * count, packed.device)
         plan.bind_accumulate(inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
         plan.bind_apply(**inputs, weights=packed, magnitude_rate=spec.magnitude_rate, feature_clip=spec.feature_clip)
-        self.levels = []
+        levels = []
+        self.shared = []
         for row in range(num_runs):
             theta = Theta(spec, {name: value[row] for name, value in weights.items()})
             rows = Rows(*(value[row] for value in self.optimizer.rows))
@@ -176,8 +176,9 @@ class _Kernels:
             shared = {name: value[row] for name, value in self.optimizer.globals._asdict().items()}
             shared["pending_loss"] = torch.zeros(2, device=packed.device)
             shared["nonfinite"] = torch.zeros((), dtype=torch.int64, device=packed.device)
-            self.levels.append((level, shared))
-        self.addresses = np.array([level.address for level, _ in self.levels])
+            levels.append(level)
+            self.shared.append(shared)
+        self.levels = kernels.Levels(levels)
 
     def step(self, grads: dict[str, Tensor], loss: Tensor, valid_loss: Tensor | None) -> None:
         """One update of all runs; losses ``[runs]``."""
@@ -185,9 +186,10 @@ class _Kernels:
             self.grads[name].copy_(grad)
         losses = loss.contiguous(), None if valid_loss is None else valid_loss.contiguous()
         valid = [None] * len(loss) if losses[1] is None else losses[1].unbind()
-        for (level, shared), train_loss, given in zip(self.levels, losses[0].unbind(), valid, strict=True):
-            level.set_losses(shared, train_loss, given)
-        kernels.step(self.plan, self.addresses)
+        given = zip(self.levels.levels, self.shared, losses[0].unbind(), valid, strict=True)
+        for level, shared, train_loss, inner_valid in given:
+            level.set_losses(shared, train_loss, inner_valid)
+        kernels.step(self.plan, self.levels)
 
 
 def _stepper(
