@@ -45,13 +45,10 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
 
 }  // namespace
 
-bool accumulate_cuda(const AccumulateParams& params, int feature_set, const Target& target) {
-  return with_feature_set(feature_set, [&](auto features) {
-    using Features = decltype(features);
-    const auto kernel =
-        params.state_dtype == kFloat32 ? accumulate_kernel<kFloat32, Features> : accumulate_kernel<kBFloat16, Features>;
-    launch_per_chunk("accumulate", kernel, params, target);
-  });
+template <class Features, Dtype kState>
+void launch_accumulate(const AccumulateParams& params, const Target& target) {
+  launch_per_chunk("accumulate", accumulate_kernel<kState, Features>, params, target);
 }
+LOPT_INSTANTIATE(void, launch_accumulate, const AccumulateParams&, const Target&)
 
 }  // namespace lopt

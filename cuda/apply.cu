@@ -34,17 +34,12 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) 
 
 }  // namespace
 
-bool apply_mma_cuda(const ApplyParams& params, int feature_set, int width, const Target& target);
-
-bool apply_cuda(const ApplyParams& params, int feature_set, int width, const Target& target) {
-  if (params.precision != kExact) return apply_mma_cuda(params, feature_set, width, target);
-  return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
-    using Features = decltype(features);
-    constexpr int kWidth = decltype(width_constant)::value;
-    const auto kernel = params.state_dtype == kFloat32 ? apply_kernel<kFloat32, Features, kWidth>
-                                                       : apply_kernel<kBFloat16, Features, kWidth>;
-    launch_per_chunk("apply", kernel, params, target);
+template <class Features, Dtype kState>
+bool launch_apply(const ApplyParams& params, int width, const Target& target) {
+  return with_width(width, [&](auto width_constant) {
+    launch_per_chunk("apply", apply_kernel<kState, Features, decltype(width_constant)::value>, params, target);
   });
 }
+LOPT_INSTANTIATE(bool, launch_apply, const ApplyParams&, int, const Target&)
 
 }  // namespace lopt

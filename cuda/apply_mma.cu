@@ -31,18 +31,15 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumn
 
 }  // namespace
 
-bool apply_mma_cuda(const ApplyParams& params, int feature_set, int width, const Target& target) {
-  return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
-    using Features = decltype(features);
+template <class Features, Dtype kState>
+bool launch_apply_mma(const ApplyParams& params, int width, const Target& target) {
+  return with_width(width, [&](auto width_constant) {
     constexpr int kWidth = decltype(width_constant)::value;
-    const auto launch = [&](auto kernel) { launch_per_chunk("apply_mma", kernel, params, target); };
-    if (params.state_dtype == kFloat32)
-      launch(params.precision == kFast ? apply_mma_kernel<kFloat32, Features, kWidth, 1>
-                                       : apply_mma_kernel<kFloat32, Features, kWidth, 2>);
-    else
-      launch(params.precision == kFast ? apply_mma_kernel<kBFloat16, Features, kWidth, 1>
-                                       : apply_mma_kernel<kBFloat16, Features, kWidth, 2>);
+    const auto kernel = params.precision == kFast ? apply_mma_kernel<kState, Features, kWidth, 1>
+                                                  : apply_mma_kernel<kState, Features, kWidth, 2>;
+    launch_per_chunk("apply_mma", kernel, params, target);
   });
 }
+LOPT_INSTANTIATE(bool, launch_apply_mma, const ApplyParams&, int, const Target&)
 
 }  // namespace lopt

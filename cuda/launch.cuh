@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "api/backend.h"
+#include "launchers.h"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>

@@ -62,19 +62,13 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
 
 }  // namespace
 
-bool sweep_mma_cuda(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-                    const Target& target);
-
-bool sweep_cuda(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-                const Target& target) {
-  if (applying.precision != kExact) return sweep_mma_cuda(accumulating, applying, feature_set, width, target);
-  return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
-    using Features = decltype(features);
-    constexpr int kWidth = decltype(width_constant)::value;
-    const auto kernel = applying.state_dtype == kFloat32 ? sweep_kernel<kFloat32, Features, kWidth>
-                                                         : sweep_kernel<kBFloat16, Features, kWidth>;
-    launch_per_chunk("sweep", kernel, SweepParams{accumulating, applying, applying.num_chunks}, target);
+template <class Features, Dtype kState>
+bool launch_sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int width, const Target& target) {
+  return with_width(width, [&](auto width_constant) {
+    launch_per_chunk("sweep", sweep_kernel<kState, Features, decltype(width_constant)::value>,
+                     SweepParams{accumulating, applying, applying.num_chunks}, target);
   });
 }
+LOPT_INSTANTIATE(bool, launch_sweep, const AccumulateParams&, const ApplyParams&, int, const Target&)
 
 }  // namespace lopt

@@ -36,20 +36,16 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
 
 }  // namespace
 
-bool sweep_mma_cuda(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
-                    const Target& target) {
-  return with_kernel(feature_set, width, [&](auto features, auto width_constant) {
-    using Features = decltype(features);
+template <class Features, Dtype kState>
+bool launch_sweep_mma(const AccumulateParams& accumulating, const ApplyParams& applying, int width,
+                      const Target& target) {
+  return with_width(width, [&](auto width_constant) {
     constexpr int kWidth = decltype(width_constant)::value;
-    const SweepParams params{accumulating, applying, applying.num_chunks};
-    const auto launch = [&](auto kernel) { launch_per_chunk("sweep_mma", kernel, params, target); };
-    if (applying.state_dtype == kFloat32)
-      launch(applying.precision == kFast ? sweep_mma_kernel<kFloat32, Features, kWidth, 1>
-                                         : sweep_mma_kernel<kFloat32, Features, kWidth, 2>);
-    else
-      launch(applying.precision == kFast ? sweep_mma_kernel<kBFloat16, Features, kWidth, 1>
-                                         : sweep_mma_kernel<kBFloat16, Features, kWidth, 2>);
+    const auto kernel = applying.precision == kFast ? sweep_mma_kernel<kState, Features, kWidth, 1>
+                                                    : sweep_mma_kernel<kState, Features, kWidth, 2>;
+    launch_per_chunk("sweep_mma", kernel, SweepParams{accumulating, applying, applying.num_chunks}, target);
   });
 }
+LOPT_INSTANTIATE(bool, launch_sweep_mma, const AccumulateParams&, const ApplyParams&, int, const Target&)
 
 }  // namespace lopt

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 has_cuda: bool
+why_not_cuda: str
 cuda_archs: str
 cuda_version: str
 source_sha256: str

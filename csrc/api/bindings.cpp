@@ -38,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace pybind11::literals;
   m.doc() = "Kernels of lopt over raw pointers, and how they were built.";
   m.attr("has_cuda") = bool(LOPT_WITH_CUDA);      // compiled with nvcc; says nothing about a device
+  m.attr("why_not_cuda") = LOPT_WHY_NOT_CUDA;     // why it was built without; or ""
   m.attr("cuda_archs") = LOPT_CUDA_ARCHS_STRING;  // as in CMAKE_CUDA_ARCHITECTURES, separated by commas; or ""
   m.attr("cuda_version") = LOPT_CUDA_VERSION;     // of nvcc; or ""
   m.attr("compiler") = LOPT_COMPILER;             // name and version of the C++ compiler

@@ -31,20 +31,37 @@ LOPT_HD V next_param(V param, MlpOutput<V> out, float keep, V step_size, float m
   return param * keep - out.direction * exp_of(out.magnitude * magnitude_rate) * step_size;
 }
 
-// Calls f(Features{}, integral_constant<int, width>) for a compiled combination.
 template <int kValue>
 struct IntConstant {
   static constexpr int value = kValue;
 };
 
+// Calls f(IntConstant<width>{}) for a compiled width; false for any other.
+template <class Function>
+bool with_width(int width, Function&& f) {
+  switch (width) {
+    case 8:
+      f(IntConstant<8>{});
+      return true;
+    case 16:
+      f(IntConstant<16>{});
+      return true;
+    case 32:
+      f(IntConstant<32>{});
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Calls f(Features{}, IntConstant<width>{}) for a compiled combination; false for any other.
 template <class Function>
 bool with_kernel(int feature_set, int width, Function&& f) {
-  bool compiled = width == 8 || width == 16 || width == 32;
-  return compiled && with_feature_set(feature_set, [&](auto features) {
-           if (width == 8) f(features, IntConstant<8>{});
-           if (width == 16) f(features, IntConstant<16>{});
-           if (width == 32) f(features, IntConstant<32>{});
-         });
+  bool compiled = false;
+  with_width(width, [&](auto width_constant) {
+    compiled = with_feature_set(feature_set, [&](auto features) { f(features, width_constant); });
+  });
+  return compiled;
 }
 
 }  // namespace lopt

@@ -1,14 +1,8 @@
 // The pybind11 module lopt._sim, for tests: the back end `sim`, which is the .cu files compiled for the CPU (see
-// cuda_on_cpu.h).
+// cuda_on_cpu.h). Most are in kernels.cpp.
 #include "sim/cuda_on_cpu.h"
 //
-#include "../../cuda/accumulate.cu"
 #include "../../cuda/advance.cu"
-#include "../../cuda/apply.cu"
-#include "../../cuda/apply_mma.cu"
-#include "../../cuda/backend.cpp"
-#include "../../cuda/sweep.cu"
-#include "../../cuda/sweep_mma.cu"
 #include "api/bind_backend.h"
 
 namespace lopt {
