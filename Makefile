@@ -12,14 +12,16 @@ ifeq ($(strip $(VENV)),)
 PY    = $(PYTHON)
 BIN   = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 READY = existing-environment
+TOOLS_READY = existing-environment
 else
 PY    = $(VENV)/bin/python
 BIN   = $(VENV)/bin
 READY = $(VENV)/.installed
+TOOLS_READY = $(VENV)/.installed-tools
 endif
 TORCH  = $(shell grep -E '^torch==' constraints.txt)
-TOOLS  = setuptools pybind11 cmake ninja
-SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh)
+BUILD  = setuptools pybind11 cmake ninja
+SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh cuda/*.cpp cuda/*.h)
 
 .PHONY: help install demo test lint format sass asan clean existing-environment
 help:
@@ -33,7 +35,12 @@ install: $(READY)
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lopt needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -c constraints.txt $(TORCH) $(TOOLS)
+	$(PY) -m pip install -c constraints.txt $(TORCH) $(BUILD)
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[tasks,plot]'
+	touch $@
+
+# What only test, lint and sass need.
+$(VENV)/.installed-tools: $(VENV)/.installed
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint,sass]'
 	touch $@
 
@@ -46,28 +53,28 @@ demo: install
 
 # The tests need lopt._sim, the CUDA kernels on the CPU.
 test asan: export LOPT_SIM = ON
-test: install
+test: $(TOOLS_READY) install
 	$(PY) -m pytest $(ARGS)
 
-lint: install
+lint: $(TOOLS_READY) install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
-format: $(READY)
+format: $(TOOLS_READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
 # A second build of the package, beside the first one. libstdc++ is loaded early for ASAN to see torch's exceptions; Python
 # and torch leave memory behind at exit, so leaks are not reported. pytest must not capture what ASAN says last.
-asan: $(READY)
+asan: $(TOOLS_READY)
 	LOPT_SANITIZE=address LOPT_CUDA=OFF $(PY) setup.py --quiet build --build-lib build/asan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan $(BIN)/pytest --capture=no -k sim $(ARGS)
 
-sass: install
+sass: $(TOOLS_READY) install
 	$(PY) benchmarks/sass.py $(ARGS)
 
 clean:

@@ -236,4 +236,9 @@ void write_words_cuda(int64_t* to, const int64_t* words, int64_t count, const Ta
   }
 }
 
+int cuda_driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 }  // namespace lopt

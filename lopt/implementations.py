@@ -59,4 +59,6 @@ def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> s
                 f"impl={impl!r}: kernels exist for MLP widths {kernels.WIDTHS}, theta has "
                 f"{spec.mlp_width}; use impl='reference'"
             )
+    if impl == "cuda":
+        kernels.check_gpu(device)
     return impl

@@ -108,4 +108,4 @@ def test_the_compiled_modules_serve_their_back_ends_only() -> None:
         module = kernels.module_of(backend)
         for other in others:
             with pytest.raises(ValueError, match=f"back end '{other}' is not part of this build"):
-                module.step(other, 0, 0, 0, False, 1, 0, 0)
+                module.write_words(other, 0, [], 0, 0)

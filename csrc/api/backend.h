@@ -33,6 +33,7 @@ struct Backend {
 };
 
 const Backend& cpu_backend();   // the widest instruction set, or the selected one (csrc/cpu/cpu_dispatch.h)
+int cuda_driver_version();      // newest CUDA that the driver supports: 1000 major + 10 minor; 0 without one
 const Backend& cuda_backend();  // of the .cu files, whether nvcc compiled them or, for `sim`, the C++ compiler
 
 // The back end of this name in this module (bindings.cpp, sim.cpp); null where the module has none.

@@ -45,6 +45,16 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build_type") = LOPT_BUILD_TYPE;         // CMake's
   lopt::bind_backends(m);
   lopt::bind_contracts(m);
+  m.def(
+      "cuda_driver_version",
+      [] {
+#if LOPT_WITH_CUDA
+        return lopt::cuda_driver_version();
+#else
+        return 0;
+#endif
+      },
+      "Newest CUDA version that the driver supports, 1000 major + 10 minor; 0 where there is none.");
   m.def("simd_available", &lopt::simd_available, "Instruction sets this processor can run, widest first.");
   m.def("simd_selected", &lopt::simd_selected, "Instruction set the CPU kernels use.");
   m.def("simd_select", &lopt::simd_select, "name"_a,

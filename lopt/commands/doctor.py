@@ -48,7 +48,7 @@ def compiled() -> dict[str, str]:
     if kernels.NOT_BUILT:
         return {"kernels": f"none, impl='auto' is the reference: {kernels.NOT_BUILT}"}
     _C = kernels._C
-    cuda = f"CUDA {_C.cuda_version} for {_C.cuda_archs}" if _C.has_cuda else "built without CUDA"
+    cuda = f"CUDA {_C.cuda_version} for {_C.cuda_archs}" if _C.has_cuda else f"built without CUDA: {_C.why_not_cuda}"
     simd = f"{_C.simd_selected()} of {', '.join(_C.simd_available())}"
     return {"compiler": f"{_C.compiler}, {_C.build_type}", "cuda kernels": cuda, "cpu kernels": simd}
 

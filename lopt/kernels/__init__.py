@@ -12,6 +12,7 @@ from lopt.kernels.extension import (
     simd_selected,
     source_sha256,
 )
+from lopt.kernels.gpus import check_gpu
 from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, contiguous, pack_mlp
 from lopt.kernels.tensor_level import SHARED, Levels, TensorLevel, apply_inputs, step
 
@@ -28,6 +29,7 @@ __all__ = [
     "Plan",
     "TensorLevel",
     "apply_inputs",
+    "check_gpu",
     "contiguous",
     "has_cuda",
     "is_compiled",

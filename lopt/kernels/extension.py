@@ -37,7 +37,9 @@ def module_of(backend: str) -> ModuleType:
     if NOT_BUILT:
         raise RuntimeError(f"backend {backend!r}: {NOT_BUILT}")
     if backend == "cuda" and not _C.has_cuda:
-        raise RuntimeError("backend 'cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON")
+        raise RuntimeError(
+            f"backend 'cuda': lopt was built without CUDA; rebuild with LOPT_CUDA=ON. Why: {_C.why_not_cuda}"
+        )
     return _sim() if backend == "sim" else _C
 
 

@@ -1,0 +1,133 @@
+"""What the build says of an environment that does not fit: setup.py, cmake/nvcc.cmake. Nothing is compiled here."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1]
+CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+Configure = Callable[..., "subprocess.CompletedProcess[str]"]
+
+needs_cmake = pytest.mark.skipif(CMAKE is None, reason="needs CMake")
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """``configure(LOPT_CUDA, nvcc)``: CMake's first step, with a script in nvcc's place; its messages and exit code."""
+
+    def run(cuda: str, nvcc: str | None = None, **environment: str) -> "subprocess.CompletedProcess[str]":
+        pybind11 = pytest.importorskip("pybind11")
+        if nvcc is not None:
+            script = tmp_path / "nvcc"
+            script.write_text(f"#!/bin/sh\n{nvcc}\n")
+            script.chmod(0o755)
+            environment["CUDACXX"] = str(script)
+        options = {
+            "LOPT_CUDA": cuda,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(tmp_path / "out"),
+        }
+        flags = [f"-D{name}={value}" for name, value in options.items()]
+        command = [str(CMAKE), "-S", str(SOURCE), "-B", str(tmp_path / "build"), *flags]
+        return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def said(done: "subprocess.CompletedProcess[str]") -> str:
+    """What was printed, in one line: CMake breaks messages."""
+    return " ".join((done.stdout + done.stderr).split())
+
+
+BROKEN = {
+    "too old": (
+        "echo 'Cuda compilation tools, release 10.1, V10.1.243'",
+        "is of CUDA 10.1, 11.8 or newer is needed. Point CUDACXX or CUDA_HOME to another CUDA toolkit, or build "
+        "without CUDA: LOPT_CUDA=OFF.",
+    ),
+    "broken": (
+        'case "$1" in --version) echo "Cuda compilation tools, release 12.4, V12.4.131";; '
+        '*) echo "fatal error: cuda_runtime.h: No such file or directory" >&2; exit 1;; esac',
+        "(CUDA 12.4) does not compile a small program: fatal error: cuda_runtime.h: No such file or directory",
+    ),
+    "something else": ("echo hello", "does not say its version: hello . Point CUDACXX or CUDA_HOME to another"),
+}
+
+
+@needs_cmake
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_cuda_toolchain_is_left_out_and_named(configure: Configure, kind: str) -> None:
+    script, reason = BROKEN[kind]
+    done = configure("AUTO", script)
+    assert done.returncode == 0, done.stderr
+    assert "lopt is built WITHOUT CUDA: " in said(done)
+    assert reason in said(done)
+    assert "lopt: without CUDA" in done.stdout
+
+
+@needs_cmake
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_cuda_toolchain_fails_where_cuda_is_required(configure: Configure, kind: str) -> None:
+    script, reason = BROKEN[kind]
+    done = configure("ON", script)
+    assert done.returncode != 0
+    assert "LOPT_CUDA=ON, but" in said(done)
+    assert reason in said(done)
+
+
+@needs_cmake
+def test_a_cuda_compiler_that_is_named_but_not_there(configure: Configure) -> None:
+    done = configure("ON", CUDACXX="/absent/nvcc")
+    assert done.returncode != 0
+    assert "LOPT_CUDA=ON, but /absent/nvcc was not found (looked at CUDACXX" in said(done)
+
+
+def setup_py(tmp_path: Path, *arguments: str, **versions: str) -> "subprocess.CompletedProcess[str]":
+    """setup.py where packages seem to have other versions; an empty one: it is missing."""
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(SOURCE / name, tmp_path)
+    lines = ["import sys, shutil"]
+    for name, version in versions.items():
+        if not version:
+            lines.append(f"sys.modules[{name!r}] = None")
+        else:
+            lines += [f"import {name}", f"{name}.__version__ = {version!r}"]
+    lines += [f"sys.argv = ['setup.py', *{arguments!r}]", "exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"]
+    program = "\n".join(["__file__ = 'setup.py'", *lines])
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_all_requirements_of_the_build_are_named_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    pytest.importorskip("setuptools")
+    (tmp_path / "cmake").write_text("#!/bin/sh\necho cmake version 3.18.4\n")
+    (tmp_path / "cmake").chmod(0o755)
+    done = setup_py(tmp_path, "--version", pybind11="", setuptools="65.5.0")
+    if (Path(sys.executable).parent / "cmake").is_file():  # this environment's own come first, so only two are wrong
+        expected = "setuptools>=77 (found 65.5.0), pybind11>=2.13 (found none)"
+        remedy = "run: pip install 'setuptools>=77' 'pybind11>=2.13'"
+    else:
+        expected = "pybind11>=2.13 (found none), cmake>=3.21 (found 3.18.4), ninja (found none)"
+        remedy = "run: pip install 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.21' 'ninja'"
+    assert done.returncode == 1
+    assert f"lopt: the build needs {expected}" in done.stderr
+    assert remedy in done.stderr
+
+
+def test_wheels_in_dist_hold_neither_tests_nor_sim() -> None:
+    wheels = list((SOURCE / "dist").glob("*.whl"))
+    if not wheels:
+        pytest.skip("no wheel in dist: make dist")
+    for wheel in wheels:
+        names = zipfile.ZipFile(wheel).namelist()
+        assert any(name.startswith("lopt/_C.") for name in names)
+        assert not [name for name in names if "_sim" in name or not name.startswith(("lopt/", "lopt-"))]
