@@ -1,9 +1,9 @@
 """Throughput of inner runs: of the fused engine per core, with two processes at once, and its memory; of the torch
 unroll with many runs at once against one by one."""
 
-import multiprocessing
 import resource
 import time
+from contextlib import closing
 
 import torch
 
@@ -11,6 +11,7 @@ from lopt.benchmark.rows import Row
 from lopt.benchmark.timing import Timing
 from lopt.meta import engine
 from lopt.meta import unroll as torch_unroll
+from lopt.meta.executors import LocalProcesses
 from lopt.rule import Theta, unflatten
 from lopt.tasks import sample_task
 from lopt.tasks.families import Family, with_batch_size
@@ -81,15 +82,15 @@ def run(preset: str, sizes: tuple[int, ...], batch: int, steps: int, windows: in
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def _worker(arguments: tuple[str, tuple[int, ...], int, int]) -> float:
-    run(*arguments[:3], 50)  # warm
-    return min(run(*arguments)[1] for _ in range(3))
+def _worker(shared: tuple[str, tuple[int, ...], int, int], _: int) -> float:
+    run(*shared[:3], 50)  # warm
+    return min(run(*shared)[1] for _ in range(3))
 
 
 def wall_seconds(processes: int, preset: str, sizes: tuple[int, ...], batch: int, steps: int) -> float:
     """Wall seconds of a run in each of ``processes`` at once, the slowest of them."""
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return max(pool.map(_worker, [(preset, sizes, batch, steps)] * processes, chunksize=1))
+    with closing(LocalProcesses(processes)) as executor:
+        return max(executor.map(_worker, (preset, sizes, batch, steps), range(processes)))
 
 
 def peak_memory() -> int:

@@ -65,6 +65,8 @@ class MetaTrain(Command):
         executor: Executor = Serial() if workers == 1 else LocalProcesses(workers)
         try:
             config = self._resumed(given) if self.resume else self._begun(given, executor, console)
+            if not self.resume:
+                say(console, f"First the start is validated on {config.validation_tasks} tasks")
             command = shlex.join(["lopt", *sys.argv[1:]])
             theta = trainer.run(
                 config, self.out, resume=self.resume, executor=executor, console=console, command=command
@@ -100,6 +102,7 @@ class MetaTrain(Command):
             return recipe(name, **given)
         hours = self.hours or 1.0
         seconds = min(10.0, 36.0 * hours)  # at most a hundredth of the budget
+        say(console, f"Measuring the speed, for {seconds:g} s")
         speed = trainer.measure_speed(recipe(name, **given, inner_steps=1), executor, seconds)
         steps = max(1, round(speed * hours * 3600.0))
         say(console, f"{speed:,.0f} inner steps/s: {hours:g} h are --inner-steps {steps}")
