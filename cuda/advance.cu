@@ -124,10 +124,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   level.shapes = p.shapes;
   level.feedback = p.feedback;
   level.initial_scale = p.initial_scale;
-  level.scale = p.scale;
-  level.shift = p.shift;
-  level.bias = p.bias;
-  level.step_size = p.step_size;
+  level.lr = p.lr;
+  level.decay = p.decay;
+  level.inputs = inputs_of(p);
   level.x = memory;
   level.constant = constant;
   const BlockLstm lstm{team, theta, inputs, hidden, gates};
@@ -141,11 +140,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     advance_row<Features>(team, s, theta, g, shared, level, t, updates, stats, corrections, h,
                           p.c + int64_t{t} * hidden, p.to_lstm + int64_t{t} * s.from_lstm, lstm);
     for (int j = team.rank(); j < hidden; j += kRowThreads) p.h[int64_t{t} * hidden + j] = h[j];
-    if (threadIdx.x == 0) {
-      p.updates[t] = updates;
-      p.step_size[t] = scaled_step(p.step_size[t], p.lr[t]);
-      p.keep[t] = 1.0f - p.lr[t] * p.decay[t];
-    }
+    if (threadIdx.x == 0) p.updates[t] = updates;
     __syncthreads();
   }
 

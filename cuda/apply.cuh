@@ -24,9 +24,10 @@ struct Rule {
   // By all threads of the block, which meet afterwards.
   __device__ __forceinline__ void load(const ApplyParams& params, const TensorEntry& tensor) {
     copy_block(weights, params.weights + tensor.theta * Layout::kSize, Layout::kSize);
-    copy_block(bias, params.bias + tensor.row * kWidth, kWidth);
-    copy_block(scale, params.scale + tensor.row * kColumns, kColumns);
-    copy_block(shift, params.shift + tensor.row * kColumns, kColumns);
+    const TensorInputs inputs(inputs_of(params), tensor.row, kColumns, kWidth);
+    copy_block(bias, inputs.bias, kWidth);
+    copy_block(scale, inputs.scale, kColumns);
+    copy_block(shift, inputs.shift, kColumns);
   }
 
   // x = clamp(columns(grad, param, mom, rms) * scale + shift, +-feature_clip)
@@ -49,19 +50,16 @@ struct Rule {
   }
 };
 
-// What else there is of a tensor.
+// What else there is of a tensor. The rule has copies of what `inputs` points to.
 struct Operands {
   TensorEntry tensor;
   int64_t grads;
-  float limit, keep, step_size;
-
-  __device__ __forceinline__ bool moves() const { return step_size != 0.0f || keep != 1.0f; }  // lr = 0 changes no bit
+  TensorInputs inputs;
 };
 
 __device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64_t t) {
   const TensorEntry tensor = params.tensors[t];
-  return {tensor, params.grads[t], params.clip_limit[tensor.row], params.keep[tensor.row],
-          params.step_size[tensor.row]};
+  return {tensor, params.grads[t], TensorInputs(inputs_of(params), tensor.row, 0, 0)};
 }
 
 // The new value of one parameter in plain float, the oracle of the faster ones; writes its last hidden layer to `hidden`.
@@ -72,8 +70,7 @@ __device__ __forceinline__ float next_of_one(const ApplyParams& params, const Ru
   float x[Features::kNumColumns];
   rule.columns(grad, param, mom, rms, params.feature_clip, x);
   const MlpOutput<float> out = small_mlp<Features::kNumColumns, kWidth>(x, rule.weights, rule.bias, hidden);
-  const float step = operands.step_size * Features::active(rms);
-  return next_param(param, out, operands.keep, step, params.magnitude_rate);
+  return next_param(param, out, operands.inputs, Features::active(rms), params.magnitude_rate);
 }
 
 // The same in memory.
@@ -82,7 +79,7 @@ __device__ __forceinline__ void apply_one(const ApplyParams& params, const Rule<
                                           const Operands& operands, int64_t at, float (&hidden)[kWidth]) {
   const TensorEntry& tensor = operands.tensor;
   const float param = load_value(tensor.param, tensor.param_dtype, at);
-  const float grad = clip_gradient(load_value(operands.grads, tensor.grad_dtype, at), operands.limit);
+  const float grad = clip_gradient(load_value(operands.grads, tensor.grad_dtype, at), operands.inputs.clip_limit);
   float mom[Features::kNumMom], rms[Features::kNumRms];
 #pragma unroll
   for (int k = 0; k < Features::kNumMom; ++k)
@@ -91,7 +88,7 @@ __device__ __forceinline__ void apply_one(const ApplyParams& params, const Rule<
   for (int k = 0; k < Features::kNumRms; ++k)
     rms[k] = load_value(plane_at<kState>(tensor.rms, tensor.stride, k), kState, at);
   const float next = next_of_one(params, rule, operands, grad, param, mom, rms, hidden);
-  if (operands.moves()) store_value(tensor.param, tensor.param_dtype, at, next);
+  if (operands.inputs.moves()) store_value(tensor.param, tensor.param_dtype, at, next);
 }
 
 // Sums of hidden units, kRows per unit in shared memory -> the chunk's partials. After a barrier.

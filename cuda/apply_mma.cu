@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumn
   const auto read = [&](const Quad& quad, QuadValues<Features>& values) {
     load_values<kState>(operands.tensor, operands.grads, quad, values);
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) values.grad[j] = clip_gradient(values.grad[j], operands.limit);
+    for (int j = 0; j < kQuad; ++j) values.grad[j] = clip_gradient(values.grad[j], operands.inputs.clip_limit);
   };
   apply_mma<kState, false, kParts>(params, chunk, operands, rule, stages, last_layer, rows, read);
   reduce_hidden(params, chunk, rows);

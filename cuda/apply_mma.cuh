@@ -198,7 +198,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
     float next[kQuad], sum[kTiles][2] = {};  // sum: of hidden units over these 128 parameters
 #pragma unroll
     for (int begin = 0; begin < kQuad; begin += kStaged) {
-      float skip[kStaged], step[kStaged];
+      float skip[kStaged], active[kStaged];
 #pragma unroll
       for (int s = 0; s < kStaged; ++s) {
         float m[Features::kNumMom], r[Features::kNumRms], x[8 * kBlocks] = {};
@@ -209,7 +209,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
         rule.columns(grad[begin + s], param[begin + s], m, r, params.feature_clip, x);
         x[kColumns] = 1.0f;
         skip[s] = rule.skip(x);
-        step[s] = operands.step_size * Features::active(r);
+        active[s] = Features::active(r);
         stage.write(lane + 32 * s, x);
       }
       __syncwarp();
@@ -260,7 +260,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
         MlpOutput<float> out = stage.read_outputs(lane + 32 * s);
         out.direction += weights[Layout::kB3] + skip[s];
         out.magnitude += weights[Layout::kB3 + 1];
-        next[begin + s] = next_param(param[begin + s], out, operands.keep, step[s], params.magnitude_rate);
+        next[begin + s] = next_param(param[begin + s], out, operands.inputs, active[s], params.magnitude_rate);
       }
       __syncwarp();  // before the rows are written again
     }
@@ -274,7 +274,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         rows[8 * n + 2 * t + e][8 * warp_index() + g] += (sum[n][e] + sum[n][e] * kLoss) * (1.0f / kHiddenScale);
-    if (operands.moves()) store_quad(tensor.param, tensor.param_dtype, quad, next);
+    if (operands.inputs.moves()) store_quad(tensor.param, tensor.param_dtype, quad, next);
   }
 
   if (kAllQuads && left != 0) __syncwarp();  // lanes have written what others read now

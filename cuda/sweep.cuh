@@ -39,7 +39,7 @@ struct Accumulator {
     float row[kNumStats<Features>];
 #pragma unroll
     for (int c = 0; c < kNumStats<Features>; ++c) row[c] = rows[c][threadIdx.x];
-    accumulate_quad<kState>(params, operands.tensor, operands.limit, words, quad, values, row, seen);
+    accumulate_quad<kState>(params, operands.tensor, operands.inputs.clip_limit, words, quad, values, row, seen);
 #pragma unroll
     for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = row[c];
   }

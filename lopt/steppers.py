@@ -306,9 +306,7 @@ class KernelStepper:
         )
         plan.bind_accumulate(level.inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
         packed = kernels.pack_mlp(spec, tensors.weights)
-        plan.bind_apply(
-            **level.inputs, weights=packed, magnitude_rate=spec.magnitude_rate, feature_clip=spec.feature_clip
-        )
+        plan.bind_apply(level.inputs, packed, spec.magnitude_rate, spec.feature_clip)
         self.levels = kernels.Levels([level])
         if tensors.stats is not None:
             plan.stats.copy_(tensors.stats)

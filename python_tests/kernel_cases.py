@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
+from lopt.kernels.structs import APPLY_INPUTS
 from lopt.rule import PRESETS, ThetaSpec, reference
 from lopt.rule.features import STATS
 from lopt.rule.tensor_lstm import Conditioning
@@ -271,8 +272,9 @@ class Run:
         problem, spec = self.problem, self.problem.spec
         weights = kernels.pack_mlp(spec, problem.weights)[None] if weights is None else weights
         scale, shift = problem.conditioning.scale, problem.conditioning.shift
-        rows = problem.clip_limit, scale, shift, problem.bias, problem.step_size, problem.keep, weights
-        return *(x.to(self.backend.device) for x in rows), spec.magnitude_rate, spec.feature_clip
+        rows = problem.clip_limit, scale, shift, problem.bias, problem.step_size, problem.keep
+        inputs = {name: x.to(self.backend.device) for name, x in zip(APPLY_INPUTS, rows, strict=True)}
+        return inputs, weights.to(self.backend.device), spec.magnitude_rate, spec.feature_clip
 
     def apply(self, weights: Tensor | None = None) -> Tensor:
         return self.plan.apply(*self.operands(weights)).cpu()

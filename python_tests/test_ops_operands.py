@@ -146,9 +146,10 @@ def test_apply_names_what_is_wrong(changes: dict[str, Tensor], theta_index: list
     plan = plan_of(theta_index=theta_index)
     plan.set_tensors([Z(4), Z(2, 3)], [Z(4), Z(2, 3)])
     operands = {"clip_limit": Z(2), "scale": Z(2, 12), "shift": Z(2, 12), "bias": Z(2, 8), "step_size": Z(2)}
-    operands |= {"keep": Z(2), "weights": Z(2, SIZE)}
+    inputs = {**operands, "keep": Z(2), **changes}
+    weights = inputs.pop("weights", Z(2, SIZE))
     with pytest.raises(ValueError, match=message):
-        plan.apply(**{**operands, **changes}, magnitude_rate=0.1, feature_clip=None)
+        plan.apply(inputs, weights, magnitude_rate=0.1, feature_clip=None)
 
 
 def test_cuda_needs_a_build_with_cuda_and_tensors_there() -> None:

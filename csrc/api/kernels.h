@@ -25,10 +25,27 @@ LOPT_HD V next_accumulator(V value, float decay, V input) {
   return value * decay + input * (1.0f - decay);
 }
 
-// step_size: of the tensor, times Features::active.
+// What the rule of one tensor is given: a row of ApplyInputs.
+struct TensorInputs {
+  const float *scale, *shift, *bias;
+  float clip_limit, step_size, keep;
+
+  LOPT_HD TensorInputs(const ApplyInputs& inputs, int64_t row, int columns, int width)
+      : scale(inputs.scale + row * columns),
+        shift(inputs.shift + row * columns),
+        bias(inputs.bias + row * width),
+        clip_limit(inputs.clip_limit[row]),
+        step_size(inputs.step_size[row]),
+        keep(inputs.keep[row]) {}
+
+  LOPT_HD bool moves() const { return step_size != 0.0f || keep != 1.0f; }  // lr = 0 changes no bit
+};
+
+// active: Features::active of the parameter.
 template <class V>
-LOPT_HD V next_param(V param, MlpOutput<V> out, float keep, V step_size, float magnitude_rate) {
-  return param * keep - out.direction * exp_of(out.magnitude * magnitude_rate) * step_size;
+LOPT_HD V next_param(V param, MlpOutput<V> out, const TensorInputs& inputs, V active, float magnitude_rate) {
+  const V step_size = active * inputs.step_size;
+  return param * inputs.keep - out.direction * exp_of(out.magnitude * magnitude_rate) * step_size;
 }
 
 template <int kValue>

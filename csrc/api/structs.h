@@ -46,6 +46,27 @@ struct Chunk {
   LOPT_CHUNK(LOPT_MEMBER)
 };
 
+// What the tensor level writes for the per-parameter rule, in its place in AdvanceParams, and apply reads, in ApplyParams:
+// begin writes clip_limit, advance the rest. Python makes the memory by the widths in lopt/kernels/structs.py.
+#define LOPT_APPLY_INPUTS(FIELD)                                                                               \
+  FIELD(float*, clip_limit) /* [R] gradients are clamped to +-limit, as in accumulate */                       \
+  FIELD(float*, scale)      /* [R, columns] */                                                                 \
+  FIELD(float*, shift)      /* [R, columns] */                                                                 \
+  FIELD(float*, bias)       /* [R, width] first-layer bias with everything constant in the tensor folded in */ \
+  FIELD(float*, step_size)  /* [R] lr * step multiplier */                                                     \
+  FIELD(float*, keep)       /* [R] what is left of the parameter after weight decay */
+struct ApplyInputs {
+  LOPT_APPLY_INPUTS(LOPT_MEMBER)
+};
+
+// Those that Params, which has the same fields, points to.
+template <class Params>
+LOPT_HD ApplyInputs inputs_of(const Params& params) {
+#define LOPT_FIELD_OF(Type, name) params.name,
+  return {LOPT_APPLY_INPUTS(LOPT_FIELD_OF)};
+#undef LOPT_FIELD_OF
+}
+
 #define LOPT_ACCUMULATE_PARAMS(FIELD)                                                                              \
   FIELD(const TensorEntry*, tensors) /* [T] */                                                                     \
   FIELD(const int64_t*, grads)       /* [T] addresses of [numel] values of grad_dtype */                           \
@@ -65,25 +86,20 @@ struct AccumulateParams {
   LOPT_ACCUMULATE_PARAMS(LOPT_MEMBER)
 };
 
-#define LOPT_APPLY_PARAMS(FIELD)                                                                                     \
-  FIELD(const TensorEntry*, tensors) /* [T] */                                                                       \
-  FIELD(const int64_t*, grads)       /* [T] */                                                                       \
-  FIELD(const Chunk*, chunks)        /* [num_chunks] */                                                              \
-  FIELD(int64_t, num_tensors)        /* T */                                                                         \
-  FIELD(int64_t, num_chunks)                                                                                         \
-  FIELD(const float*, clip_limit) /* [R] the same limit as in accumulate */                                          \
-  FIELD(const float*, scale)      /* [R, columns] */                                                                 \
-  FIELD(const float*, shift)      /* [R, columns] */                                                                 \
-  FIELD(const float*, bias)       /* [R, width] first-layer bias with everything constant in the tensor folded in */ \
-  FIELD(const float*, step_size)  /* [R] lr * step multiplier */                                                     \
-  FIELD(const float*, keep)       /* [R] what is left of the parameter after weight decay */                         \
-  FIELD(const float*, weights)    /* [num_theta, MlpLayout::kSize] */                                                \
-  FIELD(float, magnitude_rate)                                                                                       \
-  FIELD(float, feature_clip)  /* +inf: no clipping */                                                                \
-  FIELD(Precision, precision) /* of the CUDA kernels; the CPU's are exact */                                         \
-  FIELD(Dtype, state_dtype)   /* of mom and rms */                                                                   \
-  FIELD(double*, partials)    /* [num_chunks, width] scratch */                                                      \
-  FIELD(uint32_t*, finished)  /* [T] scratch of the CUDA kernel: zero before and after */                            \
+#define LOPT_APPLY_PARAMS(FIELD)                                                          \
+  FIELD(const TensorEntry*, tensors) /* [T] */                                            \
+  FIELD(const int64_t*, grads)       /* [T] */                                            \
+  FIELD(const Chunk*, chunks)        /* [num_chunks] */                                   \
+  FIELD(int64_t, num_tensors)        /* T */                                              \
+  FIELD(int64_t, num_chunks)                                                              \
+  LOPT_APPLY_INPUTS(FIELD)                                                                \
+  FIELD(const float*, weights) /* [num_theta, MlpLayout::kSize] */                        \
+  FIELD(float, magnitude_rate)                                                            \
+  FIELD(float, feature_clip)  /* +inf: no clipping */                                     \
+  FIELD(Precision, precision) /* of the CUDA kernels; the CPU's are exact */              \
+  FIELD(Dtype, state_dtype)   /* of mom and rms */                                        \
+  FIELD(double*, partials)    /* [num_chunks, width] scratch */                           \
+  FIELD(uint32_t*, finished)  /* [T] scratch of the CUDA kernel: zero before and after */ \
   FIELD(float*, hidden)       /* [R, width] written: mean of hidden2 over the tensor */
 struct ApplyParams {
   LOPT_APPLY_PARAMS(LOPT_MEMBER)
@@ -166,12 +182,7 @@ struct TensorShape {
   FIELD(float, train_value)                                                                                           \
   FIELD(float, valid_value)                                                                                           \
   /* Written: by begin for accumulate and apply, by advance for apply. */                                             \
-  FIELD(float*, clip_limit) /* [R] */                                                                                 \
-  FIELD(float*, scale)      /* [R, columns] */                                                                        \
-  FIELD(float*, shift)      /* [R, columns] */                                                                        \
-  FIELD(float*, bias)       /* [R, width] */                                                                          \
-  FIELD(float*, step_size)  /* [R] */                                                                                 \
-  FIELD(float*, keep)       /* [R] */                                                                                 \
+  LOPT_APPLY_INPUTS(FIELD)                                                                                            \
   /* Scratch of the CUDA kernel. */                                                                                   \
   FIELD(float*, to_lstm)     /* [R, from_lstm] */                                                                     \
   FIELD(uint32_t*, finished) /* [1] zero before and after */

@@ -25,9 +25,19 @@ bool advance(const AdvanceParams& p, const Target&) {
     const int tensors = static_cast<int>(p.num_tensors);
     const ThetaView theta(s, Features::kNumColumns, p.theta);
     const Globals g{p.step, p.train_loss, p.valid_loss, p.clip, p.from_lstm};
-    TensorLevel level{tensors,         p.rows,    p.shapes, p.h,     p.c,     p.feedback,
-                      p.initial_scale, p.updates, p.stats,  p.scale, p.shift, p.bias,
-                      p.step_size,     nullptr,   nullptr,  nullptr, nullptr, nullptr};
+    TensorLevel level{};
+    level.num_tensors = tensors;
+    level.rows = p.rows;
+    level.shapes = p.shapes;
+    level.h = p.h;
+    level.c = p.c;
+    level.feedback = p.feedback;
+    level.initial_scale = p.initial_scale;
+    level.updates = p.updates;
+    level.stats = p.stats;
+    level.lr = p.lr;
+    level.decay = p.decay;
+    level.inputs = inputs_of(p);
     Arena count{nullptr};
     take_scratch(s, level, count);
     static thread_local std::vector<float> memory;  // kept between steps
@@ -40,11 +50,6 @@ bool advance(const AdvanceParams& p, const Target&) {
     const LstmCell cell{theta, s.num_lstm_input(), s.lstm_width, level.gates, level.activation};
     const double nonfinite = lopt::advance<Features>(s, theta, g, level, loss, *p.total_steps, cell);
     *p.nonfinite += static_cast<int64_t>(nonfinite);
-    for (int i = 0; i < tensors; ++i) {
-      const int64_t t = p.rows[i];
-      p.step_size[t] = scaled_step(p.step_size[t], p.lr[t]);
-      p.keep[t] = 1.0f - p.lr[t] * p.decay[t];
-    }
   });
 }
 

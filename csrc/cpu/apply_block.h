@@ -21,11 +21,9 @@ struct Applier {
   Numbers param, grad;
   Planes<Features::kNumMom, kBlock> mom;
   Planes<Features::kNumRms, kBlock> rms;
-  const float* scale;    // [columns]
-  const float* shift;    // [columns]
-  const float* bias;     // [width]
+  const TensorInputs inputs;
   const float* weights;  // MlpLayout
-  const float limit, keep, step_size, magnitude_rate, feature_clip;
+  const float magnitude_rate, feature_clip;
 
   // The first `count` parameters; total[width] is the sum of their last hidden layers.
   void run(int64_t count, double* total) const {
@@ -37,11 +35,9 @@ struct Applier {
       float* p = param.read(begin, size, param_buffer);
       const float* g = grad.read(begin, size, grad_buffer);
       block(p, g, mom.read(begin, size, mom_buffer), rms.read(begin, size, rms_buffer), size, total);
-      if (moves()) param.write(begin, size, p);
+      if (inputs.moves()) param.write(begin, size, p);
     }
   }
-
-  bool moves() const { return step_size != 0.0f || keep != 1.0f; }  // lr = 0 changes no bit
 
   void block(float* p, const float* g, const float* m, const float* r, int64_t count, double* total) const {
     Vec hidden_sum[kWidth]{};
@@ -57,11 +53,11 @@ struct Applier {
   LOPT_INLINE void rows(float* p_at, const float* g_at, const float* mom_at, const float* rms_at, int lanes,
                         Vec* hidden_sum) const {
     const int64_t mom_step = mom.step(), rms_step = rms.step();
-    Vec p[kVectors], step[kVectors], x[kColumns * kVectors], hidden[kWidth * kVectors];
+    Vec p[kVectors], active[kVectors], x[kColumns * kVectors], hidden[kWidth * kVectors];
     LOPT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int i = v * kLanes;
-      const Vec g = clip_gradient(load(g_at + i, lanes), limit);
+      const Vec g = clip_gradient(load(g_at + i, lanes), inputs.clip_limit);
       p[v] = load(p_at + i, lanes);
       Vec m[Features::kNumMom], r[Features::kNumRms], raw[kColumns];
       LOPT_UNROLL
@@ -69,16 +65,16 @@ struct Applier {
       LOPT_UNROLL
       for (int k = 0; k < Features::kNumRms; ++k) r[k] = load(rms_at + k * rms_step + i, lanes);
       Features::columns(g, p[v], m, r, raw);
-      step[v] = Features::active(r) * step_size;
+      active[v] = Features::active(r);
       LOPT_UNROLL
       for (int c = 0; c < kColumns; ++c)
-        x[c * kVectors + v] = clamp_of(raw[c] * scale[c] + shift[c], -feature_clip, feature_clip);
+        x[c * kVectors + v] = clamp_of(raw[c] * inputs.scale[c] + inputs.shift[c], -feature_clip, feature_clip);
     }
     MlpOutput<Vec> out[kVectors];
-    small_mlp_rows<kColumns, kWidth, kVectors, kSums / kVectors>(x, weights, bias, hidden, out);
-    if (moves())
+    small_mlp_rows<kColumns, kWidth, kVectors, kSums / kVectors>(x, weights, inputs.bias, hidden, out);
+    if (inputs.moves())
       for (int v = 0; v < kVectors; ++v)
-        store(p_at + v * kLanes, next_param(p[v], out[v], keep, step[v], magnitude_rate), lanes);
+        store(p_at + v * kLanes, next_param(p[v], out[v], inputs, active[v], magnitude_rate), lanes);
     const Vec mask = lane_mask(lanes);
     for (int j = 0; j < kWidth; ++j) {
       LOPT_UNROLL

@@ -13,20 +13,14 @@ void run_chunk(const ApplyParams& params, int64_t index) {
   constexpr int kColumns = Features::kNumColumns;
   const Chunk chunk = params.chunks[index];
   const TensorEntry& tensor = params.tensors[chunk.tensor];
-  const int64_t row = tensor.row;
   const int64_t left = tensor.numel - chunk.begin;
   const Applier<Features, kWidth> applier{
       Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
       Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype == kBFloat16, chunk.begin),
       {Numbers::at(tensor.mom, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
       {Numbers::at(tensor.rms, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
-      params.scale + row * kColumns,
-      params.shift + row * kColumns,
-      params.bias + row * kWidth,
+      TensorInputs(inputs_of(params), tensor.row, kColumns, kWidth),
       params.weights + tensor.theta * MlpLayout<kColumns, kWidth>::kSize,
-      params.clip_limit[row],
-      params.keep[row],
-      params.step_size[row],
       params.magnitude_rate,
       params.feature_clip,
   };

@@ -45,7 +45,8 @@ struct TensorLevel {
   const TensorShape* shapes;
   float *h, *c, *feedback, *initial_scale, *updates;
   const float* stats;
-  float *scale, *shift, *bias, *step_size;
+  const float *lr, *decay;  // null: 1 and 0
+  ApplyInputs inputs;       // written
   // Scratch:
   float* x;           // [num_lstm_input]
   float* from_lstm;   // [from_lstm]
@@ -168,15 +169,15 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
   constexpr int kColumns = Features::kNumColumns;
   const int hidden = s.lstm_width, inputs = s.num_lstm_input();
   float* const facts = level.constant + s.num_time();
-  float& step_size = level.step_size[t];  // until the end, the tensor's scale
+  float& step_size = level.inputs.step_size[t];  // until the end, the tensor's scale
   if (team.rank() == 0) {
     step_size = tensor_scale(level.shapes[t], stats, shared.mean_scale, level.initial_scale[t]);
   }
   const Seen seen{s, shared, level.shapes[t], level.num_tensors, stats, corrections, level.initial_scale[t]};
   if (team.rank() == 0) with_inputs(s, [&](auto inputs) LOPT_INLINE { decltype(inputs)::facts(seen, facts); });
   if (team.rank() == team.size() - 1)
-    Features::column_map(stats + kMoments, corrections, level.scale + int64_t{t} * kColumns,
-                         level.shift + int64_t{t} * kColumns);
+    Features::column_map(stats + kMoments, corrections, level.inputs.scale + int64_t{t} * kColumns,
+                         level.inputs.shift + int64_t{t} * kColumns);
   lstm_input<Features>(team, s, g, seen, level.feedback + int64_t{t} * s.from_mlp, level.constant, facts, level.x);
   team.sync();
   lstm(level.x, h, c);
@@ -184,7 +185,7 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
   team.linear(h, hidden, theta.lstm_to_mlp_w, theta.lstm_to_mlp_b, s.lstm_to_mlp, facts + s.num_facts());
   team.sync();
   team.linear(level.constant, s.num_constant(), theta.mlp_w1 + kColumns * s.width, theta.mlp_b1, s.width,
-              level.bias + int64_t{t} * s.width);
+              level.inputs.bias + int64_t{t} * s.width);
   float log_step = 0.0f;
   if (s.step_control) {
     log_step = team.sum(theta.step_b[0], hidden, [&](int i) { return h[i] * theta.step_w[i]; });
@@ -193,11 +194,11 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
   if (team.rank() != 0) return;
   const float whole = stats[Stat::grad_square] > 0 ? ::fminf(updates / kWarmup, 1.0f) : 0.0f;  // no gradient, no step
   const float control = whole * exp_of(clamp_of(log_step, -kMaxLogStep, kMaxLogStep));
+  const float lr = level.lr ? level.lr[t] : 1.0f, decay = level.decay ? level.decay[t] : 0.0f;
   step_size = s.step_multiplier * (s.step_control ? step_size * control : 1.0f);
+  step_size = lr > 0 ? step_size * lr : 0.0f;  // lr = 0 wins over NaN
+  level.inputs.keep[t] = 1.0f - lr * decay;
 }
-
-// lr = 0 wins over NaN.
-LOPT_HD float scaled_step(float step_size, float lr) { return lr > 0 ? step_size * lr : 0.0f; }
 
 // One step of everything at tensor level, by one thread. `lstm` is the cell: lstm(x, h, c) updates h and c of one tensor in
 // place. Returns the number of non-finite gradient elements.

@@ -166,10 +166,12 @@ struct Engine {
     level.num_tensors = tensors;
     level.shapes = shapes;
     level.stats = stats;
-    level.scale = arena.take(int64_t{tensors} * kColumns);
-    level.shift = arena.take(int64_t{tensors} * kColumns);
-    level.bias = arena.take(int64_t{tensors} * kWidth);
-    level.step_size = arena.take(tensors);
+    level.inputs.clip_limit = arena.take(tensors);
+    level.inputs.scale = arena.take(int64_t{tensors} * kColumns);
+    level.inputs.shift = arena.take(int64_t{tensors} * kColumns);
+    level.inputs.bias = arena.take(int64_t{tensors} * kWidth);
+    level.inputs.step_size = arena.take(tensors);
+    level.inputs.keep = arena.take(tensors);
     take_scratch(s, level, arena);
     if (!arena.base) return;
     for (int t = 0; t < tensors; ++t) {
@@ -186,7 +188,7 @@ struct Engine {
     Engine& engine;
     const ThetaView& theta;
     const RunState& state;
-    float loss, total_steps, limit;
+    float loss, total_steps;
 
     // f(t, first parameter, number of parameters) for every tensor
     template <class Function>
@@ -195,14 +197,16 @@ struct Engine {
       for (int t = 0; t < engine.tensors; offset += engine.shapes[t].numel, ++t) f(t, offset, engine.shapes[t].numel);
     }
 
-    void begin() { limit = clip_limit(engine.s, state.globals); }
+    void begin() const {
+      std::fill_n(engine.level.inputs.clip_limit, engine.tensors, clip_limit(engine.s, state.globals));
+    }
 
     void accumulate() const {
       for_tensors([&](int t, int64_t offset, int64_t numel) {
         double total[kStats];
         const Accumulator<Features> accumulator{engine.s.mom_decay,
                                                 engine.s.rms_decay,
-                                                limit,
+                                                engine.level.inputs.clip_limit[t],
                                                 {state.param + offset},
                                                 {engine.grad + offset},
                                                 {{state.mom + offset}, engine.params},
@@ -219,20 +223,14 @@ struct Engine {
     }
 
     void apply() const {
-      const TensorLevel& level = engine.level;
       for_tensors([&](int t, int64_t offset, int64_t numel) {
         double total[kWidth];
         const Applier<Features, kWidth> applier{{state.param + offset},
                                                 {engine.grad + offset},
                                                 {{state.mom + offset}, engine.params},
                                                 {{state.rms + offset}, engine.params},
-                                                level.scale + t * kColumns,
-                                                level.shift + t * kColumns,
-                                                level.bias + t * kWidth,
+                                                TensorInputs(engine.level.inputs, t, kColumns, kWidth),
                                                 engine.packed,
-                                                limit,
-                                                1.0f,
-                                                level.step_size[t],
                                                 engine.s.magnitude_rate,
                                                 engine.s.feature_clip};
         applier.run(numel, total);
@@ -279,7 +277,7 @@ struct Engine {
         alive = std::isfinite(train[i]);
         if (alive) {
           perceptron.backward(grad);
-          Step step_phases{*this, theta, state, train[i], static_cast<float>(r.total_steps), 0.0f};
+          Step step_phases{*this, theta, state, train[i], static_cast<float>(r.total_steps)};
           run_step(step_phases);
         }
       }

@@ -39,13 +39,14 @@ def measure(preset: str, layout: Layout, dtype: torch.dtype, timer: Timer, peaks
     limit, scale = torch.full((tensors,), 10.0, device=device), normal(tensors, columns).exp()
     shift, bias = 0.1 * normal(tensors, columns), normal(tensors, spec.mlp_width)
     step_size, keep = torch.full((tensors,), STEP_SIZE, device=device), torch.ones(tensors, device=device)
+    inputs = {"clip_limit": limit, "scale": scale, "shift": shift, "bias": bias, "step_size": step_size, "keep": keep}
     weights = kernels.pack_mlp(spec, theta.tensors)[None]
 
     def accumulate() -> None:
         plan.accumulate(limit, spec.mom_decays, spec.rms_decays)
 
     def apply() -> None:
-        plan.apply(limit, scale, shift, bias, step_size, keep, weights, spec.magnitude_rate, spec.feature_clip)
+        plan.apply(inputs, weights, spec.magnitude_rate, spec.feature_clip)
 
     counted = traffic.learned(preset, spec, dtype.itemsize, dtype.itemsize)
     return [

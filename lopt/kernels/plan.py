@@ -19,7 +19,7 @@ from torch import Tensor
 from lopt.kernels import devices
 from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.extension import FEATURE_SET_INDEX, WIDTHS, module_of, packed_weights
-from lopt.kernels.structs import ACCUMULATE, APPLY, CHUNK, ENTRY
+from lopt.kernels.structs import ACCUMULATE, APPLY, APPLY_INPUTS, CHUNK, ENTRY
 from lopt.rule.features import FEATURE_SETS
 from lopt.rule.spec import ThetaSpec
 
@@ -293,30 +293,20 @@ class Plan:
         self._operands["accumulate"] = rows
 
     def apply(
-        self,
-        clip_limit: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        bias: Tensor,
-        step_size: Tensor,
-        keep: Tensor,
-        weights: Tensor,
-        magnitude_rate: float,
-        feature_clip: float | None,
+        self, inputs: Mapping[str, Tensor], weights: Tensor, magnitude_rate: float, feature_clip: float | None
     ) -> Tensor:
         """Write the parameters and return the mean of the last hidden layer ``[R, width]``.
 
         The next call writes into the same memory.
 
         Args:
-            clip_limit: ``[R]``, as given to :meth:`accumulate`.
-            scale, shift: ``[R, columns]`` column maps.
-            bias: ``[R, width]`` folded first-layer bias.
-            step_size: ``[R]``, ``lr * step_multiplier * multiplier``.
-            keep: ``[R]``, ``1 - lr * weight_decay``.
+            inputs: float32, named as :data:`lopt.kernels.structs.APPLY_INPUTS`: ``clip_limit`` ``[R]``, as given to
+                :meth:`accumulate`; ``scale``, ``shift`` ``[R, columns]``, the column maps; ``bias`` ``[R, width]``,
+                the folded first-layer bias; ``step_size`` ``[R]``, ``lr * step_multiplier * multiplier``; ``keep``
+                ``[R]``, what is left of the parameter after weight decay.
             weights: ``[num_theta, size]`` from :func:`pack_mlp`.
         """
-        self.bind_apply(clip_limit, scale, shift, bias, step_size, keep, weights, magnitude_rate, feature_clip)
+        self.bind_apply(inputs, weights, magnitude_rate, feature_clip)
         return self.run_apply()
 
     def run_apply(self) -> Tensor:
@@ -326,19 +316,10 @@ class Plan:
         return self.hidden
 
     def bind_apply(
-        self,
-        clip_limit: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        bias: Tensor,
-        step_size: Tensor,
-        keep: Tensor,
-        weights: Tensor,
-        magnitude_rate: float,
-        feature_clip: float | None,
+        self, inputs: Mapping[str, Tensor], weights: Tensor, magnitude_rate: float, feature_clip: float | None
     ) -> None:
         """Check the operands of :meth:`apply` and keep them for :func:`step`."""
-        columns, width = len(self.features.columns), bias.shape[-1]
+        width = inputs["bias"].shape[-1]
         size = packed_weights(self.features.name, width)
         if size == 0:
             raise ValueError(f"bias: kernels exist for MLP widths {WIDTHS}, got {width}; use impl='reference'")
@@ -350,22 +331,16 @@ class Plan:
         index = self.all_entries["theta"]
         if int(index.max()) >= weights.reshape(-1, size).shape[0] or int(index.min()) < 0:
             raise ValueError(f"theta_index: out of range for {weights.reshape(-1, size).shape[0]} rows of weights")
-        rows = {
-            "clip_limit": self._rows("clip_limit", clip_limit, None),
-            "scale": self._rows("scale", scale, columns),
-            "shift": self._rows("shift", shift, columns),
-            "bias": self._rows("bias", bias, width),
-            "step_size": self._rows("step_size", step_size, None),
-            "keep": self._rows("keep", keep, None),
-            "weights": weights.contiguous(),
-        }
+        sizes = {"one": None, "columns": len(self.features.columns), "width": width}
+        operands = {name: self._rows(name, inputs[name], sizes[kind]) for name, kind in APPLY_INPUTS.items()}
+        operands["weights"] = weights.contiguous()
         if self.hidden.shape != (self.num_rows, width):
             self.hidden = self.stats.new_zeros(self.num_rows, width)
-        for name, value in rows.items():
+        for name, value in operands.items():
             self._apply[name] = value.data_ptr()
         self._apply["hidden"], self._apply["magnitude_rate"] = self.hidden.data_ptr(), magnitude_rate
         self._apply["feature_clip"] = np.inf if feature_clip is None else feature_clip
-        self._operands["apply"] = list(rows.values())
+        self._operands["apply"] = list(operands.values())
 
     def sweep(self) -> tuple[Tensor, Tensor]:
         """:meth:`accumulate` and :meth:`apply` in one sweep, with the operands bound before; what both return.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lopt.kernels.plan import Plan
+from lopt.kernels.structs import APPLY_INPUTS
 from lopt.rule.features import FEATURE_SETS
 
 
@@ -40,24 +41,17 @@ def _apply(
     grads: Sequence[Tensor],
     mom: Sequence[Tensor],
     rms: Sequence[Tensor],
-    clip_limit: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    bias: Tensor,
-    step_size: Tensor,
-    keep: Tensor,
-    weights: Tensor,
-    theta_index: Sequence[int] | None,
-    magnitude_rate: float,
-    feature_clip: float | None,
+    *others: Any,
 ) -> Tensor:
+    inputs = dict(zip(APPLY_INPUTS, others, strict=False))
+    weights, theta_index, magnitude_rate, feature_clip = others[len(inputs) :]
     plan = Plan("cuda" if params[0].is_cuda else "cpu", feature_set, params, mom, rms, theta_index)
     plan.set_tensors(params, grads)
-    return plan.apply(clip_limit, scale, shift, bias, step_size, keep, weights, magnitude_rate, feature_clip)
+    return plan.apply(inputs, weights, magnitude_rate, feature_clip)
 
 
 def _apply_fake(*arguments: Any) -> Tensor:
-    bias: Tensor = arguments[8]
+    bias: Tensor = arguments[5 + list(APPLY_INPUTS).index("bias")]
     return torch.empty_like(bias)
 
 
@@ -67,8 +61,8 @@ _library.define(
     "Tensor clip_limit, Tensor? step=None) -> Tensor"
 )
 _library.define(
-    "apply(str feature_set, Tensor(a!)[] params, Tensor[] grads, Tensor[] mom, Tensor[] rms, Tensor clip_limit, "
-    "Tensor scale, Tensor shift, Tensor bias, Tensor step_size, Tensor keep, Tensor weights, int[]? theta_index, "
+    "apply(str feature_set, Tensor(a!)[] params, Tensor[] grads, Tensor[] mom, Tensor[] rms, "
+    f"{', '.join(f'Tensor {name}' for name in APPLY_INPUTS)}, Tensor weights, int[]? theta_index, "
     "float magnitude_rate, float? feature_clip) -> Tensor"
 )
 for _key in ("CPU", "CUDA"):

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,21 +22,32 @@ REMEDY = "rebuild the extension: pip install --no-build-isolation --no-deps -e .
 
 Record = np.ndarray[tuple[()], np.dtype[np.void]]
 
+#: What the tensor level writes and apply reads: one number for each tensor, or one per column or hidden unit, too.
+APPLY_INPUTS: dict[str, Literal["one", "columns", "width"]] = {
+    "clip_limit": "one",
+    "scale": "columns",
+    "shift": "columns",
+    "bias": "width",
+    "step_size": "one",
+    "keep": "one",
+}
+_INPUTS = " ".join(APPLY_INPUTS)
+
 #: The fields that Python fills in, of every struct; their order and place are C++'s.
 FILLED = {
     "TensorEntry": "param mom rms numel stride first_chunk theta row param_dtype grad_dtype",
     "Chunk": "tensor begin",
     "AccumulateParams": "tensors grads chunks num_tensors num_chunks clip_limit mom_decay rms_decay step seed "
     "state_dtype partials finished stats",
-    "ApplyParams": "tensors grads chunks num_tensors num_chunks clip_limit scale shift bias step_size keep weights "
-    "magnitude_rate feature_clip precision state_dtype partials finished hidden",
+    "ApplyParams": f"tensors grads chunks num_tensors num_chunks {_INPUTS} weights magnitude_rate feature_clip "
+    "precision state_dtype partials finished hidden",
     "Spec": "feature_set width lstm_width from_mlp lstm_to_mlp from_lstm linear_skip step_control tensor_inputs "
     "horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay step_multiplier magnitude_rate "
     "time_limit clip_multiplier feature_clip mom_decay rms_decay",
     "TensorShape": "numel log_dims is_scalar is_matrix",
     "AdvanceParams": "spec theta shapes rows num_tensors step train_loss valid_loss clip from_lstm pending_loss "
     "nonfinite h c feedback initial_scale updates stats lr decay total_steps hidden new_train new_valid train_value "
-    "valid_value clip_limit scale shift bias step_size keep to_lstm finished",
+    f"valid_value {_INPUTS} to_lstm finished",
     "Problem": "num_layers sizes activation loss batch rows inputs targets",
     "Run": "problem theta state keys steps valid_every valid_batches loss_every total_steps outer_losses train_losses",
 }

@@ -13,7 +13,7 @@ from lopt.kernels import devices
 from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.extension import module_of
 from lopt.kernels.plan import Plan
-from lopt.kernels.structs import ADVANCE, shape_records, spec_record
+from lopt.kernels.structs import ADVANCE, APPLY_INPUTS, shape_records, spec_record
 from lopt.rule.spec import ThetaSpec
 from lopt.rule.tensor_lstm import Rows
 from lopt.rule.theta import Theta
@@ -25,10 +25,8 @@ _shared_tensors = itemgetter(*SHARED)
 
 def apply_inputs(spec: ThetaSpec, num_tensors: int, device: torch.device) -> dict[str, Tensor]:
     """Uninitialised memory for what :class:`TensorLevel` writes and :meth:`Plan.apply` reads, a row for each tensor."""
-    columns = len(spec.features.columns)
-    widths = {"clip_limit": (), "scale": (columns,), "shift": (columns,), "bias": (spec.mlp_width,)}
-    widths |= {"step_size": (), "keep": ()}
-    return {name: torch.empty(num_tensors, *width, device=device) for name, width in widths.items()}
+    sizes = {"one": (), "columns": (len(spec.features.columns),), "width": (spec.mlp_width,)}
+    return {name: torch.empty(num_tensors, *sizes[size], device=device) for name, size in APPLY_INPUTS.items()}
 
 
 class TensorLevel:

@@ -162,7 +162,7 @@ class _Kernels:
         packed = kernels.pack_mlp(spec, weights)
         inputs = kernels.apply_inputs(spec, num_runs * count, packed.device)
         plan.bind_accumulate(inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
-        plan.bind_apply(**inputs, weights=packed, magnitude_rate=spec.magnitude_rate, feature_clip=spec.feature_clip)
+        plan.bind_apply(inputs, packed, spec.magnitude_rate, spec.feature_clip)
         levels = []
         self.shared = []
         for row in range(num_runs):
