@@ -45,15 +45,12 @@ def why_unsupported(capability: tuple[int, int], archs: str, toolkit: str, drive
         parts = re.fullmatch(r"(\d+)(\d)([a-z]?)(-real|-virtual)?", arch)
         if parts is None:  # one of CMake's names for several
             return ""
-        of, exact, kind = (int(parts[1]), int(parts[2])), parts[3] == "a", parts[4]
-        if (
-            kind != "-virtual"
-            and of[0] == capability[0]
-            and of[1] <= capability[1]
-            and not (exact and of != capability)
-        ):
+        of, kind = (int(parts[1]), int(parts[2])), parts[4]
+        if of > capability or (parts[3] == "a" and of != capability):
+            continue
+        if kind != "-virtual" and of[0] == capability[0]:
             return ""
-        ptx = ptx or (kind != "-real" and of <= capability and not (exact and of != capability))
+        ptx = ptx or kind != "-real"
     build = f"rebuild: LOPT_CUDA_ARCHS={capability[0]}{capability[1]} pip install --no-build-isolation --no-deps -e ."
     if not ptx:
         return f"{name}: lopt was built for {archs} only; {build} in its source folder, or use impl='reference'"
