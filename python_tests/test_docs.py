@@ -48,6 +48,7 @@ def broken(page: Path) -> list[str]:
     return bad
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken(page) == []
@@ -99,6 +100,7 @@ def figures() -> ModuleType:
     return module
 
 
+@pytest.mark.results
 def test_the_figure_shows_what_the_report_says(figures: ModuleType) -> None:
     """Means, shares and the ratio of every task are those of the report that is kept; a bar is the mean of its dots."""
     pytest.importorskip("matplotlib")

@@ -529,6 +529,7 @@ def test_the_folder_of_fashion_mnist_holds_for_every_experiment(
     assert "nowhere is not a folder" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_text_that_is_kept_is_what_the_rows_kept_say(name: str, tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "benchmarks/results/experiments" / name

@@ -371,6 +371,7 @@ def test_suites_in_one_table_have_rows_of_their_own(tmp_path: Path) -> None:
     assert [(run.suite, run.task) for run in rows] == [(p.suite, t.name) for p in plans for t in p.tasks[::-1]]
 
 
+@pytest.mark.results
 @pytest.mark.parametrize(("file", "suite"), [("evaluate_small", "small"), ("families/runs", "families")])
 def test_published_tables_are_read_whole(file: str, suite: str) -> None:
     """Every line of the file is a run of its own; the csv module counts them."""
@@ -415,6 +416,7 @@ def test_a_writer_waits_until_the_other_is_killed(tmp_path: Path) -> None:
     assert list(RunTable(tmp_path / "runs.csv").rows.values()) == [run]
 
 
+@pytest.mark.results
 def test_tables_need_nothing_of_unix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     spec = importlib.util.spec_from_file_location("elsewhere", str(csv_table.__file__))
