@@ -123,11 +123,53 @@ def test_all_requirements_of_the_build_are_named_at_once(tmp_path: Path) -> None
     assert remedy in done.stderr
 
 
-def test_wheels_in_dist_hold_neither_tests_nor_sim() -> None:
-    wheels = list((SOURCE / "dist").glob("*.whl"))
-    if not wheels:
-        pytest.skip("no wheel in dist: make dist")
-    for wheel in wheels:
-        names = zipfile.ZipFile(wheel).namelist()
-        assert any(name.startswith("lopt/_C.") for name in names)
-        assert not [name for name in names if "_sim" in name or not name.startswith(("lopt/", "lopt-"))]
+# bdist_wheel, with CMake left out: it touches the modules that CMake would build.
+WHEEL = """
+import sys
+from pathlib import Path
+
+import setuptools
+
+setup = setuptools.setup
+
+def without_cmake(**options):
+    class Touch(options["cmdclass"]["build_ext"]):
+        def build_extensions(self):
+            for ext in self.extensions:
+                path = Path(self.get_ext_fullpath(ext.name))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+
+    options["cmdclass"]["build_ext"] = Touch
+    setup(**options)
+
+setuptools.setup = without_cmake
+__file__ = "setup.py"
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+
+
+def test_a_wheel_holds_neither_sim_nor_tests_nor_what_is_no_more(tmp_path: Path) -> None:
+    for name in ("setuptools", "pybind11"):
+        pytest.importorskip(name)
+    if CMAKE is None or shutil.which("ninja", path=str(Path(sys.executable).parent)) is None:
+        pytest.skip("needs CMake and Ninja")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(SOURCE / name, tmp_path)
+    shutil.copytree(SOURCE / "lopt", tmp_path / "lopt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "python_tests").mkdir()
+    (tmp_path / "python_tests/test_nothing.py").touch()
+    environment = {**os.environ, "LOPT_SIM": "ON"}  # as in an environment in which tests were run
+    for arguments in (["build"], ["bdist_wheel"]):
+        command = [sys.executable, "-c", WHEEL, "--quiet", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if arguments == ["build"]:
+            (built,) = (tmp_path / "build").glob("lib*/lopt")
+            assert len(list(built.glob("_sim.*.so"))) == 1
+            (built / "removed.py").touch()
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert len([name for name in names if name.startswith("lopt/_C.") and name.endswith(".so")]) == 1
+    assert [name for name in names if "_sim" in name or "removed" in name] == []
+    assert [name for name in names if not name.startswith(("lopt/", "lopt-"))] == []

@@ -47,7 +47,8 @@ for impl in ("cpu", "cuda", "sim"):
         steps(impl=impl)
     except RuntimeError as error:
         errors.append(str(error))
-print(json.dumps({
+from lopt.cli import main
+print(json.dumps({"doctor": main(["doctor"]),
     "warnings": [(str(one.message), one.filename) for one in said], "errors": errors,
     "auto": auto, "reference": steps(impl="reference"), "losses": losses,
 }))
@@ -60,8 +61,9 @@ def hidden() -> dict[str, Any]:
     path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     done = subprocess.run([sys.executable, "-c", path + HIDDEN], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    *page, last = done.stdout.splitlines()
+    result: dict[str, Any] = json.loads(last)
+    return {**result, "page": " ".join(" ".join(page).split())}
 
 
 def test_without_the_extension_auto_is_the_reference_and_says_so_once(hidden: dict[str, Any]) -> None:
@@ -91,6 +93,12 @@ def test_without_the_extension_unrolls_go_by_the_reference(hidden: dict[str, Any
     flat = theta.flatten()[None]
     _, losses = inner.unroll(theta.spec, flat, run, inner.start(theta.spec, flat, run), 0, 4)  # by the engine
     torch.testing.assert_close(torch.tensor(hidden["losses"]), losses.train, rtol=1e-5, atol=1e-6)
+
+
+def test_without_the_extension_doctor_says_so(hidden: dict[str, Any]) -> None:
+    assert hidden["doctor"] == 0
+    assert "kernels: none, impl='auto' is the reference: lopt was not built" in hidden["page"]
+    assert hidden["page"].count("not here: lopt was not built") == 6
 
 
 def test_sim_is_refused_where_it_is_missing_or_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:

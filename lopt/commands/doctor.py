@@ -82,11 +82,19 @@ def self_test(preset: str, impl: str) -> dict[str, Any]:
 
 def not_here(impl: str) -> str:
     """Why an implementation cannot run on this machine; empty where it can."""
+    if kernels.NOT_BUILT:
+        return "lopt was not built"
+    if impl == "cuda" and not kernels.has_cuda():
+        return "built without CUDA"
+    if impl == "cuda" and not torch.cuda.is_available():
+        return "no GPU"
     try:
         kernels.module_of(impl)
+        if impl == "cuda":
+            kernels.check_gpu(torch.device("cuda", torch.cuda.current_device()))
     except RuntimeError as error:
-        return str(error)
-    return "no GPU" if impl == "cuda" and not torch.cuda.is_available() else ""
+        return "for tests only (LOPT_SIM=ON)" if impl == "sim" else str(error)
+    return ""
 
 
 def _params(dtype: torch.dtype, device: str) -> list[Tensor]:
