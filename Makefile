@@ -60,6 +60,7 @@ lint: $(TOOLS_READY) install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 format: $(TOOLS_READY)

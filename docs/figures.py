@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from lopt.commands.report import MakeReport
-from lopt.evaluation.plots import COLOURS, require_matplotlib
 from lopt.evaluation.table import RunTable
+from lopt.figures import COLOURS, require_matplotlib
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks/results/families"

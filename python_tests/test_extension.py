@@ -1,6 +1,7 @@
 """What lopt does where the compiled modules are missing or do not fit: lopt/kernels/extension.py."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,10 @@ def test_the_compiled_modules_serve_their_back_ends_only() -> None:
         for other in others:
             with pytest.raises(ValueError, match=f"back end '{other}' is not part of this build"):
                 module.write_words(other, 0, [], 0, 0)
+
+
+def test_only_the_door_imports_the_compiled_modules() -> None:
+    root = Path(kernels.__file__).parents[1]
+    importing = re.compile(r"^\s*(from lopt import .*\b_(C|sim)\b|(import|from) lopt\._(C|sim)\b)", re.MULTILINE)
+    found = [file for file in root.rglob("*.py") if importing.search(file.read_text())]
+    assert found == [root / "kernels/extension.py"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lopt.benchmark.rows import Row
-from lopt.evaluation.plots import COLOURS, require_matplotlib
+from lopt.figures import COLOURS, require_matplotlib
 from lopt.files import save_figure
 
 

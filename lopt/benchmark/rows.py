@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from lopt import kernels
-from lopt.meta.provenance import commit, versions
+from lopt.provenance import commit, cpu_info, cpu_name, versions
 
 Row = dict[str, Any]
 
@@ -33,34 +32,10 @@ def environment(device: torch.device) -> Row:
     }
 
 
-def origin() -> dict[str, str]:
-    """Day, machine with the instruction set of the CPU kernels, commit and versions, for rows of losses."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": f"{cpu_name()}, {kernels.simd_selected()}",
-        "commit": commit() or "",
-        **versions(),
-    }
-
-
-def cpu_name() -> str:
-    """Model of the processor and number of cores."""
-    models = _cpuinfo("model name")
-    return f"{models[0]} x {len(models)}" if models else platform.processor() or platform.machine()
-
-
 def cpu_clock() -> int | None:
     """Clock in MHz as the system reports it now, of the quickest core; None where it does not."""
-    clocks = [float(value) for value in _cpuinfo("cpu MHz")]
+    clocks = [float(value) for value in cpu_info("cpu MHz")]
     return round(max(clocks)) if clocks else None
-
-
-def _cpuinfo(name: str) -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(name)]
 
 
 def _load() -> float:

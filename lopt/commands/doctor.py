@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lopt import kernels
 from lopt.commands.common import Command, Outcome, say, show_table
-from lopt.meta.provenance import versions
 from lopt.optimizer import LearnedOptimizer
+from lopt.provenance import versions
 from lopt.rule import PRESETS, Theta
 
 #: Largest error of a parameter after the self-test, relative to the largest update, that still passes.

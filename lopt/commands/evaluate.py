@@ -35,7 +35,7 @@ from lopt.evaluation.suites import (
 )
 from lopt.evaluation.table import Run, RunTable
 from lopt.meta.executors import usable_cores
-from lopt.meta.provenance import commit, versions
+from lopt.provenance import commit, versions
 from lopt.tasks.data import catalogue
 from lopt.tasks.task import Task
 from lopt.tasks.text_tasks import TextData

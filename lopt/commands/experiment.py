@@ -11,12 +11,12 @@ from rich.console import Console
 
 from lopt.commands.common import Command, Outcome, OutFolder, Seed, check_option, say
 from lopt.commands.progress import progress
-from lopt.evaluation.plots import require_matplotlib
 from lopt.evaluation.suites import take_fashion_mnist_from
 from lopt.experiments import EXPERIMENTS
 from lopt.experiments.experiment import execute
 from lopt.experiments.rows import Row, RowTable
 from lopt.experiments.runs import SEEDS, Run, Scale, Setting
+from lopt.figures import require_matplotlib
 from lopt.meta.executors import usable_cores
 
 Name = Literal[

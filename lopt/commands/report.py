@@ -17,7 +17,7 @@ from lopt.evaluation.report import Report
 from lopt.evaluation.step_times import StepTimes
 from lopt.evaluation.table import Run, RunTable
 from lopt.files import write_text
-from lopt.meta.provenance import file_checksum
+from lopt.provenance import file_checksum
 
 
 @dataclass(frozen=True, kw_only=True)

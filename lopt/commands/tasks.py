@@ -15,13 +15,13 @@ import torch
 import tyro
 from rich.console import Console
 
-from lopt.benchmark.rows import Row, append_csv, cpu_name
+from lopt.benchmark.rows import Row, append_csv
 from lopt.commands.common import Command, Outcome, OutFile, OutFolder, Seed, say, show_table, write_json
 from lopt.commands.progress import progress
-from lopt.evaluation.plots import require_matplotlib
 from lopt.evaluation.runs import RECORDED, OptimizerFactory, train_task
-from lopt.meta.provenance import commit, versions
+from lopt.figures import require_matplotlib
 from lopt.optimizer import LearnedOptimizer
+from lopt.provenance import commit, cpu_name, versions
 from lopt.tasks import FAMILIES, SAMPLED_FAMILIES, Task, measure, plots, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.families import Family, with_batch_size

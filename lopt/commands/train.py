@@ -18,8 +18,9 @@ from lopt.commands.weights import describe_theta
 from lopt.evaluation import plots
 from lopt.evaluation.baselines import adam, adamw_cosine
 from lopt.evaluation.training import MakeOptimizer, Record, TrainResult, mlp, train
-from lopt.meta.provenance import commit, versions
+from lopt.figures import require_matplotlib
 from lopt.optimizer import LearnedOptimizer
+from lopt.provenance import commit, versions
 from lopt.tasks.datasets import Dataset, DatasetName, load
 
 OptimizerName = Literal["lopt", "adam", "adamw-cosine"]
@@ -99,7 +100,7 @@ class Train(Command):
 
     def run(self, console: Console) -> Outcome:
         if self.plot:
-            plots.require_matplotlib("--no-plot")
+            require_matplotlib("--no-plot")
         data = load(self.dataset, self.data).to(checked_device(self.device))
         steps = self.steps
         if self.epochs is not None:

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from lopt.commands.common import Command, Outcome, OutFile, say, show_table
-from lopt.meta.provenance import commit
+from lopt.provenance import commit
 from lopt.rule import WEIGHTS, Theta, shipped
 
 

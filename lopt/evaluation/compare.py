@@ -21,7 +21,6 @@ import torch
 
 import lopt
 from lopt import kernels
-from lopt.benchmark.rows import origin
 from lopt.evaluation.adam_grid import GRID, adam_results
 from lopt.evaluation.opponents import LEARNED, Opponent, make_optimizer, opponent
 from lopt.evaluation.processes import in_processes
@@ -30,6 +29,7 @@ from lopt.evaluation.step_times import StepTime, StepTimes, measure
 from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint
 from lopt.evaluation.table import KEY, LOSSES, Run, RunTable
 from lopt.optimizer import LearnedOptimizer
+from lopt.provenance import origin
 from lopt.rule import WEIGHTS, Theta, shipped
 from lopt.tasks.task import Task
 

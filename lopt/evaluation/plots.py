@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lopt.evaluation.training import TrainResult
+from lopt.figures import COLOURS, require_matplotlib
 from lopt.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-#: Colours that stay apart for every kind of colour vision (Okabe and Ito), in order of use.
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 #: The panels: what to draw, its title, and whether its axis is logarithmic.
 PANELS = (
@@ -23,15 +21,6 @@ PANELS = (
     ("test_loss", "Test loss", True),
     ("test_accuracy", "Test accuracy", False),
 )
-
-
-def require_matplotlib(otherwise: str = "") -> None:
-    """Raise ModuleNotFoundError, with the remedy and what could be done ``otherwise``, when figures cannot be drawn."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        remedy = "pip install 'lopt[plot]'" + (f", or {otherwise}" if otherwise else "")
-        raise ModuleNotFoundError(f"plot: matplotlib is missing; {remedy}") from error
 
 
 def training_curves(runs: Mapping[str, Sequence[TrainResult]], title: str, path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 from lopt.evaluation.comparison import MEASURES, Comparison, Measure, Per, Runs
 from lopt.evaluation.opponents import LEARNED, OPPONENTS
 from lopt.evaluation.pages import HtmlPage, MarkdownPage, Page, Table
-from lopt.evaluation.plots import COLOURS, require_matplotlib
 from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
 from lopt.evaluation.scores import NO_WORSE
+from lopt.figures import COLOURS, require_matplotlib
 
 PER: tuple[Per, ...] = ("step", "second")
 

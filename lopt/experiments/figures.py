@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lopt.evaluation.plots import COLOURS, require_matplotlib
+from lopt.figures import COLOURS, require_matplotlib
 from lopt.files import save_figure
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopt.benchmark.rows import origin
 from lopt.evaluation.csv_table import CsvTable
 from lopt.evaluation.scores import ratio
 from lopt.experiments.runs import Result, Run
+from lopt.provenance import origin
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
-from lopt.meta.provenance import file_checksum
+from lopt.provenance import file_checksum
 
 Scale = Literal["small", "full"]
 T = TypeVar("T")

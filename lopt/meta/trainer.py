@@ -32,7 +32,7 @@ from lopt.meta.executors import Executor, Serial
 from lopt.meta.metrics import append, read_metrics, truncate
 from lopt.meta.pairs import Shared
 from lopt.meta.progress import Reporter, say
-from lopt.meta.provenance import commit, file_checksum, versions
+from lopt.provenance import commit, file_checksum, versions
 from lopt.rule import Theta, ThetaSpec, unflatten
 
 __all__ = ["MetaTrainConfig", "measure_speed", "run"]

@@ -1,5 +1,6 @@
-"""Which code made a theta."""
+"""By which code, on which day and machine something was made."""
 
+import datetime
 import hashlib
 import platform
 import subprocess
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 import lopt
+from lopt import kernels
 from lopt.rule import WEIGHTS
 
 
@@ -39,3 +41,28 @@ def file_checksum(path: str | Path) -> str:
     named = WEIGHTS / f"{path}.safetensors"
     file = named if named.is_file() else Path(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def origin() -> dict[str, str]:
+    """Day, machine with the instruction set of the CPU kernels, commit and versions, for rows of losses."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": f"{cpu_name()}, {kernels.simd_selected()}",
+        "commit": commit() or "",
+        **versions(),
+    }
+
+
+def cpu_name() -> str:
+    """Model of the processor and number of cores."""
+    models = cpu_info("model name")
+    return f"{models[0]} x {len(models)}" if models else platform.processor() or platform.machine()
+
+
+def cpu_info(name: str) -> list[str]:
+    """What Linux says of every core under this name; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(name)]
