@@ -166,12 +166,9 @@ struct Engine {
     level.num_tensors = tensors;
     level.shapes = shapes;
     level.stats = stats;
-    level.inputs.clip_limit = arena.take(tensors);
-    level.inputs.scale = arena.take(int64_t{tensors} * kColumns);
-    level.inputs.shift = arena.take(int64_t{tensors} * kColumns);
-    level.inputs.bias = arena.take(int64_t{tensors} * kWidth);
-    level.inputs.step_size = arena.take(tensors);
-    level.inputs.keep = arena.take(tensors);
+#define LOPT_TAKE(Type, name) level.inputs.name = arena.take(int64_t{tensors} * std::max(kColumns, kWidth));
+    LOPT_APPLY_INPUTS(LOPT_TAKE)
+#undef LOPT_TAKE
     take_scratch(s, level, arena);
     if (!arena.base) return;
     for (int t = 0; t < tensors; ++t) {
