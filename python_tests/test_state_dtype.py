@@ -15,6 +15,7 @@ from lopt import kernels
 from lopt.benchmark import traffic
 from lopt.rule import PRESETS, reference
 from lopt.rule.features import FEATURE_SETS
+from lopt.rule.rounding import Rounding
 
 SETS = pytest.mark.parametrize("feature_set", FEATURE_SETS)
 SIZES = ((1,), (31,), (129,), (8193,), (20_000,))
@@ -56,7 +57,7 @@ def test_the_same_bits_as_the_reference(backend: Backend, feature_set: str, guar
         operands = (x[i].float() for x in (problem.params, problem.grads, problem.mom, problem.rms))
         param, grad, mom, rms = operands
         flat = param.reshape(-1), grad.reshape(-1)
-        _, mom, rms, row = reference.accumulate(spec, *flat, mom, rms, limit, reference.Rounding(step, i))
+        _, mom, rms, row = reference.accumulate(spec, *flat, mom, rms, limit, Rounding(step, i))
         assert same([kernel.mom[i].float(), kernel.rms[i].float()], [mom, rms]), f"tensor {i}"
         torch.testing.assert_close(stats[i], row, rtol=1e-5, atol=1e-6)  # of the accumulators that are stored
 
@@ -66,10 +67,10 @@ def test_bits_of_another_step_tensor_or_seed_are_others() -> None:
     count = 100_000
     streams = [
         row
-        for rounding in (reference.Rounding(3, 1), reference.Rounding(4, 1), reference.Rounding(3, 2))
+        for rounding in (Rounding(3, 1), Rounding(4, 1), Rounding(3, 2))
         for row in (
             *rounding.bits(5, count),
-            *reference.Rounding(rounding.step, rounding.tensor, seed=1).bits(5, count),
+            *Rounding(rounding.step, rounding.tensor, seed=1).bits(5, count),
         )
     ]
     expected = count / 2**16

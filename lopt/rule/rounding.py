@@ -1,0 +1,61 @@
+"""Stochastic rounding of accumulators to bfloat16, by bits that depend on step and position (csrc/rule/rounding.h)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Stochastic rounding of accumulators to bfloat16: up with the probability of the rest, so right on average.
+
+    Rounding to nearest would never move an accumulator of decay .9999, whose steps are smaller than bfloat16's. The
+    random bits are a hash of seed, step, tensor, element and accumulator, the same as in csrc/rule/rounding.h.
+
+    Args:
+        step: number of steps so far.
+        tensor: position of the tensor in the list.
+    """
+
+    step: int
+    tensor: int
+    seed: int = 0
+
+    def bits(self, accumulators: int, numel: int) -> Tensor:
+        """``[accumulators, numel]`` int64, random numbers below 2^16."""
+        key = _mix_bits(self.seed + 0x9E3779B97F4A7C15)
+        key = _mix_bits(_mix_bits(key + self.step) + self.tensor)
+        element = torch.arange(numel)
+        words = []
+        for pair in range((accumulators + 1) // 2):  # elements beyond 2^32 have other words
+            word = torch.tensor(
+                [_mix_bits(key + high * 16 + pair + 1) for high in range(max(numel - 1, 0) // 2**32 + 1)],
+                dtype=torch.uint64,
+            ).view(torch.int64)[element >> 32]
+            x = (element ^ word) & 0xFFFFFFFF
+            x = _times(x ^ (x >> 16), 0x7FEB352D) + ((word >> 32) & 0xFFFFFFFF) & 0xFFFFFFFF
+            x = _times(x ^ (x >> 15), 0x846CA68B)
+            x = x ^ (x >> 16)
+            words += [x & 0xFFFF, x >> 16]
+        return torch.stack(words[:accumulators])
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """``values`` ``[accumulators, numel]``, as float32, rounded to bfloat16 numbers, in their own dtype."""
+        bits = self.bits(*values.shape).to(values.device)
+        single = values.float()
+        rounded = (single.view(torch.int32).long() + bits & -0x10000).to(torch.int32).view(torch.float32)
+        return torch.where(torch.isnan(single), single, rounded).to(values.dtype)
+
+
+def _mix_bits(x: int) -> int:
+    x &= 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """Product modulo 2^32, without leaving 63 bits."""
+    low, high = (x & 0xFFFF) * factor, (x >> 16) * (factor & 0xFFFF)
+    return low + (high << 16) & 0xFFFFFFFF
