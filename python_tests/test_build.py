@@ -173,3 +173,47 @@ def test_a_wheel_holds_neither_sim_nor_tests_nor_what_is_no_more(tmp_path: Path)
     assert len([name for name in names if name.startswith("lopt/_C.") and name.endswith(".so")]) == 1
     assert [name for name in names if "_sim" in name or "removed" in name] == []
     assert [name for name in names if not name.startswith(("lopt/", "lopt-"))] == []
+
+
+# build_ext, with CMake left out altogether.
+BUILD = """
+import subprocess
+
+subprocess.call = lambda command: 0
+__file__ = "setup.py"
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+
+
+def test_a_build_folder_of_another_compiler_or_place_is_made_anew(tmp_path: Path) -> None:
+    for name in ("setuptools", "pybind11"):
+        pytest.importorskip(name)
+    if CMAKE is None or shutil.which("ninja", path=str(Path(sys.executable).parent)) is None:
+        pytest.skip("needs CMake and Ninja")
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(SOURCE / name, here)
+    (here / "lopt").mkdir()
+    (here / "lopt/__init__.py").write_text('__version__ = "0"\n')
+
+    def kept(source: Path, **environment: str) -> bool:
+        """Whether what lies in the build folder is still there after a build."""
+        command = [sys.executable, "-c", BUILD, "--quiet", "build_ext"]
+        variables = {**os.environ, **environment}
+        done = subprocess.run(command, cwd=source, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        folder = source / "build" / str(sys.implementation.cache_tag)
+        before = (folder / "object.o").is_file()
+        (folder / "object.o").touch()
+        return before
+
+    assert not kept(here)
+    assert kept(here)
+    assert not kept(here, CXX="another-compiler")
+    assert kept(here, CXX="another-compiler")
+    assert not kept(here, CXX="another-compiler", CUDACXX="/absent/nvcc")
+    assert not kept(here)
+    shutil.move(here, there)
+    assert not kept(there)
+    assert kept(there)
