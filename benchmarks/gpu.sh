@@ -41,15 +41,13 @@ run() {
 }
 
 if [ "$device" = cuda ]; then
-  # Machine code for this GPU only: the build takes a third of the time.
-  arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
-  export LOPT_CUDA=ON LOPT_CUDA_ARCHS=${LOPT_CUDA_ARCHS:-${arch:+$arch-real}}
+  export LOPT_CUDA=ON CUDAFLAGS=-lineinfo # compute-sanitizer names lines
   nvidia-smi >"$out/nvidia-smi.txt" 2>&1
   tests=(-m gpu)
   kernel=(--sizes 10000 100000 1000000 10000000 100000000 --tensors 1 1000)
   step=(--sizes 1000000 100000000 --tensors 1 1000 --models vit-b16 gpt2-355m)
 else
-  export LOPT_CUDA=${LOPT_CUDA:-OFF}
+  export LOPT_CUDA=${LOPT_CUDA:-OFF} LOPT_SIM=ON
   tests=(-k test_traffic)
   kernel=(--sizes 10000 --tensors 1 10 --repeats 3)
   step=(--sizes 10000 --tensors 1 10 --models vit-b16 --scale 0.1 --repeats 3)
