@@ -80,12 +80,11 @@ def test_a_run_in_parts_is_the_whole_run() -> None:
     assert run.seconds > before > 0
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(tmp_path: Path) -> None:
     """All optimizers of a task are measured; what is in the table is not measured again, and the report uses it."""
     options = ["--suite", "families", "--tasks", "maf-wine-4x46", "diabetes-16-16-1", "--horizons", "8", "--seeds", "1"]
     options += ["--workers", "1", "--out", str(tmp_path), "--step-times"]
     assert main(["evaluate", *options, "--optimizers", "lopt", "adam"]) == 0
-    assert "2 tasks whose step times" in capsys.readouterr().out
     first = StepTimes(tmp_path).rows
     assert {(row.task, row.optimizer) for row in first.values()} == {
         (task, name) for task in ("maf-wine-4x46", "diabetes-16-16-1") for name in ("lopt", "adam")
@@ -93,9 +92,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(0 < row.least <= row.seconds <= row.most for row in first.values())
     # The Adams of the grid share their seconds, and have no row.
     assert main(["evaluate", *options, "--optimizers", "lopt", "adam", "adam-grid"]) == 0
-    assert "0 tasks whose step times" in capsys.readouterr().out
+    assert StepTimes(tmp_path).rows == first
     assert main(["evaluate", *options, "--optimizers", "adam", "sgd-tuned@2"]) == 0
-    assert "2 tasks whose step times" in capsys.readouterr().out
     assert {row.optimizer for row in StepTimes(tmp_path).rows.values()} == {"lopt", "adam", "sgd-tuned"}
     assert (
         len((tmp_path / "step_times.csv").read_text().splitlines()) == 1 + 6
