@@ -314,12 +314,16 @@ def _cost(job: Job) -> float:
     return job.horizon * (1e6 + job.task.num_params * 50) * (len(GRID) / 3 if grid else 1)
 
 
+#: Modules at the top of the package that have no part in a step.
+NOT_THE_OPTIMIZER = ("__main__", "cli", "figures", "files", "provenance")
+
+
 def code_sha256() -> str:
     """SHA-256 of the code of the learned optimizer: the sources that were compiled, and what the modules at the top of
     the package, of rule and of kernels do, whatever their comments and docstrings say."""
     package = Path(lopt.__file__).parent
     parts = [*package.glob("*.py"), *package.glob("rule/*.py"), *package.glob("kernels/*.py")]
-    modules = sorted(file for file in parts if file.stem not in ("cli", "files", "__main__"))
+    modules = sorted(file for file in parts if file.stem not in NOT_THE_OPTIMIZER)
     digest = hashlib.sha256(kernels.source_sha256().encode())
     for file in modules:
         digest.update(ast.dump(without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
