@@ -23,6 +23,7 @@ __device__ __forceinline__ void moments_of(const float* values, float& mean, flo
 template <class Features>
 __device__ __forceinline__ void partials_of_one(float raw_grad, float grad, float param, const float* mom,
                                                 const float* rms, float* one) {
+  param = bounded(param);
   one[Stat::grad_square] = grad * grad;
   one[Stat::param_square] = param * param;
   one[Stat::nonfinite] = raw_grad - raw_grad == 0.0f ? 0.0f : 1.0f;

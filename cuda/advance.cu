@@ -36,6 +36,18 @@ struct BlockTeam {
     return static_cast<float>(start + sum_rows(count, [&](int64_t i) -> double { return value(static_cast<int>(i)); }));
   }
 
+  template <class Value>
+  __device__ __forceinline__ double total(int count, Value value) const {
+    return sum_rows(count, [&](int64_t i) -> double { return value(static_cast<int>(i)); });
+  }
+  template <class Value>
+  __device__ __forceinline__ float largest(int count, Value value) const {
+    float most = 0.0f;
+    for (int i = lane_index(); i < count; i += 32) most = ::fmaxf(most, value(i));
+    for (int lanes = 16; lanes > 0; lanes /= 2) most = ::fmaxf(most, __shfl_xor_sync(0xffffffffu, most, lanes));
+    return most;
+  }
+
   // A thread per output: neighbours read neighbouring weights, and several loads are under way at once.
   __device__ __forceinline__ void linear(const float* x, int inputs, const float* w, const float* bias, int outputs,
                                          float* out) const {
@@ -83,7 +95,8 @@ template <class Features>
 __global__ void __launch_bounds__(kRowThreads, 2)
     advance_kernel(const __grid_constant__ Spec s, const __grid_constant__ AdvanceParams p) {
   constexpr int kStats = kNumStats<Features>;
-  __shared__ double rows[kNumSums][kRowThreads], sums[kNumSums];
+  __shared__ double rows[kSumFinite][kRowThreads], sums[kNumSums];
+  __shared__ uint32_t counts[kNumSums];  // of the sums that are numbers of tensors
   __shared__ float stats[kStats], corrections[Features::kNumMom + Features::kNumRms];
   // The next state, in every block.
   __shared__ float train_loss[LossState::kCount], valid_loss[LossState::kCount], clip[ClipState::kCount];
@@ -99,23 +112,36 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const Globals g{p.step, train_loss, valid_loss, clip, p.from_lstm};
 
   // All tensors -> what they share.
+  if (threadIdx.x < kNumSums) counts[threadIdx.x] = 0;
+  __syncthreads();
   double own[kNumSums] = {};
   for (int i = team.rank(); i < tensors; i += kRowThreads)
     add_to_sums(p.shapes[p.rows[i]], p.stats + p.rows[i] * kStats, own);
 #pragma unroll
-  for (int i = 0; i < kNumSums; ++i) rows[i][threadIdx.x] = own[i];
+  for (int i = 0; i < kNumSums; ++i) {
+    if (i < kSumFinite) rows[i][threadIdx.x] = own[i];
+    if (i >= kSumFinite && own[i] > 0) atomicAdd(counts + i, static_cast<uint32_t>(own[i]));
+  }
   time_inputs(team, s, step, *p.total_steps, constant);
   __syncthreads();
-  if (warp_index() < kNumSums) {
+  if (threadIdx.x >= kSumFinite && threadIdx.x < kNumSums) sums[threadIdx.x] = counts[threadIdx.x];
+  if (warp_index() < kSumFinite) {
     const double sum = sum_rows(kRowThreads, [&](int64_t thread) { return rows[warp_index()][thread]; });
     if (lane_index() == 0) sums[warp_index()] = sum;
   }
   __syncthreads();
+  const auto shape_of = [&](int i) -> const TensorShape& { return p.shapes[p.rows[i]]; };
+  const auto stats_of = [&](int i) { return p.stats + p.rows[i] * kStats; };
+  bool first = false;  // among the block's tensors, which no other block writes
+  for (int i = static_cast<int>(blockIdx.x); i < tensors; i += static_cast<int>(gridDim.x))
+    first = first || !(p.initial_scale[p.rows[i]] > 0);
+  const float mean_scale = first ? typical_scale(team, tensors, shape_of, stats_of, sums) : 0.0f;
+  const float mean_square = mean_grad_square(team, s, tensors, stats_of, sums);
   if (threadIdx.x == 0) {
     theta = ThetaView(s, Features::kNumColumns, p.theta);
     for (int i = 0; i < LossState::kCount; ++i) train_loss[i] = p.train_loss[i], valid_loss[i] = p.valid_loss[i];
     for (int i = 0; i < ClipState::kCount; ++i) clip[i] = p.clip[i];
-    shared = advance_shared(s, g, sums, tensors, mean_pending(p.pending_loss));
+    shared = advance_shared(s, g, sums, mean_square, mean_scale, mean_pending(p.pending_loss));
   }
 
   // Each tensor.
@@ -147,15 +173,18 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   // Tensors -> shared state, once nobody reads the old one.
   if (!last_of_tensor(p.finished, gridDim.x)) return;
   for (int i = warp_index(); i < s.from_lstm; i += kRowThreads / 32) {
-    const double sum = sum_rows(tensors, [&](int64_t t) -> double { return p.to_lstm[p.rows[t] * s.from_lstm + i]; });
-    if (lane_index() == 0) p.from_lstm[i] = static_cast<float>(sum / tensors);
+    const double sum = sum_rows(tensors, [&](int64_t j) -> double {
+      return rests(p.stats + p.rows[j] * kStats) ? 0.0 : p.to_lstm[p.rows[j] * s.from_lstm + i];
+    });
+    if (lane_index() == 0 && sums[kSumFinite] > 0) p.from_lstm[i] = static_cast<float>(sum / sums[kSumFinite]);
   }
   if (threadIdx.x != 0) return;
   *p.step = step + 1;
   for (int i = 0; i < LossState::kCount; ++i) p.train_loss[i] = train_loss[i];
   for (int i = 0; i < ClipState::kCount; ++i) p.clip[i] = clip[i];
   for (int i = 0; i < PendingLoss::kCount; ++i) p.pending_loss[i] = 0.0f;
-  *p.nonfinite += static_cast<int64_t>(sums[kSumNonfinite]);
+  p.nonfinite[0] += static_cast<int64_t>(sums[kSumNonfinite]);
+  p.nonfinite[1] += tensors - static_cast<int64_t>(sums[kSumFinite]);
 }
 
 template <class Features>
@@ -165,7 +194,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;  // of feedback [T, from_mlp]
   if (i >= p.num_tensors * s.from_mlp) return;
   const int64_t t = p.rows[i / s.from_mlp], o = i % s.from_mlp;
-  p.feedback[t * s.from_mlp + o] = feedback_of(s, theta, p.hidden + t * s.width, static_cast<int>(o));
+  set_feedback(p.step_size[t], feedback_of(s, theta, p.hidden + t * s.width, static_cast<int>(o)),
+               p.feedback[t * s.from_mlp + o]);
 }
 
 // As many as fit into the 4 KB of a kernel's arguments.

@@ -9,6 +9,7 @@ from torch import Tensor
 from lopt import kernels
 from lopt.options import warn
 from lopt.rule import Theta, tensor_lstm
+from lopt.rule.losses import bounded_loss
 from lopt.rule.tensor_lstm import Globals
 
 Loss = float | Tensor | None
@@ -72,8 +73,9 @@ class Losses:
         like, compiled = weights["initial_h"], implementation != "reference"
         if train is not None and not (compiled and isinstance(weight, float) and weight == 1.0):
             loss, part = (torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in (train, weight))
-            terms = torch.stack([part * loss, part])
-            shared["pending_loss"].add_(torch.where(torch.isfinite(terms).all() & (part > 0), terms, 0.0))
+            given = torch.isfinite(loss) & torch.isfinite(part) & (part > 0)
+            part = bounded_loss(part)
+            shared["pending_loss"].add_(torch.where(given, torch.stack([part * bounded_loss(loss), part]), 0.0))
             train = None
         if train is None and valid is None:
             return

@@ -46,11 +46,12 @@ class LearnedOptimizer(Optimizer):
     For every parameter tensor an LSTM sees statistics of gradient, accumulators and parameter, and the training and
     validation loss; for every parameter a small MLP sees its features and the LSTM's output, and writes
 
-    .. math:: w \leftarrow (1 - lr \cdot s \cdot wd)\, w - lr \cdot s \cdot d \cdot e^{c m}
+    .. math:: w \leftarrow (1 - s \cdot wd)\, w - s \cdot d \cdot e^{c m}
 
-    with the MLP's outputs *direction* d and *magnitude* m, and the step s of the tensor. There is nothing to tune:
-    ``lr`` is a multiplier that stays 1, and weight decay is there for those who want it. Except with ``paper``, nothing
-    else moves what has no gradient: a tensor rests at once, a parameter after some 180 steps, or from the beginning.
+    with the MLP's outputs *direction* d and *magnitude* m, and the step s of the tensor, in which ``lr`` is a factor.
+    There is nothing to tune: ``lr`` is a multiplier that stays 1, and weight decay is there for those who want it.
+    Except with ``paper``, nothing else moves what has no gradient: a tensor rests at once, a parameter after some 180
+    steps, or from the beginning. A tensor with a parameter that is NaN or infinite rests too, and no other notices.
 
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may have their own ``lr``,
@@ -204,7 +205,15 @@ class LearnedOptimizer(Optimizer):
     @property
     def nonfinite_gradients(self) -> Tensor:
         """Number of NaN and Inf gradient elements met so far, a tensor on the device."""
-        return cast(Tensor, self._globals()["nonfinite"])
+        return cast(Tensor, self._globals()["nonfinite"][0])
+
+    @property
+    def nonfinite_parameters(self) -> Tensor:
+        """Number of tensors with NaN or Inf among their parameters, in all steps together, a tensor on the device.
+
+        Such a tensor rests for the step: nothing of it is written, and no other tensor notices.
+        """
+        return cast(Tensor, self._globals()["nonfinite"][1])
 
     def _accumulator_dtype(self, like: Tensor) -> torch.dtype:
         """``state_dtype``, and float64 in place of float32 for float64 parameters."""
@@ -387,7 +396,7 @@ class LearnedOptimizer(Optimizer):
             if int(bad) > 0:
                 if self.on_nonfinite == "raise":
                     raise FloatingPointError(f"gradients hold {int(bad)} NaN or Inf elements; nothing was changed")
-                self._globals()["nonfinite"] += bad
+                self._globals()["nonfinite"][0] += bad
                 return result
         self._losses.note(observed)
         if not grads:

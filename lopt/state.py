@@ -53,7 +53,8 @@ def init_globals(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> dict[str, Te
         return {
             **tensor_lstm.init_globals(spec, weights)._asdict(),
             "pending_loss": like.new_zeros(2),  # sum and number (or weights) of the losses observed since the last step
-            "nonfinite": torch.zeros((), dtype=torch.int64, device=like.device),
+            # Number of gradient elements, and of tensors with such parameters.
+            "nonfinite": torch.zeros(2, dtype=torch.int64, device=like.device),
         }
 
 

@@ -237,7 +237,8 @@ class ReferenceStepper:
         for name, value in state.globals._asdict().items():
             shared[name].copy_(value)
         shared["pending_loss"].zero_()
-        shared["nonfinite"].add_(trace["seen"][:, STATS.index("nonfinite")].sum().to(torch.int64))
+        counts = [trace["seen"][:, STATS.index("nonfinite")].sum(), tensor_lstm.rests(trace["seen"]).sum()]
+        shared["nonfinite"].add_(torch.stack(counts).to(torch.int64))
 
     def _option(self, name: str, groups: Groups) -> Tensor:
         """``[T]`` values of a group option."""

@@ -126,15 +126,13 @@ class Float64:
         lr: Sequence[float] | float = 1.0,
         weight_decay: Sequence[float] | float = 0.0,
     ) -> None:
-        # lr and weight decay touch nothing but this step's write, which is linear in lr.
         observed = None if loss is None else torch.tensor(loss, dtype=torch.float64)
         grads = [grad.double() for grad in grads]
-        update = reference.update(self.spec, self.weights, self.state, self.params, grads, observed)
-        lrs = [lr] * len(grads) if isinstance(lr, float) else lr
-        decays = [weight_decay] * len(grads) if isinstance(weight_decay, float) else weight_decay
-        pairs = zip(self.params, update.params, lrs, decays, strict=True)
-        self.params = [(1 - rate * decay) * old - rate * (old - new) for old, new, rate, decay in pairs]
-        self.state = update.state
+        rates = [torch.tensor(option, dtype=torch.float64).expand(len(grads)) for option in (lr, weight_decay)]
+        update = reference.update(
+            self.spec, self.weights, self.state, self.params, grads, observed, lr=rates[0], weight_decay=rates[1]
+        )
+        self.params, self.state = update.params, update.state
 
     def observe_valid(self, loss: float) -> None:
         self.state = reference.observe_valid(self.spec, self.state, torch.tensor(loss, dtype=torch.float64))

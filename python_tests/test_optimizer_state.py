@@ -112,7 +112,7 @@ def test_layout(impl: str, preset: str) -> None:
         "clip": (2,),
         "from_lstm": (spec.from_lstm,),
         "pending_loss": (2,),
-        "nonfinite": (),
+        "nonfinite": (2,),
     }
     assert int(first_group["step"]) == 2
     assert str(opt)

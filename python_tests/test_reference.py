@@ -300,7 +300,7 @@ def test_update_by_hand() -> None:
         theta.spec, tensors, state, [param], [grad], torch.tensor(1.0), lr=0.5, weight_decay=0.01
     )
     step = 0.5 * 1e-3 * 2.0 * math.exp(1e-3 * 5.0)
-    assert new.item() == pytest.approx((1 - 0.5 * 0.01) * 0.5 - step, rel=1e-14)
+    assert new.item() == pytest.approx((1 - 0.5 * 1e-3 * 0.01) * 0.5 - step, rel=1e-14)
     assert state.rows.feedback[0].tolist() == [0.25] + [0.0] * 15
     assert trace["mlp_output"][0].tolist() == [[2.0, 5.0, 0.25] + [0.0] * 15]
     decays = np.array([0.5, 0.9, 0.99, 0.999, 0.9999], dtype=np.float32).astype(np.float64)

@@ -74,7 +74,8 @@ def values_of(
         empty = like.new_empty(len(stats), 0)
         rows = Rows(empty, empty, empty, like.new_ones(len(stats)), like.new_ones(len(stats)))
     total = torch.as_tensor(total_steps, dtype=like.dtype)
-    return spec.inputs.values(spec, tensor_lstm.seen(spec, globals_, rows, stats, shapes, total))
+    mean, _ = tensor_lstm.mean_grad_square(spec, stats[:, STATS.index("grad_square")], tensor_lstm.rests(stats))
+    return spec.inputs.values(spec, tensor_lstm.seen(spec, globals_, rows, stats, shapes, total, mean))
 
 
 def named(values: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
@@ -174,7 +175,8 @@ def test_advance_by_hand() -> None:
     square = stats[:, STATS.index("param_square")]
     to_mlp = h @ weights["lstm_to_mlp.w"] + weights["lstm_to_mlp.b"]
     torch.testing.assert_close(conditioning.constant, torch.cat([constant, to_mlp], dim=1), rtol=0, atol=1e-14)
-    _, scale = tensor_lstm.tensor_scale(square.sqrt(), shapes, rows.scale)
+    typical = tensor_lstm.typical_scale(square.sqrt(), torch.ones(count, dtype=torch.bool), shapes)
+    _, scale = tensor_lstm.tensor_scale(square.sqrt(), typical, shapes, rows.scale)
     log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
     first = 1 / WARMUP
     torch.testing.assert_close(conditioning.multiplier, first * scale * torch.exp(log_step), rtol=1e-13, atol=0)
@@ -395,7 +397,8 @@ def test_clip_limit_by_hand() -> None:
     value, count = 1 - 0.99, 1
     assert tensor_lstm.clip_limit(spec, globals_).item() == pytest.approx(10.0, rel=1e-12)
     for squares in ([4.0, 0.0], [1e-6, 3e-6], [0.0, 0.0], [100.0, 50.0]):
-        globals_ = tensor_lstm.next_clip(spec, globals_, f64(*squares))
+        mean = tensor_lstm.mean_grad_square(spec, f64(*squares), torch.zeros(2, dtype=torch.bool))
+        globals_ = tensor_lstm.next_clip(spec, globals_, *mean)
         value = 0.99 * value + (1 - 0.99) * math.sqrt(
             1e-8 + sum(squares) / 2
         )  # tensors count alike, whatever their size
@@ -595,7 +598,8 @@ def test_lstm_inputs_are_bounded(preset: str, value: float, dtype: torch.dtype) 
 SCALES = [
     # shapes, root mean squares -> initial scales
     ([(3, 3), (4, 4)], [1.0, 3.0], [1.0, 3.0]),  # matrices: their own
-    ([(3, 3), (4, 4)], [0.01, 3.99], [0.6, 3.99]),  # at least .3 of the mean of the matrices, 2 here
+    ([(3, 3), (4, 4)], [0.2, 3.8], [0.33, 3.8]),  # at least .3 of the mean, where 3.8 counts as ten times the median
+    ([(3, 3), (4, 4), (2, 2)], [0.1, 1e6, 0.1], [0.12, 1e6, 0.12]),  # of .1, 1 and .1
     ([(3, 3), (5,)], [2.0, 0.0], [2.0, 0.6]),  # a bias of zeros: .3 of the mean
     ([(3, 3), (5,)], [2.0, 1.0], [2.0, 1.0]),  # in between: its own
     ([(3, 3), (5,), ()], [0.1, 1.0, 7.0], [0.1, 0.1, 0.1]),  # gains of ones: the mean
@@ -609,7 +613,8 @@ SCALES = [
 @pytest.mark.parametrize(("shapes", "rms", "expected"), SCALES)
 def test_initial_scales_by_hand(shapes: list[tuple[int, ...]], rms: list[float], expected: list[float]) -> None:
     facts = Shapes.of(COMPACT, shapes, scalar(0.0))
-    initial, scale = tensor_lstm.tensor_scale(f64(*rms), facts, torch.zeros(len(rms), dtype=F64))
+    mean = tensor_lstm.typical_scale(f64(*rms), torch.ones(len(rms), dtype=torch.bool), facts)
+    initial, scale = tensor_lstm.tensor_scale(f64(*rms), mean, facts, torch.zeros(len(rms), dtype=F64))
     assert initial.tolist() == pytest.approx(expected, rel=1e-12)
     now = [max(min(r, 2 * e), 0.5 * e) for r, e in zip(rms, expected, strict=True)]
     assert scale.tolist() == pytest.approx(now, rel=1e-12)
@@ -618,6 +623,47 @@ def test_initial_scales_by_hand(shapes: list[tuple[int, ...]], rms: list[float],
 @pytest.mark.parametrize(("rms", "expected"), [(0.0, 0.5), (0.4, 0.5), (0.7, 0.7), (1.7, 1.7), (9.0, 2.0)])
 def test_later_scales_follow_within_a_factor_of_two(rms: float, expected: float) -> None:
     facts = Shapes.of(COMPACT, [(3, 3), (3, 3)], scalar(0.0))
-    initial, scale = tensor_lstm.tensor_scale(f64(rms, 100.0), facts, f64(1.0, 100.0))
+    initial, scale = tensor_lstm.tensor_scale(f64(rms, 100.0), scalar(50.0), facts, f64(1.0, 100.0))
     assert initial.tolist() == [1.0, 100.0]
     assert scale[0].item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_scales_without_a_gradient_count_only_where_there_are_no_others() -> None:
+    """Matrices with a gradient, matrices, others with a gradient, others; zeros never."""
+    shapes, rms = [(2, 2), (2, 2), (3,), (4,), (2, 2)], f64(1.0, 3.0, 5.0, 7.0, 0.0)
+    facts = Shapes.of(COMPACT, shapes, scalar(0.0))
+    for moves, expected in (("10101", 1.0), ("01111", 3.0), ("00110", 2.0), ("00001", 2.0)):
+        moving = torch.tensor([digit == "1" for digit in moves])
+        assert tensor_lstm.typical_scale(rms, moving, facts).item() == pytest.approx(expected, rel=1e-12)
+    no_matrix = Shapes.of(COMPACT, shapes[2:4], scalar(0.0))
+    for moves, expected in (("10", 5.0), ("01", 7.0), ("00", 6.0)):
+        moving = torch.tensor([digit == "1" for digit in moves])
+        assert tensor_lstm.typical_scale(rms[2:4], moving, no_matrix).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "expected"),
+    [
+        ([1.0, 2.0, 6.0], "111", 3.0),  # within ten times the median: the mean
+        ([1.0, 2.0, 6e9], "111", 23 / 3),  # 6e9 counts as 20
+        ([1.0, 3.0, 50.0, 4e9], "1111", 64 / 4),  # of an even number the lower: 3, so 30 twice
+        ([5.0, 1e30], "10", 5.0),
+        ([1e30, 2.0], "11", 11.0),
+        ([0.0, 7.0, 1.0], "000", 0.0),
+        ([1e-45, 1e-45, 1.0], "111", 4e-45),
+    ],
+)
+def test_bounded_mean_by_hand(values: list[float], counts: str, expected: float) -> None:
+    counted = torch.tensor([digit == "1" for digit in counts])
+    assert tensor_lstm.bounded_mean(f64(*values), counted, 10.0).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_paper_means_are_arithmetic_and_robust_ones_of_what_has_a_gradient() -> None:
+    squares, rest = f64(0.0, 1.0, 3.0, 1e12, 5.0), torch.tensor([False, False, False, False, True])
+    mean, number = tensor_lstm.mean_grad_square(PAPER, squares, rest)
+    assert (mean.item(), int(number)) == (pytest.approx((4.0 + 1e12) / 4, rel=1e-14), 4)
+    mean, number = tensor_lstm.mean_grad_square(COMPACT, squares, rest)
+    assert (mean.item(), int(number)) == (pytest.approx((4.0 + 3e4) / 3, rel=1e-14), 3)
+    spec, globals_ = fresh("compact")
+    kept = tensor_lstm.next_clip(spec, globals_, *tensor_lstm.mean_grad_square(spec, f64(0.0, 0.0), rest[:2]))
+    assert same(kept, globals_)

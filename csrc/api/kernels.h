@@ -38,14 +38,16 @@ struct TensorInputs {
         step_size(inputs.step_size[row]),
         keep(inputs.keep[row]) {}
 
-  LOPT_HD bool moves() const { return step_size != 0.0f || keep != 1.0f; }  // lr = 0 changes no bit
+  // lr = 0 changes no bit; a tensor that rests has a step of NaN.
+  LOPT_HD bool moves() const { return step_size == step_size && (step_size != 0.0f || keep != 1.0f); }
 };
 
-// active: Features::active of the parameter.
+// active: Features::active of the parameter. What would not stay finite, also as a bfloat16, is left as it is.
 template <class V>
 LOPT_HD V next_param(V param, MlpOutput<V> out, const TensorInputs& inputs, V active, float magnitude_rate) {
   const V step_size = active * inputs.step_size;
-  return param * inputs.keep - out.direction * exp_of(out.magnitude * magnitude_rate) * step_size;
+  const V moved = param * inputs.keep - out.direction * exp_of(out.magnitude * magnitude_rate) * step_size;
+  return abs_of(moved) <= V{} + kLargestParam ? moved : param;
 }
 
 template <int kValue>

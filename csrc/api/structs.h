@@ -164,7 +164,7 @@ struct TensorShape {
   FIELD(float*, clip)         /* [2] count, running root mean square of gradients */                                  \
   FIELD(float*, from_lstm)    /* [from_lstm] */                                                                       \
   FIELD(float*, pending_loss) /* [2] sum and number of losses observed since the last step; zero afterwards */        \
-  FIELD(int64_t*, nonfinite)  /* gradient elements counted so far */                                                  \
+  FIELD(int64_t*, nonfinite)  /* [2] of all steps: gradient elements, tensors that rested for their parameters */     \
   /* State of every tensor, read and written (lopt.rule.tensor_lstm.Rows). */                                         \
   FIELD(float*, h)             /* [R, lstm_width] */                                                                  \
   FIELD(float*, c)             /* [R, lstm_width] */                                                                  \

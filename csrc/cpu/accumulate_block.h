@@ -64,7 +64,7 @@ struct Accumulator {
     Vec moment_sum[Features::kNumMoments]{}, grad_square{}, param_square{}, nonfinite{};
     Vec param_sum{}, mom_sum{}, rms_sum{};
     for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
-      const Vec raw = load(g_at + i, lanes), p = load(p_at + i, lanes), g = clip_gradient(raw, limit);
+      const Vec raw = load(g_at + i, lanes), p = bounded(load(p_at + i, lanes)), g = clip_gradient(raw, limit);
       nonfinite += raw - raw == Vec{} ? Vec{} : splat(1.0f);
       Vec m[kMom], r[kRms], q[Features::kNumMoments];
       Bits random[kPairs];
@@ -114,7 +114,7 @@ struct Accumulator {
     Vec param_squares{}, mom_squares{}, rms_squares{};
     for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
       const Vec mask = lane_mask(lanes);
-      const Vec d = (load(p_at + i, lanes) - param_mean) * mask;
+      const Vec d = (bounded(load(p_at + i, lanes)) - param_mean) * mask;
       param_squares += d * d;
       LOPT_UNROLL
       for (int k = 0; k < Features::kNumMom; ++k) {

@@ -48,8 +48,7 @@ bool advance(const AdvanceParams& p, const Target&) {
     const float loss = mean_pending(p.pending_loss);
     std::fill_n(p.pending_loss, int{PendingLoss::kCount}, 0.0f);
     const LstmCell cell{theta, s.num_lstm_input(), s.lstm_width, level.gates, level.activation};
-    const double nonfinite = lopt::advance<Features>(s, theta, g, level, loss, *p.total_steps, cell);
-    *p.nonfinite += static_cast<int64_t>(nonfinite);
+    lopt::advance<Features>(s, theta, g, level, loss, *p.total_steps, cell, p.nonfinite);
   });
 }
 
@@ -59,7 +58,7 @@ bool finish(const AdvanceParams& p, const Target&) {
     const ThetaView theta(s, decltype(features)::kNumColumns, p.theta);
     for (int64_t i = 0; i < p.num_tensors; ++i) {
       const int64_t t = p.rows[i];
-      next_feedback(s, theta, p.hidden + t * s.width, p.feedback + t * s.from_mlp);
+      next_feedback(s, theta, p.hidden + t * s.width, p.step_size[t], p.feedback + t * s.from_mlp);
     }
   });
 }

@@ -7,18 +7,23 @@
 namespace lopt {
 
 // CONSTANT(name in C++, name in Python, value)
-#define LOPT_CONSTANTS(CONSTANT)                   \
-  CONSTANT(kEpsilon, "EPSILON", 1e-8f)             \
-  CONSTANT(kTiny, "TINY", 1e-30f)                  \
-  CONSTANT(kInputBound, "INPUT_BOUND", 5.0f)       \
-  CONSTANT(kLogTimeScale, "LOG_TIME_SCALE", 8.0f)  \
-  CONSTANT(kLastShare, "LAST_SHARE", 0.99f)        \
-  CONSTANT(kRiseScale, "RISE_SCALE", 100.0f)       \
-  CONSTANT(kSmallestScale, "SMALLEST_SCALE", 0.3f) \
-  CONSTANT(kEmptyScale, "EMPTY_SCALE", 0.1f)       \
-  CONSTANT(kScaleGrowth, "SCALE_GROWTH", 2.0f)     \
-  CONSTANT(kMaxLogStep, "MAX_LOG_STEP", 6.0f)      \
-  CONSTANT(kWarmup, "WARMUP", 10.0f)               \
+#define LOPT_CONSTANTS(CONSTANT)                                   \
+  CONSTANT(kEpsilon, "EPSILON", 1e-8f)                             \
+  CONSTANT(kTiny, "TINY", 1e-30f)                                  \
+  CONSTANT(kInputBound, "INPUT_BOUND", 5.0f)                       \
+  CONSTANT(kLogTimeScale, "LOG_TIME_SCALE", 8.0f)                  \
+  CONSTANT(kLastShare, "LAST_SHARE", 0.99f)                        \
+  CONSTANT(kRiseScale, "RISE_SCALE", 100.0f)                       \
+  CONSTANT(kSmallestScale, "SMALLEST_SCALE", 0.3f)                 \
+  CONSTANT(kEmptyScale, "EMPTY_SCALE", 0.1f)                       \
+  CONSTANT(kScaleGrowth, "SCALE_GROWTH", 2.0f)                     \
+  CONSTANT(kMaxLogStep, "MAX_LOG_STEP", 6.0f)                      \
+  CONSTANT(kWarmup, "WARMUP", 10.0f)                               \
+  CONSTANT(kLargest, "LARGEST", 1e14f)                             \
+  CONSTANT(kLargestParam, "LARGEST_PARAM", 3.3895313892515355e38f) \
+  CONSTANT(kScaleOutlier, "SCALE_OUTLIER", 10.0f)                  \
+  CONSTANT(kGradOutlier, "GRAD_OUTLIER", 1e4f)                     \
+  CONSTANT(kLossOutlier, "LOSS_OUTLIER", 10.0f)                    \
   CONSTANT(kResting, "RESTING", 1e-4f)
 
 #define LOPT_CONSTANT(name, python_name, value) constexpr float name = value;

@@ -43,11 +43,15 @@ struct Seen {
   LOPT_HD float numel() const { return static_cast<float>(shape.numel); }
 };
 
+constexpr float kLargestFloat = 3.402823466e38f;
+
 LOPT_HD float log_magnitude(float x) { return clamp_of(::logf(kEpsilon + ::fabsf(x)), -kInputBound, kInputBound); }
 LOPT_HD float sign_of(float x) { return static_cast<float>((x > 0) - (x < 0)); }
 
+// Of values >= 0, infinity included.
 LOPT_HD float log_ratio(float above, float below) {
-  return clamp_of(0.5f * ::logf((above + kTiny) / (below + kTiny)), -kInputBound, kInputBound);
+  const float ratio = (::fminf(above, kLargestFloat) + kTiny) / (::fminf(below, kLargestFloat) + kTiny);
+  return clamp_of(0.5f * ::logf(ratio), -kInputBound, kInputBound);
 }
 
 // The sine of angles up to 1e6 and more, for which sinf would use local memory on the GPU.
@@ -93,7 +97,8 @@ struct PaperInputs {
 
   LOPT_HD static void facts(const Seen& seen, float* x) {
     x[log_tensors] = ::logf(static_cast<float>(seen.num_tensors)) - 1.0f;
-    x[log_param_norm] = ::logf(::sqrtf(seen.stats[Stat::param_square] * seen.numel()) + kEpsilon);
+    x[log_param_norm] =
+        ::logf(::sqrtf(::fminf(seen.stats[Stat::param_square] * seen.numel(), kLargestFloat)) + kEpsilon);
     x[log_numel] = ::logf(seen.numel());
   }
 

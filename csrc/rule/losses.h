@@ -39,10 +39,22 @@ LOPT_HD float corrected_mean(const float* state, double decay) {
   return any_loss(state) ? state[LossState::mean] * correction(state, decay) : 0.0f;
 }
 
-LOPT_HD void next_loss(float* state, float loss, double decay) {
+LOPT_HD float loss_spread(const float* state, double decay) {
+  return ::sqrtf(state[LossState::var] * correction(state, decay));
+}
+
+// robust: a loss far from the mean counts as one at ten standard deviations, and in the mean as that mean.
+LOPT_HD void next_loss(float* state, float loss, double decay, bool robust = false) {
   const float keep = static_cast<float>(decay), rest = static_cast<float>(1.0 - decay);
   float &mean = state[LossState::mean], &var = state[LossState::var], &lowest = state[LossState::lowest];
-  mean = keep * mean + rest * loss;
+  float center = loss;
+  if (robust && any_loss(state)) {
+    const float middle = corrected_mean(state, decay), reach = kLossOutlier * (loss_spread(state, decay) + kEpsilon);
+    const float near = clamp_of(loss, middle - reach, middle + reach);
+    if (near != loss) center = middle;
+    loss = near;
+  }
+  mean = keep * mean + rest * center;
   var = keep * var + rest * (mean - loss) * (mean - loss);
   state[LossState::updates] += 1;
   state[LossState::last] = loss;
@@ -51,14 +63,10 @@ LOPT_HD void next_loss(float* state, float loss, double decay) {
   lowest = ::fminf(lowest, now);
 }
 
-LOPT_HD float loss_spread(const float* state, double decay) {
-  return ::sqrtf(state[LossState::var] * correction(state, decay));
-}
-
 // How much of what was gained is lost again, as a logarithm.
 LOPT_HD float loss_rise(const float* state, double decay, float spread = 0.0f) {
   const float lowest = state[LossState::lowest];
-  const float above = corrected_mean(state, decay) - lowest, gained = state[LossState::first] - lowest;
+  const float above = ::fmaxf(corrected_mean(state, decay) - lowest, 0.0f), gained = state[LossState::first] - lowest;
   return ::fminf(::log1pf(kRiseScale * above / (gained + spread + kTiny)), kInputBound);
 }
 
@@ -68,10 +76,13 @@ LOPT_HD float standardise_loss(const float* state, float loss, double decay) {
                   kInputBound);
 }
 
+// A loss so small that its square is finite.
+LOPT_HD float bounded_loss(float loss) { return clamp_of(loss, -kLargest, kLargest); }
+
 // A training loss joins the others since the last step; a non-finite one counts as none.
 LOPT_HD void observe_pending(float* pending, float loss) {
   if (!is_finite(loss)) return;
-  pending[PendingLoss::sum] += loss;
+  pending[PendingLoss::sum] += bounded_loss(loss);
   pending[PendingLoss::number] += 1;
 }
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "rule/constants.h"
 #include "rule/maths.h"
 
 namespace lopt {
@@ -14,7 +15,7 @@ namespace lopt {
 // Row of `stats`; means over the tensor's numel elements. A row of partials has the same columns, with sums in place of
 // the mean squares and of the moments, and sums of squared deviations in place of the variances.
 //   grad_square        mean of the squared clipped gradient
-//   param_square       mean of param^2, before the update
+//   param_square       mean of param^2, before the update; parameters in statistics are `bounded`
 //   nonfinite          number of NaN and Inf gradient elements
 //   mom_mean, mom_var  over all numel * num_mom values jointly; those of rms likewise
 // The Features::kNumMoments means of Features::moments follow.
@@ -26,6 +27,13 @@ constexpr int kMoments = Stat::kCount;
 
 template <class Features>
 constexpr int kNumStats = kMoments + Features::kNumMoments;
+
+// A parameter as statistics see it: so small that the squares of a tensor can be summed; NaN where it is not finite, so that
+// the statistics of its tensor are not.
+template <class V>
+LOPT_HD V bounded(V param) {
+  return clamp_of(param, -kLargest, kLargest) + (param - param);
+}
 
 // mean and sum of squared deviations of n values, merged with those of m further values.
 template <class T>

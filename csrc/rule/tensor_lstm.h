@@ -20,21 +20,30 @@ LOPT_HD bool is_robust(const Spec& s) {
   return with_inputs(s, [](auto inputs) LOPT_INLINE { return decltype(inputs)::kRobust; });
 }
 
+// Whether a tensor takes no part in a step: a parameter or an accumulator is not finite.
+LOPT_HD bool rests(const float* stats) {
+  return !is_finite(stats[Stat::param_square] + stats[Stat::grad_square] + stats[Stat::mom_mean] +
+                    stats[Stat::rms_mean]);
+}
+
 LOPT_HD float clip_limit(const Spec& s, const Globals& g) {
-  return g.clip[ClipState::rms] / (1.0f - ::powf(static_cast<float>(s.clip_decay), g.clip[ClipState::steps])) *
-         s.clip_multiplier;
+  const float unbiased =
+      g.clip[ClipState::rms] / (1.0f - ::powf(static_cast<float>(s.clip_decay), g.clip[ClipState::steps]));
+  return ::fminf(unbiased * s.clip_multiplier, kLargest);
 }
 
 LOPT_HD void observe_train(const Spec& s, const Globals& g, float loss) {
   const bool given = is_finite(loss);
-  if (given || any_loss(g.train_loss))
-    next_loss(g.train_loss, given ? loss : g.train_loss[LossState::last], s.train_loss_decay);
+  if (!given && !any_loss(g.train_loss)) return;
+  loss = given ? bounded_loss(loss) : g.train_loss[LossState::last];
+  next_loss(g.train_loss, loss, s.train_loss_decay, is_robust(s));
 }
 
 LOPT_HD void observe_valid(const Spec& s, const Globals& g, float loss) {
   if (!is_finite(loss)) return;
+  loss = bounded_loss(loss);
   if (is_robust(s) && any_loss(g.valid_loss)) loss = ::fminf(loss, g.valid_loss[LossState::first]);
-  next_loss(g.valid_loss, loss, s.valid_loss_decay);
+  next_loss(g.valid_loss, loss, s.valid_loss_decay, is_robust(s));
   *g.step += s.valid_advances_step;
 }
 
@@ -68,6 +77,20 @@ struct OneThread {
   LOPT_HD float sum(float start, int count, Value value) const {
     for (int i = 0; i < count; ++i) start += value(i);
     return start;
+  }
+
+  // value(0) + ... + value(count - 1), and the largest of them and 0, in every thread.
+  template <class Value>
+  LOPT_HD double total(int count, Value value) const {
+    double sum = 0.0;
+    for (int i = 0; i < count; ++i) sum += value(i);
+    return sum;
+  }
+  template <class Value>
+  LOPT_HD float largest(int count, Value value) const {
+    float most = 0.0f;
+    for (int i = 0; i < count; ++i) most = ::fmaxf(most, value(i));
+    return most;
   }
 
   // out[j] = bias[j] + sum_i x[i] w[i, j]
@@ -121,31 +144,127 @@ LOPT_HD float lstm_unit(float i, float g, float f, float o, float& c) {
   return ::tanhf(c) / (1.0f + exp_of(-o));
 }
 
-// The sums over the tensors that a step needs. Scales are root mean squares of the parameters.
-enum Sum { kSumGradSquare, kSumNonfinite, kSumScale, kSumMatrixScale, kSumMatrices, kNumSums };
+// ---- Means over tensors ----------------------------------------------------------------------------------------------
 
-LOPT_HD void add_to_sums(const TensorShape& shape, const float* stats, double* sums) {
-  const double scale = ::sqrtf(stats[Stat::param_square]);
-  sums[kSumGradSquare] += stats[Stat::grad_square];
-  sums[kSumNonfinite] += stats[Stat::nonfinite];
-  sums[kSumScale] += scale;
-  if (!shape.is_matrix) return;
-  sums[kSumMatrixScale] += scale;
-  sums[kSumMatrices] += 1;
+LOPT_HD uint32_t bits_of(float x) {
+  union {
+    float value;
+    uint32_t bits;
+  } both;
+  both.value = x;
+  return both.bits;
 }
 
-// The part of a step that tensors share: loss averages and clipper go on.
-LOPT_HD Shared advance_shared(const Spec& s, const Globals& g, const double* sums, int num_tensors, float loss) {
+LOPT_HD float float_of(uint32_t bits) {
+  union {
+    float value;
+    uint32_t bits;
+  } both;
+  both.bits = bits;
+  return both.value;
+}
+
+// Value number `rank` in ascending order, from 1 on, of the values (>= 0) that count: digit by digit of their bits, which
+// are in the same order.
+template <class Team, class Value, class Counts>
+LOPT_HD float value_of_rank(const Team& team, int tensors, double rank, const Value& value, const Counts& counts) {
+  constexpr int kField = 17;  // bits of a count; several are added as one double
+  const int digit = tensors < 1 << kField ? 2 : 1, digits = (1 << digit) - 1;
+  uint32_t low = 0;
+  for (int shift = 30; shift >= 0; shift -= digit) {
+    const uint64_t below = static_cast<uint64_t>(team.total(tensors, [&](int t) -> double {
+      if (!counts(t)) return 0.0;
+      const uint32_t bits = bits_of(value(t));
+      uint64_t fields = 0;
+      for (int d = digits; d > 0; --d) fields = fields << kField | (bits < low + (static_cast<uint32_t>(d) << shift));
+      return static_cast<double>(fields);
+    }));
+    int chosen = 0;
+    for (int d = 1; d <= digits; ++d) {
+      const uint64_t count = digits == 1 ? below : below >> kField * (d - 1) & ((uint64_t{1} << kField) - 1);
+      if (static_cast<double>(count) < rank) chosen = d;
+    }
+    low += static_cast<uint32_t>(chosen) << shift;
+  }
+  return float_of(low);
+}
+
+// Mean of the values (>= 0) of those `number` tensors that count, none taken for more than `outlier` times their lower
+// median: no tensor can dominate it (lopt.rule.tensor_lstm.bounded_mean). 0 where none counts.
+template <class Team, class Value, class Counts>
+LOPT_HD float bounded_mean(const Team& team, int tensors, double number, float outlier, const Value& value,
+                           const Counts& counts) {
+  if (!(number > 0)) return 0.0f;
+  const double rank = ::floor((number + 1) / 2);
+  float most = team.largest(tensors, [&](int t) -> float { return counts(t) ? value(t) : 0.0f; });
+  const double near =
+      team.total(tensors, [&](int t) -> double { return counts(t) && value(t) * outlier >= most ? 1.0 : 0.0; });
+  if (near <= number - rank) most = outlier * value_of_rank(team, tensors, rank, value, counts);
+  return static_cast<float>(
+      team.total(tensors, [&](int t) -> double { return counts(t) ? ::fminf(value(t), most) : 0.0f; }) / number);
+}
+
+// The sums over the tensors that a step needs; from kSumFinite on numbers of tensors, the last four of each scale_class.
+enum Sum { kSumGradSquare, kSumNonfinite, kSumFinite, kSumMoving, kSumScaleClass, kNumSums = kSumScaleClass + 4 };
+
+// Whose parameters say how large parameters are: matrices with a gradient (3), else matrices (2), else what has a gradient
+// (1), else all (0); -1 for what is zero or rests.
+LOPT_HD int scale_class(const TensorShape& shape, const float* stats) {
+  if (rests(stats) || !(stats[Stat::param_square] > 0)) return -1;
+  return 2 * (shape.is_matrix != 0) + (stats[Stat::grad_square] > 0);
+}
+
+LOPT_HD void add_to_sums(const TensorShape& shape, const float* stats, double* sums) {
+  sums[kSumNonfinite] += stats[Stat::nonfinite];
+  if (rests(stats)) return;
+  sums[kSumGradSquare] += stats[Stat::grad_square];
+  sums[kSumFinite] += 1;
+  sums[kSumMoving] += stats[Stat::grad_square] > 0;
+  const int scales = scale_class(shape, stats);
+  for (int k = 0; k < 4; ++k) sums[kSumScaleClass + k] += scales == k;
+}
+
+// Tensors that count in the mean of squared gradients.
+LOPT_HD double num_with_gradient(const Spec& s, const double* sums) {
+  return is_robust(s) ? sums[kSumMoving] : sums[kSumFinite];
+}
+
+// shape_of(i) and stats_of(i) are those of tensor i among those that take part.
+template <class Team, class StatsOf>
+LOPT_HD float mean_grad_square(const Team& team, const Spec& s, int tensors, const StatsOf& stats_of,
+                               const double* sums) {
+  if (!is_robust(s)) return sums[kSumFinite] > 0 ? static_cast<float>(sums[kSumGradSquare] / sums[kSumFinite]) : 0.0f;
+  return bounded_mean(
+      team, tensors, sums[kSumMoving], kGradOutlier, [&](int i) { return stats_of(i)[Stat::grad_square]; },
+      [&](int i) { return !rests(stats_of(i)) && stats_of(i)[Stat::grad_square] > 0; });
+}
+
+// lopt.rule.tensor_lstm.typical_scale
+template <class Team, class ShapeOf, class StatsOf>
+LOPT_HD float typical_scale(const Team& team, int tensors, const ShapeOf& shape_of, const StatsOf& stats_of,
+                            const double* sums) {
+  int best = 3;
+  while (best > 0 && !(sums[kSumScaleClass + best] > 0)) --best;
+  const float mean = bounded_mean(
+      team, tensors, sums[kSumScaleClass + best], kScaleOutlier,
+      [&](int i) { return ::sqrtf(stats_of(i)[Stat::param_square]); },
+      [&](int i) { return scale_class(shape_of(i), stats_of(i)) == best; });
+  return mean > 0 ? mean : kEmptyScale;
+}
+
+// The part of a step that tensors share: loss averages and clipper go on. mean_scale is only read for new tensors.
+LOPT_HD Shared advance_shared(const Spec& s, const Globals& g, const double* sums, float mean_grad_square,
+                              float mean_scale, float loss) {
   Shared shared{};
   observe_train(s, g, loss);
-  shared.mean_grad_square = static_cast<float>(sums[kSumGradSquare] / num_tensors);
-  const float rms = ::sqrtf(kEpsilon + shared.mean_grad_square);
-  float& value = g.clip[ClipState::rms];
-  value = static_cast<float>(s.clip_decay) * value + static_cast<float>(1.0 - s.clip_decay) * rms;
-  g.clip[ClipState::steps] += 1;
-  shared.mean_scale = static_cast<float>(sums[kSumMatrices] > 0 ? sums[kSumMatrixScale] / sums[kSumMatrices]
-                                                                : sums[kSumScale] / num_tensors);
-  if (!(shared.mean_scale > 0)) shared.mean_scale = kEmptyScale;
+  shared.mean_grad_square = mean_grad_square;
+  shared.mean_scale = mean_scale;
+  if (num_with_gradient(s, sums) > 0) {
+    const float rms = ::sqrtf(kEpsilon + shared.mean_grad_square);
+    float& value = g.clip[ClipState::rms];
+    value = static_cast<float>(s.clip_decay) * value + static_cast<float>(1.0 - s.clip_decay) * rms;
+    g.clip[ClipState::steps] += 1;
+  }
   loss_inputs(s, g, shared.losses);
   return shared;
 }
@@ -161,7 +280,7 @@ LOPT_HD float tensor_scale(const TensorShape& shape, const float* stats, float m
 
 // The part of a step that belongs to tensor t, and is its update number `updates`. `level.constant` starts with the time
 // inputs; h and c are the tensor's LSTM state, updated in place by lstm(x, h, c), after which the team is in step;
-// to_lstm [from_lstm] is written.
+// to_lstm [from_lstm] is written. A tensor that rests gets a step of NaN, and is left as it is.
 template <class Features, class Team, class Lstm>
 LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta, const Globals& g,
                          const Shared& shared, const TensorLevel& level, int t, float updates, const float* stats,
@@ -170,6 +289,10 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
   const int hidden = s.lstm_width, inputs = s.num_lstm_input();
   float* const facts = level.constant + s.num_time();
   float& step_size = level.inputs.step_size[t];  // until the end, the tensor's scale
+  if (rests(stats)) {
+    if (team.rank() == 0) step_size = NAN, level.inputs.keep[t] = 1.0f;
+    return;
+  }
   if (team.rank() == 0) {
     step_size = tensor_scale(level.shapes[t], stats, shared.mean_scale, level.initial_scale[t]);
   }
@@ -196,40 +319,51 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
   const float control = whole * exp_of(clamp_of(log_step, -kMaxLogStep, kMaxLogStep));
   const float lr = level.lr ? level.lr[t] : 1.0f, decay = level.decay ? level.decay[t] : 0.0f;
   step_size = s.step_multiplier * (s.step_control ? step_size * control : 1.0f);
-  step_size = lr > 0 ? step_size * lr : 0.0f;  // lr = 0 wins over NaN
-  level.inputs.keep[t] = 1.0f - lr * decay;
+  step_size = lr > 0 ? step_size * lr : 0.0f;  // lr = 0 wins over infinity
+  level.inputs.keep[t] = decay > 0 && step_size > 0 ? ::fmaxf(1.0f - step_size * decay, 0.0f) : 1.0f;
 }
 
 // One step of everything at tensor level, by one thread. `lstm` is the cell: lstm(x, h, c) updates h and c of one tensor in
-// place. Returns the number of non-finite gradient elements.
+// place. Adds to nonfinite [2]; see AdvanceParams.
 template <class Features, class Lstm>
-double advance(const Spec& s, const ThetaView& theta, const Globals& g, const TensorLevel& level, float loss,
-               float total_steps, const Lstm& lstm) {
+void advance(const Spec& s, const ThetaView& theta, const Globals& g, const TensorLevel& level, float loss,
+             float total_steps, const Lstm& lstm, int64_t* nonfinite) {
   constexpr int kStats = kNumStats<Features>;
   const OneThread team;
   const int tensors = level.num_tensors;
   double sums[kNumSums]{};
-  for (int i = 0; i < tensors; ++i) add_to_sums(level.shapes[level.row(i)], level.stats + level.row(i) * kStats, sums);
-  const Shared shared = advance_shared(s, g, sums, tensors, loss);
+  const auto shape_of = [&](int i) -> const TensorShape& { return level.shapes[level.row(i)]; };
+  const auto stats_of = [&](int i) { return level.stats + level.row(i) * kStats; };
+  bool first = false;
+  for (int i = 0; i < tensors; ++i) {
+    add_to_sums(shape_of(i), stats_of(i), sums);
+    first = first || !(level.initial_scale[level.row(i)] > 0);
+  }
+  const float mean_scale = first ? typical_scale(team, tensors, shape_of, stats_of, sums) : 0.0f;
+  const float mean_square = mean_grad_square(team, s, tensors, stats_of, sums);
+  const Shared shared = advance_shared(s, g, sums, mean_square, mean_scale, loss);
+  const float finite = static_cast<float>(sums[kSumFinite]);
   time_inputs(team, s, *g.step, total_steps, level.constant);
   for (int i = 0; i < s.from_lstm; ++i) level.from_lstm[i] = 0;
   float corrections[Features::kNumMom + Features::kNumRms]{}, corrected_for = 0;
   for (int i = 0; i < tensors; ++i) {
     const int t = static_cast<int>(level.row(i));
+    const float* stats = stats_of(i);
     level.updates[t] += 1;
     if (level.updates[t] != corrected_for) {  // mostly the same for all tensors
       corrected_for = level.updates[t];
       bias_corrections<Features>(team, s, corrected_for, corrections);
     }
     float* const to_lstm = level.gates;  // the cell is done with them
-    advance_row<Features>(team, s, theta, g, shared, level, t, level.updates[t], level.stats + int64_t{t} * kStats,
-                          corrections, level.h + int64_t{t} * s.lstm_width, level.c + int64_t{t} * s.lstm_width,
-                          to_lstm, lstm);
-    for (int j = 0; j < s.from_lstm; ++j) level.from_lstm[j] += to_lstm[j] / static_cast<float>(tensors);
+    advance_row<Features>(team, s, theta, g, shared, level, t, level.updates[t], stats, corrections,
+                          level.h + int64_t{t} * s.lstm_width, level.c + int64_t{t} * s.lstm_width, to_lstm, lstm);
+    if (rests(stats)) continue;
+    for (int j = 0; j < s.from_lstm; ++j) level.from_lstm[j] += to_lstm[j] / finite;
   }
-  for (int i = 0; i < s.from_lstm; ++i) g.from_lstm[i] = level.from_lstm[i];
+  for (int i = 0; finite > 0 && i < s.from_lstm; ++i) g.from_lstm[i] = level.from_lstm[i];
   *g.step += 1;
-  return sums[kSumNonfinite];
+  nonfinite[0] += static_cast<int64_t>(sums[kSumNonfinite]);
+  nonfinite[1] += tensors - static_cast<int64_t>(sums[kSumFinite]);
 }
 
 // MLP weights as apply reads them (MlpLayout), from theta.
@@ -251,11 +385,17 @@ LOPT_HD float feedback_of(const Spec& s, const ThetaView& theta, const float* hi
   const int outputs = 2 + s.from_mlp;
   float sum = theta.mlp_b3[2 + o];
   for (int j = 0; j < s.width; ++j) sum += hidden[j] * theta.mlp_w3[j * outputs + 2 + o];
-  return sum;
+  return clamp_of(sum, -kLargest, kLargest);
 }
 
-inline void next_feedback(const Spec& s, const ThetaView& theta, const float* hidden, float* feedback) {
-  for (int o = 0; o < s.from_mlp; ++o) feedback[o] = feedback_of(s, theta, hidden, o);
+// feedback becomes `next`, unless the tensor rested.
+LOPT_HD void set_feedback(float step_size, float next, float& feedback) {
+  if (step_size == step_size && is_finite(next)) feedback = next;
+}
+
+inline void next_feedback(const Spec& s, const ThetaView& theta, const float* hidden, float step_size,
+                          float* feedback) {
+  for (int o = 0; o < s.from_mlp; ++o) set_feedback(step_size, feedback_of(s, theta, hidden, o), feedback[o]);
 }
 
 }  // namespace

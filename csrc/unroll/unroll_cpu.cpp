@@ -214,9 +214,10 @@ struct Engine {
     }
 
     void advance() const {
+      int64_t nonfinite[2]{};  // nobody asks
       const LstmCell cell{theta, engine.s.num_lstm_input(), engine.s.lstm_width, engine.level.gates,
                           engine.level.activation};
-      lopt::advance<Features>(engine.s, theta, state.globals, engine.level, loss, total_steps, cell);
+      lopt::advance<Features>(engine.s, theta, state.globals, engine.level, loss, total_steps, cell, nonfinite);
     }
 
     void apply() const {
@@ -240,7 +241,7 @@ struct Engine {
 
     void finish() const {
       for (int t = 0; t < engine.tensors; ++t)
-        next_feedback(engine.s, theta, engine.hidden + t * kWidth,
+        next_feedback(engine.s, theta, engine.hidden + t * kWidth, engine.level.inputs.step_size[t],
                       engine.level.feedback + int64_t{t} * engine.s.from_mlp);
     }
   };

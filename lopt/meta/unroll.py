@@ -175,7 +175,7 @@ class _Kernels:
             level.bind(plan, part)
             shared = {name: value[row] for name, value in self.optimizer.globals._asdict().items()}
             shared["pending_loss"] = torch.zeros(2, device=packed.device)
-            shared["nonfinite"] = torch.zeros((), dtype=torch.int64, device=packed.device)
+            shared["nonfinite"] = torch.zeros(2, dtype=torch.int64, device=packed.device)
             levels.append(level)
             self.shared.append(shared)
         self.levels = kernels.Levels(levels)

@@ -12,6 +12,11 @@ EMPTY_SCALE = 0.1  # when every parameter is zero
 SCALE_GROWTH = 2.0  # factor within which a tensor's scale follows its parameters
 MAX_LOG_STEP = 6.0  # bound of the learned log step multiplier
 WARMUP = 10.0  # updates of a tensor until its learned step is whole
+LARGEST = 1e14  # losses, gradients, and parameters in statistics, count as at most this: squares can be summed
+LARGEST_PARAM = 3.3895313892515355e38  # an update beyond it is not made: the largest number of bfloat16
+SCALE_OUTLIER = 10.0  # times the median: what a tensor's scale counts for at most among the others
+GRAD_OUTLIER = 1e4  # the same of its mean squared gradient
+LOSS_OUTLIER = 10.0  # standard deviations: how far from the mean a loss counts at most
 RESTING = 1e-4  # of the slow second moment: a parameter whose quick one is less rests; (.999 / .95)^180 is 1e4
 
 #: All of them by name.

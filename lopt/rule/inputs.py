@@ -121,7 +121,8 @@ def log_magnitude(x: Tensor) -> Tensor:
 def _paper_values(spec: "ThetaSpec", seen: Seen) -> dict[str, Tensor]:
     """Magnitudes and signs as they are, sinusoids of the step. No validation loss is a validation loss of 0."""
     stats, numel = seen.stats, seen.shapes.numel
-    norms = torch.sqrt(torch.stack([stats["grad_square"], stats["param_square"]]) * numel)
+    squares = torch.stack([stats["grad_square"], stats["param_square"]]) * numel
+    norms = torch.sqrt(torch.clamp(squares, max=torch.finfo(squares.dtype).max))
     means = torch.stack([stats[f"{x}_mean"] for x in ("mom", "rms", "param")])
     variances = torch.stack([stats[f"{x}_var"] for x in ("mom", "rms", "param")])
     names = ("grad_norm", "param_norm", "mom_mean", "rms_mean", "param_mean", "mom_var", "rms_var", "param_var")
@@ -152,8 +153,9 @@ PAPER_TIME = tuple(f"wave{i}" for i in range(len(WAVES)))
 
 
 def _log_ratios(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Logarithms of ratios of roots, within +-5."""
-    above, below = (torch.stack(side) + TINY for side in zip(*pairs.values(), strict=True))
+    """Logarithms of ratios of roots of values >= 0, infinity included, within +-5."""
+    sides = (torch.stack(side) for side in zip(*pairs.values(), strict=True))
+    above, below = (torch.clamp(side, max=torch.finfo(side.dtype).max) + TINY for side in sides)
     ratios = torch.clamp(0.5 * torch.log(above / below), -INPUT_BOUND, INPUT_BOUND)
     return dict(zip(pairs, ratios.unbind(), strict=True))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.rule.constants import EPSILON, INPUT_BOUND, RISE_SCALE, TINY
+from lopt.rule.constants import EPSILON, INPUT_BOUND, LARGEST, LOSS_OUTLIER, RISE_SCALE, TINY
 
 
 class LossState(NamedTuple):
@@ -34,15 +34,32 @@ def init_loss(like: Tensor) -> Tensor:
     return like.new_zeros(len(LossState._fields))
 
 
-def next_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
-    """State of a loss after one more; ``var`` uses the new, uncorrected mean."""
-    old = LossState.of(state)
-    mean = decay * old.mean + (1.0 - decay) * loss
+def next_loss(state: Tensor, loss: Tensor, decay: float, robust: bool = False) -> Tensor:
+    """State of a loss after one more; ``var`` uses the new, uncorrected mean.
+
+    Args:
+        robust: a loss more than ten standard deviations from the mean of those before counts as one at that distance,
+            and in the mean as that mean: one loss cannot blind the inputs. If losses stay far away, they are soon
+            within reach, since the deviation grows threefold with each.
+    """
+    old, center = LossState.of(state), loss
+    if robust:
+        reach = LOSS_OUTLIER * (loss_spread(state, decay) + EPSILON)
+        middle = corrected_mean(state, decay)
+        near = torch.minimum(torch.maximum(loss, middle - reach), middle + reach)
+        far = (old.updates > 0) & (near != loss)
+        center, loss = torch.where(far, middle, loss), torch.where(far, near, loss)
+    mean = decay * old.mean + (1.0 - decay) * center
     var = decay * old.var + (1.0 - decay) * torch.square(mean - loss)
     new = LossState(mean, var, old.updates + 1.0, loss, old.first, old.lowest)
     now, only = corrected_mean(torch.stack(new), decay), new.updates == 1.0
     first, lowest = torch.where(only, now, old.first), torch.where(only, now, torch.minimum(old.lowest, now))
     return torch.stack(new._replace(first=first, lowest=lowest))
+
+
+def bounded_loss(loss: Tensor) -> Tensor:
+    """A loss so small that its square is finite, within +-1e14."""
+    return torch.clamp(loss, -LARGEST, LARGEST)
 
 
 def _correction(state: Tensor, decay: float) -> Tensor:
@@ -77,5 +94,5 @@ def loss_rise(state: Tensor, decay: float, spread: Tensor | float = 0.0) -> Tens
         spread: of the losses, in their units: as long as less than that is gained, a rise may be noise.
     """
     old = LossState.of(state)
-    above, gained = corrected_mean(state, decay) - old.lowest, old.first - old.lowest
+    above, gained = torch.clamp(corrected_mean(state, decay) - old.lowest, min=0.0), old.first - old.lowest
     return torch.clamp(torch.log1p(RISE_SCALE * above / (gained + spread + TINY)), max=INPUT_BOUND)

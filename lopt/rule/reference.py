@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lopt.rule import tensor_lstm
+from lopt.rule.constants import LARGEST, LARGEST_PARAM
 from lopt.rule.features import STATS, round_decays
 from lopt.rule.inputs import Shapes
 from lopt.rule.rounding import Rounding
@@ -114,6 +115,7 @@ def accumulate(
     """
     nonfinite = torch.logical_not(torch.isfinite(grad)).sum().to(grad.dtype)
     grad = clip_gradient(grad, limit)
+    param = torch.where(torch.isfinite(param), torch.clamp(param, -LARGEST, LARGEST), torch.nan)  # for the statistics
     mom_decay = round_decays(spec.mom_decays, grad)[:, None]
     rms_decay = round_decays(spec.rms_decays, grad)[:, None]
     mom = mom_decay * mom + (1.0 - mom_decay) * grad
@@ -146,11 +148,11 @@ def apply(
     Args:
         param, grad, mom, rms: as :func:`accumulate` returned them (``grad`` clipped).
         conditioning: one row of it.
-        step_size: ``lr * step_multiplier * multiplier``.
-        keep: ``1 - lr * weight_decay``.
+        step_size, keep: of :func:`lopt.rule.tensor_lstm.step_sizes`.
 
     Returns:
-        New parameter ``[numel]``, feedback ``[from_mlp]``, MLP input and output ``[numel, ...]``.
+        New parameter ``[numel]``, as it was where it would not stay finite; feedback ``[from_mlp]``; MLP input and
+        output ``[numel, ...]``.
     """
     columns = raw_columns(spec, grad, param, mom, rms) * conditioning.scale[:, None] + conditioning.shift[:, None]
     if spec.feature_clip is not None:
@@ -164,6 +166,7 @@ def apply(
         direction = direction + columns.T @ weights["skip"]
     step = spec.features.active(rms) * step_size
     moved = keep * param - direction * torch.exp(out[:, 1] * spec.magnitude_rate) * step
+    moved = torch.where(torch.abs(moved) <= LARGEST_PARAM, moved, param)  # also NaN, of a step of NaN
     still = (torch.as_tensor(step_size) == 0) & (torch.as_tensor(keep) == 1)  # lr = 0 changes no bit
     return torch.where(still, param, moved), out[:, 2:].mean(dim=0), x, out
 
@@ -264,9 +267,7 @@ class ReferencePhases:
             torch.as_tensor(x, dtype=self.stats.dtype, device=self.stats.device).expand(len(self.params))
             for x in (self.lr, self.weight_decay)
         )
-        # lr = 0 wins over NaN.
-        step_size = torch.where(lr > 0, lr * self.spec.step_multiplier * self.conditioning.multiplier, 0.0)
-        keep = 1.0 - lr * decay
+        self.step_size, keep = tensor_lstm.step_sizes(self.spec, self.conditioning.multiplier, lr, decay)
         self.applied = [
             apply(
                 self.spec,
@@ -276,7 +277,7 @@ class ReferencePhases:
                 self.mom[t],
                 self.rms[t],
                 Conditioning(*(value[t] for value in self.conditioning)),
-                step_size[t],
+                self.step_size[t],
                 keep[t],
             )
             for t, param in enumerate(self.params)
@@ -284,7 +285,7 @@ class ReferencePhases:
         return torch.stack([item[1] for item in self.applied])
 
     def finish(self, means: Tensor) -> None:
-        self.rows = self.rows._replace(feedback=means)
+        self.rows = self.rows._replace(feedback=tensor_lstm.next_feedback(self.rows.feedback, means, self.step_size))
 
     def result(self, params: Sequence[Tensor]) -> "Update":
         """New parameters in the shapes of ``params``, new state, and every intermediate."""

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from lopt.rule import inputs, losses
-from lopt.rule.constants import EMPTY_SCALE, EPSILON, MAX_LOG_STEP, SCALE_GROWTH, SMALLEST_SCALE, WARMUP
+from lopt.rule.constants import (
+    EMPTY_SCALE,
+    EPSILON,
+    GRAD_OUTLIER,
+    LARGEST,
+    MAX_LOG_STEP,
+    SCALE_GROWTH,
+    SCALE_OUTLIER,
+    SMALLEST_SCALE,
+    WARMUP,
+)
 from lopt.rule.features import STATS, bias_corrections
 from lopt.rule.inputs import Seen, Shapes
 from lopt.rule.losses import LossState
@@ -61,7 +71,7 @@ class Conditioning(NamedTuple):
     scale: Tensor  # [T, columns]
     shift: Tensor  # [T, columns]
     constant: Tensor  # [T, num_constant] MLP inputs that are the same for all parameters of a tensor
-    multiplier: Tensor  # [T] step multiplier beside step_multiplier
+    multiplier: Tensor  # [T] step multiplier beside step_multiplier; NaN: the tensor rests in this step
 
 
 def init_globals(spec: ThetaSpec, weights: Weights) -> Globals:
@@ -89,7 +99,10 @@ def init_rows(spec: ThetaSpec, weights: Weights, num_tensors: int) -> Rows:
 
 
 def observe_train(spec: ThetaSpec, globals_: Globals, loss: Tensor | None) -> Globals:
-    """Global state after a training loss. None or a non-finite one repeats the last; before any, nothing changes."""
+    """Global state after a training loss. None or a non-finite one repeats the last; before any, nothing changes.
+
+    What lies far from the losses before is bounded for robust inputs (:func:`lopt.rule.losses.next_loss`).
+    """
     state = globals_.train_loss
     last, seen = LossState.of(state).last, LossState.of(state).updates > 0
     if loss is None:
@@ -97,23 +110,24 @@ def observe_train(spec: ThetaSpec, globals_: Globals, loss: Tensor | None) -> Gl
     else:
         loss = loss.to(state)
         given = torch.isfinite(loss)
-        current, usable = torch.where(given, loss, last), given | seen
-    updated = losses.next_loss(state, current, spec.train_loss_decay)
+        current, usable = torch.where(given, losses.bounded_loss(loss), last), given | seen
+    updated = losses.next_loss(state, current, spec.train_loss_decay, spec.inputs.robust)
     return globals_._replace(train_loss=torch.where(usable, updated, state))
 
 
 def observe_valid(spec: ThetaSpec, globals_: Globals, loss: Tensor) -> Globals:
     """Global state after a validation update; a non-finite loss counts as none.
 
-    For robust inputs, a loss above the first one counts as the first one. Otherwise, a few steps that overshoot at the
-    beginning would stay in the mean for hundreds of steps, and look like overfitting while the loss falls again.
+    For robust inputs it is bounded as a training loss is, and one above the first counts as the first. Otherwise, a few
+    steps that overshoot at the beginning would stay in the mean for hundreds of steps, and look like overfitting while
+    the loss falls again.
     """
     state, old = globals_.valid_loss, LossState.of(globals_.valid_loss)
     given = torch.isfinite(loss.to(state))
-    safe = torch.where(given, loss.to(state), torch.zeros_like(old.mean))
+    safe = torch.where(given, losses.bounded_loss(loss.to(state)), torch.zeros_like(old.mean))
     if spec.inputs.robust:
         safe = torch.where(old.updates > 0, torch.minimum(safe, old.first), safe)
-    updated = torch.where(given, losses.next_loss(state, safe, spec.valid_loss_decay), state)
+    updated = torch.where(given, losses.next_loss(state, safe, spec.valid_loss_decay, spec.inputs.robust), state)
     step = globals_.step + given.to(torch.int64) if spec.valid_advances_step else globals_.step
     return globals_._replace(valid_loss=updated, step=step)
 
@@ -121,31 +135,85 @@ def observe_valid(spec: ThetaSpec, globals_: Globals, loss: Tensor) -> Globals:
 def clip_limit(spec: ThetaSpec, globals_: Globals) -> Tensor:
     """Bound of every gradient element in this step, from the gradients of the steps before."""
     count, value = ClipState.of(globals_.clip)
-    return value / (1.0 - torch.pow(value.new_full((), spec.clip_decay), count)) * spec.clip_multiplier
+    unbiased = value / (1.0 - torch.pow(value.new_full((), spec.clip_decay), count))
+    return torch.clamp(unbiased * spec.clip_multiplier, max=LARGEST)
 
 
-def next_clip(spec: ThetaSpec, globals_: Globals, grad_square: Tensor) -> Globals:
-    """Clipper state after this step; ``grad_square`` ``[T]`` are the mean squares of the clipped gradients."""
+def rests(stats: Tensor) -> Tensor:
+    """``[T]`` bool: whether a tensor takes no part in a step, since a parameter or an accumulator is not finite."""
+    looked_at = [STATS.index(name) for name in ("param_square", "grad_square", "mom_mean", "rms_mean")]
+    return torch.logical_not(torch.isfinite(stats[:, looked_at]).all(dim=1))
+
+
+def bounded_mean(values: Tensor, counts: Tensor, outlier: float) -> Tensor:
+    """Mean over tensors that none can dominate: each counts as at most ``outlier`` times the median.
+
+    Args:
+        values: ``[T]``, at least 0.
+        counts: ``[T]`` bool, which of them count; of an even number the lower of the two in the middle is the median.
+
+    Returns:
+        ``[]``, 0 where none counts.
+    """
+    number = counts.sum()
+    ascending = torch.sort(torch.where(counts, values, torch.full_like(values, torch.inf))).values
+    middle = torch.clamp(number - 1, min=0) // 2
+    capped = torch.minimum(values, outlier * torch.take_along_dim(ascending, middle.reshape(1)))
+    return torch.where(counts, capped, torch.zeros_like(capped)).sum() / torch.clamp(number, min=1)
+
+
+def mean_grad_square(spec: ThetaSpec, grad_square: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the tensors of their mean squared gradients ``[T]``, and how many counted.
+
+    In the paper all, arithmetically; for robust inputs those with a gradient, of which none can dominate. Tensors that
+    ``rest`` do not count.
+    """
+    if spec.inputs.robust:
+        counts = torch.logical_not(rest) & (grad_square > 0)
+        return bounded_mean(grad_square, counts, GRAD_OUTLIER), counts.sum()
+    number = torch.logical_not(rest).sum()
+    return torch.where(rest, torch.zeros_like(grad_square), grad_square).sum() / torch.clamp(number, min=1), number
+
+
+def next_clip(spec: ThetaSpec, globals_: Globals, mean_square: Tensor, number: Tensor) -> Globals:
+    """Clipper state after this step, from :func:`mean_grad_square`; as it was where no tensor counted."""
     count, value = ClipState.of(globals_.clip)
-    rms = torch.sqrt(EPSILON + grad_square.mean())
-    value = spec.clip_decay * value + (1.0 - spec.clip_decay) * rms
-    return globals_._replace(clip=torch.stack(ClipState(count + 1.0, value)))
+    value = spec.clip_decay * value + (1.0 - spec.clip_decay) * torch.sqrt(EPSILON + mean_square)
+    return globals_._replace(clip=torch.where(number > 0, torch.stack(ClipState(count + 1.0, value)), globals_.clip))
 
 
-def seen(spec: ThetaSpec, globals_: Globals, rows: Rows, stats: Tensor, shapes: Shapes, total_steps: Tensor) -> Seen:
-    """What the inputs at tensor level are computed from; state as it is when the LSTM runs."""
+def seen(
+    spec: ThetaSpec,
+    globals_: Globals,
+    rows: Rows,
+    stats: Tensor,
+    shapes: Shapes,
+    total_steps: Tensor,
+    mean_square: Tensor,
+) -> Seen:
+    """What the inputs at tensor level are computed from; state as it is when the LSTM runs.
+
+    Args:
+        mean_square: from :func:`mean_grad_square`.
+    """
     by_name = dict(zip((*STATS, *spec.features.moments), stats.unbind(1), strict=True))
     return Seen(
         by_name,
         shapes,
         bias_corrections(rows.updates, shapes.decays),
         rows.scale,
-        by_name["grad_square"].mean(),
+        mean_square,
         globals_.train_loss,
         globals_.valid_loss,
         globals_.step,
         total_steps,
     )
+
+
+def next_feedback(before: Tensor, feedback: Tensor, step_size: Tensor) -> Tensor:
+    """What the next LSTM step sees of the MLP ``[T, from_mlp]``; as before where not finite or a tensor rests."""
+    known = torch.isfinite(feedback) & torch.logical_not(torch.isnan(step_size))[:, None]
+    return torch.where(known, torch.clamp(feedback, -LARGEST, LARGEST), before)
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,19 +223,48 @@ def lstm_cell(x: Tensor, h: Tensor, c: Tensor, w: Tensor, b: Tensor) -> tuple[Te
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def tensor_scale(rms: Tensor, shapes: Shapes, initial: Tensor) -> tuple[Tensor, Tensor]:
+def typical_scale(rms: Tensor, moves: Tensor, shapes: Shapes) -> Tensor:
+    """How large parameters are ``[]``: a mean over matrices of their root mean squares, which none can dominate.
+
+    Matrices with a gradient count; where there is none, all matrices; then all tensors with a gradient; then all. What
+    is zero never counts: .1 where everything is.
+
+    Args:
+        rms: ``[T]``, 0 for tensors that rest.
+        moves: ``[T]`` bool, whether a tensor has a gradient.
+    """
+    kind = torch.where(rms > 0, 2 * (shapes.is_matrix > 0).long() + moves.long(), -1)
+    mean = bounded_mean(rms, (kind == kind.max()) & (rms > 0), SCALE_OUTLIER)
+    return torch.where(mean > 0, mean, torch.full_like(mean, EMPTY_SCALE))
+
+
+def tensor_scale(rms: Tensor, mean: Tensor, shapes: Shapes, initial: Tensor) -> tuple[Tensor, Tensor]:
     """Initial and current scale ``[T]`` of every tensor, from the root mean square ``[T]`` of its parameters.
 
-    A matrix starts with its root mean square, at least .3 of the mean of all matrices; other tensors, often zeros or
-    ones at first, start between .3 and 1 of it. Later the scale follows the parameters within a factor of two.
+    A matrix starts with its root mean square, at least .3 of :func:`typical_scale`; other tensors, often zeros or ones
+    at first, start between .3 and 1 of it. Later the scale follows the parameters within a factor of two.
     """
-    mean = (rms * shapes.is_matrix).sum() / shapes.is_matrix.sum() if shapes.any_matrix else rms.mean()
-    mean = torch.where(mean > 0, mean, torch.full_like(mean, EMPTY_SCALE))
     matrix = torch.maximum(rms, SMALLEST_SCALE * mean)
     other = torch.minimum(matrix, mean)
     start = torch.where(shapes.is_matrix > 0, matrix, other)
     initial = torch.where(initial > 0, initial, start)
     return initial, torch.minimum(torch.maximum(rms, initial / SCALE_GROWTH), SCALE_GROWTH * initial)
+
+
+def step_sizes(spec: ThetaSpec, multiplier: Tensor, lr: Tensor, weight_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Step of every tensor, and the share that is left of its parameters by weight decay, ``[T]`` each.
+
+    ``keep = max(0, 1 - step weight_decay)``: as AdamW scales decay by its learning rate, so this does by the learned
+    step, which is what AdamW's learning rate would be for this tensor now.
+
+    Args:
+        multiplier: of :class:`Conditioning`; NaN, of a tensor that rests, stays.
+        lr: multiplier from outside; at 0 nothing moves.
+    """
+    step = lr * spec.step_multiplier * multiplier
+    step = torch.where((lr > 0) | torch.isnan(multiplier), step, 0.0)
+    keep = torch.clamp(1.0 - step * weight_decay, min=0.0)
+    return step, torch.where((step > 0) & (weight_decay > 0), keep, 1.0)
 
 
 def advance(
@@ -182,6 +279,8 @@ def advance(
 ) -> tuple[Globals, Rows, Conditioning, Tensor]:
     """One step of everything at tensor level, between the two device operations.
 
+    A tensor that :func:`rests` counts in nothing that others see, and keeps its row, but for the number of updates.
+
     Args:
         stats: ``[T, S]`` from ``accumulate``.
         loss: training loss ``[]``, or None.
@@ -190,19 +289,23 @@ def advance(
     Returns:
         New global state and rows (feedback not yet updated), the conditioning of ``apply``, and the LSTM's input.
     """
-    rows = rows._replace(updates=rows.updates + 1.0)
+    rest, before, num_tensors = rests(stats), globals_, len(stats)
+    stats = torch.where(rest[:, None], torch.zeros_like(stats), stats)  # its row of results is thrown away
+    grad_square = stats[:, STATS.index("grad_square")]
+    mean_square, number = mean_grad_square(spec, grad_square, rest)
     globals_ = observe_train(spec, globals_, loss)
-    globals_ = next_clip(spec, globals_, stats[:, STATS.index("grad_square")])
+    globals_ = next_clip(spec, globals_, mean_square, number)
     rms = torch.sqrt(stats[:, STATS.index("param_square")])
-    initial, scale = tensor_scale(rms, shapes, rows.scale)
-    rows = rows._replace(scale=initial)
-    values = spec.inputs.values(spec, seen(spec, globals_, rows, stats, shapes, total_steps))
-    num_tensors = len(stats)
+    initial, scale = tensor_scale(rms, typical_scale(rms, grad_square > 0, shapes), shapes, rows.scale)
+    new = rows._replace(updates=rows.updates + 1.0, scale=initial)
+    values = spec.inputs.values(spec, seen(spec, globals_, new, stats, shapes, total_steps, mean_square))
     scalars = inputs.stack(values, spec.lstm_names, num_tensors)
     x = torch.cat([globals_.from_lstm.expand(num_tensors, -1), rows.feedback, scalars], dim=1)
     h, c = lstm_cell(x, rows.h, rows.c, weights["lstm.w"], weights["lstm.b"])
-    rows = rows._replace(h=h, c=c)
-    from_lstm = (h @ weights["lstm_to_lstm.w"] + weights["lstm_to_lstm.b"]).mean(dim=0)
+    to_lstm = h @ weights["lstm_to_lstm.w"] + weights["lstm_to_lstm.b"]
+    some = num_tensors - rest.sum()
+    from_lstm = torch.where(rest[:, None], 0.0, to_lstm).sum(dim=0) / torch.clamp(some, min=1)
+    from_lstm = torch.where(some > 0, from_lstm, before.from_lstm)
     globals_ = globals_._replace(step=globals_.step + 1, from_lstm=from_lstm)
 
     to_mlp = h @ weights["lstm_to_mlp.w"] + weights["lstm_to_mlp.b"]
@@ -210,8 +313,11 @@ def advance(
     multiplier = torch.ones_like(rms)
     if spec.step_control:
         log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
-        moving = stats[:, STATS.index("grad_square")] > 0.0  # without a gradient, a tensor does not drift
-        whole = moving * torch.clamp(rows.updates / WARMUP, max=1.0)
+        moving = grad_square > 0.0  # without a gradient, a tensor does not drift
+        whole = moving * torch.clamp(new.updates / WARMUP, max=1.0)
         multiplier = whole * scale * torch.exp(torch.clamp(log_step, -MAX_LOG_STEP, MAX_LOG_STEP))
-    column_scale, column_shift = spec.features.column_map(stats, rows.updates, shapes.decays)
+    multiplier = torch.where(rest, torch.nan, multiplier)
+    column_scale, column_shift = spec.features.column_map(stats, new.updates, shapes.decays)
+    h, c = (torch.where(rest[:, None], old, now) for old, now in ((rows.h, h), (rows.c, c)))
+    rows = new._replace(h=h, c=c, scale=torch.where(rest, rows.scale, initial))
     return globals_, rows, Conditioning(column_scale, column_shift, constant, multiplier), x
