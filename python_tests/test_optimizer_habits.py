@@ -24,6 +24,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from lopt.optimizer import LearnedOptimizer
 from lopt.options import effective_lr
+from lopt.rule import Theta
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 a_rate = pytest.warns(UserWarning, match="LearnedOptimizer has no learning rate, its lr is a multiplier")
@@ -213,6 +214,30 @@ def test_a_rate_that_is_none_changes_nothing(impl: str, lr: float) -> None:
 def test_a_negative_tensor_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}: expected .* got tensor\(-0.5000\)"):
         make_optimizer([{"params": make_params(), name: torch.tensor(-0.5)}])
+
+
+# ---- Weight decay ----------------------------------------------------------------------------------------------------
+
+
+@every_impl
+@pytest.mark.parametrize("decay", [0.01, 0.1])
+def test_weight_decay_means_what_it_means_for_adamw(impl: str, decay: float) -> None:
+    """A step of s for every element, as Adam's first one is, comes with a decay of s * decay, as AdamW's lr * decay."""
+    theta = Theta.init_adam("compact")
+    everyone = [make_params([(40, 3), (5,), ()]) for _ in range(2)]
+    start = [param.detach().clone() for param in everyone[0]]
+    for params, value in zip(everyone, (0.0, decay), strict=True):
+        opt = LearnedOptimizer([{"params": params, "weight_decay": value, "lr": 0.5}], theta, impl=impl)
+        set_grads(params, 0)
+        opt.step()
+    adamw = copies(start)
+    for old, plain, decayed, param in zip(start, *everyone, adamw, strict=True):
+        param.grad, plain, decayed = plain.grad, plain.detach(), decayed.detach()
+        step = (plain - old).abs().mean()
+        torch.testing.assert_close((plain - old).abs(), step.expand_as(old), rtol=1e-3, atol=1e-7)
+        assert float(step) > 1e-5
+        torch.optim.AdamW([param], lr=float(step), weight_decay=decay).step()
+        torch.testing.assert_close(decayed, param, rtol=0, atol=1e-3 * float(step) * decay + 2e-7)
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
