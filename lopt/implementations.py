@@ -1,11 +1,13 @@
-"""Which code computes the steps of an optimizer."""
+"""Which code computes the steps of an optimizer, and what its constructor takes."""
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 
 from lopt import kernels
-from lopt.options import warn
+from lopt.options import check_total_steps, check_unknown, warn
 from lopt.rule import ThetaSpec
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
@@ -17,11 +19,22 @@ CHOICES: dict[str, tuple[object, ...]] = {
 }
 
 
-def check_choices(**values: object) -> None:
-    """Refuse arguments of an optimizer that are none of the values there are."""
-    for name, value in values.items():
+def check_arguments(choices: Mapping[str, object], total_steps: object, options: Mapping[str, Any]) -> None:
+    """Refuse arguments of an optimizer that mean nothing.
+
+    Args:
+        choices: those of which there are a few values.
+        options: those that LearnedOptimizer does not have.
+
+    Raises:
+        ValueError: a value that there is not, or an option of another optimizer.
+        TypeError: any other option.
+    """
+    check_unknown(options)
+    for name, value in choices.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name}: expected one of {CHOICES[name]}, got {value!r}")
+    check_total_steps(total_steps)
 
 
 @cache
@@ -62,3 +75,16 @@ def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> s
     if impl == "cuda":
         kernels.check_gpu(device)
     return impl
+
+
+def run_eagerly(optimizer: type) -> None:
+    """Make torch.compile leave a class's steps as they are, for they hand addresses to the kernels.
+
+    Done for the first object and not where the methods are defined: ``torch.compiler.disable`` imports for a second,
+    which the constructor of ``torch.optim.Optimizer`` has spent by then.
+    """
+    for name in ("step", "observe"):
+        method = getattr(optimizer, name)
+        if not hasattr(method, "eager"):
+            method.eager = True  # the function that is made has it too
+            setattr(optimizer, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]

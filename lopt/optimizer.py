@@ -8,36 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopt.implementations import check_choices, choose_implementation
+from lopt.implementations import check_arguments, choose_implementation, run_eagerly
 from lopt.kernels import devices
 from lopt.losses import Loss, Losses
 from lopt.operands import as_loss, as_weight, check_gradients, check_params
-from lopt.options import (
-    check_group,
-    check_total_steps,
-    check_unknown,
-    descending,
-    describe,
-    effective,
-    read_rates,
-    warn,
-)
+from lopt.options import check_group, check_total_steps, descending, describe, effective, read_rates, warn
 from lopt.rule import Theta
 from lopt.state import SHARED, check_state, holds_shared, open_theta, restore_state, share_state
 from lopt.steppers import KernelStepper, ReferenceStepper, Tensors
-
-
-def _run_eagerly(optimizer: type) -> None:
-    """Make torch.compile leave a class's steps as they are, for they hand addresses to the kernels.
-
-    Done for the first object and not where the methods are defined: ``torch.compiler.disable`` imports for a second,
-    which the constructor of ``torch.optim.Optimizer`` has spent by then.
-    """
-    for name in ("step", "observe"):
-        method = getattr(optimizer, name)
-        if not hasattr(method, "eager"):
-            method.eager = True  # the function that is made has it too
-            setattr(optimizer, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
 
 
 class LearnedOptimizer(Optimizer):
@@ -127,9 +105,8 @@ class LearnedOptimizer(Optimizer):
         maximize: bool = False,
         **options: Any,
     ) -> None:
-        check_unknown(options)
-        check_choices(impl=impl, on_nonfinite=on_nonfinite, precision=precision, state_dtype=state_dtype)
-        check_total_steps(total_steps)
+        choices = {"impl": impl, "on_nonfinite": on_nonfinite, "precision": precision, "state_dtype": state_dtype}
+        check_arguments(choices, total_steps, options)
         if isinstance(params, torch.nn.Module):
             module = type(params).__name__
             raise TypeError(f"params: expected parameters, got the module {module}; give its .parameters()")
@@ -145,7 +122,7 @@ class LearnedOptimizer(Optimizer):
         self._rates: list[float] = []
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None})
         self.implementation = choose_implementation(impl, self._first_param().device, self.theta.spec)
-        _run_eagerly(type(self))
+        run_eagerly(type(self))
 
     # ---- Parameters -------------------------------------------------------------------------------------------------
 
@@ -250,7 +227,7 @@ class LearnedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._stepper, self._weights = None, {}
         super().__setstate__(state)
-        _run_eagerly(type(self))
+        run_eagerly(type(self))
 
     def __repr__(self) -> str:
         head = f"{type(self).__name__} (theta={self._identity['theta']!r}, total_steps={self._total_steps}"
