@@ -76,6 +76,7 @@ def test_a_forked_process_trains_to_the_same_bits(program: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", program + GENERATIONS],
         env={name: value for name, value in environment.items() if name != "OMP_NUM_THREADS"},
+        cwd=Path(__file__).parent,  # not where a folder lopt lies, which may be another one than is tested here
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

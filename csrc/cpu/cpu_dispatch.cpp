@@ -23,7 +23,7 @@ namespace lopt {
               int64_t theta_stride, int num_threads);                                                               \
   }
 LOPT_DECLARE(baseline)
-#if defined(__x86_64__)
+#ifdef LOPT_X86_LEVELS
 LOPT_DECLARE(v3)
 LOPT_DECLARE(v4)
 #endif
@@ -48,7 +48,7 @@ struct CpuKernels {
    isa::unroll}
 
 constexpr CpuKernels kKernels[] = {
-#if defined(__x86_64__)
+#ifdef LOPT_X86_LEVELS
     LOPT_KERNELS("x86-64-v4", v4),
     LOPT_KERNELS("x86-64-v3", v3),
 #endif
@@ -56,7 +56,7 @@ constexpr CpuKernels kKernels[] = {
 };
 
 bool supported([[maybe_unused]] int index) {
-#if defined(__x86_64__)
+#ifdef LOPT_X86_LEVELS
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
                   __builtin_cpu_supports("bmi");
