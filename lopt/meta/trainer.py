@@ -97,12 +97,15 @@ def run(
     return _theta(config, spec, state, best=True, command=command)
 
 
+GRACE = 2.0  # seconds in which what a killed process had begun to start ends, too
+
+
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """While inside, no other process meta-trains in the folder; a process that is killed lets go."""
+    """While inside, no other process meta-trains in the folder; one that was killed lets go, in a moment."""
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / ".lock", timeout=0):
+        with FileLock(out / ".lock", timeout=GRACE):
             yield
     except Timeout as error:
         raise BlockingIOError(
