@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import lopt
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 #: Defines train(), which gives the bytes of what it computed on two threads: every tensor is so small that torch works
@@ -72,11 +74,11 @@ print(child(same), child(lambda: same() or child(same)), same())
     ids=["cpu", "cpu-large", "sim", "engine"],
 )
 def test_a_forked_process_trains_to_the_same_bits(program: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(lopt.__file__).parents[1])}  # the lopt that is tested here
     process = subprocess.Popen(
         [sys.executable, "-c", program + GENERATIONS],
         env={name: value for name, value in environment.items() if name != "OMP_NUM_THREADS"},
-        cwd=Path(__file__).parent,  # not where a folder lopt lies, which may be another one than is tested here
+        cwd=Path(__file__).parent,  # where no other lopt lies
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
