@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import lopt
 from lopt.meta import executors
 from lopt.meta.executors import LocalProcesses, Serial
 
@@ -131,7 +132,10 @@ def test_the_processes_of_a_command_end_with_it(end: str, tmp_path: Path) -> Non
     """``lopt evaluate`` with two busy workers, after one Ctrl-C, as a terminal sends it to all; and killed alone."""
     command = [sys.executable, "-m", "lopt", "evaluate", "--tasks", "spirals-32-32-3", "--horizons", "10000000"]
     command += ["--seeds", "0", "1", "--workers", "2", "--optimizers", "lopt", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    # Python leaves an interrupt ignored where it was so at the start, as in what a shell runs in the background.
+    code = "import signal, os, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", code, *command]
+    environment = {**os.environ, "PYTHONPATH": str(Path(lopt.__file__).parents[1])}
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
         try:
