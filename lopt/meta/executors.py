@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
 
@@ -182,14 +182,18 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 def _without_interrupts() -> Iterator[None]:
     """Ctrl-C is for this process, which then ends those that it starts in here; one that comes meanwhile comes after.
 
-    They inherit the mask: a handler of their own would come too late, after seconds of imports.
+    They inherit the mask: a handler of their own would come too late, after seconds of imports. multiprocessing's own
+    process is started before, as that would unblock the signal.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(connection: Connection, parent: int) -> None:
