@@ -13,7 +13,7 @@
 #include "cpu/apply_block.h"
 #include "cpu/lstm_cell.h"
 #include "cpu/threads.h"
-#include "unroll/dense.h"
+#include "unroll/perceptron.h"
 
 namespace lopt {
 namespace LOPT_ISA {
@@ -45,108 +45,15 @@ struct RunState {
   }
 };
 
-int64_t num_params(const Problem& p) {
-  int64_t count = 0;
-  for (int64_t l = 0; l < p.num_layers; ++l) count += (p.sizes[l] + 1) * p.sizes[l + 1];
-  return count;
-}
-
-// Scratch memory of the perceptron: forward, loss, backward of one minibatch.
-struct Perceptron {
-  const Problem& p;
-  float* activation[kMaxLayers + 1];  // [batch, padded(size)]; the last holds outputs, then their gradient
-  float* slope[kMaxLayers + 1];       // [batch, padded(size)] derivative of the activation
-  float* weight[kMaxLayers];          // [in, padded(out)]
-  float* bias;                        // [padded(out)]
-  float* transposed;                  // [out, padded(in)]
-  float* product_out;                 // [in, padded(out)] or [batch, padded(in)]
-  float* target;                      // [batch, padded(outputs)]
-  int64_t* label;                     // [batch]
-
-  Perceptron(const Problem& problem, Arena& arena) : p(problem) {
-    int64_t largest = 0;
-    for (int64_t l = 0; l <= p.num_layers; ++l) {
-      activation[l] = arena.take(p.batch * padded(p.sizes[l]));
-      slope[l] = arena.take(p.batch * padded(p.sizes[l]));
-      largest = std::max(largest, p.batch * padded(p.sizes[l]));
-    }
-    int64_t widest = 0, longest = 0;
-    for (int64_t l = 0; l < p.num_layers; ++l) {
-      weight[l] = arena.take(p.sizes[l] * padded(p.sizes[l + 1]));
-      longest = std::max({longest, p.sizes[l] * padded(p.sizes[l + 1]), p.sizes[l + 1] * padded(p.sizes[l])});
-      widest = std::max(widest, padded(p.sizes[l + 1]));
-    }
-    bias = arena.take(widest);
-    transposed = arena.take(longest);
-    product_out = arena.take(std::max(longest, largest));
-    target = arena.take(p.batch * padded(p.sizes[p.num_layers]));
-    label = reinterpret_cast<int64_t*>(arena.take(2 * p.batch));
-  }
-
-  void gather(Split split, uint64_t key, int64_t step) {
-    const int64_t in = p.sizes[0], out = p.sizes[p.num_layers], in_padded = padded(in), out_padded = padded(out);
-    const float* inputs = reinterpret_cast<const float*>(p.inputs[split]);
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const int64_t row = minibatch_row(key, step, p.batch, b, p.rows[split]);
-      std::memcpy(activation[0] + b * in_padded, inputs + row * in, in * sizeof(float));
-      if (p.loss == kSoftmax)
-        label[b] = reinterpret_cast<const int64_t*>(p.targets[split])[row];
-      else
-        std::memcpy(target + b * out_padded, reinterpret_cast<const float*>(p.targets[split]) + row * out,
-                    out * sizeof(float));
-    }
-  }
-
-  // Loss of the gathered minibatch; activation[num_layers] becomes its gradient with respect to the outputs.
-  float forward(const float* param) {
-    for (int64_t l = 0; l < p.num_layers; ++l) {
-      const int64_t in = p.sizes[l], out = p.sizes[l + 1], out_padded = padded(out);
-      for (int64_t i = 0; i < in; ++i) std::memcpy(weight[l] + i * out_padded, param + i * out, out * sizeof(float));
-      std::memset(bias, 0, out_padded * sizeof(float));
-      std::memcpy(bias, param + in * out, out * sizeof(float));
-      param += (in + 1) * out;
-      product(p.batch, out_padded, in, activation[l], padded(in), 1, weight[l], bias, activation[l + 1]);
-      if (l + 1 < p.num_layers) activate(p.activation, p.batch * out_padded, activation[l + 1], slope[l + 1]);
-    }
-    const int64_t out = p.sizes[p.num_layers];
-    return p.loss == kSoftmax ? softmax_loss(p.batch, out, padded(out), label, activation[p.num_layers])
-                              : squared_loss(p.batch, out, padded(out), target, activation[p.num_layers]);
-  }
-
-  // After forward: gradient of the loss with respect to all parameters.
-  void backward(float* grad) {
-    grad += num_params(p);
-    for (int64_t l = p.num_layers - 1; l >= 0; --l) {
-      const int64_t in = p.sizes[l], out = p.sizes[l + 1], in_padded = padded(in), out_padded = padded(out);
-      const float* delta = activation[l + 1];
-      grad -= (in + 1) * out;
-      product(in, out_padded, p.batch, activation[l], 1, in_padded, delta, nullptr, product_out);
-      for (int64_t i = 0; i < in; ++i) std::memcpy(grad + i * out, product_out + i * out_padded, out * sizeof(float));
-      for (int64_t j = 0; j < out; ++j) {
-        float sum = 0.0f;
-        for (int64_t b = 0; b < p.batch; ++b) sum += delta[b * out_padded + j];
-        grad[in * out + j] = sum;
-      }
-      if (l == 0) return;
-      for (int64_t j = 0; j < out; ++j)
-        for (int64_t i = 0; i < in_padded; ++i)
-          transposed[j * in_padded + i] = i < in ? weight[l][i * out_padded + j] : 0.0f;
-      product(p.batch, in_padded, out, delta, out_padded, 1, transposed, nullptr, activation[l]);
-      for (int64_t i = 0; i < p.batch * in_padded; i += kLanes)
-        store(activation[l] + i, load(activation[l] + i, kLanes) * load(slope[l] + i, kLanes), kLanes);
-    }
-  }
-};
-
 // Everything one thread needs for a run.
-template <class Features, int kWidth>
+template <class Features, int kWidth, class Model>
 struct Engine {
   static constexpr int kColumns = Features::kNumColumns, kStats = kNumStats<Features>;
   const Spec& s;
   const Problem& p;
   int tensors;
   int64_t params;
-  Perceptron perceptron;
+  Model model;
   float *grad, *stats, *packed, *hidden;
   TensorShape* shapes;
   TensorLevel level{};
@@ -154,9 +61,9 @@ struct Engine {
   Engine(const Spec& spec, const Problem& problem, Arena& arena)
       : s(spec),
         p(problem),
-        tensors(static_cast<int>(2 * problem.num_layers)),
-        params(num_params(problem)),
-        perceptron(problem, arena) {
+        tensors(num_tensors<Model>(problem)),
+        params(num_params<Model>(problem)),
+        model(problem, arena) {
     grad = arena.take(params);
     stats = arena.take(int64_t{tensors} * kStats);
     packed = arena.take(MlpLayout<kColumns, kWidth>::kSize);
@@ -171,13 +78,8 @@ struct Engine {
 #undef LOPT_TAKE
     take_scratch(s, level, arena);
     if (!arena.base) return;
-    for (int t = 0; t < tensors; ++t) {
-      const int64_t in = p.sizes[t / 2], out = p.sizes[t / 2 + 1];
-      const bool matrix = t % 2 == 0;
-      const float first = std::log(static_cast<float>(matrix ? in : out)) - 1.0f;
-      const float second = matrix ? std::log(static_cast<float>(out)) - 1.0f : -1.0f;
-      shapes[t] = {matrix ? in * out : out, {first, second, -1.0f, -1.0f}, 0, matrix};
-    }
+    TensorShape* shape = shapes;
+    Model::for_tensors(p, [&](const ModelTensor& tensor) { *shape++ = shape_of(tensor); });
   }
 
   // The phases of one step (api/step.h).
@@ -265,16 +167,16 @@ struct Engine {
         if (step % r.valid_every == 0) {
           double sum = 0.0;
           for (int64_t j = 0; j < r.valid_batches; ++j) {
-            perceptron.gather(kInnerValid, r.keys[kInnerValid], step / r.valid_every * r.valid_batches + j);
-            sum += perceptron.forward(state.param);
+            model.gather(kInnerValid, r.keys[kInnerValid], step / r.valid_every * r.valid_batches + j);
+            sum += model.forward(state.param);
           }
           observe_valid(s, state.globals, static_cast<float>(sum / static_cast<double>(r.valid_batches)));
         }
-        perceptron.gather(kTrain, r.keys[kTrain], step);
-        train[i] = perceptron.forward(state.param);
+        model.gather(kTrain, r.keys[kTrain], step);
+        train[i] = model.forward(state.param);
         alive = std::isfinite(train[i]);
         if (alive) {
-          perceptron.backward(grad);
+          model.backward(grad);
           Step step_phases{*this, theta, state, train[i], static_cast<float>(r.total_steps)};
           run_step(step_phases);
         }
@@ -283,8 +185,8 @@ struct Engine {
         float& loss = outer[i / r.loss_every];
         loss = NAN;
         if (alive) {
-          perceptron.gather(kOuterValid, r.keys[kOuterValid], step);
-          loss = perceptron.forward(state.param);
+          model.gather(kOuterValid, r.keys[kOuterValid], step);
+          loss = model.forward(state.param);
           alive = std::isfinite(loss);
         }
       }
@@ -298,7 +200,7 @@ struct Engine {
 bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,
             int64_t theta_stride, int num_threads) {
   return with_kernel(spec.feature_set, spec.width, [&](auto features, auto width_constant) {
-    using EngineOf = Engine<decltype(features), decltype(width_constant)::value>;
+    using EngineOf = Engine<decltype(features), decltype(width_constant)::value, Perceptron>;
     int64_t scratch = 0;
     for (int64_t i = 0; i < num_runs; ++i) {
       Arena arena{nullptr};
@@ -324,8 +226,8 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
   int64_t size = -1;
   with_kernel(spec.feature_set, spec.width, [&](auto features, auto) {
     using Features = decltype(features);
-    const int tensors = static_cast<int>(2 * problem.num_layers);
-    const int64_t params = num_params(problem);
+    const int tensors = num_tensors<Perceptron>(problem);
+    const int64_t params = num_params<Perceptron>(problem);
     const RunState state(spec, Features::kNumMom, Features::kNumRms, params, tensors, base);
     size = state.size;
     if (!base) return;
