@@ -83,6 +83,10 @@ class AugmentedTask(Task):
         return self.task.shapes
 
     @property
+    def transposed(self) -> frozenset[str]:
+        return self.task.transposed
+
+    @property
     def loss_floor(self) -> float | None:
         return self.task.loss_floor
 

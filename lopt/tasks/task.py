@@ -18,6 +18,9 @@ from torch import Tensor
 SplitName = Literal["train", "inner_valid", "outer_valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid", "test")
 
+#: Names of parameters that are tables with a row for each symbol or position, as of torch.nn.Embedding.
+TABLES = ("embedding", "positions")
+
 #: A validation loss that the learned optimizer is told is the mean over so many rows, or a few more. With fewer, noise
 #: looks like overfitting, and steps become short too soon.
 VALID_ROWS = 256
@@ -107,6 +110,30 @@ class Task(ABC):
     def num_params(self) -> int:
         """Number of parameters, all tensors together."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Names of the matrices that are stored ``[in, out]``; others, of rank 2 and more, are as torch's modules store
+        them, ``[out, in, ...]``. All of rank 2 are, but not ``TABLES``, ``[rows, width]``;
+        a task that differs says so here.
+
+        Example:
+            >>> from lopt.tasks import sample_task
+            >>> sorted(sample_task(1, ["conv_fc"]).transposed)
+            ['w0', 'w1', 'w2', 'w3']
+        """
+        return frozenset(name for name, shape in self.shapes.items() if len(shape) == 2 and name not in TABLES)
+
+    def as_matrix(self, name: str, value: Tensor) -> Tensor:
+        """The parameter ``name`` as a matrix ``[out, in]``, a view: a dense layer is ``x @ matrix.T``, of a convolution
+        the inputs are those of all places of the kernel, and a table is itself.
+
+        Raises:
+            ValueError: the parameter has fewer than two dimensions.
+        """
+        if value.dim() < 2:
+            raise ValueError(f"{name}: expected a parameter of two or more dimensions, got {tuple(value.shape)}")
+        return value.T if name in self.transposed else value.flatten(1)
 
     @property
     def loss_floor(self) -> float | None:
