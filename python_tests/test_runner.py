@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import signal
 import statistics
 import subprocess
@@ -74,7 +75,7 @@ def test_headline_suite_has_what_it_promises() -> None:
     assert sum(data_of(task) != "fashion-mnist" for task in everywhere) >= 30
 
 
-@pytest.mark.parametrize("name", ["families", "images", "text"])
+@pytest.mark.parametrize("name", ["families", "images", "text", "language"])
 def test_suites_are_held_out(name: Any) -> None:
     for task in suite(name):
         assert data_of(task) in catalogue.HELD_OUT
@@ -83,6 +84,26 @@ def test_suites_are_held_out(name: Any) -> None:
             rows = task.data  # type: ignore[attr-defined]
             assert (rows.train_share, rows.just_train) == (1.0, False)
             assert not isinstance(task, ImageTask) or rows.augmentation is None
+
+
+def test_tasks_for_choosing_share_no_data_and_no_shape_with_held_out_ones() -> None:
+    chosen_by, reported = suite("language-validation"), suite("language")
+    assert {data_of(task) for task in chosen_by} == set(catalogue.VALIDATION)
+    assert {family_of(task) for task in chosen_by} == {family_of(task) for task in reported}
+    sizes = [{task.num_params for task in tasks} for tasks in (chosen_by, reported)]
+    assert not sizes[0] & sizes[1]
+    for tasks in (chosen_by, reported):
+        assert len({task.name for task in tasks}) == len(tasks)
+        assert len({data_of(task) for task in tasks}) == 2
+
+
+def test_a_task_travels_without_its_text() -> None:
+    task = suite("language")[0]
+    next(task.batches(0, "train"))
+    again = pickle.loads(pickle.dumps(task))
+    assert len(pickle.dumps(task)) < 50_000
+    assert again == task
+    assert torch.equal(next(again.batches(3, "test")).inputs, next(task.batches(3, "test")).inputs)
 
 
 def test_sampled_tasks_stay_the_same() -> None:

@@ -68,7 +68,8 @@ class Evaluate(Command):
     """
 
     suite: SuiteName = "small"
-    """Which tasks: small perceptrons; twelve families; images; text. The latter two have some larger models."""
+    """Which tasks: small perceptrons; twelve families; images and text, with some larger models; language models as
+    people write them, on held-out texts, and others, on other texts, by which to choose recipes and thetas."""
 
     optimizers: tuple[str, ...] = ()
     """Names as in lopt.evaluation.opponents, or lopt, lopt-untold, adam-grid (14 Adams in one batch). NAME@K tries K
@@ -136,11 +137,8 @@ class Evaluate(Command):
                 names = tuple(dict.fromkeys("lopt-untold" if name == "lopt" else name for name in names))
         if not names:
             raise ValueError(f"optimizers: none can be run; {'; '.join(absent.values())}")
-        for task in tasks:
-            if data_of(task) in ("characters", "topics"):
-                facts = _facts(task)
-                text = f"help topics of Python {platform.python_version()}"
-                say(console, f"Text of {task.name}: {text}, sha256 of its rows {facts['data_sha256']}")
+        for line in dict.fromkeys(filter(None, map(_text, tasks))):
+            say(console, line)
         plan = Plan(
             suite=self.suite,
             tasks=tasks,
@@ -264,6 +262,17 @@ def _facts(task: Task) -> dict[str, Any]:
     data = task.data  # type: ignore[attr-defined]
     text = {"data_sha256": catalogue.corpus(data.name, data.variant).sha256} if isinstance(data, TextData) else {}
     return facts | text
+
+
+def _text(task: Task) -> str | None:
+    """Which text a task reads, since some change with the versions of Python and torch; None if it reads none."""
+    if data_of(task) == "characters":
+        return f"Text characters: help topics of Python {platform.python_version()}, {_facts(task)['data_sha256']}"
+    data = getattr(task, "data", None)
+    if not isinstance(data, TextData):
+        return None
+    corpus = catalogue.corpus(data.name, data.variant)
+    return f"Text {data.label}: {corpus.source}, sha256 {corpus.sha256}"
 
 
 def _hint(hint: bool) -> str:

@@ -29,7 +29,12 @@ from lopt.tasks.measure import Check
 from lopt.tasks.text_tasks import TextData
 
 #: Groups of data sets that --data knows besides their names.
-GROUPS = {"core": catalogue.CORE, "meta-train": catalogue.META_TRAIN, "held-out": catalogue.HELD_OUT}
+GROUPS = {
+    "core": catalogue.CORE,
+    "meta-train": catalogue.META_TRAIN,
+    "validation": catalogue.VALIDATION,
+    "held-out": catalogue.HELD_OUT,
+}
 
 #: A training curve has about so many points.
 POINTS = 20
@@ -43,7 +48,8 @@ class TasksCommand(Command):
     """What all commands about tasks have."""
 
     data: tuple[str, ...] = ("core",)
-    """Data sets to sample from: core (made of numbers, needs nothing), meta-train, held-out, or names (tasks list)."""
+    """Data sets to sample from: core (made of numbers, needs nothing), meta-train, validation, held-out, or names
+    (tasks list)."""
 
     batch_size: int | None = None
     """Take at most so many rows into a minibatch."""
@@ -78,7 +84,8 @@ class TasksCommand(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class List(Command):
-    """List the families of tasks and the data sets, with what is held out from meta-training and what is missing."""
+    """List the families of tasks and the data sets: which are for meta-training, which for validation, which held out,
+    which are missing."""
 
     def run(self, console: Console) -> Outcome:
         families: dict[str, str] = {name: _first_line(type(sample_task(0, [name]))) for name in SAMPLED_FAMILIES}
@@ -90,7 +97,7 @@ class List(Command):
         numbers = {}
         for name, source in catalogue.SOURCES.items():
             remedy = catalogue.missing(name)
-            role = "held out" if source.held_out else "core" if name in catalogue.CORE else "meta-train"
+            role = "core" if name in catalogue.CORE else source.role
             say(console, f"  {name:15}{source.kind:8}{role:12}{'here' if remedy is None else 'missing: ' + remedy}")
             numbers[name] = {"kind": source.kind, "role": role, "missing": remedy}
         return Outcome(0, {"command": "tasks list", "families": families, "data": numbers})

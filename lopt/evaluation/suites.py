@@ -1,7 +1,8 @@
-"""Held-out suites: tasks that no meta-training and no selection of a theta has seen, fixed in code.
+"""Suites: tasks that no meta-training and no selection of a theta has seen, fixed in code.
 
 The small suite is below: perceptrons on real data (two of the data sets are formulas) with PyTorch's default
-initialisation. The others sample architectures (:mod:`lopt.evaluation.sampled_suites`).
+initialisation. Others sample architectures (:mod:`lopt.evaluation.sampled_suites`) or are models as people write them
+(:mod:`lopt.evaluation.model_suites`). One is not held out, and says so: language-validation, by which to choose.
 
 A data set of the small suite has four fixed splits, as in :mod:`lopt.tasks.datasets`: 60% train, 10% inner_valid,
 10% outer_valid, 20% test. Inputs are standardised with mean and deviation of the training rows: table columns and
@@ -13,7 +14,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lopt.evaluation import sampled_suites
+from lopt.evaluation import model_suites, sampled_suites
 from lopt.tasks import datasets
 from lopt.tasks.data import catalogue
 from lopt.tasks.seeds import generator
@@ -58,7 +59,7 @@ DataName = Literal[
     "fashion-mnist",
     "fashion-mnist-7x7",
 ]
-SuiteName = Literal["small", "families", "images", "text"]
+SuiteName = Literal["small", "families", "images", "text", "language", "language-validation"]
 
 SHARES: dict[SplitName, float] = {"train": 0.6, "inner_valid": 0.1, "outer_valid": 0.1, "test": 0.2}
 
@@ -194,13 +195,20 @@ def suite(name: SuiteName, folder: Path | None = None) -> tuple[Task, ...]:
         >>> [task.name for task in suite("small")][:2]
         ['digits-32-10', 'digits-20-20-10-tanh']
     """
-    if name == "families":
-        return (*sampled_suites.families(), HeldOutTask(data="diabetes", sizes=(10, 16, 16, 1)))
-    if name == "images":
-        return sampled_suites.images()
-    if name == "text":
-        return sampled_suites.texts()
-    return small(folder)
+    return small(folder) if name == "small" else _SUITES[name]()
+
+
+def _families() -> tuple[Task, ...]:
+    return (*sampled_suites.families(), HeldOutTask(data="diabetes", sizes=(10, 16, 16, 1)))
+
+
+_SUITES: dict[SuiteName, Callable[[], tuple[Task, ...]]] = {
+    "families": _families,
+    "images": sampled_suites.images,
+    "text": sampled_suites.texts,
+    "language": model_suites.language,
+    "language-validation": model_suites.language_validation,
+}
 
 
 def family_of(task: Task) -> str:

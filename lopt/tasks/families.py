@@ -8,7 +8,17 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
-from lopt.tasks import attention, convolutions, flows, losg, perceptrons, quadratics, recurrent, synthetic
+from lopt.tasks import (
+    attention,
+    convolutions,
+    flows,
+    language_models,
+    losg,
+    perceptrons,
+    quadratics,
+    recurrent,
+    synthetic,
+)
 from lopt.tasks.augmented import AugmentedTask
 from lopt.tasks.data import catalogue
 from lopt.tasks.pieces import Random
@@ -68,6 +78,7 @@ _TYPES: tuple[type[SampledTask], ...] = (
     losg.LosgTask,
     attention.TransformerLanguageModel,
     attention.VisionTransformer,
+    language_models.Decoder,
 )
 TYPES: dict[str, type[SampledTask]] = {kind.__name__: kind for kind in _TYPES}
 

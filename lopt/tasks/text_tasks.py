@@ -1,9 +1,11 @@
 """Texts for tasks: windows of a text for language models, slices of labelled documents for classifiers."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -38,6 +40,10 @@ class TextData:
     batch_size: int = 32
     train_share: float = 1.0
     just_train: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields, so that a task travels to other processes without its text."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def num_classes(self) -> int:

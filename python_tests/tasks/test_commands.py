@@ -39,7 +39,7 @@ def test_list_names_every_family_and_data_set(
     monkeypatch.setattr(catalogue, "missing", lambda name: "get it" if name == "wordnet" else None)
     numbers = run(tmp_path, "tasks", "list")
     assert set(numbers["families"]) == set(SAMPLED_FAMILIES)
-    assert numbers["data"]["wordnet"] == {"kind": "text", "role": "held out", "missing": "get it"}
+    assert numbers["data"]["wordnet"] == {"kind": "text", "role": "held-out", "missing": "get it"}
     assert "missing: get it" in capsys.readouterr().out
     roles = {name: facts["role"] for name, facts in numbers["data"].items()}
     assert {name for name in roles if roles[name] == "core"} == set(catalogue.CORE)

