@@ -18,6 +18,7 @@ from lopt.evaluation import opponents
 from lopt.evaluation.opponents import (
     FACTORS,
     LEARNED,
+    LRS,
     OPPONENTS,
     TUNING_FREE,
     evaluating,
@@ -27,9 +28,15 @@ from lopt.evaluation.opponents import (
 from lopt.evaluation.runs import state_bytes, train_task
 from lopt.evaluation.task_set import ORDER, Adam8p, NAdamW, adam8p_config, nadamw_config
 from lopt.tasks import sample_task
+from lopt.tasks.image_tasks import ImageData
+from lopt.tasks.language_models import Decoder
+from lopt.tasks.perceptrons import MLP
+from lopt.tasks.pieces import Initialiser
 from lopt.tasks.task import SPLITS, Task
+from lopt.tasks.text_tasks import TextData
 
 Arrays = dict[str, np.ndarray]
+HE = Initialiser("he_normal")
 HERE = [name for name, found in OPPONENTS.items() if found.missing is None]
 
 
@@ -59,8 +66,10 @@ def descend(
 
 
 def test_budgets() -> None:
-    assert {len(found.trials) for found in OPPONENTS.values()} == {1, 14, 1000}
-    assert all(len(OPPONENTS[name].trials) == 14 for name in OPPONENTS if name.endswith("-tuned"))
+    assert {len(found.trials) for found in OPPONENTS.values()} == {1, 8, 14, 1000}
+    tuned = [name for name in OPPONENTS if name.endswith("-tuned")]
+    assert all(len(OPPONENTS[name].trials) == (8 if "-warmup-" in name else 14) for name in tuned)
+    assert sorted(math.log10(lr) for lr in LRS) == pytest.approx([-2.5 + k / 4 for k in range(-3, 5)])
     assert set(TUNING_FREE) == {name for name, found in OPPONENTS.items() if len(found.trials) == 1}
     assert FACTORS[0] == 1.0
     assert sorted(math.log10(f) for f in FACTORS) == pytest.approx([k / 3 for k in range(-6, 8)])
@@ -159,18 +168,112 @@ def test_nadam_looks_ahead() -> None:
     assert x.item() == pytest.approx(1 - 2e-3 * ahead, rel=1e-7)
 
 
-def test_muon_steps_are_orthogonal_matrices() -> None:
-    """Singular values of Muon's step lie in .5 to 1.5, its authors say; here times .2 sqrt(max(rows, columns))."""
+def test_warmup_then_cosine() -> None:
+    """On a loss of slope 1 the path is the sum of the rates: of 40 steps two rise, to a third and two, then cosine."""
+    x = leaf(0.0)
+    descend("adamw-warmup-tuned", [x], lambda: -x, 40)
+    rates = [1 / 3, 2 / 3, *((1 + math.cos(math.pi * t / 38)) / 2 for t in range(38))]
+    path = 0.0
+    for rate in rates:
+        path = path * (1 - LRS[0] * rate * 0.01) + LRS[0] * rate
+    assert x.item() == pytest.approx(path, rel=1e-6)
+
+
+def matrices() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A matrix, a slope for it that is far from orthogonal, a kernel and its slope."""
     generator = torch.Generator().manual_seed(0)
-    w, b = torch.zeros(6, 4, requires_grad=True), torch.zeros(3, requires_grad=True)
-    slope = torch.randn(6, 4, generator=generator)
-    slope = slope @ torch.diag(torch.tensor([1.0, 0.3, 0.1, 0.03]))  # far from orthogonal
-    optimizer = descend("muon", [w, b], lambda: (slope * w).sum() - b.sum(), 1)
-    values = torch.linalg.svdvals(-w.detach() / (1e-3 * 0.2 * math.sqrt(6)))
-    assert float(values.min()) > 0.5
-    assert float(values.max()) < 1.5
-    torch.testing.assert_close(b.detach(), torch.full((3,), 1e-3), rtol=1e-5, atol=0)  # AdamW
+    slope = torch.randn(6, 4, generator=generator) @ torch.diag(torch.tensor([1.0, 0.3, 0.1, 0.03]))
+    kernel_slope = torch.randn(4, 2, 3, 3, generator=generator)
+    kernel = torch.zeros(4, 2, 3, 3, requires_grad=True)
+    return torch.zeros(6, 4, requires_grad=True), slope, kernel, kernel_slope
+
+
+def test_muon_steps_are_orthogonal_matrices() -> None:
+    """Singular values of Muon's step lie in .5 to 1.5, its authors say, here times its rate and sqrt(max(1, rows /
+    columns)); a kernel is a matrix with a row for each output."""
+    w, slope, kernel, kernel_slope = matrices()
+    b = torch.zeros(3, requires_grad=True)
+    optimizer = descend("muon", [w, kernel, b], lambda: (slope * w).sum() + (kernel_slope * kernel).sum() - b.sum(), 1)
+    for step, size in ((w, math.sqrt(6 / 4)), (kernel.flatten(1), 1.0)):
+        values = torch.linalg.svdvals(-step.detach() / (0.02 * size))
+        assert float(values.min()) > 0.5
+        assert float(values.max()) < 1.5
+    torch.testing.assert_close(b.detach(), torch.full((3,), 3e-4), rtol=1e-5, atol=0)  # AdamW
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]  # both follow the cosine
+
+
+def test_tuned_muon_is_torchs_with_one_rate() -> None:
+    """Three steps of torch's Muon and AdamW, their rates by hand; gradients are of one step, not of all so far."""
+    w, slope, kernel, kernel_slope = matrices()
+    b = torch.zeros(3, requires_grad=True)
+
+    def loss(w: Tensor, kernel: Tensor, b: Tensor) -> Tensor:
+        return (slope * w).sum().exp() + (kernel_slope * kernel).sum().exp() + (b - 1).square().sum()
+
+    descend("muon-warmup-tuned", [w, kernel, b], lambda: loss(w, kernel, b), 3)
+    ours = [value.detach().clone() for value in (w, kernel.flatten(1), b)]
+    w, _, kernel, _ = matrices()
+    params = [w.detach(), kernel.detach().flatten(1), torch.zeros(3)]
+    for param in params:
+        param.requires_grad_()
+    parts = [
+        torch.optim.Muon(params[:2], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(params[2:]),
+    ]
+    for t in range(3):
+        for part in parts:
+            part.param_groups[0]["lr"] = LRS[0] * (1 + math.cos(math.pi * t / 3)) / 2
+            part.zero_grad()
+        loss(params[0], params[1].view(4, 2, 3, 3), params[2]).backward()
+        for part in parts:
+            part.step()
+    for actual, expected in zip(ours, params, strict=True):
+        torch.testing.assert_close(actual, expected.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["muon", "muon-warmup-tuned"])
+def test_muon_leaves_the_ends_of_a_task_to_adamw(name: str) -> None:
+    """Adam's first step has one size; embeddings, positions and head have it, and the matrices in between do not."""
+    task = Decoder(data=TextData("markov", vocabulary=128, length=9, batch_size=2), width=16, heads=2)
+    assert {part.partition(".")[2] for part in task.hidden_weights if part.startswith("blocks.1")} == {
+        f"1.{part}.weight" for part in ("qkv", "out", "up", "down")
+    }
+    params = {name: value.requires_grad_() for name, value in task.init(0).items()}
+    before = task.init(0)
+    optimizer = make_optimizer(name, list(params.values()), 100, task=task)
+    task.loss(params, next(task.batches(0, "train"))).backward()
+    optimizer.step()
+    rate = 3e-4 if name == "muon" else LRS[0] / 6
+    for key, value in params.items():
+        step = (value.detach() - before[key] * (1 - rate * 0.01)).abs()
+        adam = bool(step.max() <= 1.001 * rate) and bool(step.median() > 0.9 * rate or key == "embedding.weight")
+        assert adam == (key not in task.hidden_weights), key
+
+
+def test_muon_sees_matrices_of_tasksets_layout_with_outputs_first() -> None:
+    """Wide matrices [in, out] are steps of sqrt(out / in) in size, as if they were transposed."""
+    task = MLP(data=ImageData("shapes", batch_size=32), hidden=(8, 32, 8), activation="tanh", initialiser=HE)
+    params = {name: value.requires_grad_() for name, value in task.init(0).items()}
+    assert task.hidden_weights == {"w1", "w2"}
+    optimizer = make_optimizer("muon", list(params.values()), 10, task=task)
+    task.loss(params, next(task.batches(0, "train"))).backward()
+    optimizer.step()
+    for key, size in (("w1", 2.0), ("w2", 1.0)):
+        values = torch.linalg.svdvals((params[key].detach() - task.init(0)[key]) / (0.02 * size))
+        assert 0.6 < float(values.median()) < 1.3
+
+
+def test_hidden_weights_of_tasks() -> None:
+    expected = {
+        "char_rnn_language_model": {"core"},
+        "transformer_language_model": {f"block{number}" for number in range(4)},
+        "vit": {f"block{number}" for number in range(4)},
+    }
+    for family, parts in expected.items():
+        for seed in range(5):
+            task = sample_task(seed, [family])  # type: ignore[list-item]
+            assert {name.split(".")[0] for name in task.hidden_weights} <= parts
+    assert sample_task(0, ["quadratic"]).hidden_weights == frozenset()
 
 
 # ---- TaskSet's ------------------------------------------------------------------------------------------------------

@@ -250,8 +250,11 @@ def measure_steps(plan: Plan, table: StepTimes, on_done: Callable[[int, int], No
             on_done(done, len(missing))
 
     report()
-    makers = {name: partial(_make, plan.learned, name, 0) for name in names}
-    for task, found in in_processes(lambda task: measure(task, makers), missing, workers=1):
+
+    def measured(task: Task) -> dict[str, list[float]]:
+        return measure(task, {name: partial(_make, plan.learned, task, name, 0) for name in names})
+
+    for task, found in in_processes(measured, missing, workers=1):
         table.append(
             [
                 StepTime(
@@ -276,11 +279,11 @@ def measure_steps(plan: Plan, table: StepTimes, on_done: Callable[[int, int], No
 
 
 def _make(
-    learned: Learned | None, name: str, trial: int, params: list[torch.Tensor], steps: int
+    learned: Learned | None, task: Task, name: str, trial: int, params: list[torch.Tensor], steps: int
 ) -> torch.optim.Optimizer:
-    """The optimizer of that name, which may be the learned one."""
+    """The optimizer of that name for a task; it may be the learned one."""
     more: dict[str, Any] = {"theta": learned.theta, "impl": learned.impl} if learned else {}
-    return make_optimizer(name, params, steps, trial, **more)
+    return make_optimizer(name, params, steps, trial, task=task, **more)
 
 
 def _work(learned: bytes, job: Job) -> list[Result] | Exception:
@@ -290,7 +293,7 @@ def _work(learned: bytes, job: Job) -> list[Result] | Exception:
             return adam_results(job.task, job.seed, job.horizon)
         curve = train_task(
             job.task,
-            partial(_make, pickle.loads(learned), job.optimizer, job.trial),
+            partial(_make, pickle.loads(learned), job.task, job.optimizer, job.trial),
             job.seed,
             job.horizon,
             record_every=math.ceil(job.horizon / POINTS),

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lopt.evaluation.task_set import ORDER, Adam8p, NAdamW, adam8p_config, nadamw_config
 from lopt.optimizer import LearnedOptimizer
 from lopt.rule import Theta
+from lopt.tasks.task import Task
 
 Trial = Mapping[str, Any]
 
@@ -31,6 +32,12 @@ LEARNED = ("lopt", "lopt-untold")
 #: of a decade apart, from the default outwards.
 FACTORS = tuple(10.0 ** (k / 3) for k in sorted(range(-6, 8), key=lambda k: (abs(k), k)))
 
+#: Learning rates of Adams and Muons that are tuned with a warm-up: a quarter of a decade apart, 5.6e-4 to 3.2e-2.
+LRS = tuple(10.0 ** (-2.5 + k / 4) for k in sorted(range(-3, 5), key=lambda k: (abs(k), k)))
+
+#: Share of the steps in which a learning rate with warm-up rises.
+WARMUP = 0.05
+
 
 @dataclass(frozen=True)
 class Opponent:
@@ -40,13 +47,14 @@ class Opponent:
         name: short, for tables and the command line.
         trials: hyperparameters to try, in the order of the budget.
         package: the distribution that must be installed; None for torch and this package alone.
-        build: ``build(leaf tensors, steps, trial)``, the optimizer with its schedule inside.
+        build: ``build(leaf tensors, steps, trial, task)``, the optimizer with its schedule inside; of the task only
+            which of its parameters are what, None where that is not known.
     """
 
     name: str
     trials: tuple[Trial, ...]
     package: str | None
-    build: Callable[[Sequence[Tensor], int, Trial], Optimizer]
+    build: Callable[[Sequence[Tensor], int, Trial, Task | None], Optimizer]
 
     @property
     def version(self) -> str | None:
@@ -71,6 +79,7 @@ def make_optimizer(
     steps: int,
     trial: int = 0,
     *,
+    task: Task | None = None,
     theta: Theta | str | PathLike[str] = "default",
     impl: str = "auto",
 ) -> Optimizer:
@@ -79,6 +88,7 @@ def make_optimizer(
     Args:
         params: leaf tensors that require gradients.
         trial: which of the opponent's trials.
+        task: whose parameters ``params`` are, in its order, for opponents that treat hidden layers differently.
         theta, impl: of the learned optimizer; "lopt" is told the number of steps, "lopt-untold" is not.
 
     Raises:
@@ -100,7 +110,7 @@ def make_optimizer(
         raise ValueError(f"trial: expected 0 to {len(found.trials) - 1} of {name}, got {trial}")
     if found.missing is not None:
         raise ModuleNotFoundError(f"optimizer {name}: {found.missing}")
-    return found.build(params, steps, found.trials[trial])
+    return found.build(params, steps, found.trials[trial], task)
 
 
 def opponent(name: str) -> Opponent:
@@ -159,59 +169,105 @@ class _Joined(Optimizer):
             part.step()
         return value
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of every part."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
 
-def _cosine(optimizer: Optimizer, steps: int) -> Optimizer:
-    """The optimizer, whose learning rates fall to 0 along half a cosine: ``lr (1 + cos(pi t / steps)) / 2``."""
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (1 + math.cos(math.pi * t / steps)) / 2)
+
+def _scheduled(optimizer: Optimizer, steps: int, warmup: float = 0.0) -> Optimizer:
+    """The optimizer, whose learning rates fall to 0 along half a cosine, ``lr (1 + cos(pi t / steps)) / 2``, after they
+    rose in a straight line for the first ``warmup`` of the steps."""
+    rising = round(warmup * steps)
+
+    def factor(t: int) -> float:
+        if t < rising:
+            return (t + 1) / (rising + 1)
+        return (1 + math.cos(math.pi * (t - rising) / max(steps - rising, 1))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     optimizer.register_step_post_hook(lambda *_: schedule.step())
     return optimizer
 
 
-Build = Callable[[Sequence[Tensor], int, Trial], Optimizer]
+Build = Callable[[Sequence[Tensor], int, Trial, Task | None], Optimizer]
 
 
-def _torch(kind: type[Optimizer], cosine: bool = False) -> Build:
-    def build(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
-        optimizer = kind(params, **trial)
-        return _cosine(optimizer, steps) if cosine else optimizer
-
-    return build
+def _torch(kind: type[Optimizer]) -> Build:
+    return lambda params, steps, trial, task: kind(params, **trial)
 
 
-def _imported(module: str, name: str, cosine: bool = False) -> Build:
+def _imported(module: str, name: str) -> Build:
     """The class of that name in a module that is imported when it is needed."""
 
-    def build(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
+    def build(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
         optimizer: Optimizer = getattr(import_module(module), name)(params, **trial)
-        return _cosine(optimizer, steps) if cosine else optimizer
+        return optimizer
 
     return build
+
+
+def _cosine(build: Build, warmup: float = 0.0) -> Build:
+    return lambda params, steps, trial, task: _scheduled(build(params, steps, trial, task), steps, warmup)
 
 
 def _in_training(build: Build) -> Build:
     """Schedule-free optimizers refuse a step before they are told that training begins."""
 
-    def training(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
-        optimizer = build(params, steps, trial)
+    def training(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
+        optimizer = build(params, steps, trial, task)
         optimizer.train()  # type: ignore[attr-defined]
         return optimizer
 
     return training
 
 
-def _muon(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
-    """Muon for matrices and AdamW for the rest, with one learning rate: Muon's steps are scaled to AdamW's."""
-    matrices = [param for param in params if param.ndim == 2]
-    rest = [param for param in params if param.ndim != 2]
+def _muon(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
+    """Muon for hidden matrices and kernels, AdamW for embeddings, first and last layer, vectors.
+
+    A trial's ``lr`` is Muon's and, unless it has ``adamw``, that of AdamW too: Muon's steps are then scaled to its.
+    """
+    if task is None:
+        hidden = [param for param in params if param.ndim >= 2]
+    else:
+        named = dict(zip(task.shapes, params, strict=True))
+        hidden = [param for name, param in named.items() if name in task.hidden_weights]
+    rest = [param for param in params if not any(param is other for other in hidden)]
+    lr, adamw = trial["lr"], trial.get("adamw")
+    scale = "match_rms_adamw" if adamw is None else "original"
     parts: list[Optimizer] = []
-    if matrices:
-        parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", weight_decay=0.01, **trial))
+    if hidden:
+        transpose = task is not None and not task.outputs_first
+        parts.append(_MatrixMuon(hidden, transpose, lr=lr, weight_decay=0.01, adjust_lr_fn=scale))
     if rest:
-        parts.append(torch.optim.AdamW(rest, **trial))
-    return _cosine(_Joined(parts), steps)
+        parts.append(torch.optim.AdamW(rest, **(adamw or {"lr": lr})))
+    return _Joined(parts)
 
 
-def _mechanic(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
+class _MatrixMuon(torch.optim.Muon):
+    """Muon for matrices, transposed where they are ``[in, out]``, and for kernels as ``[out, in * window]``."""
+
+    def __init__(self, params: Sequence[Tensor], transpose: bool, **options: Any) -> None:
+        self.originals, self.transpose = params, transpose
+        super().__init__([self._matrix(param.detach()) for param in params], **options)
+
+    def _matrix(self, param: Tensor) -> Tensor:
+        """In the memory of the parameter, or of its gradient."""
+        return param.T if param.ndim == 2 and self.transpose else param.view(len(param), -1)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, by the gradients of the parameters."""
+        for param, matrix in zip(self.originals, self.param_groups[0]["params"], strict=True):
+            matrix.grad = None if param.grad is None else self._matrix(param.grad.contiguous())
+        return super().step(closure)  # type: ignore[no-untyped-call]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of the parameters."""
+        for param in self.originals:
+            param.grad = None
+
+
+def _mechanic(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
     # Without stored offsets its first steps, 1e-8 of AdamW's, are lost in the rounding of float32 parameters.
     kind = import_module("mechanic_pytorch").mechanize(torch.optim.AdamW, store_delta=True)
     optimizer: Optimizer = kind(params, **trial)
@@ -220,7 +276,7 @@ def _mechanic(params: Sequence[Tensor], steps: int, trial: Trial) -> Optimizer:
 
 def _with_steps(kind: Callable[..., Optimizer], **fixed: Any) -> Build:
     """An optimizer that is told the number of steps."""
-    return lambda params, steps, trial: kind(params, steps, **trial, **fixed)
+    return lambda params, steps, trial, task: kind(params, steps, **trial, **fixed)
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
@@ -232,9 +288,12 @@ def _lrs(default: float, **fixed: Any) -> tuple[Trial, ...]:
 
 _ADAM, _ADAMW, _NADAM, _SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.SGD
 _NADAMW = _with_steps(NAdamW)
+_WITH_WARMUP: tuple[Trial, ...] = tuple({"lr": lr} for lr in LRS)
+#: What its authors recommend. Source: github.com/KellerJordan/Muon, README.
+_MUON: Trial = {"lr": 0.02, "adamw": {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.01}}
 _LIST = tuple(nadamw_config(seed) for seed in ORDER)
-_SOAP = _imported("pytorch_optimizer", "SOAP", cosine=True)
-_SHAMPOO = _imported("pytorch_optimizer", "Shampoo", cosine=True)
+_SOAP = _cosine(_imported("pytorch_optimizer", "SOAP"))
+_SHAMPOO = _cosine(_imported("pytorch_optimizer", "Shampoo"))
 _SCHEDULE_FREE = _in_training(_imported("schedulefree", "AdamWScheduleFree"))
 _PRODIGY_PLUS = _in_training(_imported("prodigyplus", "ProdigyPlusScheduleFree"))
 _PRODIGY_PLUS_TRIAL = {"lr": 1.0, "split_groups": False}  # there is one group; otherwise it says so on the terminal
@@ -246,13 +305,13 @@ OPPONENTS: dict[str, Opponent] = {
         # tuning-free
         Opponent("adam", ({"lr": 1e-3},), None, _torch(_ADAM)),
         Opponent("adamw", ({"lr": 1e-3},), None, _torch(_ADAMW)),
-        Opponent("adamw-cosine", ({"lr": 1e-3},), None, _torch(_ADAMW, cosine=True)),
-        Opponent("adam-cosine-3e-2", ({"lr": 3e-2},), None, _torch(_ADAM, cosine=True)),
+        Opponent("adamw-cosine", ({"lr": 1e-3},), None, _cosine(_torch(_ADAMW))),
+        Opponent("adam-cosine-3e-2", ({"lr": 3e-2},), None, _cosine(_torch(_ADAM))),
         Opponent("nadam", ({"lr": 2e-3},), None, _torch(_NADAM)),
-        Opponent("muon", ({"lr": 1e-3},), None, _muon),
+        Opponent("muon", (_MUON,), None, _cosine(_muon)),
         Opponent("nadamw-list-1", _LIST[:1], None, _NADAMW),
         Opponent("prodigy", ({"lr": 1.0},), "prodigyopt", _imported("prodigyopt", "Prodigy")),
-        Opponent("prodigy-cosine", ({"lr": 1.0},), "prodigyopt", _imported("prodigyopt", "Prodigy", cosine=True)),
+        Opponent("prodigy-cosine", ({"lr": 1.0},), "prodigyopt", _cosine(_imported("prodigyopt", "Prodigy"))),
         Opponent("dog", ({"lr": 1.0},), "dog-optimizer", _imported("dog", "DoG")),
         Opponent("mechanic", ({"lr": 1.0},), "mechanic-pytorch", _mechanic),
         Opponent("schedule-free", ({"lr": 2.5e-3},), "schedulefree", _SCHEDULE_FREE),
@@ -261,14 +320,16 @@ OPPONENTS: dict[str, Opponent] = {
         # tuned for each task: 14 learning rates
         Opponent("adam-tuned", _lrs(1e-3), None, _torch(_ADAM)),
         Opponent("adamw-tuned", _lrs(1e-3), None, _torch(_ADAMW)),
-        Opponent("adamw-cosine-tuned", _lrs(1e-3), None, _torch(_ADAMW, cosine=True)),
+        Opponent("adamw-cosine-tuned", _lrs(1e-3), None, _cosine(_torch(_ADAMW))),
         Opponent("nadam-tuned", _lrs(2e-3), None, _torch(_NADAM)),
         Opponent("sgd-tuned", _lrs(1e-2, momentum=0.9), None, _torch(_SGD)),
-        Opponent("sgd-cosine-tuned", _lrs(1e-2, momentum=0.9), None, _torch(_SGD, cosine=True)),
-        Opponent("muon-tuned", _lrs(1e-3), None, _muon),
+        Opponent("sgd-cosine-tuned", _lrs(1e-2, momentum=0.9), None, _cosine(_torch(_SGD))),
         Opponent("schedule-free-tuned", _lrs(2.5e-3), "schedulefree", _SCHEDULE_FREE),
         Opponent("soap-tuned", _lrs(3e-3), "pytorch-optimizer", _SOAP),
         Opponent("shampoo-tuned", _lrs(1e-1), "pytorch-optimizer", _SHAMPOO),
+        # tuned for each task: 8 learning rates, with warm-up and cosine
+        Opponent("adamw-warmup-tuned", _WITH_WARMUP, None, _cosine(_torch(_ADAMW), WARMUP)),
+        Opponent("muon-warmup-tuned", _WITH_WARMUP, None, _cosine(_muon, WARMUP)),
         # tuned for each task: 1000 configurations; mind the budget, as in nadamw-list@10
         Opponent("nadamw-list", _LIST, None, _NADAMW),
         Opponent("nadamw-list-jax", _LIST, None, _with_steps(NAdamW, warmup="max")),

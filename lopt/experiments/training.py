@@ -91,7 +91,8 @@ class TaskRun(Run):
         """The optimizer of this run."""
         if self.optimizer == BLIND:
             return Blind(params, self.theta, total_steps=steps)
-        return make_optimizer(self.optimizer, params, steps, self.trial, theta=self.theta or "default")
+        theta = self.theta or "default"
+        return make_optimizer(self.optimizer, params, steps, self.trial, task=self.problem, theta=theta)
 
 
 class Blind(LearnedOptimizer):

@@ -36,6 +36,10 @@ class ModuleTask(SampledTask):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(param.shape) for name, param in self.module.named_parameters()}
 
+    @property
+    def outputs_first(self) -> bool:
+        return True
+
     def init(self, seed: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "init"))

@@ -136,6 +136,20 @@ class Task(ABC):
         return value.T if name in self.transposed else value.flatten(1)
 
     @property
+    def hidden_weights(self) -> frozenset[str]:
+        """Names of the weights of hidden layers, matrices or kernels: all but embeddings, the first and the last layer.
+
+        What these are follows from order and names; a task for which that is wrong says it itself.
+        """
+        weights = [name for name, shape in self.shapes.items() if len(shape) >= 2]
+        return frozenset(name for name in weights[1:-1] if name.split(".")[0] not in ("embedding", "positions"))
+
+    @property
+    def outputs_first(self) -> bool:
+        """Whether matrices are ``[out, in]``, as torch has them, or ``[in, out]``; kernels are ``[out, in, ...]``."""
+        return False
+
+    @property
     def loss_floor(self) -> float | None:
         """A value below which no loss can fall; None when none is known."""
         return None
