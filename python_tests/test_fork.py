@@ -31,11 +31,12 @@ ENGINE = """
 import torch
 from lopt import Theta
 from lopt.meta import engine
+from lopt.tasks.network import perceptron
 
 def train():
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(50, 4, generator=generator), torch.randint(3, (50,), generator=generator))
-    problem = engine.Problem((4, 8, 3), "relu", "softmax", 16, (rows,) * 3)
+    problem = engine.Problem(perceptron((4, 8, 3), "relu"), 16, (rows,) * 3)
     theta = Theta.load("default")
     init = torch.randn(problem.num_params, generator=generator)
     state = lambda: engine.start(theta.spec, problem, theta.flatten(), init)

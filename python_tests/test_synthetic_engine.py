@@ -12,6 +12,7 @@ from lopt.meta import engine
 from lopt.meta.unroll import Run, start, unroll
 from lopt.rule import unflatten
 from lopt.tasks import ENGINE_FAMILIES, Batch, sample_task
+from lopt.tasks.network import perceptron
 from lopt.tasks.synthetic import Family, Perceptron, Quadratic
 
 STEPS = 50
@@ -123,10 +124,10 @@ def test_paper_runs_are_the_same_in_both_engines(family: Family) -> None:
 
 def test_what_the_engine_cannot_run_is_none() -> None:
     assert engine.problem_of(Quadratic(seed=0)) is None
-    assert engine.problem_of(Perceptron(seed=0, data="mixture", hidden=(8,) * 5)) is None
+    assert engine.problem_of(Perceptron(seed=0, data="mixture", hidden=(8,) * engine.MAX_LAYERS)) is None
     problem = engine.problem_of(Perceptron(seed=0, data="mixture", hidden=(8,) * 4, batch_size=9))
     assert problem is not None
-    assert (problem.sizes, problem.batch, problem.loss) == ((8, 8, 8, 8, 8, 4), 9, "softmax")
+    assert (problem.network, problem.batch) == (perceptron((8, 8, 8, 8, 8, 4), "relu"), 9)
 
 
 def test_initial_parameters_are_in_the_order_of_the_engine() -> None:

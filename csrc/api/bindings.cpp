@@ -23,6 +23,11 @@ int64_t start_run(uint64_t spec, uint64_t problem, uint64_t theta, uint64_t init
                        pointer<float>(state));
 }
 
+float loss_and_gradient(uint64_t problem, int64_t split, uint64_t key, int64_t step, uint64_t param, uint64_t grad) {
+  return loss_and_gradient_cpu(*pointer<Problem>(problem), split, key, step, pointer<float>(param),
+                               pointer<float>(grad));
+}
+
 void unroll(uint64_t spec, uint64_t problems, uint64_t runs, int64_t num_runs, uint64_t theta, int64_t theta_stride,
             int num_threads) {
   const Spec& s = *pointer<Spec>(spec);
@@ -66,4 +71,6 @@ PYBIND11_MODULE(_C, m) {
         "Write the state of an inner run before its first step; with state 0 only return its size in floats.");
   m.def("unroll", &lopt::unroll, "spec"_a, "problems"_a, "runs"_a, "num_runs"_a, "theta"_a, "theta_stride"_a,
         "num_threads"_a, py::call_guard<py::gil_scoped_release>(), "Continue inner runs; see csrc/unroll/unroll.h.");
+  m.def("loss_and_gradient", &lopt::loss_and_gradient, "problem"_a, "split"_a, "key"_a, "step"_a, "param"_a, "grad"_a,
+        "Loss of a minibatch of a problem of the unroll engine, and its gradient.");
 }

@@ -21,6 +21,8 @@ namespace lopt {
   int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
   bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,     \
               int64_t theta_stride, int num_threads);                                                               \
+  float loss_and_gradient(const Problem& problem, int64_t split, uint64_t key, int64_t step, const float* param,    \
+                          float* grad);                                                                             \
   }
 LOPT_DECLARE(baseline)
 #ifdef LOPT_X86_LEVELS
@@ -38,6 +40,7 @@ struct CpuKernels {
   decltype(&baseline::multiply_add_rate) multiply_add_rate;
   decltype(&baseline::start_run) start_run;
   decltype(&baseline::unroll) unroll;
+  decltype(&baseline::loss_and_gradient) loss_and_gradient;
 };
 
 #define LOPT_KERNELS(name, isa)                                                                   \
@@ -45,7 +48,8 @@ struct CpuKernels {
    {isa::begin, isa::accumulate, isa::advance, isa::apply, isa::sweep, isa::finish, write_words}, \
    isa::multiply_add_rate,                                                                        \
    isa::start_run,                                                                                \
-   isa::unroll}
+   isa::unroll,                                                                                   \
+   isa::loss_and_gradient}
 
 constexpr CpuKernels kKernels[] = {
 #ifdef LOPT_X86_LEVELS
@@ -111,6 +115,11 @@ int64_t start_run_cpu(const Spec& spec, const Problem& problem, const float* the
 bool unroll_cpu(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,
                 int64_t theta_stride, int num_threads) {
   return selected()->unroll(spec, problems, runs, num_runs, theta, theta_stride, num_threads);
+}
+
+float loss_and_gradient_cpu(const Problem& problem, int64_t split, uint64_t key, int64_t step, const float* param,
+                            float* grad) {
+  return selected()->loss_and_gradient(problem, split, key, step, param, grad);
 }
 
 }  // namespace lopt

@@ -1,5 +1,5 @@
-// Dense layers of small perceptrons on SIMD vectors: matrix product, activations, losses. Rows are padded to whole
-// vectors, so no loop has a tail.
+// Matrix products, activations and losses of small networks on SIMD vectors. Rows are padded to whole vectors, so no loop
+// has a tail.
 #pragma once
 
 #include "cpu/simd.h"
@@ -11,34 +11,52 @@ namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-// kRows rows of c[m, n] = bias[n] + sum_k a[m row_stride + k column_stride] b[k, n]
-template <int kRows>
-void product_rows(int64_t n_padded, int64_t depth, const float* a, int64_t row_stride, int64_t column_stride,
-                  const float* b, const float* bias, float* c) {
+// A factor of a product: element [m, k] lies at m row_stride + k column_stride; k goes over `segments` pieces of `depth`
+// that are segment_stride apart.
+struct Factor {
+  const float* at;
+  int64_t row_stride, column_stride;
+  int64_t depth, segments = 1, segment_stride = 0;
+};
+
+// kRows rows of c[m, n] = start + sum_k a[m, k] b[k, n]; what it starts with is bias[n], or 0, or with kAdd what is there.
+template <int kRows, bool kAdd>
+void product_rows(int64_t n_padded, const Factor& a, const float* b, const float* bias, float* c) {
   for (int64_t n = 0; n < n_padded; n += kLanes) {
     Vec sum[kRows];
     LOPT_UNROLL
-    for (int r = 0; r < kRows; ++r) sum[r] = bias ? load(bias + n, kLanes) : Vec{};
-    for (int64_t k = 0; k < depth; ++k) {
-      const Vec row = load(b + k * n_padded + n, kLanes);
-      LOPT_UNROLL
-      for (int r = 0; r < kRows; ++r) sum[r] += a[r * row_stride + k * column_stride] * row;
+    for (int r = 0; r < kRows; ++r)
+      sum[r] = kAdd ? load(c + r * n_padded + n, kLanes) : bias ? load(bias + n, kLanes) : Vec{};
+    const float* row_of_b = b + n;
+    for (int64_t s = 0; s < a.segments; ++s) {
+      const float* element = a.at + s * a.segment_stride;
+      for (int64_t k = 0; k < a.depth; ++k, element += a.column_stride, row_of_b += n_padded) {
+        const Vec row = load(row_of_b, kLanes);
+        LOPT_UNROLL
+        for (int r = 0; r < kRows; ++r) sum[r] += element[r * a.row_stride] * row;
+      }
     }
     LOPT_UNROLL
     for (int r = 0; r < kRows; ++r) store(c + r * n_padded + n, sum[r], kLanes);
   }
 }
 
-// c [rows, n_padded]; b [depth, n_padded]; bias [n_padded] or null.
+// c [rows, n_padded]; b [segments * depth, n_padded]; bias [n_padded] or null.
+template <bool kAdd = false>
+void product(int64_t rows, int64_t n_padded, Factor a, const float* b, const float* bias, float* c) {
+  const auto next = [&](int64_t count) {
+    a.at += count * a.row_stride;
+    c += count * n_padded;
+    rows -= count;
+  };
+  for (; rows >= 8; next(8)) product_rows<8, kAdd>(n_padded, a, b, bias, c);
+  for (; rows >= 2; next(2)) product_rows<2, kAdd>(n_padded, a, b, bias, c);
+  for (; rows >= 1; next(1)) product_rows<1, kAdd>(n_padded, a, b, bias, c);
+}
+
 inline void product(int64_t rows, int64_t n_padded, int64_t depth, const float* a, int64_t row_stride,
                     int64_t column_stride, const float* b, const float* bias, float* c) {
-  int64_t m = 0;
-  for (; m + 8 <= rows; m += 8)
-    product_rows<8>(n_padded, depth, a + m * row_stride, row_stride, column_stride, b, bias, c + m * n_padded);
-  for (; m + 2 <= rows; m += 2)
-    product_rows<2>(n_padded, depth, a + m * row_stride, row_stride, column_stride, b, bias, c + m * n_padded);
-  for (; m < rows; ++m)
-    product_rows<1>(n_padded, depth, a + m * row_stride, row_stride, column_stride, b, bias, c + m * n_padded);
+  product(rows, n_padded, Factor{a, row_stride, column_stride, depth}, b, bias, c);
 }
 
 // Phi(x), the distribution function of the standard normal.

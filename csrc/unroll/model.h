@@ -25,6 +25,8 @@ struct ModelTensor {
 
 inline ModelTensor vector_of(int64_t size) { return {1, {size, 1, 1, 1}, false}; }
 inline ModelTensor matrix_of(int64_t in, int64_t out) { return {2, {in, out, 1, 1}, true}; }
+inline ModelTensor table_of(int64_t rows, int64_t width) { return {2, {rows, width, 1, 1}, false}; }
+inline ModelTensor kernel_of(int64_t in, int64_t out) { return {4, {out, in, 3, 3}, false}; }
 
 // The same as shape_records of lopt/kernels/structs.py.
 inline TensorShape shape_of(const ModelTensor& tensor) {

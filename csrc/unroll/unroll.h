@@ -1,4 +1,4 @@
-// Whole inner training runs of small perceptrons under the learned optimizer, for meta-training.
+// Whole inner training runs of small networks under the learned optimizer, for meta-training.
 //
 // A run is one theta, one problem, one stream of minibatches. `unroll_cpu` continues many runs, spread over threads; a run
 // keeps everything between two calls in its state buffer, so windows of any length give the same numbers.
@@ -10,25 +10,48 @@
 
 namespace lopt {
 
-constexpr int kMaxLayers = 5;  // weight matrices: up to 4 hidden layers
+constexpr int kMaxLayers = 64;
 
+// What a layer makes of the rows it is given. Layers that have parameters keep them in this order, one layer after the
+// other: weight [in, out], bias [out]; gain [out], bias [out]; table [rows, width]; kernel [out, in, 3, 3], bias [out].
+enum LayerKind : int64_t {
+  kDense,        // x W + b; option: whether there is a bias
+  kActivation,   // option: enum Activation
+  kNorm,         // of a place, with a gain; option: enum Norm
+  kBranch,       // nothing; what is here is added at the next join without a branch of its own in between
+  kJoin,         // x + what was at the branch
+  kEmbedding,    // symbols -> rows of a table, one after the other; first of all layers; option: number of symbols
+  kPositions,    // x + the row of a table for each place
+  kConvolution,  // 3 x 3 over a square of places, with zeros around it, and a bias
+  kPool,         // 2 x 2 places become one; option: enum Pool
+  kMean,         // of all places
+  kFlatten,      // all places in one row: the places of the first channel, then those of the second, ...
+  kAttention,    // queries, keys and values [3 out] -> out; a place sees those up to itself; option: number of heads
+};
 enum Activation : int64_t { kRelu, kTanh, kGelu };
+enum Norm : int64_t { kLayerNorm, kRmsNorm };  // the former with a bias
+enum Pool : int64_t { kMaxPool, kMeanPool };
 enum Loss : int64_t { kSoftmax, kSquaredError };  // means over rows, and over rows and outputs
 enum Split { kTrain, kInnerValid, kOuterValid, kNumSplits };
 
-// A perceptron and its data. Parameters are w0 [in, out], b0 [out], w1, b1, ... in one vector.
-using Sizes = int64_t[kMaxLayers + 1];
+// A network and its data. A row of data is `places` times `inputs` numbers, or with `tokens` a window of so many symbols of
+// a stream; the last layer then predicts the next symbol, after every place that it has.
+using PerLayer = int64_t[kMaxLayers];
 using PerSplit = int64_t[kNumSplits];
 using Keys = uint64_t[kNumSplits];
-#define LOPT_PROBLEM(FIELD)                                          \
-  FIELD(int64_t, num_layers)                                         \
-  FIELD(Sizes, sizes)        /* inputs, hidden widths, outputs */    \
-  FIELD(int64_t, activation) /* enum Activation */                   \
-  FIELD(int64_t, loss)       /* enum Loss */                         \
-  FIELD(int64_t, batch)                                              \
-  FIELD(PerSplit, rows)                                              \
-  FIELD(PerSplit, inputs)  /* addresses of float [rows, sizes[0]] */ \
-  FIELD(PerSplit, targets) /* addresses of int64 [rows] labels, or float [rows, outputs] */
+#define LOPT_PROBLEM(FIELD)                                                                      \
+  FIELD(int64_t, num_layers)                                                                     \
+  FIELD(PerLayer, kinds) /* enum LayerKind */                                                    \
+  FIELD(PerLayer, options)                                                                       \
+  FIELD(PerLayer, outputs) /* numbers of a place after the layer */                              \
+  FIELD(int64_t, tokens)                                                                         \
+  FIELD(int64_t, places)                                                                         \
+  FIELD(int64_t, inputs)                                                                         \
+  FIELD(int64_t, loss) /* enum Loss */                                                           \
+  FIELD(int64_t, batch)                                                                          \
+  FIELD(PerSplit, rows)    /* that a minibatch draws from; of tokens where a window can begin */ \
+  FIELD(PerSplit, data)    /* addresses of float [rows, places, inputs], or int64 [symbols] */   \
+  FIELD(PerSplit, targets) /* addresses of int64 [rows] labels, or float [rows, outputs]; of tokens unused */
 struct Problem {
   LOPT_PROBLEM(LOPT_MEMBER)
 };
@@ -63,6 +86,10 @@ LOPT_HD int64_t minibatch_row(uint64_t key, uint64_t step, uint64_t batch, uint6
 // Writes the state before the first step (init: [parameters]) and returns its size in floats; with a null state it only
 // returns the size. -1 when no kernel is compiled for the spec.
 int64_t start_run_cpu(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state);
+
+// The loss of minibatch `step` of a stream, and its gradient [parameters].
+float loss_and_gradient_cpu(const Problem& problem, int64_t split, uint64_t key, int64_t step, const float* param,
+                            float* grad);
 
 // Continues all runs; theta: [*, theta_stride]. False when no kernel is compiled for the spec.
 bool unroll_cpu(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,

@@ -13,7 +13,7 @@
 #include "cpu/apply_block.h"
 #include "cpu/lstm_cell.h"
 #include "cpu/threads.h"
-#include "unroll/perceptron.h"
+#include "unroll/network.h"
 
 namespace lopt {
 namespace LOPT_ISA {
@@ -200,7 +200,7 @@ struct Engine {
 bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,
             int64_t theta_stride, int num_threads) {
   return with_kernel(spec.feature_set, spec.width, [&](auto features, auto width_constant) {
-    using EngineOf = Engine<decltype(features), decltype(width_constant)::value, Perceptron>;
+    using EngineOf = Engine<decltype(features), decltype(width_constant)::value, Network>;
     int64_t scratch = 0;
     for (int64_t i = 0; i < num_runs; ++i) {
       Arena arena{nullptr};
@@ -226,8 +226,8 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
   int64_t size = -1;
   with_kernel(spec.feature_set, spec.width, [&](auto features, auto) {
     using Features = decltype(features);
-    const int tensors = num_tensors<Perceptron>(problem);
-    const int64_t params = num_params<Perceptron>(problem);
+    const int tensors = num_tensors<Network>(problem);
+    const int64_t params = num_params<Network>(problem);
     const RunState state(spec, Features::kNumMom, Features::kNumRms, params, tensors, base);
     size = state.size;
     if (!base) return;
@@ -244,6 +244,19 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
     }
   });
   return size;
+}
+
+float loss_and_gradient(const Problem& problem, int64_t split, uint64_t key, int64_t step, const float* param,
+                        float* grad) {
+  Arena counted{nullptr};
+  const Network first(problem, counted);
+  std::vector<float> memory(static_cast<size_t>(counted.used) + 16);
+  Arena arena{reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63})};
+  Network model(problem, arena);
+  model.gather(static_cast<Split>(split), key, step);
+  const float loss = model.forward(param);
+  model.backward(grad);
+  return loss;
 }
 
 }  // namespace LOPT_ISA

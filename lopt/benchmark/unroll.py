@@ -15,6 +15,7 @@ from lopt.meta.executors import LocalProcesses
 from lopt.rule import Theta, unflatten
 from lopt.tasks import sample_task
 from lopt.tasks.families import Family, with_batch_size
+from lopt.tasks.network import perceptron
 
 #: Layer widths and batch sizes: two tasks of the literature and a smaller one.
 PROBLEMS = (((16, 16, 8), 16), ((64, 16, 10), 16), ((64, 32, 10), 64))
@@ -72,7 +73,7 @@ def run(preset: str, sizes: tuple[int, ...], batch: int, steps: int, windows: in
         )
         for rows in (512, 128, 256)
     )
-    problem = engine.Problem(sizes, "relu", "softmax", batch, data)
+    problem = engine.Problem(perceptron(sizes, "relu"), batch, data)
     init = torch.randn(problem.num_params, generator=generator) * 0.1
     flat = theta.flatten()
     inner = engine.EngineRun(0, 0, engine.start(theta.spec, problem, flat, init), (1, 2, 3), windows * steps)

@@ -32,10 +32,8 @@ LEARNED = ("lopt", "lopt-untold")
 #: of a decade apart, from the default outwards.
 FACTORS = tuple(10.0 ** (k / 3) for k in sorted(range(-6, 8), key=lambda k: (abs(k), k)))
 
-#: Learning rates of Adams that are tuned with a warm-up: a quarter of a decade apart, 5.6e-4 to 3.2e-2. Those of Muons,
-#: 1.8e-3 to .1, are half a decade higher: on the validation suite of language models their best is.
+#: Learning rates of Adams and Muons that are tuned with a warm-up: a quarter of a decade apart, 5.6e-4 to 3.2e-2.
 LRS = tuple(10.0 ** (-2.5 + k / 4) for k in sorted(range(-3, 5), key=lambda k: (abs(k), k)))
-MUON_LRS = tuple(10.0**0.5 * lr for lr in LRS)
 
 #: Share of the steps in which a learning rate with warm-up rises.
 WARMUP = 0.05
@@ -231,16 +229,16 @@ def _muon(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None)
     """
     if task is None:
         hidden = [param for param in params if param.ndim >= 2]
+        transposed = [False] * len(hidden)
     else:
-        named = dict(zip(task.shapes, params, strict=True))
-        hidden = [param for name, param in named.items() if name in task.hidden_weights]
+        named = {name: param for name, param in zip(task.shapes, params, strict=True) if name in task.hidden_weights}
+        hidden, transposed = list(named.values()), [name in task.transposed for name in named]
     rest = [param for param in params if not any(param is other for other in hidden)]
     lr, adamw = trial["lr"], trial.get("adamw")
     scale = "match_rms_adamw" if adamw is None else "original"
     parts: list[Optimizer] = []
     if hidden:
-        transpose = task is not None and not task.outputs_first
-        parts.append(_MatrixMuon(hidden, transpose, lr=lr, weight_decay=0.01, adjust_lr_fn=scale))
+        parts.append(_MatrixMuon(hidden, transposed, lr=lr, weight_decay=0.01, adjust_lr_fn=scale))
     if rest:
         parts.append(torch.optim.AdamW(rest, **(adamw or {"lr": lr})))
     return _Joined(parts)
@@ -249,23 +247,24 @@ def _muon(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None)
 class _MatrixMuon(torch.optim.Muon):
     """Muon for matrices, transposed where they are ``[in, out]``, and for kernels as ``[out, in * window]``."""
 
-    def __init__(self, params: Sequence[Tensor], transpose: bool, **options: Any) -> None:
-        self.originals, self.transpose = params, transpose
-        super().__init__([self._matrix(param.detach()) for param in params], **options)
+    def __init__(self, params: Sequence[Tensor], transposed: Sequence[bool], **options: Any) -> None:
+        self.originals = list(zip(params, transposed, strict=True))
+        super().__init__([self._matrix(param.detach(), turned) for param, turned in self.originals], **options)
 
-    def _matrix(self, param: Tensor) -> Tensor:
+    @staticmethod
+    def _matrix(param: Tensor, transposed: bool) -> Tensor:
         """In the memory of the parameter, or of its gradient."""
-        return param.T if param.ndim == 2 and self.transpose else param.view(len(param), -1)
+        return param.T if transposed else param.view(len(param), -1)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, by the gradients of the parameters."""
-        for param, matrix in zip(self.originals, self.param_groups[0]["params"], strict=True):
-            matrix.grad = None if param.grad is None else self._matrix(param.grad.contiguous())
+        for (param, turned), matrix in zip(self.originals, self.param_groups[0]["params"], strict=True):
+            matrix.grad = None if param.grad is None else self._matrix(param.grad.contiguous(), turned)
         return super().step(closure)  # type: ignore[no-untyped-call]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Of the parameters."""
-        for param in self.originals:
+        for param, _ in self.originals:
             param.grad = None
 
 
@@ -284,16 +283,13 @@ def _with_steps(kind: Callable[..., Optimizer], **fixed: Any) -> Build:
 # ---- The table ------------------------------------------------------------------------------------------------------
 
 
-def _each(lrs: Iterable[float], **fixed: Any) -> tuple[Trial, ...]:
-    return tuple({"lr": lr, **fixed} for lr in lrs)
-
-
 def _lrs(default: float, **fixed: Any) -> tuple[Trial, ...]:
-    return _each((default * factor for factor in FACTORS), **fixed)
+    return tuple({"lr": default * factor, **fixed} for factor in FACTORS)
 
 
 _ADAM, _ADAMW, _NADAM, _SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.SGD
 _NADAMW = _with_steps(NAdamW)
+_WITH_WARMUP: tuple[Trial, ...] = tuple({"lr": lr} for lr in LRS)
 #: What its authors recommend. Source: github.com/KellerJordan/Muon, README.
 _MUON: Trial = {"lr": 0.02, "adamw": {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.01}}
 _LIST = tuple(nadamw_config(seed) for seed in ORDER)
@@ -333,8 +329,8 @@ OPPONENTS: dict[str, Opponent] = {
         Opponent("soap-tuned", _lrs(3e-3), "pytorch-optimizer", _SOAP),
         Opponent("shampoo-tuned", _lrs(1e-1), "pytorch-optimizer", _SHAMPOO),
         # tuned for each task: 8 learning rates, with warm-up and cosine
-        Opponent("adamw-warmup-tuned", _each(LRS), None, _cosine(_torch(_ADAMW), WARMUP)),
-        Opponent("muon-warmup-tuned", _each(MUON_LRS), None, _cosine(_muon, WARMUP)),
+        Opponent("adamw-warmup-tuned", _WITH_WARMUP, None, _cosine(_torch(_ADAMW), WARMUP)),
+        Opponent("muon-warmup-tuned", _WITH_WARMUP, None, _cosine(_muon, WARMUP)),
         # tuned for each task: 1000 configurations; mind the budget, as in nadamw-list@10
         Opponent("nadamw-list", _LIST, None, _NADAMW),
         Opponent("nadamw-list-jax", _LIST, None, _with_steps(NAdamW, warmup="max")),

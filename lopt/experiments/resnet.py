@@ -17,10 +17,9 @@ from torch.nn import functional
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.race import figure, race, text
 from lopt.experiments.runs import Run, Setting
-from lopt.tasks.attention import ONES
 from lopt.tasks.data import catalogue, generated
 from lopt.tasks.image_tasks import ImageData, ImageTask, centred
-from lopt.tasks.pieces import ZEROS, Initialiser, Layout, Params, Weights
+from lopt.tasks.pieces import ONES, ZEROS, Initialiser, Layout, Params, Weights
 from lopt.tasks.sampled import cross_entropy
 from lopt.tasks.seeds import generator
 from lopt.tasks.task import Batch, SplitName

@@ -48,7 +48,7 @@ FILLED = {
     "AdvanceParams": "spec theta shapes rows num_tensors step train_loss valid_loss clip from_lstm pending_loss "
     "nonfinite h c feedback initial_scale updates stats lr decay total_steps hidden new_train new_valid train_value "
     f"valid_value {_INPUTS} to_lstm finished",
-    "Problem": "num_layers sizes activation loss batch rows inputs targets",
+    "Problem": "num_layers kinds options outputs tokens places inputs loss batch rows data targets",
     "Run": "problem theta state keys steps valid_every valid_batches loss_every total_steps outer_losses train_losses",
 }
 

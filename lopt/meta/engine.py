@@ -1,10 +1,11 @@
-"""The fused unroll engine: whole inner training runs of small perceptrons in one call of compiled code.
+"""The fused unroll engine: whole inner training runs of small networks in one call of compiled code.
 
-The same inner run as lopt/meta/unroll.py, for problems that are perceptrons, some fifty times as fast: minibatch,
-forward, backward, both device operations and the LSTM in one C++ loop (csrc/unroll/unroll_cpu.cpp). Runs are
-independent; they are spread over threads, and results do not depend on how many.
+The same inner run as lopt/meta/unroll.py, for tasks that are networks of its layers (lopt/tasks/network.py), for
+perceptrons some fifty times as fast: minibatch, forward, backward, both device operations and the LSTM in one C++ loop
+(csrc/unroll/unroll_cpu.cpp). Runs are independent; they are spread over threads, and results do not depend on how many.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,92 +16,152 @@ from torch import Tensor
 from lopt.kernels.extension import NOT_BUILT, module_of
 from lopt.kernels.structs import PROBLEM, RUN, spec_record
 from lopt.rule import ThetaSpec
+from lopt.tasks.network import (
+    Activate,
+    Activation,
+    Attention,
+    Branch,
+    Convolution,
+    Dense,
+    Embedding,
+    Flatten,
+    Join,
+    Layer,
+    Mean,
+    Network,
+    Norm,
+    Pool,
+    Positions,
+)
 from lopt.tasks.seeds import minibatch_key
-from lopt.tasks.synthetic import Perceptron
 from lopt.tasks.task import SplitName, Task
 
 SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid")
-ACTIVATIONS = ("relu", "tanh", "gelu")
+
+# Positions in the enums of csrc/unroll/unroll.h.
+KINDS: tuple[type[Layer], ...] = (
+    Dense,
+    Activate,
+    Norm,
+    Branch,
+    Join,
+    Embedding,
+    Positions,
+    Convolution,
+    Pool,
+    Mean,
+    Flatten,
+    Attention,
+)
+ACTIVATIONS: tuple[Activation, ...] = ("relu", "tanh", "gelu")
+POOLS = ("max", "mean")
 LOSSES = ("softmax", "squared_error")
-MAX_LAYERS = 5
+
+#: Most layers of a network.
+MAX_LAYERS = PROBLEM["kinds"].shape[0] if PROBLEM.names else 0
+
+
+def _option(layer: Layer) -> int:
+    match layer:
+        case Dense(_, _, bias):
+            return int(bias is not None)
+        case Activate(function):
+            return ACTIVATIONS.index(function)
+        case Norm(_, bias):
+            return int(bias is None)
+        case Embedding(symbols):
+            return symbols
+        case Pool(kind):
+            return POOLS.index(kind)
+        case Attention(heads):
+            return heads
+    return 0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A perceptron and its data.
+    """A network and its data.
 
     Args:
-        sizes: inputs, hidden widths (up to four), outputs.
-        activation: of the hidden layers, one of ``ACTIVATIONS``.
-        loss: one of ``LOSSES``; means over rows, and over rows and outputs.
+        network: at most ``MAX_LAYERS`` layers.
         batch: rows of a minibatch.
-        data: for each of ``SPLITS`` the inputs ``[rows, sizes[0]]`` float32, and labels ``[rows]`` int64 or targets
-            ``[rows, sizes[-1]]`` float32.
+        data: for each of ``SPLITS`` the inputs ``[rows, ...]`` float32, ``places * inputs`` numbers in a row, and
+            labels ``[rows]`` int64 or targets ``[rows, outputs]`` float32. Or symbols ``[n]`` int64 of which windows
+            are drawn, and nothing.
+
+    Raises:
+        ValueError: too many layers, or data that does not belong to the network.
     """
 
-    sizes: tuple[int, ...]
-    activation: str
-    loss: str
+    network: Network
     batch: int
     data: tuple[tuple[Tensor, Tensor], ...]
 
     def __post_init__(self) -> None:
-        if not 2 <= len(self.sizes) <= MAX_LAYERS + 1 or min(self.sizes) < 1:
-            raise ValueError(f"sizes: expected 2 to {MAX_LAYERS + 1} positive widths, got {self.sizes}")
-        if self.activation not in ACTIVATIONS or self.loss not in LOSSES:
-            raise ValueError(
-                f"activation, loss: expected one of {ACTIVATIONS} and one of {LOSSES}, "
-                f"got {self.activation!r} and {self.loss!r}"
-            )
+        network = self.network
+        if len(network.layers) > MAX_LAYERS:
+            raise ValueError(f"network: expected at most {MAX_LAYERS} layers, got {len(network.layers)}")
         if self.batch < 1 or len(self.data) != len(SPLITS):
             raise ValueError(f"batch, data: expected a positive size and {len(SPLITS)} splits, got {self.batch}")
         for split, (inputs, targets) in zip(SPLITS, self.data, strict=True):
-            rows = inputs.shape[0]
-            shape = (rows,) if self.loss == "softmax" else (rows, self.sizes[-1])
-            dtype = torch.int64 if self.loss == "softmax" else torch.float32
-            if rows < 1 or inputs.dtype != torch.float32 or tuple(inputs.shape) != (rows, self.sizes[0]):
-                raise ValueError(
-                    f"{split} inputs: expected float32 [rows, {self.sizes[0]}], "
-                    f"got {inputs.dtype} {tuple(inputs.shape)}"
-                )
-            if targets.dtype != dtype or tuple(targets.shape) != shape:
-                raise ValueError(
-                    f"{split} targets: expected {dtype} {shape}, got {targets.dtype} {tuple(targets.shape)}"
-                )
-            if self.loss == "softmax" and (int(targets.min()) < 0 or int(targets.max()) >= self.sizes[-1]):
-                raise ValueError(f"{split} targets: expected labels from 0 to {self.sizes[-1] - 1}")
+            (self._check_symbols if network.tokens else self._check_rows)(split, inputs, targets)
         object.__setattr__(self, "data", tuple((x.contiguous(), y.contiguous()) for x, y in self.data))
+
+    def _check_symbols(self, split: str, inputs: Tensor, targets: Tensor) -> None:
+        window, symbols = self.network.places * self.network.inputs, self.network.layers[0]
+        assert isinstance(symbols, Embedding)
+        known = min(symbols.symbols, self.network.end.width)
+        if inputs.dtype != torch.int64 or inputs.dim() != 1 or len(inputs) <= window:
+            raise ValueError(
+                f"{split} inputs: expected int64 symbols, more than the {window} of a window, "
+                f"got {inputs.dtype} {tuple(inputs.shape)}"
+            )
+        if int(inputs.min()) < 0 or int(inputs.max()) >= known:
+            raise ValueError(f"{split} inputs: expected symbols from 0 to {known - 1}")
+
+    def _check_rows(self, split: str, inputs: Tensor, targets: Tensor) -> None:
+        rows, size, outputs = inputs.shape[0], self.network.places * self.network.inputs, self.network.end.width
+        labels = self.network.loss == "softmax"
+        shape, dtype = ((rows,), torch.int64) if labels else ((rows, outputs), torch.float32)
+        if self.network.end.places > 1:
+            raise ValueError(f"network: expected one place at the end, as rows have one target, got {self.network.end}")
+        if rows < 1 or inputs.dtype != torch.float32 or inputs[0].numel() != size:
+            raise ValueError(
+                f"{split} inputs: expected float32 [rows, {size}], got {inputs.dtype} {tuple(inputs.shape)}"
+            )
+        if targets.dtype != dtype or tuple(targets.shape) != shape:
+            raise ValueError(f"{split} targets: expected {dtype} {shape}, got {targets.dtype} {tuple(targets.shape)}")
+        if labels and (int(targets.min()) < 0 or int(targets.max()) >= outputs):
+            raise ValueError(f"{split} targets: expected labels from 0 to {outputs - 1}")
 
     @property
     def num_params(self) -> int:
         """Number of parameters."""
-        return sum((a + 1) * b for a, b in zip(self.sizes[:-1], self.sizes[1:], strict=True))
+        return sum(math.prod(shape) for shape in self.network.shapes.values())
 
     def record(self) -> np.ndarray[tuple[()], np.dtype[np.void]]:
         """The problem as csrc/unroll/unroll.h reads it; valid while this object lives."""
-        record = np.zeros((), PROBLEM)
-        record["num_layers"] = len(self.sizes) - 1
-        record["sizes"][: len(self.sizes)] = self.sizes
-        record["activation"], record["loss"] = ACTIVATIONS.index(self.activation), LOSSES.index(self.loss)
-        record["batch"] = self.batch
-        record["rows"] = [inputs.shape[0] for inputs, _ in self.data]
-        record["inputs"] = [inputs.data_ptr() for inputs, _ in self.data]
+        record, network = np.zeros((), PROBLEM), self.network
+        count, window = len(network.layers), network.places * network.inputs
+        record["num_layers"] = count
+        record["kinds"][:count] = [KINDS.index(type(layer)) for layer in network.layers]
+        record["options"][:count] = [_option(layer) for layer in network.layers]
+        record["outputs"][:count] = [place.width for place in (*network.flow[1:], network.end)]
+        record["tokens"], record["places"], record["inputs"] = network.tokens, network.places, network.inputs
+        record["loss"], record["batch"] = LOSSES.index(network.loss), self.batch
+        record["rows"] = [len(inputs) - window * network.tokens for inputs, _ in self.data]
+        record["data"] = [inputs.data_ptr() for inputs, _ in self.data]
         record["targets"] = [targets.data_ptr() for _, targets in self.data]
         return record
 
 
 def problem_of(task: Task) -> Problem | None:
     """The task as the engine runs it; None for what only the torch unroll can run."""
-    if (
-        NOT_BUILT
-        or not isinstance(task, Perceptron)
-        or len(task.sizes) > MAX_LAYERS + 1
-        or task.activation not in ACTIVATIONS
-    ):
+    network = None if NOT_BUILT else task.network
+    if network is None or len(network.layers) > MAX_LAYERS:
         return None
-    loss = "squared_error" if task.regression else "softmax"
-    data = tuple((task.splits[split].inputs, task.splits[split].targets) for split in SPLITS)
-    return Problem(task.sizes, task.activation, loss, task.batch_size, data)
+    batch = len(next(task.batches(0, "train"))[0])
+    return Problem(network, batch, tuple((rows.inputs, rows.targets) for rows in map(task.stored, SPLITS)))
 
 
 def initial_params(task: Task, seed: int) -> Tensor:
@@ -145,7 +206,7 @@ def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Ten
 
     Args:
         theta: ``[P]`` float32, on the CPU.
-        init: ``[num_params]`` float32: w0 ``[in, out]``, b0, w1, b1, ...
+        init: ``[num_params]`` float32, the tensors of ``problem.network.shapes`` one after the other.
     """
     if theta.shape != (spec.num_floats,) or init.shape != (problem.num_params,):
         raise ValueError(
@@ -168,6 +229,20 @@ def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Ten
 def params_of(spec: ThetaSpec, problem: Problem, state: Tensor) -> Tensor:
     """The parameters ``[num_params]`` in a run's state, a view."""
     return state[: problem.num_params]
+
+
+def loss_and_grad(problem: Problem, params: Tensor, split: SplitName, key: int, step: int) -> tuple[float, Tensor]:
+    """Loss of minibatch ``step`` of a stream, and its gradient.
+
+    Args:
+        params: ``[num_params]``, as in :func:`start`.
+    """
+    if params.shape != (problem.num_params,):
+        raise ValueError(f"params: expected shape ({problem.num_params},), got {tuple(params.shape)}")
+    params, grad, record = params.float().contiguous(), torch.empty(problem.num_params), problem.record()
+    place = SPLITS.index(split), key, step
+    loss = module_of("cpu").loss_and_gradient(record.ctypes.data, *place, params.data_ptr(), grad.data_ptr())
+    return loss, grad
 
 
 def unroll(

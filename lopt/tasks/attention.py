@@ -6,7 +6,6 @@ Weights start normal with deviation .02, half of the time, and else as in the ot
 Not among TaskSet's families; today's models are made of it. Source: arXiv:1706.03762, arXiv:2010.11929.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lopt.tasks.image_tasks import ImageTask, sample_images
+from lopt.tasks.network import norm, self_attention
 from lopt.tasks.pieces import (
+    ONES,
     ZEROS,
     Initialiser,
     Layout,
@@ -36,7 +37,6 @@ from lopt.tasks.task import Batch
 from lopt.tasks.text_tasks import LanguageModel, sample_text
 
 SMALL = Initialiser("random_normal", 0.02)
-ONES = Initialiser("constant", 1.0)
 
 
 @dataclass(frozen=True)
@@ -70,37 +70,23 @@ class Transformer:
         """``[rows, positions, width]`` to the same; causal: a position sees only those before it and itself."""
         for block in (f"block{number}." for number in range(self.layers)):
             if self.norm_first:
-                x = x + self._attend(params, block, norm(params, f"{block}norm0.", x), causal)
-                x = x + self._think(params, block, norm(params, f"{block}norm1.", x))
+                x = x + self._attend(params, block, _norm(params, f"{block}norm0.", x), causal)
+                x = x + self._think(params, block, _norm(params, f"{block}norm1.", x))
             else:
-                x = norm(params, f"{block}norm0.", x + self._attend(params, block, x, causal))
-                x = norm(params, f"{block}norm1.", x + self._think(params, block, x))
-        return norm(params, "norm.", x)
+                x = _norm(params, f"{block}norm0.", x + self._attend(params, block, x, causal))
+                x = _norm(params, f"{block}norm1.", x + self._think(params, block, x))
+        return _norm(params, "norm.", x)
 
     def _attend(self, params: Params, block: str, x: Tensor, causal: bool) -> Tensor:
         qkv = dense(params, f"{block}qkv.", x, torch.relu)
-        split = qkv.reshape(*qkv.shape[:2], 3, self.heads, self.head_width)
-        q, k, v = (part.transpose(1, 2) for part in split.unbind(2))
-        return dense(params, f"{block}out.", attention(q, k, v, causal).transpose(1, 2).flatten(2), torch.relu)
+        return dense(params, f"{block}out.", self_attention(self.heads, qkv, causal), torch.relu)
 
     def _think(self, params: Params, block: str, x: Tensor) -> Tensor:
         return dense(params, f"{block}mlp.", x, activation(self.activation))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """``softmax(q k^T / sqrt(width)) v`` of ``[rows, heads, positions, width]``, in operations that vmap can batch."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    if causal:
-        places = torch.arange(q.shape[-2], device=q.device)
-        scores = torch.where(places[:, None] >= places, scores, -torch.inf)
-    return torch.softmax(scores, dim=-1) @ v
-
-
-def norm(params: Params, prefix: str, x: Tensor) -> Tensor:
-    """Layer normalisation of the last dimension."""
-    centred = x - x.mean(dim=-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + 1e-5)
-    return centred * scale * params[f"{prefix}gain"] + params[f"{prefix}bias"]
+def _norm(params: Params, prefix: str, x: Tensor) -> Tensor:
+    return norm(x, params[f"{prefix}gain"], params[f"{prefix}bias"])
 
 
 def _norm_layout(prefix: str, width: int) -> Layout:

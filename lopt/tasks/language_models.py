@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lopt.tasks.attention import attention
 from lopt.tasks.module_tasks import ModuleTask
+from lopt.tasks.network import attention
 from lopt.tasks.pieces import Params
 from lopt.tasks.task import Batch, SplitName
 from lopt.tasks.text_tasks import TextData

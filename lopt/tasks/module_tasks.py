@@ -37,8 +37,8 @@ class ModuleTask(SampledTask):
         return {name: tuple(param.shape) for name, param in self.module.named_parameters()}
 
     @property
-    def outputs_first(self) -> bool:
-        return True
+    def transposed(self) -> frozenset[str]:
+        return frozenset()
 
     def init(self, seed: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):

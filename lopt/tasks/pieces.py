@@ -63,7 +63,7 @@ class Weights(NamedTuple):
 
 Layout = dict[str, Weights]
 
-ZEROS = Initialiser("constant", 0.0)
+ZEROS, ONES = Initialiser("constant", 0.0), Initialiser("constant", 1.0)
 
 
 def pick(random: Random, choices: Sequence[Any]) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lopt.tasks.generators import KINDS, Data, log_uniform
+from lopt.tasks.network import ACTIVATIONS, Activation, Network, perceptron
 from lopt.tasks.seeds import derive, generator, minibatch_key, minibatch_rows
 from lopt.tasks.task import SPLITS, Batch, SplitName, Task
 
@@ -26,8 +27,6 @@ Family = Literal["noisy_quadratic"] | Data
 #: Families whose tasks are perceptrons, which the unroll engine can run (lopt/meta/engine.py).
 ENGINE_FAMILIES: tuple[Family, ...] = tuple(KINDS)
 FAMILIES: tuple[Family, ...] = ("noisy_quadratic", *ENGINE_FAMILIES)
-
-ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": functional.gelu}
 
 #: Shares of the rows of a data set.
 SHARES: dict[SplitName, float] = {"train": 0.5, "inner_valid": 0.125, "outer_valid": 0.25, "test": 0.125}
@@ -139,7 +138,7 @@ class Perceptron(SyntheticTask):
     inputs: int = 8
     outputs: int = 4
     hidden: tuple[int, ...] = (16,)
-    activation: Literal["relu", "tanh", "gelu"] = "relu"
+    activation: Activation = "relu"
     regression: bool = False
     noise: float = 0.0
     input_scale: float = 1.0
@@ -195,6 +194,13 @@ class Perceptron(SyntheticTask):
                 weight, bias = random.standard_normal(shape) * self.init_gain * scale, np.zeros(fan_out)
             params[f"w{layer}"], params[f"b{layer}"] = _float32(weight), _float32(bias)
         return params
+
+    @cached_property
+    def network(self) -> Network:
+        return perceptron(self.sizes, self.activation, "squared_error" if self.regression else "softmax")
+
+    def stored(self, split: SplitName) -> Batch:
+        return self.splits[split]
 
     def loss(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
         x = batch.inputs

@@ -10,10 +10,13 @@ Source: arXiv:2009.11243, section 3 and appendix C.1 (the four splits).
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lopt.tasks.network import Network
 
 SplitName = Literal["train", "inner_valid", "outer_valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "inner_valid", "outer_valid", "test")
@@ -145,11 +148,6 @@ class Task(ABC):
         return frozenset(name for name in weights[1:-1] if name.split(".")[0] not in ("embedding", "positions"))
 
     @property
-    def outputs_first(self) -> bool:
-        """Whether matrices are ``[out, in]``, as torch has them, or ``[in, out]``; kernels are ``[out, in, ...]``."""
-        return False
-
-    @property
     def loss_floor(self) -> float | None:
         """A value below which no loss can fall; None when none is known."""
         return None
@@ -158,6 +156,16 @@ class Task(ABC):
     def batch_work(self) -> float:
         """Multiply-adds that making a minibatch takes, where they count beside those of the loss."""
         return 0.0
+
+    @property
+    def network(self) -> "Network | None":
+        """The task as layers, which the fused engine of meta-training runs; None for what only PyTorch can run."""
+        return None
+
+    def stored(self, split: SplitName) -> Batch:
+        """What the minibatches of a task with a :attr:`network` are drawn from: all rows of a split, or its symbols
+        ``[n]`` and no targets."""
+        raise NotImplementedError
 
     def num_batches(self, rows: int) -> int:
         """How many inner_valid minibatches have ``rows`` rows together, or more; 1 where rows are empty.

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lopt.tasks import sample_task
-from lopt.tasks.attention import SMALL, Transformer, VisionTransformer, attention
+from lopt.tasks.attention import SMALL, Transformer, VisionTransformer
 from lopt.tasks.convolutions import ConvFC, ConvPooling, _same_padding
 from lopt.tasks.families import with_batch_size
 from lopt.tasks.image_tasks import ImageData
+from lopt.tasks.network import attention
 from lopt.tasks.perceptrons import MLP, VAE, Autoencoder
 from lopt.tasks.pieces import INITIALISERS, Initialiser, initial_values
 from lopt.tasks.recurrent import Core, RecurrentClassifier
