@@ -75,7 +75,7 @@ def test_headline_suite_has_what_it_promises() -> None:
     assert sum(data_of(task) != "fashion-mnist" for task in everywhere) >= 30
 
 
-@pytest.mark.parametrize("name", ["families", "images", "text", "language"])
+@pytest.mark.parametrize("name", ["families", "images", "text", "language", "vision"])
 def test_suites_are_held_out(name: Any) -> None:
     for task in suite(name):
         assert data_of(task) in catalogue.HELD_OUT

@@ -68,8 +68,9 @@ class Evaluate(Command):
     """
 
     suite: SuiteName = "small"
-    """Which tasks: small perceptrons; twelve families; images and text, with some larger models; language models as
-    people write them, on held-out texts, and others, on other texts, by which to choose recipes and thetas."""
+    """Which tasks: small perceptrons; twelve families; images and text, with some larger models; models as people
+    write them, of language on held-out texts, of language on other texts, by which to choose recipes and thetas, of
+    images."""
 
     optimizers: tuple[str, ...] = ()
     """Names as in lopt.evaluation.opponents, or lopt, lopt-untold, adam-grid (14 Adams in one batch). NAME@K tries K

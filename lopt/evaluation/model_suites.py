@@ -4,9 +4,11 @@ Two suites of language models: one on held-out texts, on which results are repor
 shapes, by which recipes, thetas and settings may be chosen. What is chosen by the first is worth nothing.
 """
 
+from lopt.tasks.image_tasks import ImageData
 from lopt.tasks.language_models import Decoder
 from lopt.tasks.task import Task
 from lopt.tasks.text_tasks import TextData
+from lopt.tasks.vision_models import ResidualNet, ViT
 
 #: Texts of each suite: prose and code, and again prose and code.
 HELD_OUT_TEXTS = ("topics", "torch-headers")
@@ -40,4 +42,14 @@ def language_validation() -> tuple[Task, ...]:
             Decoder(data=data, kind="llama", start="small", layers=3, width=40),
             Decoder(data=data, kind="llama", start="torch", layers=1, width=88),
         ]
+    return tuple(tasks)
+
+
+def vision() -> tuple[Task, ...]:
+    """A vision transformer and a residual network on images of 8 x 8 and of 28 x 28 pixels, all held out."""
+    patches = {"digits": 2, "letters": 7, "fashion-mnist": 7}
+    tasks: list[Task] = []
+    for name, patch in patches.items():
+        data = ImageData(name, batch_size=64)
+        tasks += [ViT(data=data, patch=patch), ResidualNet(data=data)]
     return tuple(tasks)

@@ -59,7 +59,7 @@ DataName = Literal[
     "fashion-mnist",
     "fashion-mnist-7x7",
 ]
-SuiteName = Literal["small", "families", "images", "text", "language", "language-validation"]
+SuiteName = Literal["small", "families", "images", "text", "language", "language-validation", "vision"]
 
 SHARES: dict[SplitName, float] = {"train": 0.6, "inner_valid": 0.1, "outer_valid": 0.1, "test": 0.2}
 
@@ -208,6 +208,7 @@ _SUITES: dict[SuiteName, Callable[[], tuple[Task, ...]]] = {
     "text": sampled_suites.texts,
     "language": model_suites.language,
     "language-validation": model_suites.language_validation,
+    "vision": model_suites.vision,
 }
 
 

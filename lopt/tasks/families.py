@@ -18,6 +18,7 @@ from lopt.tasks import (
     quadratics,
     recurrent,
     synthetic,
+    vision_models,
 )
 from lopt.tasks.augmented import AugmentedTask
 from lopt.tasks.data import catalogue
@@ -79,6 +80,8 @@ _TYPES: tuple[type[SampledTask], ...] = (
     attention.TransformerLanguageModel,
     attention.VisionTransformer,
     language_models.Decoder,
+    vision_models.ViT,
+    vision_models.ResidualNet,
 )
 TYPES: dict[str, type[SampledTask]] = {kind.__name__: kind for kind in _TYPES}
 

@@ -86,7 +86,7 @@ class _Decoder(nn.Module):
         gpt, width = task.kind == "gpt", task.width
         self.embedding = nn.Embedding(task.data.vocabulary, width)
         self.positions = nn.Embedding(task.data.length - 1, width) if gpt else None
-        self.blocks = nn.ModuleList(_Block(task) for _ in range(task.layers))
+        self.blocks = nn.ModuleList(Block(width, task.heads, llama=not gpt) for _ in range(task.layers))
         self.norm = nn.LayerNorm(width) if gpt else nn.RMSNorm(width)
         self.head = nn.Linear(width, task.data.vocabulary, bias=gpt)
         if task.start == "small":
@@ -108,11 +108,12 @@ class _Decoder(nn.Module):
         return logits
 
 
-class _Block(nn.Module):
-    def __init__(self, task: Decoder) -> None:
+class Block(nn.Module):
+    """A block of width ``width`` with four times as much inside, of the kinds above; not causal, all see all."""
+
+    def __init__(self, width: int, heads: int, *, llama: bool = False, causal: bool = True) -> None:
         super().__init__()
-        width = task.width
-        self.gpt, self.heads = task.kind == "gpt", task.heads
+        self.gpt, self.heads, self.causal = not llama, heads, causal
         # A gated perceptron has three matrices: of two thirds of the width it has as many parameters.
         hidden = 4 * width if self.gpt else 8 * -(-width // 3)
         self.norm0, self.norm1 = ((nn.LayerNorm if self.gpt else nn.RMSNorm)(width) for _ in range(2))
@@ -127,7 +128,7 @@ class _Block(nn.Module):
         q, k, v = (_split(part, self.heads) for part in self.qkv(self.norm0(x)).chunk(3, dim=-1))
         if not self.gpt:
             q, k = rotated(q), rotated(k)
-        mixed = attention(q, k, v, causal=True)
+        mixed = attention(q, k, v, self.causal)
         x = x + self.out(mixed.transpose(-3, -2).flatten(-2))
         y = self.norm1(x)
         inside = functional.gelu(self.up(y)) if self.gate is None else functional.silu(self.gate(y)) * self.up(y)

@@ -28,6 +28,18 @@ MLBENCH_FOLDER = Path("/usr/lib/R/site-library/mlbench/data")
 EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_LIST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 
+#: Of matplotlib: four styles each of DejaVu's three families and of STIX, and four of Computer Modern.
+FONTS = (
+    *(
+        f"DejaVu{family}{style}"
+        for family in ("Sans", "SansMono")
+        for style in ("", "-Bold", "-Oblique", "-BoldOblique")
+    ),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+    *("cmb10", "cmr10", "cmss10", "cmtt10"),
+)
+
 
 def user(name: str) -> Splits:
     """Data named ``idx:FOLDER``, ``cifar:FOLDER`` or ``npz:FILE``.
@@ -202,6 +214,39 @@ def emoji() -> Splits:
             images.append(np.array(picture.resize((32, 32))))
             labels.append(groups.index(group))
     return of_rows(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels))
+
+
+def letters(rows: int = 12_000, side: int = 28) -> Splits:
+    """Latin letters, large and small, in twenty fonts that matplotlib carries: turned, slanted, stretched, moved, light
+    on dark grey, with noise; the class is the letter."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    folder = package_folder("matplotlib") / "mpl-data" / "fonts" / "ttf"
+    files = [folder / f"{name}.ttf" for name in FONTS]
+    absent = [path for path in files if not path.is_file()]
+    if absent:
+        raise FileNotFoundError(f"{absent[0]} is missing")
+    glyphs: dict[tuple[int, str], Any] = {}
+    for number, path in enumerate(files):
+        font = ImageFont.truetype(str(path), 64)
+        for letter in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
+            glyphs[number, letter] = picture = Image.new("L", (96, 96))
+            ImageDraw.Draw(picture).text((48, 48), letter, fill=255, font=font, anchor="mm")
+    random = generator(0, "letters")
+    images, labels = np.empty((rows, side, side), np.uint8), random.integers(26, size=rows)
+    for row, label in enumerate(labels):
+        letter = chr(ord("A" if random.random() < 0.5 else "a") + int(label))
+        angle, slant = np.radians(random.uniform(-25, 25)), random.uniform(-0.3, 0.3)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        back = turn @ np.array([[1, slant], [0, 1]]) @ np.diag(96 / side * random.uniform(0.75, 1.25, 2))
+        move = 48 - back @ (side / 2 + random.uniform(-2.5, 2.5, 2))
+        glyph = glyphs[int(random.integers(len(files))), letter]
+        matrix = (*back[0], move[0], *back[1], move[1])
+        ink = np.asarray(glyph.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)) / 255
+        paper, colour = random.uniform(0.0, 0.4), random.uniform(0.6, 1.0)
+        grey = paper + (colour - paper) * ink + 0.1 * random.standard_normal((side, side))
+        images[row] = np.round(255 * np.clip(grey, 0, 1))
+    return of_rows(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def cifar(folder: Path) -> Splits:
