@@ -19,6 +19,7 @@ from lopt.evaluation.opponents import (
     FACTORS,
     LEARNED,
     LRS,
+    MUON_LRS,
     OPPONENTS,
     TUNING_FREE,
     evaluating,
@@ -222,7 +223,7 @@ def test_tuned_muon_is_torchs_with_one_rate() -> None:
     ]
     for t in range(3):
         for part in parts:
-            part.param_groups[0]["lr"] = LRS[0] * (1 + math.cos(math.pi * t / 3)) / 2
+            part.param_groups[0]["lr"] = MUON_LRS[0] * (1 + math.cos(math.pi * t / 3)) / 2
             part.zero_grad()
         loss(params[0], params[1].view(4, 2, 3, 3), params[2]).backward()
         for part in parts:
@@ -243,7 +244,7 @@ def test_muon_leaves_the_ends_of_a_task_to_adamw(name: str) -> None:
     optimizer = make_optimizer(name, list(params.values()), 100, task=task)
     task.loss(params, next(task.batches(0, "train"))).backward()
     optimizer.step()
-    rate = 3e-4 if name == "muon" else LRS[0] / 6
+    rate = 3e-4 if name == "muon" else MUON_LRS[0] / 6
     for key, value in params.items():
         step = (value.detach() - before[key] * (1 - rate * 0.01)).abs()
         adam = bool(step.max() <= 1.001 * rate) and bool(step.median() > 0.9 * rate or key == "embedding.weight")

@@ -77,6 +77,9 @@ def test_ratios_by_hand() -> None:
     assert test is not None
     assert train.ratios == pytest.approx({"a": 0.5, "b": 2.0})  # the floor is 1% of 10
     assert (train.better, train.won, train.lost) == (0.5, 0.5, 0.5)
+    assert train.losses == {"a": (0.9, 1.9), "b": (1.9, 0.9)}  # as they are
+    assert train.of_losses == pytest.approx(1.0)
+    assert test.of_losses == pytest.approx(math.sqrt(4.9 / 0.9))
     assert train.ratio == pytest.approx(1.0)
     assert test.ratios == pytest.approx({"a": 5.0, "b": 1.0})
     assert (test.better, test.won, test.lost, test.median) == (0.0, 0.0, 0.5, pytest.approx(3.0))
@@ -147,6 +150,19 @@ def test_budget_is_what_every_task_has() -> None:
     compared = Runs(runs)
     assert compared.budgets["sgd-tuned"] == 1
     assert compared.chosen["sgd-tuned"]["a", 100][0].trial == 0
+
+
+def test_losses_below_zero_have_a_ratio_only_from_the_lowest_that_was_seen() -> None:
+    runs = [a_run("lopt", "a", -3.0, 1.0), a_run("adam", "a", 1.0, 1.0)]
+    found = Runs(runs).compare("lopt", "adam", 100, "train")
+    assert found is not None
+    assert found.ratios == pytest.approx({"a": 0.13 / 4.13})
+    assert found.losses == {"a": (-3.0, 1.0)}
+    assert found.of_losses is None
+    runs += [a_run("lopt", "b", 3.0, 1.0), a_run("adam", "b", 1.5, 1.0)]
+    found = Runs(runs).compare("lopt", "adam", 100, "train")
+    assert found is not None
+    assert found.of_losses == 2.0
 
 
 def test_suites_are_told_apart() -> None:
@@ -256,6 +272,14 @@ def test_report_says_where_we_lose() -> None:
     header, rows = report.headline("lopt")
     assert header == ["lopt against", "train, 100 steps", "test, 100 steps"]
     assert re.fullmatch(rf"{ratio:.2f} \(0\.5\d to \d\.\d\d\), 50%", rows[0][1])
+    header, rows = report.final_losses()
+    assert header == ["test loss over that of", "lopt, 100 steps", "lopt-untold, 100 steps"]
+    told = (0.4 * 0.4 * 2.1 * 1.5) ** 0.25
+    assert rows[0] == ["adam", f"{told / 0.9:.3f}", f"{9.9 / 0.9:.3f}"]
+    assert rows[1:] == [["lopt", "", f"{9.9 / told:.3f}"], ["lopt-untold", f"{told / 9.9:.3f}", ""]]
+    header, rows = report.every_loss(100, "test")
+    assert header == ["test loss", "lopt", "lopt-untold", "adam"]
+    assert rows[2] == ["c", "2.1", "9.9", "0.9"]
     header, rows = report.by_family(100, "lopt", "test")
     assert header == ["test: ratio to", "adam"]
     assert rows == [["maf", f"{(2.2 * 1.6) ** 0.5:.2f}"], ["mlp", "0.50"]]
@@ -278,7 +302,7 @@ def test_markdown_has_the_tables_of_the_html_file() -> None:
     tables = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert [cell for line in tables for cell in line[2:-2].split(" | ")] == cells
     assert text.startswith("# A \\< B\n\n* seeds: 0, 1\n\n**a \\*warning\\* | \\`x\\`**\n\nA ratio is")
-    assert text.count("<details>") == report.html().count("<details>") == 8
+    assert text.count("<details>") == report.html().count("<details>") == 10
 
 
 def test_opponents_stand_in_the_order_of_their_table() -> None:

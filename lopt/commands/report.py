@@ -86,10 +86,13 @@ class MakeReport(Command):
                             "won": one.won,
                             "lost": one.lost,
                             "ratio": one.ratio,
+                            "of_losses": one.of_losses,
                             "interval": one.interval,
                             "median": one.median,
                         }
                     )
+        say(console, "")
+        show_table(console, *report.final_losses())
         normalised = {
             str(horizon): {
                 report.runs.label(name): {

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,7 +40,7 @@ Points = Sequence[tuple[int, float, float, float]]  # step, seconds, training an
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One optimizer against another at one horizon; ``ratios`` by task."""
+    """One optimizer against another at one horizon, by task: ``ratios``, and both losses."""
 
     name: str
     other: str
@@ -48,6 +48,13 @@ class Comparison:
     measure: Measure
     per: Per
     ratios: dict[str, float]
+    losses: dict[str, tuple[float, float]]
+
+    @property
+    def of_losses(self) -> float | None:
+        """Geometric mean of L / L_other over the tasks where both are above 0; None if there is none."""
+        above = [mine / theirs for mine, theirs in self.losses.values() if min(mine, theirs) > 0]
+        return statistics.geometric_mean(above) if above else None
 
     @property
     def better(self) -> float:
@@ -137,6 +144,7 @@ class Runs:
 
     def _compare(self, name: str, other: str, horizon: int, measure: Measure, per: Per) -> Comparison | None:
         ratios: dict[str, float] = {}
+        both: dict[str, tuple[float, float]] = {}
         for place, ours in self.chosen[name].items():
             pairs = _pairs(ours, self.chosen[other].get(place, []))
             if place[1] != horizon or not pairs:
@@ -150,9 +158,11 @@ class Runs:
             base = self._base(place, measure)
             floor = FLOOR * (start - base)
             ratios[place[0]] = (mine - base + floor) / (theirs - base + floor)
+            both[place[0]] = mine, theirs
         if not ratios:
             return None
-        return Comparison(name=name, other=other, horizon=horizon, measure=measure, per=per, ratios=ratios)
+        which: dict[str, Any] = {"name": name, "other": other, "horizon": horizon, "measure": measure, "per": per}
+        return Comparison(**which, ratios=ratios, losses=both)
 
     def _losses(self, a: Run, b: Run, measure: Measure, per: Per) -> tuple[float, float] | None:
         """Losses of two runs at their ends, or at the end of the quicker one; None if seconds cannot be compared."""
@@ -171,6 +181,14 @@ class Runs:
     def step_time(self, run: Run) -> float | None:
         """Seconds per step of the run's optimizer, if measured apart."""
         return self._step_times.get((run.suite, run.task_sha256, run.name))
+
+    def final(self, name: str, horizon: int, measure: Measure) -> dict[str, float]:
+        """Mean final loss over the seeds, by task."""
+        return {
+            task: statistics.fmean(_loss(run, measure) for run in runs)
+            for (task, steps), runs in self.chosen[name].items()
+            if steps == horizon
+        }
 
     def normalised(self, name: str, horizon: int, measure: Measure) -> dict[str, float]:
         """``(L - L_best) / (L_initial - L_best)`` by task, with the best mean over seeds of any optimizer and trial.

@@ -69,6 +69,31 @@ class Report:
                 rows.append([self.runs.label(other), *cells])
         return Table([f"{ours} against", *(f"{measure}, {horizon} steps" for horizon, measure in places)], rows)
 
+    def final_losses(self) -> Table:
+        """One row per other optimizer: geometric means of L / L_other in test loss, by horizon, told and untold."""
+        columns = [(horizon, ours) for horizon in self.horizons for ours in self.ours]
+        rows = []
+        for other in (*self.others, *self.ours):
+            cells = []
+            for horizon, ours in columns:
+                one = self.runs.compare(ours, other, horizon, "test") if ours != other else None
+                cells.append("" if one is None or one.of_losses is None else f"{one.of_losses:.3f}")
+            if any(cells):
+                rows.append([self.runs.label(other), *cells])
+        header = ["test loss over that of", *(f"{ours}, {horizon} steps" for horizon, ours in columns)]
+        return Table(header, rows)
+
+    def every_loss(self, horizon: int, measure: Measure) -> Table:
+        """One row per task: the mean final loss of every optimizer."""
+        names = [*self.ours, *self.others]
+        found = {name: self.runs.final(name, horizon, measure) for name in names}
+        names = [name for name in names if found[name]]
+        rows = [
+            [task, *(f"{found[name][task]:.4g}" if task in found[name] else "" for name in names)]
+            for task in sorted(set().union(*(found[name] for name in names)))
+        ]
+        return Table([f"{measure} loss", *map(self.runs.label, names)], rows)
+
     def against(self, horizon: int, ours: str, per: Per = "step") -> Table:
         """One row per opponent: geometric mean of the ratio, its interval, median, shares better, won and lost."""
         header = [f"{ours} against" + ("" if per == "step" else ", at equal time")]
@@ -206,10 +231,12 @@ class Report:
             "A ratio is (L + f) / (L_other + f), means over the seeds, f = 1% of the initial loss (where losses are "
             "negative, from the lowest seen): below 1 is better. Better: below 1; won: below .98; lost: above 1.02. "
             "Ratios are geometric means over tasks, intervals those of the bootstrap over tasks. Of several trials "
-            "the one with the least loss on outer_valid counts. Equal time: when the quicker of the two ends."
+            "the one with the least loss on outer_valid counts. Equal time: when the quicker of the two ends. A loss "
+            "over that of another is without f, of tasks where both are positive."
         )
         for ours in self.ours:
             page.table(self.headline(ours), ratios=True)
+        page.table(self.final_losses(), ratios=True)
         for horizon in self.horizons:
             page.heading(2, f"{horizon} steps, {len(self.runs.families(horizon))} tasks")
             for ours in self.ours:
@@ -229,6 +256,8 @@ class Report:
                     for what, table in (("family", self.by_family), ("task", self.tasks)):
                         if (ratios := table(horizon, ours, measure)).rows:
                             page.table(ratios, ratios=True, fold=f"{ours}, {measure} loss, every {what}")
+            for measure in MEASURES:
+                page.table(self.every_loss(horizon, measure), fold=f"{measure} losses as they are")
         envelope = self.envelope()
         if envelope is not None:
             page.heading(2, "Beside a published envelope")
