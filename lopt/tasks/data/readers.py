@@ -236,15 +236,15 @@ def letters(rows: int = 12_000, side: int = 28) -> Splits:
     images, labels = np.empty((rows, side, side), np.uint8), random.integers(26, size=rows)
     for row, label in enumerate(labels):
         letter = chr(ord("A" if random.random() < 0.5 else "a") + int(label))
-        angle, slant = np.radians(random.uniform(-25, 25)), random.uniform(-0.3, 0.3)
+        angle, slant = np.radians(random.uniform(-15, 15)), random.uniform(-0.2, 0.2)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        back = turn @ np.array([[1, slant], [0, 1]]) @ np.diag(96 / side * random.uniform(0.75, 1.25, 2))
-        move = 48 - back @ (side / 2 + random.uniform(-2.5, 2.5, 2))
+        back = turn @ np.array([[1, slant], [0, 1]]) @ np.diag(96 / side * random.uniform(0.8, 1.1, 2))
+        move = 48 - back @ (side / 2 + random.uniform(-1.5, 1.5, 2))
         glyph = glyphs[int(random.integers(len(files))), letter]
         matrix = (*back[0], move[0], *back[1], move[1])
         ink = np.asarray(glyph.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)) / 255
         paper, colour = random.uniform(0.0, 0.4), random.uniform(0.6, 1.0)
-        grey = paper + (colour - paper) * ink + 0.1 * random.standard_normal((side, side))
+        grey = paper + (colour - paper) * ink + 0.05 * random.standard_normal((side, side))
         images[row] = np.round(255 * np.clip(grey, 0, 1))
     return of_rows(torch.from_numpy(images), torch.from_numpy(labels))
 
