@@ -180,6 +180,39 @@ def test_warmup_then_cosine() -> None:
     assert x.item() == pytest.approx(path, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw-averaged", "adamw-averaged-warmup-tuned"])
+def test_averages_of_iterates(name: str) -> None:
+    """On a loss of slope 1 an AdamW step is its rate; averages are short at first; training goes on at the iterates."""
+    x = leaf([0.0, 5.0], torch.float32)
+    optimizer = descend(name, [x], lambda: -x.sum(), 40)
+    lr, rising = (1e-3, 0) if name == "adamw-averaged" else (LRS[0], 2)
+    now, average = np.array([0.0, 5.0]), np.array([0.0, 5.0])
+    for t in range(40):
+        rate = lr * min(1.0, (t + 1) / (rising + 1))
+        now = now * (1 - rate * 0.01) + rate
+        kept = min(0.998, (t + 1) / (t + 10))
+        average = kept * average + (1 - kept) * now
+    assert x.tolist() == pytest.approx(now.tolist(), rel=1e-5)
+    with evaluating(optimizer):
+        assert x.tolist() == pytest.approx(average.tolist(), rel=1e-5)
+    assert x.tolist() == pytest.approx(now.tolist(), rel=1e-5)
+    assert 24 <= state_bytes(optimizer) < 24 + 100  # two moments and the average of two numbers
+
+
+def test_averages_of_iterates_are_better_on_a_noisy_quadratic() -> None:
+    """Adam's constant rate leaves a variance that grows with it; their average has a small part of it."""
+    generator = torch.Generator().manual_seed(0)
+    x = leaf([3.0] * 500)
+    optimizer = make_optimizer("adamw-averaged-warmup-tuned", [x], 2000, LRS.index(max(LRS)))
+    for _ in range(2000):
+        optimizer.zero_grad()
+        x.grad = x.detach() + torch.randn(500, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    iterate = float(x.detach().square().mean())
+    with evaluating(optimizer):
+        assert float(x.detach().square().mean()) < 0.3 * iterate
+
+
 def matrices() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A matrix, a slope for it that is far from orthogonal, a kernel and its slope."""
     generator = torch.Generator().manual_seed(0)

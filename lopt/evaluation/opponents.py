@@ -177,14 +177,50 @@ class _Joined(Optimizer):
             part.zero_grad(set_to_none)
 
 
-def _scheduled(optimizer: Optimizer, steps: int, warmup: float = 0.0) -> Optimizer:
-    """The optimizer, whose learning rates fall to 0 along half a cosine, ``lr (1 + cos(pi t / steps)) / 2``, after they
-    rose in a straight line for the first ``warmup`` of the steps."""
+class _Averaged(_Joined):
+    """An optimizer whose iterates x are averaged: after step k = 1, 2, ... ``a += (1 - d) (x - a)`` with
+    ``d = min(decay, k / (k + 9))``. What is evaluated is a."""
+
+    def __init__(self, optimizer: Optimizer, decay: float = 0.998) -> None:
+        super().__init__([optimizer])
+        self.decay, self.steps = decay, 0
+        self.params = [param for group in self.param_groups for param in group["params"]]
+        self.averages = [param.detach().clone() for param in self.params]
+        self.state["averages"] = self.averages  # type: ignore[index]  # counts as state
+        self.register_step_post_hook(self._average)
+
+    @torch.no_grad()
+    def _average(self, *_: Any) -> None:
+        self.steps += 1
+        kept = min(self.decay, self.steps / (self.steps + 9))
+        torch._foreach_lerp_(self.averages, self.params, 1 - kept)
+
+    def eval(self) -> None:
+        """The parameters become the averages."""
+        self._exchange()
+
+    def train(self) -> None:
+        """The parameters become the iterates again."""
+        self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for param, average in zip(self.params, self.averages, strict=True):
+            kept = param.clone()
+            param.copy_(average)
+            average.copy_(kept)
+
+
+def _scheduled(optimizer: Optimizer, steps: int, warmup: float = 0.0, falling: bool = True) -> Optimizer:
+    """The optimizer, whose learning rates rise in a straight line for the first ``warmup`` of the steps and then, if
+    ``falling``, fall to 0 along half a cosine, ``lr (1 + cos(pi t / steps)) / 2``."""
     rising = round(warmup * steps)
 
     def factor(t: int) -> float:
         if t < rising:
             return (t + 1) / (rising + 1)
+        if not falling:
+            return 1.0
         return (1 + math.cos(math.pi * (t - rising) / max(steps - rising, 1))) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -211,6 +247,15 @@ def _imported(module: str, name: str) -> Build:
 
 def _cosine(build: Build, warmup: float = 0.0) -> Build:
     return lambda params, steps, trial, task: _scheduled(build(params, steps, trial, task), steps, warmup)
+
+
+def _averaged(build: Build, warmup: float = 0.0) -> Build:
+    """With constant learning rates, but for the warm-up."""
+
+    def averaged(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
+        return _scheduled(_Averaged(build(params, steps, trial, task)), steps, warmup, falling=False)
+
+    return averaged
 
 
 def _in_training(build: Build) -> Build:
@@ -252,17 +297,17 @@ class _MatrixMuon(torch.optim.Muon):
     def __init__(self, params: Sequence[Tensor], transposed: Sequence[bool], **options: Any) -> None:
         self.originals = list(zip(params, transposed, strict=True))
         super().__init__([self._matrix(param.detach(), turned) for param, turned in self.originals], **options)
+        self.register_step_pre_hook(self._take_gradients)
 
     @staticmethod
     def _matrix(param: Tensor, transposed: bool) -> Tensor:
         """In the memory of the parameter, or of its gradient."""
         return param.T if transposed else param.view(len(param), -1)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, by the gradients of the parameters."""
+    def _take_gradients(self, *_: Any) -> None:
+        """Those of the parameters."""
         for (param, turned), matrix in zip(self.originals, self.param_groups[0]["params"], strict=True):
             matrix.grad = None if param.grad is None else self._matrix(param.grad.contiguous(), turned)
-        return super().step(closure)  # type: ignore[no-untyped-call]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Of the parameters."""
@@ -312,6 +357,7 @@ OPPONENTS: dict[str, Opponent] = {
         Opponent("adam", ({"lr": 1e-3},), None, _torch(_ADAM)),
         Opponent("adamw", ({"lr": 1e-3},), None, _torch(_ADAMW)),
         Opponent("adamw-cosine", ({"lr": 1e-3},), None, _cosine(_torch(_ADAMW))),
+        Opponent("adamw-averaged", ({"lr": 1e-3},), None, _averaged(_torch(_ADAMW))),
         Opponent("adam-cosine-3e-2", ({"lr": 3e-2},), None, _cosine(_torch(_ADAM))),
         Opponent("nadam", ({"lr": 2e-3},), None, _torch(_NADAM)),
         Opponent("muon", (_MUON,), None, _cosine(_muon)),
@@ -333,9 +379,10 @@ OPPONENTS: dict[str, Opponent] = {
         Opponent("schedule-free-tuned", _lrs(2.5e-3), "schedulefree", _SCHEDULE_FREE),
         Opponent("soap-tuned", _lrs(3e-3), "pytorch-optimizer", _SOAP),
         Opponent("shampoo-tuned", _lrs(1e-1), "pytorch-optimizer", _SHAMPOO),
-        # tuned for each task: 8 learning rates, with warm-up and cosine
+        # tuned for each task: 8 learning rates, with warm-up and then cosine, or constant where iterates are averaged
         Opponent("adamw-warmup-tuned", _each(LRS), None, _cosine(_torch(_ADAMW), WARMUP)),
         Opponent("muon-warmup-tuned", _each(MUON_LRS), None, _cosine(_muon, WARMUP)),
+        Opponent("adamw-averaged-warmup-tuned", _each(LRS), None, _averaged(_torch(_ADAMW), WARMUP)),
         # tuned for each task: 1000 configurations; mind the budget, as in nadamw-list@10
         Opponent("nadamw-list", _LIST, None, _NADAMW),
         Opponent("nadamw-list-jax", _LIST, None, _with_steps(NAdamW, warmup="max")),
