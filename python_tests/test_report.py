@@ -78,6 +78,13 @@ def test_ratios_by_hand() -> None:
     assert train.ratios == pytest.approx({"a": 0.5, "b": 2.0})  # the floor is 1% of 10
     assert (train.better, train.won, train.lost) == (0.5, 0.5, 0.5)
     assert train.losses == {"a": (0.9, 1.9), "b": (1.9, 0.9)}  # as they are
+    runs += [a_run("lopt", "a", 0.8, 1.0, horizon=200), a_run("adam", "a", 0.4, 1.0, horizon=200)]
+    every = Runs(runs).compare("lopt", "adam", None, "train")
+    assert every is not None
+    assert every.losses == {"a, 100 steps": (0.9, 1.9), "b, 100 steps": (1.9, 0.9), "a, 200 steps": (0.8, 0.4)}
+    header, rows = Report(runs=Runs(runs), title="", facts={}).final_losses()
+    assert header[1:] == ["lopt, 100 steps", "lopt, 200 steps", "lopt, all lengths"]
+    assert rows == [["adam", f"{math.sqrt(4.9 / 0.9):.3f}", "1.000", f"{(4.9 / 0.9) ** (1 / 3):.3f}"]]
     assert train.of_losses == pytest.approx(1.0)
     assert test.of_losses == pytest.approx(math.sqrt(4.9 / 0.9))
     assert train.ratio == pytest.approx(1.0)

@@ -75,7 +75,7 @@ def test_headline_suite_has_what_it_promises() -> None:
     assert sum(data_of(task) != "fashion-mnist" for task in everywhere) >= 30
 
 
-@pytest.mark.parametrize("name", ["families", "images", "text", "language", "vision"])
+@pytest.mark.parametrize("name", ["families", "images", "text", "language", "vision", "scripts"])
 def test_suites_are_held_out(name: Any) -> None:
     for task in suite(name):
         assert data_of(task) in catalogue.HELD_OUT
@@ -184,7 +184,7 @@ def test_budgets_are_counted_and_nested() -> None:
 
 def test_line_up_needs_no_tuning() -> None:
     assert set(LINE_UP) <= set(TUNING_FREE)
-    assert len(LINE_UP) == 8
+    assert len(LINE_UP) == 11
 
 
 def test_learned_without_theta() -> None:
@@ -235,7 +235,7 @@ def test_rows_say_what_happened(tmp_path: Path) -> None:
 
 
 def test_repeated_runs_have_the_same_bits(tmp_path: Path) -> None:
-    names = [name for name in (*LINE_UP, "muon", "adam8p@2") if not missing_packages([name])]
+    names = [name for name in (*LINE_UP, "adam8p@2") if not missing_packages([name])]
     plan = a_plan(*names, seeds=(0,))
     for folder in ("one", "two"):
         execute(plan, RunTable(tmp_path / folder / "runs.csv"), workers=1)

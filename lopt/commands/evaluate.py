@@ -43,10 +43,16 @@ from lopt.tasks.text_tasks import TextData
 #: Tasks with at least this many rows of data, in all splits, are also scored apart.
 LARGE = 10_000
 
-#: What runs beside the learned optimizer on the larger suites if nothing is named: one trial each.
+#: Lengths of runs if none is given.
+HORIZONS = (200, 1000, 2000)
+
+#: What runs beside the learned optimizer if nothing is named: one trial each.
 LINE_UP = (
     "adam",
     "adamw-cosine",
+    "adamw-averaged",
+    "muon",
+    "soap",
     "nadamw-list-1",
     "prodigy",
     "dog",
@@ -54,6 +60,15 @@ LINE_UP = (
     "schedule-free",
     "prodigy-schedule-free",
 )
+
+#: And on these suites: what is tuned for each task, or the scripts' own.
+LINE_UPS: dict[SuiteName, tuple[str, ...]] = {
+    "small": (ADAM_GRID,),
+    "language": ("adamw-warmup-tuned", "muon-warmup-tuned"),
+    "language-validation": ("adamw-warmup-tuned", "muon-warmup-tuned"),
+    "vision": ("adamw-warmup-tuned", "muon-warmup-tuned"),
+    "scripts": ("script", "script-adams"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +85,18 @@ class Evaluate(Command):
     suite: SuiteName = "small"
     """Which tasks: small perceptrons; twelve families; images and text, with some larger models; models as people
     write them, of language on held-out texts, of language on other texts, by which to choose recipes and thetas, of
-    images."""
+    images; training scripts that many people start from."""
 
     optimizers: tuple[str, ...] = ()
     """Names as in lopt.evaluation.opponents, or lopt, lopt-untold, adam-grid (14 Adams in one batch). NAME@K tries K
-    settings for each task. If none is given: lopt as --hint says, and adam-grid (small suite) or opponents without
-    tuning."""
+    settings for each task. If none is given: lopt as --hint says, and opponents without tuning, or for some suites
+    tuned ones: adam-grid (small), eight AdamWs and eight Muons (language, vision), the scripts' own and three Adams."""
 
     theta: str = "default"
     """Meta-parameters: a shipped name (see lopt weights show) or a file."""
 
-    horizons: tuple[int, ...] = (200, 1000, 2000)
-    """Lengths of the runs in steps."""
+    horizons: tuple[int, ...] = ()
+    """Lengths of the runs in steps; if none is given 200, 1000 and 2000, or those of each script."""
 
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """A seed decides initial weights and minibatches."""
@@ -117,8 +132,10 @@ class Evaluate(Command):
     def __post_init__(self) -> None:
         for name in ("horizons", "seeds"):
             values, least = getattr(self, name), {"horizons": 1, "seeds": 0}[name]
-            if not values or len(set(values)) < len(values) or min(values) < least:
-                raise ValueError(f"{name}: expected numbers from {least} on, at least one and none twice, got {values}")
+            if len(set(values)) < len(values) or min(values, default=least) < least:
+                raise ValueError(f"{name}: expected numbers from {least} on, none twice, got {values}")
+        if not self.seeds:
+            raise ValueError("seeds: expected at least one")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: expected at least 1, got {self.workers}")
 
@@ -143,7 +160,7 @@ class Evaluate(Command):
         plan = Plan(
             suite=self.suite,
             tasks=tasks,
-            horizons=self.horizons,
+            horizons=self.horizons or (() if self.suite == "scripts" else HORIZONS),
             seeds=self.seeds,
             optimizers=names,
             learned=learned,
@@ -152,12 +169,13 @@ class Evaluate(Command):
         runs = self._execute(console, plan, table)
         numbers = self._against_adam(console, plan, runs) if self.suite == "small" and ADAM_GRID in names else {}
         report = Report(runs=Runs(runs), title="", facts={})
-        for horizon in () if numbers else self.horizons:
+        lengths = sorted({job.horizon for job in plan.jobs})
+        for horizon in () if numbers else lengths:
             if report.ours and report.others:
                 show_comparisons(console, report, horizon)
                 continue
             say(console, "")
-            say(console, f"{horizon} steps, {len(tasks)} tasks")
+            say(console, f"{horizon} steps, {sum(horizon in plan.lengths(task) for task in tasks)} tasks")
             _show_losses(console, [run for run in runs if run.horizon == horizon])
         diverged = _diverged(runs)
         say(console, "")
@@ -205,15 +223,14 @@ class Evaluate(Command):
         if self.optimizers:
             return tuple(dict.fromkeys(self.optimizers))
         told = {"both": ("lopt", "lopt-untold"), "with": ("lopt",), "without": ("lopt-untold",)}[self.hint]
-        opponents = (ADAM_GRID,) if self.suite == "small" else LINE_UP
-        return (*told, *(opponents if self.references else ()))
+        return (*told, *(LINE_UPS.get(self.suite, LINE_UP) if self.references else ()))
 
     def _against_adam(self, console: Console, plan: Plan, runs: list[Run]) -> dict[str, Any]:
         """Scores against the grid of Adams, shown for all and for large tasks."""
         large = [task.name for task in plan.tasks if isinstance(task, HeldOutTask) and _rows(task) >= LARGE]
         groups = {"all": runs} | ({"large": [run for run in runs if run.task in large]} if large else {})
         found = {name: scores(group) for name, group in groups.items()}
-        for horizon in self.horizons if found["all"] else ():
+        for horizon in plan.horizons if found["all"] else ():
             say(console, "")
             say(console, f"{horizon} steps, {len(plan.tasks)} tasks ({len(large)} large: {LARGE:,} rows or more)")
             _show_scores(console, {name: [s for s in group if s.horizon == horizon] for name, group in found.items()})

@@ -31,6 +31,7 @@ from lopt.evaluation.table import KEY, LOSSES, Run, RunTable
 from lopt.optimizer import LearnedOptimizer
 from lopt.provenance import origin
 from lopt.rule import WEIGHTS, Theta, shipped
+from lopt.tasks.scripts import Script
 from lopt.tasks.task import Task
 
 #: The references of the small suite, for any other as well: 14 Adams in one batch.
@@ -92,6 +93,7 @@ class Plan:
     """The runs that an evaluation consists of.
 
     Args:
+        horizons: lengths of the runs; if there is none, those of each script.
         optimizers: names: "lopt" and "lopt-untold" are the learned one, told the number of steps or not; "adam-grid"
             the references of the small suite; others are opponents, ``NAME@k`` with k trials.
         learned: the learned optimizer; may be None if it is not among the optimizers.
@@ -108,8 +110,8 @@ class Plan:
     def jobs(self) -> list[Job]:
         """All jobs, computed or not."""
         found: list[Job] = []
-        for task, horizon, seed in itertools.product(self.tasks, self.horizons, self.seeds):
-            for name in self.optimizers:
+        for task in self.tasks:
+            for horizon, seed, name in itertools.product(self.lengths(task), self.seeds, self.optimizers):
                 single = name in LEARNED or name == ADAM_GRID
                 trials = 1 if single else len(opponent(name).trials)
                 base = name.partition("@")[0]
@@ -117,6 +119,10 @@ class Plan:
                     Job(task=task, horizon=horizon, seed=seed, optimizer=base, trial=trial) for trial in range(trials)
                 ]
         return list(dict.fromkeys(found))  # nadamw-list@10 is part of nadamw-list@100
+
+    def lengths(self, task: Task) -> tuple[int, ...]:
+        """Of the runs of a task."""
+        return self.horizons or task.steps if isinstance(task, Script) else self.horizons
 
     def missing(self, table: RunTable) -> list[Job]:
         """The jobs of which ``table`` lacks a run."""

@@ -40,11 +40,11 @@ Points = Sequence[tuple[int, float, float, float]]  # step, seconds, training an
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One optimizer against another at one horizon, by task: ``ratios``, and both losses."""
+    """One optimizer against another at one horizon, or at all (None), by task: ``ratios``, and both losses."""
 
     name: str
     other: str
-    horizon: int
+    horizon: int | None
     measure: Measure
     per: Per
     ratios: dict[str, float]
@@ -105,7 +105,7 @@ class Runs:
     ) -> None:
         self.all = list(_told_apart(list(runs)))
         self._step_times = step_times or {}
-        self._compared: dict[tuple[str, str, int, Measure, Per], Comparison | None] = {}
+        self._compared: dict[tuple[str, str, int | None, Measure, Per], Comparison | None] = {}
         self._trials: dict[tuple[str, Place], dict[str, list[Run]]] = {}
         grids = {run.name for run in self.all if run.name.endswith("-grid")}
         grids = grids if len(grids) > 1 else set()
@@ -131,23 +131,28 @@ class Runs:
         """The name with its budget, if it has one."""
         return f"{name}@{self.budgets[name]}" if self.budgets[name] > 1 else name
 
-    def families(self, horizon: int) -> dict[str, str]:
-        """Family of every task of that horizon."""
-        return {run.task: run.family or "mlp" for run in self.all if run.horizon == horizon}
+    def families(self, horizon: int | None) -> dict[str, str]:
+        """Family of every task of that horizon, or of all tasks."""
+        return {run.task: run.family or "mlp" for run in self.all if horizon in (None, run.horizon)}
 
-    def compare(self, name: str, other: str, horizon: int, measure: Measure, per: Per = "step") -> Comparison | None:
-        """``name`` against ``other`` on the tasks and seeds that both have; None if there is none."""
+    def compare(
+        self, name: str, other: str, horizon: int | None, measure: Measure, per: Per = "step"
+    ) -> Comparison | None:
+        """``name`` against ``other`` on the tasks and seeds that both have; None if there is none.
+
+        Without a horizon, a task counts once for each that it was run for.
+        """
         key = name, other, horizon, measure, per
         if key not in self._compared:
             self._compared[key] = self._compare(*key)
         return self._compared[key]
 
-    def _compare(self, name: str, other: str, horizon: int, measure: Measure, per: Per) -> Comparison | None:
+    def _compare(self, name: str, other: str, horizon: int | None, measure: Measure, per: Per) -> Comparison | None:
         ratios: dict[str, float] = {}
         both: dict[str, tuple[float, float]] = {}
         for place, ours in self.chosen[name].items():
             pairs = _pairs(ours, self.chosen[other].get(place, []))
-            if place[1] != horizon or not pairs:
+            if horizon not in (None, place[1]) or not pairs:
                 continue
             found = [self._losses(a, b, measure, per) for a, b in pairs]
             losses = [both for both in found if both is not None]
@@ -157,8 +162,9 @@ class Runs:
             start = statistics.fmean(_initial(a, measure) for a, _ in pairs)
             base = self._base(place, measure)
             floor = FLOOR * (start - base)
-            ratios[place[0]] = (mine - base + floor) / (theirs - base + floor)
-            both[place[0]] = mine, theirs
+            task = place[0] if horizon is not None else f"{place[0]}, {place[1]} steps"
+            ratios[task] = (mine - base + floor) / (theirs - base + floor)
+            both[task] = mine, theirs
         if not ratios:
             return None
         which: dict[str, Any] = {"name": name, "other": other, "horizon": horizon, "measure": measure, "per": per}

@@ -6,6 +6,17 @@ shapes, by which recipes, thetas and settings may be chosen. What is chosen by t
 
 from lopt.tasks.image_tasks import ImageData
 from lopt.tasks.language_models import Decoder
+from lopt.tasks.scripts import (
+    Autoencoder,
+    Dcgan,
+    GraphNetwork,
+    Makemore,
+    Mnist,
+    NanoGPT,
+    Script,
+    SuperResolution,
+    WordLanguageModel,
+)
 from lopt.tasks.task import Task
 from lopt.tasks.text_tasks import TextData
 from lopt.tasks.vision_models import ResidualNet, ViT
@@ -53,3 +64,17 @@ def vision() -> tuple[Task, ...]:
         data = ImageData(name, batch_size=64)
         tasks += [ViT(data=data, patch=patch), ResidualNet(data=data)]
     return tuple(tasks)
+
+
+def scripts() -> tuple[Script, ...]:
+    """Training scripts that many people start from, on held-out data; each knows its own optimizer line and length."""
+    return (
+        NanoGPT(data=TextData("torch-headers", vocabulary=128, length=65, batch_size=12)),
+        Makemore(data=TextData("topics", batch_size=32)),
+        Mnist(data=ImageData("letters", batch_size=64)),
+        Autoencoder(data=ImageData("letters", batch_size=128)),
+        GraphNetwork(data=ImageData("digits")),
+        SuperResolution(data=ImageData("portrait", batch_size=16)),
+        WordLanguageModel(data=TextData("topics", words=True, vocabulary=2000, length=25, batch_size=20)),
+        Dcgan(data=ImageData("letters", batch_size=64)),
+    )

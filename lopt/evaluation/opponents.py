@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lopt.evaluation.task_set import ORDER, Adam8p, NAdamW, adam8p_config, nadamw_config
 from lopt.optimizer import LearnedOptimizer
 from lopt.rule import Theta
+from lopt.tasks.scripts import Script
 from lopt.tasks.task import Task
 
 Trial = Mapping[str, Any]
@@ -315,6 +316,14 @@ class _MatrixMuon(torch.optim.Muon):
             param.grad = None
 
 
+def _script(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
+    """The script's own line, or with ``lr`` Adam with so many times its learning rate."""
+    if not isinstance(task, Script):
+        raise ValueError(f"optimizer: script and script-adams are for tasks of the suite scripts, got {task}")
+    named = dict(zip(task.shapes, params, strict=True))
+    return task.own_line(named, steps) if trial["line"] == "own" else task.adam(named, trial["lr"])
+
+
 def _mechanic(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
     # Without stored offsets its first steps, 1e-8 of AdamW's, are lost in the rounding of float32 parameters.
     kind = import_module("mechanic_pytorch").mechanize(torch.optim.AdamW, store_delta=True)
@@ -369,6 +378,9 @@ OPPONENTS: dict[str, Opponent] = {
         Opponent("schedule-free", ({"lr": 2.5e-3},), "schedulefree", _SCHEDULE_FREE),
         Opponent("prodigy-schedule-free", (_PRODIGY_PLUS_TRIAL,), "prodigy-plus-schedule-free", _PRODIGY_PLUS),
         Opponent("soap", ({"lr": 3e-3},), "pytorch-optimizer", _SOAP),
+        # for the suite scripts: the script's own optimizer, and Adam with 1, 3 and 1/3 times its learning rate
+        Opponent("script", ({"lr": 1.0, "line": "own"},), None, _script),
+        Opponent("script-adams", _each((1.0, 3.0, 1 / 3), line="adam"), None, _script),
         # tuned for each task: 14 learning rates
         Opponent("adam-tuned", _lrs(1e-3), None, _torch(_ADAM)),
         Opponent("adamw-tuned", _lrs(1e-3), None, _torch(_ADAMW)),
@@ -382,6 +394,12 @@ OPPONENTS: dict[str, Opponent] = {
         # tuned for each task: 8 learning rates, with warm-up and then cosine, or constant where iterates are averaged
         Opponent("adamw-warmup-tuned", _each(LRS), None, _cosine(_torch(_ADAMW), WARMUP)),
         Opponent("muon-warmup-tuned", _each(MUON_LRS), None, _cosine(_muon, WARMUP)),
+        Opponent(
+            "soap-warmup-tuned",
+            _each(LRS),
+            "pytorch-optimizer",
+            _cosine(_imported("pytorch_optimizer", "SOAP"), WARMUP),
+        ),
         Opponent("adamw-averaged-warmup-tuned", _each(LRS), None, _averaged(_torch(_ADAMW), WARMUP)),
         # tuned for each task: 1000 configurations; mind the budget, as in nadamw-list@10
         Opponent("nadamw-list", _LIST, None, _NADAMW),
@@ -391,4 +409,6 @@ OPPONENTS: dict[str, Opponent] = {
 }
 
 #: Names of the opponents that need no tuning, in the order of the table.
-TUNING_FREE: tuple[str, ...] = tuple(name for name, found in OPPONENTS.items() if len(found.trials) == 1)
+TUNING_FREE: tuple[str, ...] = tuple(
+    name for name, found in OPPONENTS.items() if len(found.trials) == 1 and name != "script"
+)

@@ -70,8 +70,9 @@ class Report:
         return Table([f"{ours} against", *(f"{measure}, {horizon} steps" for horizon, measure in places)], rows)
 
     def final_losses(self) -> Table:
-        """One row per other optimizer: geometric means of L / L_other in test loss, by horizon, told and untold."""
-        columns = [(horizon, ours) for horizon in self.horizons for ours in self.ours]
+        """One row per other optimizer: geometric means of L / L_other in test loss, by horizon and over all."""
+        lengths = [*self.horizons, *([None] if len(self.horizons) > 1 else [])]
+        columns = [(horizon, ours) for horizon in lengths for ours in self.ours]
         rows = []
         for other in (*self.others, *self.ours):
             cells = []
@@ -80,8 +81,8 @@ class Report:
                 cells.append("" if one is None or one.of_losses is None else f"{one.of_losses:.3f}")
             if any(cells):
                 rows.append([self.runs.label(other), *cells])
-        header = ["test loss over that of", *(f"{ours}, {horizon} steps" for horizon, ours in columns)]
-        return Table(header, rows)
+        titles = [f"{ours}, {f'{horizon} steps' if horizon else 'all lengths'}" for horizon, ours in columns]
+        return Table(["test loss over that of", *titles], rows)
 
     def every_loss(self, horizon: int, measure: Measure) -> Table:
         """One row per task: the mean final loss of every optimizer."""

@@ -81,7 +81,8 @@ class Training:
     """A run in progress: an optimizer, a task, its parameters and minibatches.
 
     An optimizer with an ``observe`` method is told the training loss of every step and, before every step number
-    divisible by ``valid_every``, the loss of so many inner_valid minibatches as have ``valid_rows`` rows.
+    divisible by ``valid_every``, the loss of so many inner_valid minibatches as have ``valid_rows`` rows, unless the
+    task says that there is none (``validated``).
 
     Args:
         steps: length of the run, for optimizers that are told.
@@ -124,7 +125,8 @@ class Training:
         self.seconds = 0.0
         self.finite = True
         self._train, self._inner_valid = task.batches(seed, "train"), task.batches(seed, "inner_valid")
-        self._valid_every, self._valid_batches = valid_every, task.num_batches(valid_rows)
+        self._valid_every = valid_every if task.validated else None
+        self._valid_batches = task.num_batches(valid_rows)
         self._observe = getattr(self.optimizer, "observe", None)
 
     def advance(self, count: int) -> None:
@@ -142,7 +144,7 @@ class Training:
 
     def _step(self) -> None:
         task, params, step = self.task, self.params, len(self.batch_losses)
-        if self._observe is not None and step % self._valid_every == 0:
+        if self._observe is not None and self._valid_every is not None and step % self._valid_every == 0:
             with torch.no_grad():
                 batches = itertools.islice(self._inner_valid, self._valid_batches)
                 self._observe(valid_loss=_joint_loss(task, params, batches))

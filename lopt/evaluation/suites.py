@@ -59,7 +59,7 @@ DataName = Literal[
     "fashion-mnist",
     "fashion-mnist-7x7",
 ]
-SuiteName = Literal["small", "families", "images", "text", "language", "language-validation", "vision"]
+SuiteName = Literal["small", "families", "images", "text", "language", "language-validation", "vision", "scripts"]
 
 SHARES: dict[SplitName, float] = {"train": 0.6, "inner_valid": 0.1, "outer_valid": 0.1, "test": 0.2}
 
@@ -209,6 +209,7 @@ _SUITES: dict[SuiteName, Callable[[], tuple[Task, ...]]] = {
     "language": model_suites.language,
     "language-validation": model_suites.language_validation,
     "vision": model_suites.vision,
+    "scripts": model_suites.scripts,
 }
 
 

@@ -17,6 +17,7 @@ from lopt.tasks import (
     perceptrons,
     quadratics,
     recurrent,
+    scripts,
     synthetic,
     vision_models,
 )
@@ -82,6 +83,7 @@ _TYPES: tuple[type[SampledTask], ...] = (
     language_models.Decoder,
     vision_models.ViT,
     vision_models.ResidualNet,
+    *scripts.SCRIPTS,
 )
 TYPES: dict[str, type[SampledTask]] = {kind.__name__: kind for kind in _TYPES}
 

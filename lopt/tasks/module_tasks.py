@@ -45,6 +45,6 @@ class ModuleTask(SampledTask):
             torch.manual_seed(derive(seed, "init"))
             return {name: param.detach() for name, param in self.build().named_parameters()}
 
-    def run(self, params: Mapping[str, Tensor], *inputs: Tensor) -> Any:
+    def run(self, params: Mapping[str, Tensor], *inputs: Any) -> Any:
         """What the module makes of its inputs with these parameters."""
         return torch.func.functional_call(self.module, dict(params), inputs)

