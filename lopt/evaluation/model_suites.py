@@ -7,7 +7,6 @@ shapes, by which recipes, thetas and settings may be chosen. What is chosen by t
 from lopt.tasks.image_tasks import ImageData
 from lopt.tasks.language_models import Decoder
 from lopt.tasks.scripts import (
-    Autoencoder,
     Dcgan,
     GraphNetwork,
     Makemore,
@@ -15,6 +14,7 @@ from lopt.tasks.scripts import (
     NanoGPT,
     Script,
     SuperResolution,
+    VariationalAutoencoder,
     WordLanguageModel,
 )
 from lopt.tasks.task import Task
@@ -72,7 +72,7 @@ def scripts() -> tuple[Script, ...]:
         NanoGPT(data=TextData("torch-headers", vocabulary=128, length=65, batch_size=12)),
         Makemore(data=TextData("topics", batch_size=32)),
         Mnist(data=ImageData("letters", batch_size=64)),
-        Autoencoder(data=ImageData("letters", batch_size=128)),
+        VariationalAutoencoder(data=ImageData("letters", batch_size=128)),
         GraphNetwork(data=ImageData("digits")),
         SuperResolution(data=ImageData("portrait", batch_size=16)),
         WordLanguageModel(data=TextData("topics", words=True, vocabulary=2000, length=25, batch_size=20)),

@@ -86,6 +86,7 @@ _TYPES: tuple[type[SampledTask], ...] = (
     *scripts.SCRIPTS,
 )
 TYPES: dict[str, type[SampledTask]] = {kind.__name__: kind for kind in _TYPES}
+assert len(TYPES) == len(_TYPES), "two types of tasks have one name, by which a config finds its type"
 
 
 def sample_task(

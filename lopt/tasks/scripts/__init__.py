@@ -8,13 +8,12 @@ train have none. Batch normalisation uses the statistics of the minibatch.
 
 from lopt.tasks.scripts.game import Dcgan
 from lopt.tasks.scripts.graph import GraphNetwork
-from lopt.tasks.scripts.images import Autoencoder, Mnist, SuperResolution
+from lopt.tasks.scripts.images import Mnist, SuperResolution, VariationalAutoencoder
 from lopt.tasks.scripts.script import Script
 from lopt.tasks.scripts.texts import Makemore, NanoGPT, WordLanguageModel
 
 __all__ = [
     "SCRIPTS",
-    "Autoencoder",
     "Dcgan",
     "GraphNetwork",
     "Makemore",
@@ -22,6 +21,7 @@ __all__ = [
     "NanoGPT",
     "Script",
     "SuperResolution",
+    "VariationalAutoencoder",
     "WordLanguageModel",
 ]
 
@@ -29,7 +29,7 @@ SCRIPTS: tuple[type[Script], ...] = (
     NanoGPT,
     Makemore,
     Mnist,
-    Autoencoder,
+    VariationalAutoencoder,
     GraphNetwork,
     SuperResolution,
     WordLanguageModel,

@@ -65,7 +65,7 @@ class _Convolutions(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Autoencoder(Script):
+class VariationalAutoencoder(Script):
     """vae: 784 - 400 - 20 - 400 - 784; cross-entropy of pixels and divergence of the code, each the sum of an image.
 
     Pixels are 0 up to one half and 1 above.
@@ -77,7 +77,7 @@ class Autoencoder(Script):
     data: ImageData
 
     def build(self) -> nn.Module:
-        return _Autoencoder(self.data.size)
+        return _VariationalAutoencoder(self.data.size)
 
     def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Batch | NoisyBatch]:
         for step, batch in enumerate(self.data.batches(seed, split, start), start):
@@ -92,7 +92,7 @@ class Autoencoder(Script):
         return loss
 
 
-class _Autoencoder(nn.Module):
+class _VariationalAutoencoder(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.encoder = nn.Linear(size, 400)
