@@ -26,7 +26,7 @@ from lopt.commands import common, doctor, progress
 from lopt.commands import train as train_command
 from lopt.evaluation.baselines import adam
 from lopt.evaluation.training import TrainResult, mlp, train
-from lopt.rule import WEIGHTS, shipped
+from lopt.rule import PRESETS, WEIGHTS, shipped
 from lopt.tasks import datasets
 from lopt.tasks.datasets import digits
 
@@ -119,8 +119,8 @@ def test_train_writes_the_numbers_of_the_training_loop(run: Run, tmp_path: Path)
     assert numbers["learned_optimizer"]["provenance"] == theta.provenance
     assert numbers["learned_optimizer"]["implementation"] == "cpu"
     assert (
-        f"lopt (learned): theta default ({theta.num_floats:,} floats, compact, meta_train), implementation cpu"
-        in stdout
+        f"lopt (learned): theta default ({theta.num_floats:,} floats, spectral, {theta.provenance['method']}), "
+        "implementation cpu" in stdout
     )
     assert numbers["options"]["hidden"] == [5]
     assert numbers["dataset"] == {"name": "digits", "source": "scikit-learn load_digits", "rows": 1079}
@@ -244,7 +244,7 @@ def test_doctor(run: Run) -> None:
     numbers = run("doctor")
     assert numbers["torch"] == torch.__version__
     tests = {(test["impl"], test["preset"]): test for test in numbers["self_tests"]}
-    assert list(tests) == [(impl, preset) for preset in ("paper", "compact") for impl in ("cpu", "sim", "cuda")]
+    assert list(tests) == [(impl, preset) for preset in PRESETS for impl in ("cpu", "sim", "cuda")]
     for (impl, _), test in tests.items():
         if impl != "cuda" or "error" in test:
             assert test["result"] == "ok"
@@ -320,7 +320,7 @@ def test_weights_interpolate(run: Run) -> None:
     """Also of its own output: the provenance of both ends goes along."""
     numbers = run("weights", "interpolate", "default", "adam", "half.safetensors", "--share", "0.5")
     half, default = Theta.load("half.safetensors"), Theta.load("default")
-    adam = Theta.init_adam("compact")
+    adam = Theta.init_adam("spectral")
     torch.testing.assert_close(half.flatten(), (default.flatten() + adam.flatten()) / 2)
     assert half.provenance == numbers["provenance"]
     assert (half.provenance["method"], half.provenance["share"]) == ("interpolate", 0.5)

@@ -210,7 +210,7 @@ class TrainTask(TasksCommand):
             require_matplotlib("--no-plot")
         task = self.task(self.family, self.seed)
         every = math.ceil(self.steps / POINTS)
-        maker = self._maker()
+        maker = self._maker(task)
         with progress(console, f"{task.name}, steps") as status:
             curve = train_task(task, maker, self.run_seed, self.steps, record_every=every, on_done=status.update)
         recorded = {split: curve.losses[split] for split in RECORDED}
@@ -234,10 +234,12 @@ class TrainTask(TasksCommand):
             say(console, f"Wrote {path}")
         return Outcome(0, numbers)
 
-    def _maker(self) -> OptimizerFactory:
+    def _maker(self, task: Task) -> OptimizerFactory:
         options: dict[str, Any] = {} if self.lr is None else {"lr": self.lr}
         if self.optimizer == "lopt":
-            return lambda params, steps: LearnedOptimizer(params, self.theta, total_steps=steps, **options)
+            return lambda params, steps: LearnedOptimizer(
+                [task.group(params)], self.theta, total_steps=steps, **options
+            )
         known = torch_optimizers()
         if self.optimizer not in known:
             raise ValueError(f"optimizer: expected lopt or one of {', '.join(known)}, got {self.optimizer!r}")

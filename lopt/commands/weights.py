@@ -34,7 +34,7 @@ class Show(Command):
         for name in shipped():
             path = WEIGHTS / f"{name}.safetensors"
             theta = Theta.load(path)
-            rows.append([name, theta.spec.feature_set, f"{theta.num_floats:,}", provenance_text(theta)])
+            rows.append([name, theta.spec.preset, f"{theta.num_floats:,}", provenance_text(theta)])
             numbers[name] = _facts(path, theta)
         show_table(console, ["name", "feature set", "floats", "provenance"], rows)
         return Outcome(0, {"command": "weights show", "shipped": numbers})
@@ -82,7 +82,7 @@ class Interpolate(Command):
             raise ValueError(f"share: expected a number, 0 for SOURCE to 1 for OTHER, got {self.share}")
         theta = Theta.load(self.source)
         adam = self.other == "adam"
-        other = Theta.init_adam(theta.spec.feature_set) if adam else Theta.load(self.other)
+        other = Theta.init_adam(theta.spec.preset) if adam else Theta.load(self.other)
         origin = {
             "method": "interpolate",
             "command": shlex.join(["lopt", *sys.argv[1:]]),
@@ -108,7 +108,7 @@ def provenance_text(theta: Theta) -> str:
 def describe_theta(name: str, theta: Theta) -> str:
     """One line that says which theta this is and how it came about; lopt weights show NAME says all of it."""
     method = theta.provenance.get("method", "origin not recorded")
-    return f"theta {name} ({theta.num_floats:,} floats, {theta.spec.feature_set}, {method})"
+    return f"theta {name} ({theta.num_floats:,} floats, {theta.spec.preset}, {method})"
 
 
 def _facts(path: Path, theta: Theta) -> dict[str, Any]:
