@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   level.shapes = p.shapes;
   level.feedback = p.feedback;
   level.initial_scale = p.initial_scale;
+  level.rank = p.rank;
   level.lr = p.lr;
   level.decay = p.decay;
   level.inputs = inputs_of(p);

@@ -24,7 +24,7 @@ struct Rule {
   // By all threads of the block, which meet afterwards.
   __device__ __forceinline__ void load(const ApplyParams& params, const TensorEntry& tensor) {
     copy_block(weights, params.weights + tensor.theta * Layout::kSize, Layout::kSize);
-    const TensorInputs inputs(inputs_of(params), tensor.row, kColumns, kWidth);
+    const TensorInputs inputs(inputs_of(params), tensor.row, kColumns, kWidth, false);
     copy_block(bias, inputs.bias, kWidth);
     copy_block(scale, inputs.scale, kColumns);
     copy_block(shift, inputs.shift, kColumns);
@@ -50,16 +50,21 @@ struct Rule {
   }
 };
 
-// What else there is of a tensor. The rule has copies of what `inputs` points to.
+// What else there is of a tensor. The rule has copies of what `inputs` points to. Written is the parameter, or the
+// direction of a matrix that is treated as a whole.
 struct Operands {
   TensorEntry tensor;
   int64_t grads;
   TensorInputs inputs;
+  int64_t written;
+  int32_t written_dtype;
 };
 
 __device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64_t t) {
   const TensorEntry tensor = params.tensors[t];
-  return {tensor, params.grads[t], TensorInputs(inputs_of(params), tensor.row, 0, 0)};
+  const bool whole = tensor.direction != 0;
+  return {tensor, params.grads[t], TensorInputs(inputs_of(params), tensor.row, 0, 0, whole),
+          whole ? tensor.direction : tensor.param, whole ? params.state_dtype : tensor.param_dtype};
 }
 
 // The new value of one parameter in plain float, the oracle of the faster ones; writes its last hidden layer to `hidden`.
@@ -88,7 +93,7 @@ __device__ __forceinline__ void apply_one(const ApplyParams& params, const Rule<
   for (int k = 0; k < Features::kNumRms; ++k)
     rms[k] = load_value(plane_at<kState>(tensor.rms, tensor.stride, k), kState, at);
   const float next = next_of_one(params, rule, operands, grad, param, mom, rms, hidden);
-  if (operands.inputs.moves()) store_value(tensor.param, tensor.param_dtype, at, next);
+  if (operands.inputs.moves()) store_value(operands.written, operands.written_dtype, at, next);
 }
 
 // Sums of hidden units, kRows per unit in shared memory -> the chunk's partials. After a barrier.

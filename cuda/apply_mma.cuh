@@ -274,7 +274,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         rows[8 * n + 2 * t + e][8 * warp_index() + g] += (sum[n][e] + sum[n][e] * kLoss) * (1.0f / kHiddenScale);
-    if (operands.inputs.moves()) store_quad(tensor.param, tensor.param_dtype, quad, next);
+    if (operands.inputs.moves()) store_quad(operands.written, operands.written_dtype, quad, next);
   }
 
   if (kAllQuads && left != 0) __syncwarp();  // lanes have written what others read now

@@ -82,7 +82,8 @@ __device__ __forceinline__ bool aligned_quads(const TensorEntry& tensor, int64_t
   const int64_t state = tensor.mom | tensor.rms;
   const int64_t floats = (kState == kFloat32 ? state : state * 2) | tensor.stride * 4 |
                          (tensor.param_dtype == kFloat32 ? tensor.param : tensor.param * 2) |
-                         (tensor.grad_dtype == kFloat32 ? grads : grads * 2);
+                         (tensor.grad_dtype == kFloat32 ? grads : grads * 2) |
+                         (kState == kFloat32 ? tensor.direction : tensor.direction * 2);
   return floats % 16 == 0;
 }
 

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
         for (int unit = 0; unit < kWidth; ++unit) hidden_rows[unit][threadIdx.x] += hidden[unit];
       }
     }
-    if (operands.inputs.moves()) store_quad(tensor.param, tensor.param_dtype, quad, next);
+    if (operands.inputs.moves()) store_quad(operands.written, operands.written_dtype, quad, next);
   }
   reduce_sweep<Features>(params, chunk, tensor, stat_rows, hidden_rows);
 }

@@ -2,17 +2,20 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lopt.average import Averages
 from lopt.implementations import check_arguments, choose_implementation, run_eagerly
 from lopt.kernels import devices
 from lopt.losses import Loss, Losses
 from lopt.operands import as_loss, as_weight, check_gradients, check_params
 from lopt.options import check_group, check_total_steps, descending, describe, effective, read_rates, warn
+from lopt.roles import roles_of_model
 from lopt.rule import Theta
 from lopt.state import SHARED, check_state, holds_shared, open_theta, restore_state, share_state
 from lopt.steppers import KernelStepper, ReferenceStepper, Tensors
@@ -32,8 +35,12 @@ class LearnedOptimizer(Optimizer):
     steps, or from the beginning. A tensor with a parameter that is NaN or infinite rests too, and no other notices.
 
     Args:
-        params: parameters or groups of them, as for any torch optimizer. Groups may have their own ``lr``,
-            ``weight_decay`` and ``maximize``. Frozen ones may be anything, until a step meets a gradient of theirs.
+        params: a model; or parameters, named ones, or groups of them, as for any torch optimizer. A model's embeddings
+            and head are known by their types, named ones by their names; of others a learned gate judges by their
+            place. Groups may have their own ``lr``, ``weight_decay`` and ``maximize``; ``role``, ``"input"``
+            (embeddings), ``"hidden"`` or ``"output"`` (heads), and ``transposed``, True where a matrix is stored
+            ``[in, out]``, each for all parameters of the group or a list with one for each. Frozen parameters may be
+            anything, until a step meets a gradient of theirs.
         theta: a :class:`Theta`, the path of a theta file, or the name of shipped weights.
         total_steps: number of steps planned, an optional hint; a theta without horizon input ignores it. A state dict
             holds it, and loading one without an own ``total_steps`` restores it.
@@ -55,6 +62,8 @@ class LearnedOptimizer(Optimizer):
             that slow ones do not stall, by bits that depend on step and position only: runs repeat bit for bit.
         maximize: climb instead of descending. Gradients are negated into new memory of their size, and so are losses if
             all groups maximize.
+        average: keep an average of the iterates, in ``state[p]["average"]`` (:mod:`lopt.average`), for
+            :meth:`averaged`: for runs that are not told their number of steps, and cannot shrink them towards an end.
         options: those of torch's other optimizers (``foreach``, ``betas``, ...) are accepted where they are None or
             False.
 
@@ -72,7 +81,8 @@ class LearnedOptimizer(Optimizer):
 
     Losses reach it through ``step(loss=...)``, ``step(closure)`` or :meth:`observe`; without any it works too.
 
-    ``state[p]`` is ``{"mom": [K, numel], "rms": [K', numel], "lstm": {"h", "c", "feedback", "scale", "updates"}}``
+    ``state[p]`` is ``{"mom": [K, numel], "rms": [K', numel], "lstm": {"h", "c", "feedback", "scale", "updates",
+    "rank"}}``
     (row-major order of the parameter; ``mom`` and ``rms`` in ``state_dtype``, the rest in float32), created in the
     first step. What all tensors share is in every param group, as the same tensors, with theta's name and checksum:
     groups may be removed, added and exchanged. State dicts resume bit for bit.
@@ -92,7 +102,7 @@ class LearnedOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | torch.nn.Module,
         theta: Theta | str | os.PathLike[str] = "default",
         *,
         total_steps: int | None = None,
@@ -103,13 +113,14 @@ class LearnedOptimizer(Optimizer):
         precision: Literal["high", "fast"] = "high",
         state_dtype: torch.dtype = torch.float32,
         maximize: bool = False,
+        average: bool = False,
         **options: Any,
     ) -> None:
         choices = {"impl": impl, "on_nonfinite": on_nonfinite, "precision": precision, "state_dtype": state_dtype}
         check_arguments(choices, total_steps, options)
         if isinstance(params, torch.nn.Module):
-            module = type(params).__name__
-            raise TypeError(f"params: expected parameters, got the module {module}; give its .parameters()")
+            roles = roles_of_model(params)
+            params = [{"params": list(params.parameters()), "role": list(roles.values())}]
         self.theta, self._identity = open_theta(theta)
         self._total_steps, self._told = total_steps, total_steps is not None
         self.on_nonfinite = on_nonfinite
@@ -120,7 +131,9 @@ class LearnedOptimizer(Optimizer):
         self._weights: dict[str, Tensor] = {}
         self._losses = Losses()
         self._rates: list[float] = []
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None})
+        self._averages = Averages(average)
+        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None}
+        super().__init__(params, {**options, "role": None, "transposed": False, "averaged_steps": 0})
         self.implementation = choose_implementation(impl, self._first_param().device, self.theta.spec)
         run_eagerly(type(self))
 
@@ -221,7 +234,7 @@ class LearnedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         kept = ["theta", "on_nonfinite", "precision", "state_dtype", "impl", "implementation"]
-        kept += ["_identity", "_total_steps", "_told", "_losses", "_rates"]
+        kept += ["_identity", "_total_steps", "_told", "_losses", "_rates", "_averages"]
         return {**state, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -280,6 +293,22 @@ class LearnedOptimizer(Optimizer):
             group.update(self._identity, total_steps=self._total_steps)
         self._stepper, self._rates = None, []
         self._losses.follow(self._globals() if holds_shared(self.param_groups) else None)
+
+    # ---- Average ----------------------------------------------------------------------------------------------------
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which parameters are the averages of their iterates; afterwards they are as before, bit for bit.
+
+        Raises:
+            RuntimeError: the optimizer was made without ``average=True``, or a step is taken inside.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> opt = LearnedOptimizer(model, average=True)
+            >>> with opt.averaged():
+            ...     loss = model(torch.ones(8, 4)).square().mean()
+        """
+        return self._averages.in_place([p for group in self.param_groups for p in group["params"]], self.state)
 
     # ---- Losses -----------------------------------------------------------------------------------------------------
 
@@ -353,6 +382,7 @@ class LearnedOptimizer(Optimizer):
         if closure is not None and not callable(closure):
             came = type(closure).__name__
             raise TypeError(f"closure: expected a function or None, got {came}; give a loss as step(loss=...)")
+        self._averages.check()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -389,8 +419,10 @@ class LearnedOptimizer(Optimizer):
             grads = descending(grads, tensors.selected_groups, self.param_groups)
         if isinstance(stepper, KernelStepper):
             stepper.step(tensors.selected_params, grads, options, shared, steps, observed, unchecked)
+            self._averages.update(tensors.selected_params, self.state, self.param_groups)
             return result
         with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast
             self._write(observed)
             stepper.step(tensors.selected_params, grads, options, shared, steps)
+        self._averages.update(tensors.selected_params, self.state, self.param_groups)
         return result

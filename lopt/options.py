@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.roles import check_roles
+
 #: An ``lr`` up to here is a learning rate that a script wrote for another optimizer, no multiplier of a learned step.
 LARGEST_RATE = 0.05
 
@@ -86,6 +88,7 @@ def check_group(group: Mapping[str, Any], total_steps: float | None) -> None:
     peak = group["peak_lr"]
     if peak is not None and not (isinstance(peak, numbers.Real) and 0.0 <= float(peak) < math.inf):
         raise ValueError(f"peak_lr: expected None or a finite number >= 0, got {peak!r}")
+    check_roles(group)
     if group.get("total_steps") not in (None, total_steps):
         raise ValueError(
             f"total_steps: got {group['total_steps']!r} in a group, but it belongs to all; "

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
+from lopt.roles import kinds_of_groups
 from lopt.rule import Theta, ThetaSpec, reference, tensor_lstm
 from lopt.rule.features import STATS
+from lopt.rule.inputs import Shapes
+from lopt.rule.matrices import Kind, matrices_of
 from lopt.rule.step import run
 from lopt.rule.tensor_lstm import Globals, Rows
 from lopt.state import init_state
@@ -42,6 +45,10 @@ def one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _roles(groups: Groups) -> list[tuple[Any, Any]]:
+    return [(group.get("role"), group.get("transposed")) for group in groups]
 
 
 def _same(old: Sequence[Any], new: Iterable[Any]) -> bool:
@@ -79,6 +86,8 @@ class Tensors:
         filled = [param.numel() > 0 for param in self._all]
         self.params: list[Tensor] = list(compress(self._all, filled))
         self.groups: list[int] = list(compress(indices, filled))
+        self.kinds: list[Kind] = list(compress(kinds_of_groups(groups), filled))
+        self._roles = _roles(groups)
         self.states: list[dict[str, Any] | None] = [
             state[param] if "mom" in state.get(param, {}) else None for param in self.params
         ]
@@ -124,6 +133,7 @@ class Tensors:
             state is self.state
             and _same(self._all, [param for group in groups for param in group["params"]])
             and self._sizes == [len(group["params"]) for group in groups]
+            and self._roles == _roles(groups)
             and _same(self._known, self.state.values())
             and _same(self.mom, map(dict.get, self._selected_states, repeat("mom")))
         )
@@ -195,6 +205,8 @@ class ReferenceStepper:
     def __init__(self, tensors: Tensors, theta: Theta) -> None:
         self.tensors, self.spec = tensors, theta.spec
         self.index = torch.zeros(0, dtype=torch.int64)
+        like, shapes = tensors.weights["initial_h"], [tuple(param.shape) for param in tensors.params]
+        self.shapes = Shapes.of(theta.spec, shapes, like, tensors.kinds)
 
     def select(self) -> None:
         """Take the tensors that have a gradient now."""
@@ -225,6 +237,7 @@ class ReferenceStepper:
                 total_steps=float(total_steps),
                 before=before,
                 positions=tensors.selected,
+                shapes=self.shapes if everything else self.shapes.of_rows(tensors.selected),
             )
         for param, new in zip(params, params_, strict=True):
             param.copy_(new)
@@ -273,6 +286,9 @@ class KernelPhases:
     def apply(self) -> Tensor:
         return self.plan.run_apply()
 
+    def direction(self) -> None:
+        self.plan.write()
+
     def finish(self, means: Tensor) -> None:
         self.level.finish(means)
         if self.level.lagged:
@@ -282,7 +298,8 @@ class KernelPhases:
 
 class KernelStepper:
     """Steps by the compiled kernels, on a GPU five launches: begin, accumulate, advance, apply, finish; with lagged
-    statistics four: begin, advance, one sweep, finish.
+    statistics four: begin, advance, one sweep, finish. Where directions of matrices are treated as a whole, torch's
+    products and a launch that writes come before finish.
 
     Parameters that are not contiguous pass through a staging copy.
     """
@@ -303,8 +320,9 @@ class KernelStepper:
         )
         shapes = [tuple(param.shape) for param in tensors.params]
         self.level = level = kernels.TensorLevel(
-            backend, theta, shapes, tensors.rows, tensors.groups, lagged=self.lagged
+            backend, theta, shapes, tensors.rows, tensors.groups, kinds=tensors.kinds, lagged=self.lagged
         )
+        plan.treat_whole(matrices_of(shapes, tensors.kinds), spec.newton_schulz, tensors.rows.rank)
         plan.bind_accumulate(level.inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
         packed = kernels.pack_mlp(spec, tensors.weights)
         plan.bind_apply(level.inputs, packed, spec.magnitude_rate, spec.feature_clip)

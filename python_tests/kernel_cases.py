@@ -146,7 +146,7 @@ def random_problem(
         mom,
         rms,
         clip_limit,
-        Conditioning(scale.float(), shift.float(), constant, torch.ones(count)),
+        Conditioning(scale.float(), shift.float(), constant, torch.ones(count), torch.zeros(count)),
         fold_bias(spec, weights, constant),
         step_size=0.1 * torch.rand(count, generator=generator),
         keep=1.0 - 0.1 * torch.rand(count, generator=generator),
@@ -187,18 +187,17 @@ def solve_apply(problem: Problem, dtype: torch.dtype) -> Applied:
     params, hidden = [], []
     for t in range(len(problem.params)):
         limit, step_size, keep = (x[t].to(dtype) for x in (problem.clip_limit, problem.step_size, problem.keep))
-        new, _, x, _ = reference.apply(
+        param = flat(problem.params[t], dtype)
+        direction, _, x, _ = reference.apply(
             problem.spec,
             weights,
-            flat(problem.params[t], dtype),
+            param,
             reference.clip_gradient(flat(problem.grads[t], dtype), limit),
             problem.mom[t].to(dtype),
             problem.rms[t].to(dtype),
             Conditioning(*(value[t].to(dtype) for value in problem.conditioning)),
-            step_size,
-            keep,
         )
-        params.append(new)
+        params.append(reference.write(param, direction, step_size, keep))
         layer = torch.relu(x @ weights["mlp.w1"] + weights["mlp.b1"])
         hidden.append(torch.relu(layer @ weights["mlp.w2"] + weights["mlp.b2"]).mean(dim=0))
     return Applied(params, torch.stack(hidden))
@@ -271,8 +270,8 @@ class Run:
         """Of ``apply``."""
         problem, spec = self.problem, self.problem.spec
         weights = kernels.pack_mlp(spec, problem.weights)[None] if weights is None else weights
-        scale, shift = problem.conditioning.scale, problem.conditioning.shift
-        rows = problem.clip_limit, scale, shift, problem.bias, problem.step_size, problem.keep
+        scale, shift, gate = problem.conditioning.scale, problem.conditioning.shift, problem.conditioning.gate
+        rows = problem.clip_limit, scale, shift, problem.bias, problem.step_size, problem.keep, gate
         inputs = {name: x.to(self.backend.device) for name, x in zip(APPLY_INPUTS, rows, strict=True)}
         return inputs, weights.to(self.backend.device), spec.magnitude_rate, spec.feature_clip
 

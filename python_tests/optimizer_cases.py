@@ -12,7 +12,7 @@ from lopt.optimizer import LearnedOptimizer
 from lopt.rule import Theta, reference
 
 IMPLS = ("cpu", "sim", "reference")
-PRESETS = ("compact", "paper")
+PRESETS = ("compact", "spectral", "paper")
 SHAPES = ((), (5,), (129, 3), (2, 3, 4), (3, 2, 3, 3), (2, 1, 3, 2, 2))  # ranks 0 to 5
 
 

@@ -81,7 +81,7 @@ def specs() -> list[ThetaSpec]:
 def test_thetas_layout_is_the_compiled_one(spec: ThetaSpec) -> None:
     check_theta(spec, layout_of(spec))
     name, offset, count = layout_of(spec)[-1]
-    assert name == "step_b"
+    assert name == "gate_step"
     assert offset + count == spec.num_floats == sum(math.prod(shape) for shape in spec.shapes().values())
 
 

@@ -24,7 +24,7 @@ MAX = torch.finfo(torch.float32).max
 EDGES = (0.0, 1e-45, 1.2e-38, 1e-30, 1e-20, 1e-12, 1e-4, 1.0, 1e4, 1e8, 1e10, 1e12, 1e14, 1e18, 1.9e19, 1e30, 3e38, MAX)
 NONFINITE = (math.nan, math.inf, -math.inf)
 CASES = [*(f"cpu-{name}" for name in kernels._C.simd_available()), "sim", "reference"]
-PRESETS = ("compact", "paper", "lagged")
+PRESETS = ("compact", "spectral", "paper", "lagged", "spectral lagged")
 
 finite = st.one_of(
     st.sampled_from([*EDGES, *(-edge for edge in EDGES)]), st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -33,8 +33,8 @@ anything = st.one_of(finite, st.sampled_from(NONFINITE))
 
 
 def theta_of(preset: str) -> Theta:
-    theta = make_theta("paper" if preset == "paper" else "compact")
-    return theta.with_spec(stats="lagged") if preset == "lagged" else theta
+    theta = make_theta("paper" if preset == "paper" else "spectral" if preset.startswith("spectral") else "compact")
+    return theta.with_spec(stats="lagged") if preset.endswith("lagged") else theta
 
 
 @contextmanager
@@ -44,8 +44,10 @@ def implementation(case: str) -> Iterator[str]:
     before = kernels._C.simd_selected()
     if simd:
         assert kernels._C.simd_select(simd)
-    yield impl
-    kernels._C.simd_select(before)
+    try:
+        yield impl
+    finally:
+        kernels._C.simd_select(before)
 
 
 def split(values: list[float]) -> list[Tensor]:
@@ -92,7 +94,7 @@ def test_everything_stays_finite(
                 assert bool(torch.isfinite(param[kept]).all()), f"{old} became {param.detach()}"
                 assert bool((param[~kept].isnan() == old[~kept].isnan()).all())
                 assert not bool(torch.isfinite(param[~kept]).any())
-                if preset != "lagged" and not bool(kept.all()):
+                if not preset.endswith("lagged") and not bool(kept.all()):
                     torch.testing.assert_close(param.detach(), old, rtol=0, atol=0, equal_nan=True)
         for index, state in opt.state_dict()["state"].items():
             assert_finite({name: value for name, value in state.items() if name != "stats"}, f"state[{index}]")
@@ -123,7 +125,7 @@ def test_a_tensor_with_a_nonfinite_parameter_rests_and_no_other_notices(case: st
         assert_same_bits(params[1].detach(), first)
         fresh = tensor_rows(preset)
         state = opt.state_dict()["state"]
-        if preset == "compact":  # the paper's LSTM sees how many tensors there are
+        if preset in ("compact", "spectral"):  # the paper's LSTM sees how many tensors there are
             assert_same_bits([params[0].detach(), params[2].detach()], [param.detach() for param in others])
             rows = [state[i]["lstm"] for i in (0, 2)]
             assert_same_bits(rows, [other.state_dict()["state"][i]["lstm"] for i in (0, 1)])
@@ -137,7 +139,7 @@ def test_a_tensor_with_a_nonfinite_parameter_rests_and_no_other_notices(case: st
             for param, grad in zip(params, grads[step], strict=True):
                 param.grad = grad
             opt.step(loss=0.1)
-        assert int(opt.nonfinite_parameters) == (5 if preset == "lagged" else 4)
+        assert int(opt.nonfinite_parameters) == (5 if preset.endswith("lagged") else 4)
         assert bool((params[1] != before).all())
         assert bool(torch.isfinite(params[1]).all())
 
@@ -146,7 +148,7 @@ def tensor_rows(preset: str) -> dict[str, Tensor]:
     """State of a tensor before its first step."""
     tensors = theta_of(preset).tensors
     names = {"h": "initial_h", "c": "initial_c", "feedback": "initial_from_mlp"}
-    return {**{name: tensors[key] for name, key in names.items()}, "scale": torch.zeros(())}
+    return {**{name: tensors[key] for name, key in names.items()}, "scale": torch.zeros(()), "rank": torch.ones(())}
 
 
 BAD_STEPS = {

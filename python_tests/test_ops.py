@@ -472,7 +472,7 @@ def test_folding_is_exact(feature_set: str) -> None:
     weights = {name: value.double() for name, value in problem.weights.items()}
     row = Conditioning(*(value[0].double() for value in problem.conditioning))
     param, mom, rms = flat(problem.params[0], torch.float64), problem.mom[0].double(), problem.rms[0].double()
-    _, feedback, x, _ = reference.apply(problem.spec, weights, param, param, mom, rms, row, 0.1, 1.0)
+    _, feedback, x, _ = reference.apply(problem.spec, weights, param, param, mom, rms, row)
     columns = len(problem.spec.features.columns)
     folded = fold_bias(problem.spec, weights, row.constant)
     torch.testing.assert_close(

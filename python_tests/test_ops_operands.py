@@ -177,7 +177,7 @@ def library_operands(feature_set: str, device: torch.device) -> tuple[Operands, 
     spec, conditioning = problem.spec, problem.conditioning
     state = [[x.to(device, copy=True) for x in getattr(problem, name)] for name in ("params", "grads", "mom", "rms")]
     limit = problem.clip_limit.to(device)
-    rows = conditioning.scale, conditioning.shift, problem.bias, problem.step_size, problem.keep
+    rows = conditioning.scale, conditioning.shift, problem.bias, problem.step_size, problem.keep, conditioning.gate
     rows = (*rows, kernels.pack_mlp(spec, problem.weights)[None])
     index = [0] * len(SHORT)
     constants = (index, spec.magnitude_rate, spec.feature_clip)

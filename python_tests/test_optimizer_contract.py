@@ -464,15 +464,21 @@ def test_states_are_not_cast_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None
 SHOWN = """\
 LearnedOptimizer (theta='default', total_steps=20
 Parameter Group 0: 1 tensors
+    averaged_steps: 0
     lr: 0.25
     maximize: False
     peak_lr: {peak}
+    role: None
+    transposed: False
     weight_decay: 0.0
 Parameter Group 1: 5 tensors
+    averaged_steps: 0
     lr: 1.0
     maximize: False
     name: others
     peak_lr: {peak}
+    role: None
+    transposed: False
     weight_decay: 0.01
 )"""
 

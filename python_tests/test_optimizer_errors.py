@@ -97,7 +97,7 @@ BAD_PARAMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "none": (list, ValueError, "empty parameter list"),
     "empty group": (lambda: [{"params": []}], ValueError, "expected at least one parameter, got none"),
     "a tensor": (lambda: ones(), TypeError, "iterable of Tensors or dicts"),
-    "a module": (lambda: torch.nn.Linear(2, 2), TypeError, r"got the module Linear; give its \.parameters\(\)"),
+    "a module without any": (torch.nn.ReLU, ValueError, "expected at least one parameter, got none"),
     "not a leaf": (lambda: [ones() * 2], ValueError, "non-leaf"),
     "two devices": (
         lambda: [ones(), ones(device="meta")],

@@ -39,6 +39,7 @@ every_preset = pytest.mark.parametrize("preset", PRESETS)
 SHARED = {"step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite"}
 
 OPTIONS = {"params", "lr", "weight_decay", "maximize", "peak_lr", "theta", "theta_checksum", "total_steps"}
+OPTIONS |= {"role", "transposed", "averaged_steps"}
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +98,7 @@ def test_layout(impl: str, preset: str) -> None:
                 "feedback": (spec.from_mlp,),
                 "scale": (),
                 "updates": (),
+                "rank": (),
             },
         }
         found = {name: value.shape for name, value in state.items() if name != "lstm"}
@@ -174,7 +176,7 @@ torch.save(snapshot(opt), sys.argv[1])
 """
 
 
-@pytest.mark.parametrize(("impl", "preset"), [("cpu", "compact"), ("sim", "paper")])
+@pytest.mark.parametrize(("impl", "preset"), [("cpu", "spectral"), ("cpu", "compact"), ("sim", "paper")])
 def test_resume_in_a_fresh_process(impl: str, preset: str, tmp_path: Path) -> None:
     params = make_params()
     opt = make_optimizer(params, impl, preset)

@@ -17,6 +17,8 @@ from torch import Tensor
 from lopt import LearnedOptimizer, Theta
 from lopt.rule import PRESETS, reference, unflatten
 from lopt.rule.features import FEATURE_SETS
+from lopt.rule.inputs import Shapes
+from lopt.rule.matrices import Kind
 from lopt.rule.reference import State
 
 Arrays = dict[str, np.ndarray]
@@ -207,6 +209,8 @@ def test_optimizer_by_the_reference(trace: Arrays, name: str) -> None:
 # ---- Invariances ----------------------------------------------------------------------------------------------------
 
 SHAPES = ((), (4,), (3, 5), (2, 3, 2), (2, 3, 2, 2), (1, 2, 2, 1, 3))
+#: Said outright, since where it is not, it follows from the order.
+KINDS = (Kind(), Kind(), Kind("hidden"), Kind("input"), Kind("hidden"), Kind("output"))
 F64 = torch.float64
 
 
@@ -232,12 +236,16 @@ def run(theta: Theta, order: list[int], steps: int = 4) -> tuple[list[Tensor], S
     """Some steps with the tensors in this order."""
     params = [normal(*SHAPES[i], seed=i) for i in order]
     state = reference.init_state(theta.spec, theta.tensors, params)
+    facts = [SHAPES[i] for i in order], theta.tensors["initial_h"], [KINDS[i] for i in order]
+    shapes = Shapes.of(theta.spec, *facts)
     for step in range(steps):
         grads, loss = inputs(step)
         if step == 2:
             state = reference.observe_valid(theta.spec, state, loss * 1.1)
         ordered = [grads[i] for i in order]
-        params, state, _ = reference.update(theta.spec, theta.tensors, state, params, ordered, loss, total_steps=20)
+        params, state, _ = reference.update(
+            theta.spec, theta.tensors, state, params, ordered, loss, total_steps=20, shapes=shapes
+        )
     return params, state
 
 

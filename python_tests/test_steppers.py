@@ -9,6 +9,7 @@ from optimizer_cases import copies, make_theta
 from lopt import LearnedOptimizer
 from lopt.kernels import Plan
 from lopt.rule import PRESETS, reference
+from lopt.rule.inputs import Shapes
 
 SHAPES = ((), (3,), (4, 3), (2, 3, 2), (129,))
 ACTIVE = ((0, 1, 2, 3, 4), (0, 2), (1, 2, 4), (3,), (0, 1, 2, 3, 4), (0, 2))
@@ -37,12 +38,15 @@ def expected(preset: str) -> list[torch.Tensor]:
     params, grads = problem()
     values = [param.detach().double() for param in params]
     state = reference.init_state(spec, weights, values)
+    shapes = Shapes.of(spec, SHAPES, weights["initial_h"])  # what a tensor is, all of them tell
     for step, (given, active) in enumerate(zip(grads, ACTIVE, strict=True)):
         index = torch.tensor(active)
         rows = type(state.rows)(*(value[index] for value in state.rows))
         part = reference.State(state.globals, rows, [state.mom[i] for i in active], [state.rms[i] for i in active])
         own = [values[i] for i in active], [given[i].double() for i in active]
-        new, part, _ = reference.update(spec, weights, part, *own, torch.tensor(0.5**step))
+        new, part, _ = reference.update(
+            spec, weights, part, *own, torch.tensor(0.5**step), shapes=shapes.of_rows(active)
+        )
         for old, value in zip(state.rows, part.rows, strict=True):
             old.index_copy_(0, index, value)
         for k, i in enumerate(active):

@@ -19,6 +19,7 @@ from lopt.rule import PRESETS, ThetaSpec, inputs, losses, tensor_lstm
 from lopt.rule.constants import WARMUP
 from lopt.rule.features import STATS
 from lopt.rule.inputs import Shapes
+from lopt.rule.matrices import Kind
 from lopt.rule.tensor_lstm import Globals, Rows
 
 Arrays = dict[str, np.ndarray]
@@ -72,7 +73,8 @@ def values_of(
         shapes = Shapes.of(spec, [(1,)] * len(stats), like)
     if rows is None:
         empty = like.new_empty(len(stats), 0)
-        rows = Rows(empty, empty, empty, like.new_ones(len(stats)), like.new_ones(len(stats)))
+        ones = like.new_ones(len(stats))
+        rows = Rows(empty, empty, empty, scale=ones, updates=ones, rank=ones)
     total = torch.as_tensor(total_steps, dtype=like.dtype)
     mean, _ = tensor_lstm.mean_grad_square(spec, stats[:, STATS.index("grad_square")], tensor_lstm.rests(stats))
     return spec.inputs.values(spec, tensor_lstm.seen(spec, globals_, rows, stats, shapes, total, mean))
@@ -137,12 +139,13 @@ def test_advance_treats_all_tensors_alike(preset: str) -> None:
     """Tensors in another order give rows in that order, and the same global state."""
     theta, generator = random_theta(preset), torch.Generator().manual_seed(3)
     order, count = [3, 0, 4, 2, 1], len(SHAPES)
+    kinds = [Kind(), Kind(), Kind("input"), Kind("hidden"), Kind("output")]  # where unknown, told by the order
     results = []
     stats = [random_stats(theta.spec, count, generator) for _ in range(3)]
     for index in (list(range(count)), order):
         globals_ = tensor_lstm.init_globals(theta.spec, theta.tensors)
         rows = tensor_lstm.init_rows(theta.spec, theta.tensors, count)
-        shapes = Shapes.of(theta.spec, [SHAPES[i] for i in index], stats[0])
+        shapes = Shapes.of(theta.spec, [SHAPES[i] for i in index], stats[0], [kinds[i] for i in index])
         for step in range(3):
             row = stats[step][index]
             globals_, rows, conditioning, x = tensor_lstm.advance(
@@ -461,7 +464,7 @@ def test_the_lstm_sees_what_all_share_then_feedback_then_the_named_inputs() -> N
         seen_by_lstm = after._replace(step=globals_.step, from_lstm=globals_.from_lstm)
         values = values_of(spec, seen_by_lstm, new, stats + 1.0, shapes, 9.0)
         names = spec.inputs.scalars
-        names += spec.inputs.facts + spec.inputs.time if preset == "compact" else ()
+        names += spec.inputs.facts + spec.inputs.time if spec.inputs.lstm_sees_constants else ()
         expected = [globals_.from_lstm, rows.feedback[0], named(values, names)[0]]
         assert torch.equal(x[0], torch.cat(expected))
         assert [x[0, spec.lstm_index(name)] for name in names] == named(values, names)[0].tolist()
@@ -478,7 +481,8 @@ def test_shapes_by_hand() -> None:
     for row, expected_row in zip(found.log_dims.tolist(), expected, strict=True):
         assert row == pytest.approx(expected_row, rel=1e-14)
     assert found.decays.tolist() == [float(np.float32(d)) for d in (0.9, 0.99, 0.999, 0.95, 0.999)]
-    assert not Shapes.of(COMPACT, [(), (3,)], scalar(0.0)).any_matrix
+    assert found.whole.tolist() == [False, False, True, True, False]  # (1, 2, 2): one row
+    assert found.aspect.tolist() == pytest.approx([1.0, 1.0, 5 / 3, 6.0, 12.0], rel=1e-14)
 
 
 def test_tensor_facts_by_hand() -> None:

@@ -125,7 +125,7 @@ def test_init_is_determined_by_the_seed(preset: str, create: Callable[..., Theta
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match=r"preset: expected one of \['compact', 'paper'\], got 'large'"):
+    with pytest.raises(ValueError, match=r"preset: expected one of \['compact', 'paper', 'spectral'\], got 'large'"):
         Theta.init("large")
 
 
@@ -221,9 +221,9 @@ BAD_SPECS = [
     ({"clip_multiplier": math.inf}, "clip_multiplier: expected a positive number, got inf"),
     ({"magnitude_rate": math.nan}, "magnitude_rate: expected a finite number, got nan"),
     ({"feature_clip": -1.0}, "feature_clip: expected None or a positive bound, got -1.0"),
-    ({"tensor_inputs": "all"}, r"tensor_inputs: expected one of \['paper', 'relative'\], got 'all'"),
+    ({"tensor_inputs": "all"}, r"tensor_inputs: expected one of \['natural', 'paper', 'relative'\], got 'all'"),
     ({"feature_set": "paper", "mom_decays": (0.9,) * 5, "rms_decays": (0.9,) * 5}, "'relative' is not available"),
-    ({"tensor_inputs": "paper"}, "horizon_input: only available with tensor_inputs='relative'"),
+    ({"tensor_inputs": "paper"}, "horizon_input: only available with tensor_inputs='relative' or 'natural'"),
 ]
 
 
@@ -344,7 +344,7 @@ WRONG_HEADERS = [
     ("not json", "has no lopt metadata; it was not written by Theta.save"),
     ([1, 2], "has no lopt metadata"),
     ({"format": theta_module.FORMAT}, "has no lopt metadata"),
-    ({**header_of(), "format": 99}, "has format 99, this version of lopt reads format 2"),
+    ({**header_of(), "format": 99}, r"has format 99, this version of lopt reads \(2, 3\); install the version of lopt"),
     ({**header_of(), "spec": [1]}, r"spec: unknown fields \[1\], missing fields"),
     (header_of(colour="red"), r"spec: unknown fields \['colour'\], missing fields \[\]"),
     (header_of(mlp_width=16), r"theta\['mlp.w1'\]: expected shape \(24, 16\), got \(24, 8\)"),

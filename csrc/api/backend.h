@@ -26,6 +26,8 @@ struct Backend {
   // accumulate and apply in one sweep, for operands of apply that do not depend on the statistics.
   bool (*sweep)(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
                 const Target& target);
+  // Directions of matrices that were treated as a whole -> parameters.
+  bool (*write)(const ApplyParams& params, const Target& target);
   // After apply: the mean MLP outputs that the next LSTM step sees.
   bool (*finish)(const AdvanceParams& params, const Target& target);
   // to[i] = words[i] for i < count, on the device, as kernel arguments: in a CUDA graph they are constants.

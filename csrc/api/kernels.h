@@ -1,10 +1,12 @@
 // What the kernels of all back ends share beside their structs (structs.h): formulas, sizes, and the combinations that are
 // compiled. No torch, no CUDA header.
 //
-// Two operations, each one call for all tensors:
+// Three operations, each one call for all tensors:
 //   accumulate  clip gradients, update mom and rms, reduce per-tensor statistics          -> stats [R, S]
-//   apply       features -> small MLP -> write parameters, reduce the last hidden layer   -> hidden [R, width]
-// or both in one sweep, for operands of apply that do not depend on this step's statistics.
+//   apply       features -> small MLP -> write parameters, or directions of matrices that are treated as a whole;
+//               reduce the last hidden layer                                              -> hidden [R, width]
+//   write       of those matrices: directions -> parameters
+// The first two can be one sweep, for operands of apply that do not depend on this step's statistics.
 #pragma once
 
 #include <cstdint>
@@ -25,28 +27,44 @@ LOPT_HD V next_accumulator(V value, float decay, V input) {
   return value * decay + input * (1.0f - decay);
 }
 
-// What the rule of one tensor is given: a row of ApplyInputs.
+// lr = 0 changes no bit; a tensor that rests has a step of NaN.
+LOPT_HD bool moves(float step_size, float keep) {
+  return step_size == step_size && (step_size != 0.0f || keep != 1.0f);
+}
+
+// What the rule of one tensor is given: a row of ApplyInputs. `whole`: the direction itself is written, which is a step of
+// -1 of which nothing was there before.
 struct TensorInputs {
   const float *scale, *shift, *bias;
   float clip_limit, step_size, keep;
+  bool whole;
 
-  LOPT_HD TensorInputs(const ApplyInputs& inputs, int64_t row, int columns, int width)
+  LOPT_HD TensorInputs(const ApplyInputs& inputs, int64_t row, int columns, int width, bool whole)
       : scale(inputs.scale + row * columns),
         shift(inputs.shift + row * columns),
         bias(inputs.bias + row * width),
         clip_limit(inputs.clip_limit[row]),
-        step_size(inputs.step_size[row]),
-        keep(inputs.keep[row]) {}
+        step_size(whole ? -1.0f : inputs.step_size[row]),
+        keep(whole ? 0.0f : inputs.keep[row]),
+        whole(whole) {}
 
-  // lr = 0 changes no bit; a tensor that rests has a step of NaN.
-  LOPT_HD bool moves() const { return step_size == step_size && (step_size != 0.0f || keep != 1.0f); }
+  LOPT_HD bool moves() const { return lopt::moves(step_size, keep); }
 };
 
-// active: Features::active of the parameter. What would not stay finite, also as a bfloat16, is left as it is.
+// active: Features::active of the parameter. What would not stay finite, also as a bfloat16, is left as it is; a direction
+// that is not finite is 0.
 template <class V>
 LOPT_HD V next_param(V param, MlpOutput<V> out, const TensorInputs& inputs, V active, float magnitude_rate) {
   const V step_size = active * inputs.step_size;
   const V moved = param * inputs.keep - out.direction * exp_of(out.magnitude * magnitude_rate) * step_size;
+  const V otherwise = inputs.whole ? V{} : param;
+  return abs_of(moved) <= V{} + kLargestParam ? moved : otherwise;
+}
+
+// The same for a direction that was treated as a whole.
+template <class V>
+LOPT_HD V next_param(V param, V direction, float step_size, float keep) {
+  const V moved = param * keep - direction * step_size;
   return abs_of(moved) <= V{} + kLargestParam ? moved : param;
 }
 

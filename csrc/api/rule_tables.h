@@ -44,6 +44,7 @@ void add_input_set(py::dict& tables) {
   add("untold", int{Inputs::kUntold});
   add("lstm_sees_constants", bool{Inputs::kLstmSeesConstants});
   add("robust", bool{Inputs::kRobust});
+  add("natural", bool{Inputs::kNatural});
 }
 
 py::dict rule_tables() {

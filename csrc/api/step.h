@@ -5,8 +5,8 @@
 //   accumulate  gradients -> accumulators, statistics                                     -> stats [R, S]
 //     merge     where tensors are sharded: statistics of shards -> of tensors                stats [R, S]
 //   advance     losses, statistics -> LSTM -> what apply is conditioned on                -> scale, shift, bias, ... [R, ...]
-//   apply       features -> small MLP -> parameters, mean hidden units                    -> hidden [R, width]
-//     direction where matrices are treated as a whole: between apply's direction and the write
+//   apply       features -> small MLP -> parameters or directions, mean hidden units      -> hidden [R, width]
+//   direction   directions of matrices that are treated as a whole -> parameters          -> rank [R]
 //     merge     where tensors are sharded: hidden units of shards -> of tensors              hidden [R, width]
 //   finish      what the next LSTM step sees of the MLP                                   -> feedback [R, from_mlp]
 //
@@ -17,7 +17,7 @@ namespace lopt {
 
 // lagged: advance sees the statistics of the step before, so that accumulate and apply are one sweep.
 template <class Phases>
-void run_step(Phases& phases, bool lagged = false) {
+void run_until_direction(Phases& phases, bool lagged = false) {
   phases.begin();
   if (lagged) {
     phases.advance();
@@ -27,6 +27,12 @@ void run_step(Phases& phases, bool lagged = false) {
     phases.advance();
     phases.apply();
   }
+}
+
+template <class Phases>
+void run_step(Phases& phases, bool lagged = false) {
+  run_until_direction(phases, lagged);
+  phases.direction();
   phases.finish();
 }
 

@@ -32,6 +32,8 @@ enum Precision : int32_t { kExact = 0, kHigh = 1, kFast = 2 };
   FIELD(int64_t, stride)      /* elements between accumulator planes, >= numel */                          \
   FIELD(int64_t, first_chunk) /* this tensor's first row in the chunk table; its chunks follow in order */ \
   FIELD(int64_t, theta)       /* row of ApplyParams::weights */                                            \
+  FIELD(int64_t, direction)   /* address of [numel] values of the state's dtype where apply writes the */  \
+                              /* direction, or 0: apply writes the parameter */                            \
   FIELD(int64_t, row)         /* of all tables [R, ...] below */                                           \
   FIELD(int32_t, param_dtype) /* enum Dtype */                                                             \
   FIELD(int32_t, grad_dtype)  /* enum Dtype */
@@ -54,7 +56,8 @@ struct Chunk {
   FIELD(float*, shift)      /* [R, columns] */                                                                 \
   FIELD(float*, bias)       /* [R, width] first-layer bias with everything constant in the tensor folded in */ \
   FIELD(float*, step_size)  /* [R] lr * step multiplier */                                                     \
-  FIELD(float*, keep)       /* [R] what is left of the parameter after weight decay */
+  FIELD(float*, keep)       /* [R] what is left of the parameter after weight decay */                         \
+  FIELD(float*, gate)       /* [R] in [0, 1], from the elementwise to the orthogonal direction */
 struct ApplyInputs {
   LOPT_APPLY_INPUTS(LOPT_MEMBER)
 };
@@ -116,6 +119,7 @@ struct ApplyParams {
   FIELD(int32_t, linear_skip)                                                                      \
   FIELD(int32_t, step_control)                                                                     \
   FIELD(int32_t, tensor_inputs)                                                                    \
+  FIELD(int32_t, newton_schulz)                                                                    \
   FIELD(int32_t, horizon_input)                                                                    \
   FIELD(int32_t, valid_advances_step)                                                              \
   FIELD(double, train_loss_decay) /* of these three 1 - decay is formed in double, as in Python */ \
@@ -144,7 +148,13 @@ using LogDims = float[4];
   FIELD(int64_t, numel)                                         \
   FIELD(LogDims, log_dims)  /* ln(dim) - 1, padded with ones */ \
   FIELD(int32_t, is_scalar) /* rank 0 */                        \
-  FIELD(int32_t, is_matrix) /* rank >= 2 */
+  FIELD(int32_t, is_matrix) /* rank >= 2 */                     \
+  FIELD(int64_t, rows)      /* of a matrix, as stored */        \
+  FIELD(int32_t, is_input)  /* see lopt/rule/matrices.py */     \
+  FIELD(int32_t, is_output)                                     \
+  FIELD(int32_t, whole)                                         \
+  FIELD(float, natural)                                         \
+  FIELD(float, aspect)
 struct TensorShape {
   LOPT_TENSOR_SHAPE(LOPT_MEMBER)
 };
@@ -171,6 +181,7 @@ struct TensorShape {
   FIELD(float*, feedback)      /* [R, from_mlp], written by finish */                                                 \
   FIELD(float*, initial_scale) /* [R], 0 before the first step */                                                     \
   FIELD(float*, updates)       /* [R] */                                                                              \
+  FIELD(float*, rank)          /* [R] of the last orthogonalised direction, written by the direction stage */         \
   /* Inputs. */                                                                                                       \
   FIELD(const float*, stats)       /* [R, S] */                                                                       \
   FIELD(const float*, lr)          /* [R] */                                                                          \

@@ -33,6 +33,7 @@ bool advance(const AdvanceParams& p, const Target&) {
     level.c = p.c;
     level.feedback = p.feedback;
     level.initial_scale = p.initial_scale;
+    level.rank = p.rank;
     level.updates = p.updates;
     level.stats = p.stats;
     level.lr = p.lr;

@@ -14,12 +14,15 @@ void run_chunk(const ApplyParams& params, int64_t index) {
   const Chunk chunk = params.chunks[index];
   const TensorEntry& tensor = params.tensors[chunk.tensor];
   const int64_t left = tensor.numel - chunk.begin;
+  const Numbers param = Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin);
+  const bool whole = tensor.direction != 0;
   const Applier<Features, kWidth> applier{
-      Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
+      param,
       Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype == kBFloat16, chunk.begin),
+      whole ? Numbers::at(tensor.direction, params.state_dtype == kBFloat16, chunk.begin) : param,
       {Numbers::at(tensor.mom, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
       {Numbers::at(tensor.rms, params.state_dtype == kBFloat16, chunk.begin), tensor.stride},
-      TensorInputs(inputs_of(params), tensor.row, kColumns, kWidth),
+      TensorInputs(inputs_of(params), tensor.row, kColumns, kWidth, whole),
       params.weights + tensor.theta * MlpLayout<kColumns, kWidth>::kSize,
       params.magnitude_rate,
       params.feature_clip,
@@ -38,7 +41,36 @@ void merge_tensor(const ApplyParams& params, int64_t t) {
   }
 }
 
+// param = keep * param - step_size * direction
+void write_chunk(const ApplyParams& params, int64_t index) {
+  constexpr int64_t kBlock = 1024;
+  alignas(64) float param_buffer[kBlock], direction_buffer[kBlock];
+  const Chunk chunk = params.chunks[index];
+  const TensorEntry& tensor = params.tensors[chunk.tensor];
+  const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
+  if (!tensor.direction || !moves(step_size, keep)) return;
+  const Numbers param = Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, 0);
+  const Numbers direction = Numbers::at(tensor.direction, params.state_dtype == kBFloat16, 0);
+  const int64_t end = chunk.begin + kChunk < tensor.numel ? chunk.begin + kChunk : tensor.numel;
+  for (int64_t begin = chunk.begin; begin < end; begin += kBlock) {
+    const int64_t size = end - begin < kBlock ? end - begin : kBlock;
+    float* p = param.read(begin, size, param_buffer);
+    const float* d = direction.read(begin, size, direction_buffer);
+    for_vectors(size, [&](int64_t i, int lanes) {
+      store(p + i, next_param(load(p + i, lanes), load(d + i, lanes), step_size, keep), lanes);
+    });
+    param.write(begin, size, p);
+  }
+}
+
 }  // namespace
+
+bool write(const ApplyParams& params, const Target& target) {
+#pragma omp parallel for schedule(dynamic, 1) \
+    num_threads(threads_over(params.tensors, params.num_tensors, target.num_threads))
+  for (int64_t i = 0; i < params.num_chunks; ++i) write_chunk(params, i);
+  return true;
+}
 
 bool apply(const ApplyParams& params, int feature_set, int width, const Target& target) {
   return with_kernel(feature_set, width, [&](auto features, auto width_constant) {

@@ -193,6 +193,11 @@ struct Numbers {
     return buffer;
   }
 
+  // Where to write values that `write` puts there.
+  float* place(int64_t begin, float* buffer) const {
+    return is_bfloat16 ? buffer : static_cast<float*>(address) + begin;
+  }
+
   // Puts back what `read` returned: rounded to nearest even; NaN stays NaN.
   void write(int64_t begin, int64_t count, const float* buffer) const {
     if (!is_bfloat16) return;

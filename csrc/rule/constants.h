@@ -24,6 +24,10 @@ namespace lopt {
   CONSTANT(kScaleOutlier, "SCALE_OUTLIER", 10.0f)                  \
   CONSTANT(kGradOutlier, "GRAD_OUTLIER", 1e4f)                     \
   CONSTANT(kLossOutlier, "LOSS_OUTLIER", 10.0f)                    \
+  CONSTANT(kNewtonSchulz1, "NEWTON_SCHULZ_1", 3.4445f)             \
+  CONSTANT(kNewtonSchulz3, "NEWTON_SCHULZ_3", -4.775f)             \
+  CONSTANT(kNewtonSchulz5, "NEWTON_SCHULZ_5", 2.0315f)             \
+  CONSTANT(kMaxAspect, "MAX_ASPECT", 16.0f)                        \
   CONSTANT(kResting, "RESTING", 1e-4f)
 
 #define LOPT_CONSTANT(name, python_name, value) constexpr float name = value;

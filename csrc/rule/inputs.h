@@ -39,6 +39,7 @@ struct Seen {
   const float* stats;        // [S]
   const float* corrections;  // [num_mom + num_rms], from bias_corrections
   const float& scale;        // initial scale of the parameters
+  float rank;                // of the last orthogonalised direction
 
   LOPT_HD float numel() const { return static_cast<float>(shape.numel); }
 };
@@ -74,6 +75,7 @@ struct PaperInputs {
   static constexpr int kUntold = kNumTime;
   static constexpr bool kLstmSeesConstants = false;
   static constexpr bool kRobust = false;
+  static constexpr bool kNatural = false;
 
   template <class Features>
   LOPT_HD static void scalars(const Seen& seen, float* x) {
@@ -122,6 +124,7 @@ struct RelativeInputs {
   static constexpr int kUntold = 1;
   static constexpr bool kLstmSeesConstants = true;
   static constexpr bool kRobust = true;
+  static constexpr bool kNatural = false;
 
   template <class Features>
   LOPT_HD static void scalars(const Seen& seen, float* x) {
@@ -165,12 +168,39 @@ struct RelativeInputs {
   }
 };
 
-constexpr int kNumInputSets = 2;
+// Those of RelativeInputs, growth beyond a share of the natural size, where a tensor started, and what it is.
+struct NaturalInputs : RelativeInputs {
+  static constexpr const char* kName = "natural";
+  LOPT_ENUM(Scalar, kNumScalars, grad_over_slow, mom0_over_slow, mom1_over_slow, mom2_over_slow, rms_spread,
+            param_growth, grad_share, train_loss, valid_loss, train_rise, valid_rise, matrix_start, vector_start, rank);
+  LOPT_ENUM(Fact, kNumFacts, is_matrix, log_numel, is_input, is_output, aspect);
+  static constexpr bool kNatural = true;
+
+  template <class Features>
+  LOPT_HD static void scalars(const Seen& seen, float* x) {
+    RelativeInputs::scalars<Features>(seen, x);
+    const float natural = seen.shape.natural * seen.shape.natural, start = seen.scale * seen.scale;
+    const float least = kSmallestScale * kSmallestScale * natural;
+    x[param_growth] = log_ratio(::fmaxf(seen.stats[Stat::param_square], least), ::fmaxf(start, least));
+    x[matrix_start] = seen.shape.is_matrix ? log_ratio(start, natural) : 0.0f;
+    x[vector_start] = seen.shape.is_matrix ? 0.0f : log_ratio(start, natural);
+    x[rank] = log_ratio(seen.rank, 1.0f);
+  }
+
+  LOPT_HD static void facts(const Seen& seen, float* x) {
+    RelativeInputs::facts(seen, x);
+    x[is_input] = static_cast<float>(seen.shape.is_input);
+    x[is_output] = static_cast<float>(seen.shape.is_output);
+    x[aspect] = log_ratio(seen.shape.aspect, 1.0f);
+  }
+};
+
+constexpr int kNumInputSets = 3;
 
 // f(Inputs{}) for the input set of the spec, by its position in INPUT_SETS of lopt/rule/inputs.py.
 template <class Function>
 LOPT_HD auto with_inputs(const Spec& s, const Function& f) {
-  return s.tensor_inputs == 0 ? f(PaperInputs{}) : f(RelativeInputs{});
+  return s.tensor_inputs == 0 ? f(PaperInputs{}) : s.tensor_inputs == 1 ? f(RelativeInputs{}) : f(NaturalInputs{});
 }
 
 // Inputs about losses, of what was observed so far.

@@ -20,6 +20,9 @@ namespace {  // compiled once per instruction set: no function may be shared bet
 LOPT_HD bool is_robust(const Spec& s) {
   return with_inputs(s, [](auto inputs) LOPT_INLINE { return decltype(inputs)::kRobust; });
 }
+LOPT_HD bool is_natural(const Spec& s) {
+  return with_inputs(s, [](auto inputs) LOPT_INLINE { return decltype(inputs)::kNatural; });
+}
 
 // Whether a tensor takes no part in a step: a parameter or an accumulator is not finite.
 LOPT_HD bool rests(const float* stats) {
@@ -53,7 +56,7 @@ struct TensorLevel {
   int num_tensors;
   const int64_t* rows;  // [num_tensors] of what follows; null: all of them
   const TensorShape* shapes;
-  float *h, *c, *feedback, *initial_scale, *updates;
+  float *h, *c, *feedback, *initial_scale, *updates, *rank;
   const float* stats;
   const float *lr, *decay;  // null: 1 and 0
   ApplyInputs inputs;       // written
@@ -219,6 +222,12 @@ LOPT_HD float tensor_scale(const TensorShape& shape, const float* stats, float m
   return clamp_of(scale, initial / kScaleGrowth, kScaleGrowth * initial);
 }
 
+// lopt.rule.tensor_lstm.natural_scale of one tensor, likewise.
+LOPT_HD float natural_scale(const TensorShape& shape, const float* stats, float& initial) {
+  if (!(initial > 0)) initial = ::fmaxf(::sqrtf(stats[Stat::param_square]), 1e-15f);  // the root of kTiny
+  return shape.natural;
+}
+
 // The part of a step that belongs to tensor t, and is its update number `updates`. `level.constant` starts with the time
 // inputs; h and c are the tensor's LSTM state, updated in place by lstm(x, h, c), after which the team is in step;
 // to_lstm [from_lstm] is written. A tensor that rests gets a step of NaN, and is left as it is.
@@ -231,13 +240,15 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
   float* const facts = level.constant + s.num_time();
   float& step_size = level.inputs.step_size[t];  // until the end, the tensor's scale
   if (rests(stats)) {
-    if (team.rank() == 0) step_size = NAN, level.inputs.keep[t] = 1.0f;
+    if (team.rank() == 0) step_size = NAN, level.inputs.keep[t] = 1.0f, level.inputs.gate[t] = 0.0f;
     return;
   }
   if (team.rank() == 0) {
-    step_size = tensor_scale(level.shapes[t], stats, shared.mean_scale, level.initial_scale[t]);
+    step_size = is_natural(s) ? natural_scale(level.shapes[t], stats, level.initial_scale[t])
+                              : tensor_scale(level.shapes[t], stats, shared.mean_scale, level.initial_scale[t]);
   }
-  const Seen seen{s, shared, level.shapes[t], level.num_tensors, stats, corrections, level.initial_scale[t]};
+  const Seen seen{s,     shared,      level.shapes[t],        level.num_tensors,
+                  stats, corrections, level.initial_scale[t], level.rank[t]};
   if (team.rank() == 0) with_inputs(s, [&](auto inputs) LOPT_INLINE { decltype(inputs)::facts(seen, facts); });
   if (team.rank() == team.size() - 1)
     Features::column_map(stats + kMoments, corrections, level.inputs.scale + int64_t{t} * kColumns,
@@ -250,12 +261,17 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
   team.sync();
   team.linear(level.constant, s.num_constant(), theta.mlp_w1 + kColumns * s.width, theta.mlp_b1, s.width,
               level.inputs.bias + int64_t{t} * s.width);
-  float log_step = 0.0f;
-  if (s.step_control) {
-    log_step = team.sum(theta.step_b[0], hidden, [&](int i) { return h[i] * theta.step_w[i]; });
-    log_step = team.sum(log_step, inputs, [&](int i) { return level.x[i] * theta.step_w[hidden + i]; });
-  }
+  // start + a linear map of the LSTM's state and inputs
+  const auto controlled = [&](float start, const float* w) {
+    start = team.sum(start, hidden, [&](int i) { return h[i] * w[i]; });
+    return team.sum(start, inputs, [&](int i) { return level.x[i] * w[hidden + i]; });
+  };
+  const bool whole_direction = s.newton_schulz > 0 && level.shapes[t].whole;
+  float log_step = s.step_control ? controlled(theta.step_b[0], theta.step_w) : 0.0f;
+  const float gate = whole_direction ? clamp_of(controlled(0.5f + theta.gate_b[0], theta.gate_w), 0.0f, 1.0f) : 0.0f;
   if (team.rank() != 0) return;
+  level.inputs.gate[t] = gate;
+  if (whole_direction) log_step += theta.gate_step[0] * gate;
   const float whole = stats[Stat::grad_square] > 0 ? ::fminf(updates / kWarmup, 1.0f) : 0.0f;  // no gradient, no step
   const float control = whole * exp_of(clamp_of(log_step, -kMaxLogStep, kMaxLogStep));
   const float lr = level.lr ? level.lr[t] : 1.0f, decay = level.decay ? level.decay[t] : 0.0f;

@@ -8,26 +8,29 @@ namespace lopt {
 // TENSOR(name, count) for every tensor of theta, in its order in the flat vector; `s` is the spec, `columns` the number of
 // per-parameter inputs. ThetaSpec.shapes() in lopt/rule/spec.py has the same names (with dots) and shapes; they are
 // compared when lopt is imported.
-#define LOPT_THETA(TENSOR)                                               \
-  TENSOR(initial_from_lstm, s.from_lstm)                                 \
-  TENSOR(initial_from_mlp, s.from_mlp)                                   \
-  TENSOR(initial_h, s.lstm_width)                                        \
-  TENSOR(initial_c, s.lstm_width)                                        \
-  TENSOR(lstm_w, 4 * s.lstm_width * (s.num_lstm_input() + s.lstm_width)) \
-  TENSOR(lstm_b, 4 * s.lstm_width)                                       \
-  TENSOR(lstm_to_mlp_w, s.lstm_width* s.lstm_to_mlp)                     \
-  TENSOR(lstm_to_mlp_b, s.lstm_to_mlp)                                   \
-  TENSOR(lstm_to_lstm_w, s.lstm_width* s.from_lstm)                      \
-  TENSOR(lstm_to_lstm_b, s.from_lstm)                                    \
-  TENSOR(mlp_w1, (columns + s.num_constant()) * s.width)                 \
-  TENSOR(mlp_b1, s.width)                                                \
-  TENSOR(mlp_w2, s.width* s.width)                                       \
-  TENSOR(mlp_b2, s.width)                                                \
-  TENSOR(mlp_w3, s.width * (2 + s.from_mlp))                             \
-  TENSOR(mlp_b3, 2 + s.from_mlp)                                         \
-  TENSOR(skip, s.linear_skip ? columns : 0)                              \
-  TENSOR(step_w, s.step_control ? s.lstm_width + s.num_lstm_input() : 0) \
-  TENSOR(step_b, s.step_control ? 1 : 0)
+#define LOPT_THETA(TENSOR)                                                \
+  TENSOR(initial_from_lstm, s.from_lstm)                                  \
+  TENSOR(initial_from_mlp, s.from_mlp)                                    \
+  TENSOR(initial_h, s.lstm_width)                                         \
+  TENSOR(initial_c, s.lstm_width)                                         \
+  TENSOR(lstm_w, 4 * s.lstm_width * (s.num_lstm_input() + s.lstm_width))  \
+  TENSOR(lstm_b, 4 * s.lstm_width)                                        \
+  TENSOR(lstm_to_mlp_w, s.lstm_width* s.lstm_to_mlp)                      \
+  TENSOR(lstm_to_mlp_b, s.lstm_to_mlp)                                    \
+  TENSOR(lstm_to_lstm_w, s.lstm_width* s.from_lstm)                       \
+  TENSOR(lstm_to_lstm_b, s.from_lstm)                                     \
+  TENSOR(mlp_w1, (columns + s.num_constant()) * s.width)                  \
+  TENSOR(mlp_b1, s.width)                                                 \
+  TENSOR(mlp_w2, s.width* s.width)                                        \
+  TENSOR(mlp_b2, s.width)                                                 \
+  TENSOR(mlp_w3, s.width * (2 + s.from_mlp))                              \
+  TENSOR(mlp_b3, 2 + s.from_mlp)                                          \
+  TENSOR(skip, s.linear_skip ? columns : 0)                               \
+  TENSOR(step_w, s.step_control ? s.lstm_width + s.num_lstm_input() : 0)  \
+  TENSOR(step_b, s.step_control ? 1 : 0)                                  \
+  TENSOR(gate_w, s.newton_schulz ? s.lstm_width + s.num_lstm_input() : 0) \
+  TENSOR(gate_b, s.newton_schulz ? 1 : 0)                                 \
+  TENSOR(gate_step, s.newton_schulz ? 1 : 0)
 
 namespace {  // compiled once per instruction set: no function may be shared between them
 

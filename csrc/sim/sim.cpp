@@ -3,6 +3,7 @@
 #include "sim/cuda_on_cpu.h"
 //
 #include "../../cuda/advance.cu"
+#include "../../cuda/write.cu"
 #include "api/bind_backend.h"
 
 namespace lopt {

@@ -28,13 +28,6 @@ inline ModelTensor matrix_of(int64_t in, int64_t out) { return {2, {in, out, 1, 
 inline ModelTensor table_of(int64_t rows, int64_t width) { return {2, {rows, width, 1, 1}, false}; }
 inline ModelTensor kernel_of(int64_t in, int64_t out) { return {4, {out, in, 3, 3}, false}; }
 
-// The same as shape_records of lopt/kernels/structs.py.
-inline TensorShape shape_of(const ModelTensor& tensor) {
-  TensorShape shape{tensor.numel(), {}, tensor.rank == 0, tensor.rank >= 2};
-  for (int i = 0; i < 4; ++i) shape.log_dims[i] = std::log(static_cast<float>(tensor.dims[i])) - 1.0f;
-  return shape;
-}
-
 template <class Model>
 int num_tensors(const Problem& problem) {
   int count = 0;

@@ -49,6 +49,7 @@ using Keys = uint64_t[kNumSplits];
   FIELD(int64_t, inputs)                                                                         \
   FIELD(int64_t, loss) /* enum Loss */                                                           \
   FIELD(int64_t, batch)                                                                          \
+  FIELD(int64_t, shapes)   /* address of TensorShape [tensors] */                                \
   FIELD(PerSplit, rows)    /* that a minibatch draws from; of tokens where a window can begin */ \
   FIELD(PerSplit, data)    /* addresses of float [rows, places, inputs], or int64 [symbols] */   \
   FIELD(PerSplit, targets) /* addresses of int64 [rows] labels, or float [rows, outputs]; of tokens unused */

@@ -14,6 +14,7 @@
 #include "cpu/lstm_cell.h"
 #include "cpu/threads.h"
 #include "unroll/network.h"
+#include "unroll/orthogonal.h"
 
 namespace lopt {
 namespace LOPT_ISA {
@@ -22,8 +23,8 @@ namespace {
 // What a run keeps between calls.
 struct RunState {
   Globals globals;
-  float *param, *mom, *rms;                           // [P], [num_mom, P], [num_rms, P]
-  float *h, *c, *feedback, *initial_scale, *updates;  // see AdvanceParams
+  float *param, *mom, *rms;                                  // [P], [num_mom, P], [num_rms, P]
+  float *h, *c, *feedback, *initial_scale, *updates, *rank;  // see AdvanceParams
   int64_t size;
 
   RunState(const Spec& s, int num_mom, int num_rms, int64_t num_params, int tensors, float* base) {
@@ -39,6 +40,7 @@ struct RunState {
     feedback = arena.take(int64_t{tensors} * s.from_mlp);
     initial_scale = arena.take(tensors);
     updates = arena.take(tensors);
+    rank = arena.take(tensors);
     mom = arena.take(num_mom * num_params);
     rms = arena.take(num_rms * num_params);
     size = arena.used;
@@ -55,7 +57,9 @@ struct Engine {
   int64_t params;
   Model model;
   float *grad, *stats, *packed, *hidden;
-  TensorShape* shapes;
+  const TensorShape* shapes;
+  Orthogonal orthogonal;
+  float* direction;  // of the largest matrix that is treated as a whole
   TensorLevel level{};
 
   Engine(const Spec& spec, const Problem& problem, Arena& arena)
@@ -63,13 +67,18 @@ struct Engine {
         p(problem),
         tensors(num_tensors<Model>(problem)),
         params(num_params<Model>(problem)),
-        model(problem, arena) {
+        model(problem, arena),
+        shapes(reinterpret_cast<const TensorShape*>(problem.shapes)),
+        orthogonal(
+            tensors, [&](int t) { return whole(t) ? shapes[t].rows : 0; },
+            [&](int t) { return whole(t) ? shapes[t].numel / shapes[t].rows : 0; }, arena) {
+    int64_t largest = 0;
+    for (int t = 0; t < tensors; ++t) largest = whole(t) ? std::max(largest, shapes[t].numel) : largest;
+    direction = arena.take(largest);
     grad = arena.take(params);
     stats = arena.take(int64_t{tensors} * kStats);
     packed = arena.take(MlpLayout<kColumns, kWidth>::kSize);
     hidden = arena.take(int64_t{tensors} * kWidth);
-    shapes =
-        reinterpret_cast<TensorShape*>(arena.take(tensors * static_cast<int64_t>(sizeof(TensorShape) / sizeof(float))));
     level.num_tensors = tensors;
     level.shapes = shapes;
     level.stats = stats;
@@ -77,10 +86,9 @@ struct Engine {
     LOPT_APPLY_INPUTS(LOPT_TAKE)
 #undef LOPT_TAKE
     take_scratch(s, level, arena);
-    if (!arena.base) return;
-    TensorShape* shape = shapes;
-    Model::for_tensors(p, [&](const ModelTensor& tensor) { *shape++ = shape_of(tensor); });
   }
+
+  bool whole(int t) const { return s.newton_schulz > 0 && shapes[t].whole; }
 
   // The phases of one step (api/step.h).
   struct Step {
@@ -122,22 +130,41 @@ struct Engine {
       lopt::advance<Features>(engine.s, theta, state.globals, engine.level, loss, total_steps, cell, nonfinite);
     }
 
+    // Of matrices that are treated as a whole, also what follows: one direction is there at a time.
     void apply() const {
       for_tensors([&](int t, int64_t offset, int64_t numel) {
         double total[kWidth];
+        const bool whole = engine.whole(t);
         const Applier<Features, kWidth> applier{{state.param + offset},
                                                 {engine.grad + offset},
+                                                {whole ? engine.direction : state.param + offset},
                                                 {{state.mom + offset}, engine.params},
                                                 {{state.rms + offset}, engine.params},
-                                                TensorInputs(engine.level.inputs, t, kColumns, kWidth),
+                                                TensorInputs(engine.level.inputs, t, kColumns, kWidth, whole),
                                                 engine.packed,
                                                 engine.s.magnitude_rate,
                                                 engine.s.feature_clip};
         applier.run(numel, total);
         for (int j = 0; j < kWidth; ++j)
           engine.hidden[t * kWidth + j] = static_cast<float>(total[j] / static_cast<double>(numel));
+        if (whole) write(t, state.param + offset, numel);
       });
     }
+
+    void write(int t, float* param, int64_t numel) const {
+      const ApplyInputs& inputs = engine.level.inputs;
+      const int64_t rows = engine.shapes[t].rows;
+      const float step_size = inputs.step_size[t], keep = inputs.keep[t];
+      const float rank =
+          engine.orthogonal.run(engine.direction, rows, numel / rows, inputs.gate[t], engine.s.newton_schulz);
+      if (step_size == step_size && std::isfinite(rank)) state.rank[t] = rank;
+      if (!moves(step_size, keep)) return;
+      for_vectors(numel, [&](int64_t i, int lanes) {
+        store(param + i, next_param(load(param + i, lanes), load(engine.direction + i, lanes), step_size, keep), lanes);
+      });
+    }
+
+    void direction() const {}
 
     void sweep() const {}  // lagged statistics: the engine refuses them (lopt/meta/engine.py)
 
@@ -157,6 +184,7 @@ struct Engine {
     level.feedback = state.feedback;
     level.initial_scale = state.initial_scale;
     level.updates = state.updates;
+    level.rank = state.rank;
     float* outer = reinterpret_cast<float*>(r.outer_losses);
     float* train = reinterpret_cast<float*>(r.train_losses);
     bool alive = true;
@@ -238,6 +266,7 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
     std::copy_n(theta.initial_from_lstm, spec.from_lstm, state.globals.from_lstm);
     std::copy_n(init, params, state.param);
     for (int t = 0; t < tensors; ++t) {
+      state.rank[t] = 1.0f;
       std::copy_n(theta.initial_h, spec.lstm_width, state.h + t * spec.lstm_width);
       std::copy_n(theta.initial_c, spec.lstm_width, state.c + t * spec.lstm_width);
       std::copy_n(theta.initial_from_mlp, spec.from_mlp, state.feedback + t * spec.from_mlp);

@@ -107,7 +107,8 @@ def make_optimizer(
     if name in LEARNED:
         if trial != 0:
             raise ValueError(f"trial: {name} has only trial 0, got {trial}")
-        return LearnedOptimizer(params, theta, total_steps=steps if name == "lopt" else None, impl=impl)
+        given = params if task is None else [task.group(params)]
+        return LearnedOptimizer(given, theta, total_steps=steps if name == "lopt" else None, impl=impl)
     found = opponent(name)
     if not 0 <= trial < len(found.trials):
         raise ValueError(f"trial: expected 0 to {len(found.trials) - 1} of {name}, got {trial}")

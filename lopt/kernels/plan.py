@@ -2,8 +2,9 @@
 
 ``accumulate`` updates the accumulators of every parameter of every tensor and reduces per-tensor statistics;
 ``apply`` computes features and the small MLP, writes the parameters and reduces the mean of the last hidden layer. Each
-is one call, and on a GPU one launch, for any number of tensors. A :class:`Plan` keeps the tables of addresses between
-steps.
+is one call, and on a GPU one launch, for any number of tensors. Of matrices that are treated as a whole ``apply``
+writes the directions; they are orthogonalised, batched by shape, and a third call, ``write``, takes them to the
+parameters. A :class:`Plan` keeps the tables of addresses between steps.
 
 Equivalent to ``lopt.rule.reference.accumulate`` and ``apply`` for each tensor, with two exact rewrites: MLP inputs that
 are constant in a tensor are folded into a bias per tensor, and the MLP outputs that only feed the LSTM are computed
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from lopt.kernels import devices
 from lopt.kernels.devices import Table, stream_of
+from lopt.kernels.directions import Directions
 from lopt.kernels.extension import FEATURE_SET_INDEX, WIDTHS, module_of, packed_weights
 from lopt.kernels.structs import ACCUMULATE, APPLY, APPLY_INPUTS, CHUNK, ENTRY
 from lopt.rule.features import FEATURE_SETS
+from lopt.rule.matrices import Matrix
 from lopt.rule.spec import ThetaSpec
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -148,6 +151,7 @@ class Plan:
             torch.empty(num_chunks, columns, device=self.device, dtype=torch.float64)
             for columns in (self.features.num_stats, max(WIDTHS))
         )
+        self.directions: Directions | None = None
         self.captured: list[list[Tensor | None]] = []  # tables that CUDA graphs read
         self._operands: dict[str, list[Tensor]] = {}
         self._accumulate, self._apply = np.zeros((), ACCUMULATE), np.zeros((), APPLY)
@@ -160,6 +164,22 @@ class Plan:
         self._accumulate["seed"] = seed
         #: Addresses of AccumulateParams and ApplyParams.
         self.addresses = self._accumulate.ctypes.data, self._apply.ctypes.data
+        self.select(None)
+
+    def treat_whole(self, matrices: Sequence[Matrix], iterations: int, rank: Tensor) -> None:
+        """Orthogonalise the directions of those of the R tensors that may be, between :meth:`apply` and :meth:`write`.
+
+        Args:
+            matrices: of the R tensors.
+            iterations: of Newton-Schulz; with 0 nothing is treated as a whole.
+            rank: ``[R]`` float32, of the directions, written.
+        """
+        if not iterations or not any(matrix.whole for matrix in matrices):
+            return
+        exact = self.precision == PRECISIONS.index("exact")
+        self.directions = Directions(matrices, iterations, self.state_dtype, self.device, exact)
+        self.all_entries["direction"] = self.directions.addresses
+        self.rank = rank
         self.select(None)
 
     def hold(self, row: int, mom: Tensor, rms: Tensor) -> None:
@@ -184,6 +204,8 @@ class Plan:
         self.num_tensors, self.num_chunks = len(chosen), len(chunks)
         self.rows, self.chunks = Table(chosen, self.device), Table(chunks, self.device)
         self.tensors = Table(entries, self.device)
+        if self.directions is not None:
+            self.directions.select(chosen.tolist())
         self.grads: Sequence[Tensor] = []
         self.grad_table = Table(np.zeros(len(chosen), dtype=np.int64), self.device)
         self.grad_addresses: list[int] = []
@@ -303,7 +325,7 @@ class Plan:
             inputs: float32, named as :data:`lopt.kernels.structs.APPLY_INPUTS`: ``clip_limit`` ``[R]``, as given to
                 :meth:`accumulate`; ``scale``, ``shift`` ``[R, columns]``, the column maps; ``bias`` ``[R, width]``,
                 the folded first-layer bias; ``step_size`` ``[R]``, ``lr * step_multiplier * multiplier``; ``keep``
-                ``[R]``, what is left of the parameter after weight decay.
+                ``[R]``, what is left of the parameter after weight decay; ``gate`` ``[R]``, read by :meth:`write`.
             weights: ``[num_theta, size]`` from :func:`pack_mlp`.
         """
         self.bind_apply(inputs, weights, magnitude_rate, feature_clip)
@@ -314,6 +336,14 @@ class Plan:
         self._check_bound("apply")
         self.module.apply(self.backend, self.index, self.hidden.shape[-1], self.addresses[1], *self.place())
         return self.hidden
+
+    def write(self) -> None:
+        """Directions of matrices that are treated as a whole, as :meth:`apply` wrote them -> parameters."""
+        if self.directions is None:
+            return
+        inputs = self._inputs
+        self.directions.orthogonalise(inputs["gate"], self.rank, inputs["step_size"])
+        self.module.write(self.backend, self.addresses[1], *self.place())
 
     def bind_apply(
         self, inputs: Mapping[str, Tensor], weights: Tensor, magnitude_rate: float, feature_clip: float | None
@@ -340,7 +370,7 @@ class Plan:
             self._apply[name] = value.data_ptr()
         self._apply["hidden"], self._apply["magnitude_rate"] = self.hidden.data_ptr(), magnitude_rate
         self._apply["feature_clip"] = np.inf if feature_clip is None else feature_clip
-        self._operands["apply"] = list(operands.values())
+        self._operands["apply"], self._inputs = list(operands.values()), operands
 
     def sweep(self) -> tuple[Tensor, Tensor]:
         """:meth:`accumulate` and :meth:`apply` in one sweep, with the operands bound before; what both return.

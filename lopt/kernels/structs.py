@@ -16,6 +16,7 @@ import numpy as np
 from lopt.kernels.extension import _C, FEATURE_SET_INDEX, NOT_BUILT
 from lopt.kernels.tables import check_tables
 from lopt.rule.inputs import INPUT_SETS
+from lopt.rule.matrices import Kind, matrices_of, natural_sizes
 from lopt.rule.spec import PRESETS, ThetaSpec
 
 REMEDY = "rebuild the extension: pip install --no-build-isolation --no-deps -e ."
@@ -30,25 +31,26 @@ APPLY_INPUTS: dict[str, Literal["one", "columns", "width"]] = {
     "bias": "width",
     "step_size": "one",
     "keep": "one",
+    "gate": "one",
 }
 _INPUTS = " ".join(APPLY_INPUTS)
 
 #: The fields that Python fills in, of every struct; their order and place are C++'s.
 FILLED = {
-    "TensorEntry": "param mom rms numel stride first_chunk theta row param_dtype grad_dtype",
+    "TensorEntry": "param mom rms numel stride first_chunk theta direction row param_dtype grad_dtype",
     "Chunk": "tensor begin",
     "AccumulateParams": "tensors grads chunks num_tensors num_chunks clip_limit mom_decay rms_decay step seed "
     "state_dtype partials finished stats",
     "ApplyParams": f"tensors grads chunks num_tensors num_chunks {_INPUTS} weights magnitude_rate feature_clip "
     "precision state_dtype partials finished hidden",
     "Spec": "feature_set width lstm_width from_mlp lstm_to_mlp from_lstm linear_skip step_control tensor_inputs "
-    "horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay step_multiplier magnitude_rate "
-    "time_limit clip_multiplier feature_clip mom_decay rms_decay",
-    "TensorShape": "numel log_dims is_scalar is_matrix",
+    "newton_schulz horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay step_multiplier "
+    "magnitude_rate time_limit clip_multiplier feature_clip mom_decay rms_decay",
+    "TensorShape": "numel log_dims is_scalar is_matrix rows is_input is_output whole natural aspect",
     "AdvanceParams": "spec theta shapes rows num_tensors step train_loss valid_loss clip from_lstm pending_loss "
-    "nonfinite h c feedback initial_scale updates stats lr decay total_steps hidden new_train new_valid train_value "
-    f"valid_value {_INPUTS} to_lstm finished",
-    "Problem": "num_layers kinds options outputs tokens places inputs loss batch rows data targets",
+    "nonfinite h c feedback initial_scale updates rank stats lr decay total_steps hidden new_train new_valid "
+    f"train_value valid_value {_INPUTS} to_lstm finished",
+    "Problem": "num_layers kinds options outputs tokens places inputs loss batch shapes rows data targets",
     "Run": "problem theta state keys steps valid_every valid_batches loss_every total_steps outer_losses train_losses",
 }
 
@@ -125,9 +127,15 @@ def spec_record(spec: ThetaSpec) -> Record:
     return record
 
 
-def shape_records(shapes: Sequence[Sequence[int]]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
-    """Facts about tensors of these shapes as csrc/rule/tensor_lstm.h reads them."""
+def shape_records(
+    shapes: Sequence[Sequence[int]], kinds: Sequence[Kind] | None = None
+) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    """Facts about tensors of these shapes as csrc/rule/tensor_lstm.h reads them (:class:`lopt.rule.inputs.Shapes`)."""
     records = np.zeros(len(shapes), SHAPE)
+    matrices = matrices_of(shapes, kinds)
+    records["natural"] = natural_sizes(matrices)
+    for name in ("rows", "is_input", "is_output", "whole", "aspect"):
+        records[name] = [getattr(matrix, name) for matrix in matrices]
     for record, shape in zip(records, shapes, strict=True):
         record["numel"] = math.prod(shape)
         record["log_dims"] = np.log(np.array([*shape[:4], 1, 1, 1, 1][:4], dtype=np.float32)) - np.float32(1.0)

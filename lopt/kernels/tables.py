@@ -29,7 +29,7 @@ def rule_tables() -> dict[str, Any]:
     for name, inputs in INPUT_SETS.items():
         for part in ("scalars", "time", "facts"):
             tables[f"input set {name}: {part}"] = list(getattr(inputs, part))
-        for part in ("untold", "lstm_sees_constants", "robust"):
+        for part in ("untold", "lstm_sees_constants", "robust", "natural"):
             tables[f"input set {name}: {part}"] = getattr(inputs, part)
     for name, value in constants.CONSTANTS.items():
         tables[name] = np.array(value, np.float32).tolist()

@@ -14,6 +14,7 @@ from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.extension import module_of
 from lopt.kernels.plan import Plan
 from lopt.kernels.structs import ADVANCE, APPLY_INPUTS, shape_records, spec_record
+from lopt.rule.matrices import Kind
 from lopt.rule.spec import ThetaSpec
 from lopt.rule.tensor_lstm import Rows
 from lopt.rule.theta import Theta
@@ -43,6 +44,7 @@ class TensorLevel:
         groups: of each tensor, its param group, in ascending order; all the first one by default.
         inputs: where to write the inputs of apply, rows of :func:`apply_inputs`; memory of its own by default. So
             several levels, each with its theta, can share a :class:`Plan`.
+        kinds: what is known about each tensor beside its shape.
         lagged: the caller gives :meth:`advance` the statistics of the step before (:func:`lopt.rule.reference.lag`).
 
     Raises:
@@ -57,6 +59,7 @@ class TensorLevel:
         rows: Rows,
         groups: Sequence[int] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        kinds: Sequence[Kind] | None = None,
         lagged: bool = False,
     ) -> None:
         spec, num_tensors, device = theta.spec, len(shapes), rows.h.device
@@ -76,7 +79,7 @@ class TensorLevel:
         self.to_lstm = empty(num_tensors, spec.from_lstm)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.theta = theta.flatten().to(device, torch.float32).contiguous()
-        self.shapes = Table(shape_records(shapes), device)
+        self.shapes = Table(shape_records(shapes, kinds), device)
         self.all_rows = Table(np.arange(num_tensors), device)
         self._options: list[tuple[int, str, Tensor]] = []  # group, its option, the tensors of the group
         for group in sorted(set(groups)):
@@ -92,7 +95,7 @@ class TensorLevel:
             record[name] = getattr(self, name).data_ptr()
         for name, value in self.inputs.items():
             record[name] = value.data_ptr()
-        for name, value in zip(("h", "c", "feedback", "initial_scale", "updates"), rows, strict=True):
+        for name, value in zip(("h", "c", "feedback", "initial_scale", "updates", "rank"), rows, strict=True):
             record[name] = value.data_ptr()
         #: Address of AdvanceParams.
         self.address = record.ctypes.data
@@ -165,9 +168,10 @@ class TensorLevel:
         self._record["stats"] = stats.data_ptr()
         self._call(self.module.advance)
 
-    def finish(self, hidden: Tensor) -> None:
-        """After apply: what the next LSTM step sees of ``hidden`` ``[R, width]``."""
-        self._record["hidden"] = hidden.data_ptr()
+    def finish(self, hidden: Tensor | None = None) -> None:
+        """After apply: what the next LSTM step sees of ``hidden`` ``[R, width]``, by default the plan's."""
+        if hidden is not None:
+            self._record["hidden"] = hidden.data_ptr()
         self._call(self.module.finish)
 
 
@@ -181,10 +185,16 @@ class Levels:
 
 
 def step(plan: Plan, levels: Levels, lagged: bool = False) -> None:
-    """A whole step in one call (csrc/api/step.h), of operands that were bound before.
+    """A whole step in one call (csrc/api/step.h), of operands that were bound before; in three where directions of
+    matrices are treated as a whole.
 
     Args:
         lagged: advance comes before accumulate and sees what ``plan.stats`` holds; accumulate and apply are then one
             sweep.
     """
-    plan.module.step(plan.backend, levels.address, levels.count, *plan.addresses, lagged, *plan.place())
+    whole = plan.directions is not None
+    plan.module.step(plan.backend, levels.address, levels.count, *plan.addresses, lagged, whole, *plan.place())
+    if whole:
+        plan.write()
+        for level in levels.levels:
+            level.finish()

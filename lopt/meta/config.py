@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lopt.meta.es import ESTIMATORS, EstimatorName
+from lopt.rule.spec import PRESETS
 from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.seeds import SEEDS
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
@@ -37,8 +38,8 @@ class Phase:
     """Shortest and longest inner run in steps; lengths are drawn log-uniformly in between."""
 
     groups: Groups = "all"
-    """Tensors of theta that are trained: ``linear`` (skip and step control), ``mlp`` (these and the MLP), ``lstm`` (all
-    others) or ``all``."""
+    """Tensors of theta that are trained: ``linear`` (skip, step control and gate), ``mlp`` (these and the MLP),
+    ``lstm`` (all others) or ``all``."""
 
     estimator: EstimatorName = "es"
     """Meta-gradient estimator, see :mod:`lopt.meta.es`; ``es`` looks at whole runs, the others at windows."""
@@ -86,7 +87,7 @@ class MetaTrainConfig:
     recipe: str = "custom"
     """Name of the recipe the settings began as, see :mod:`lopt.meta.recipes`."""
 
-    preset: Literal["compact", "paper"] = "compact"
+    preset: Literal["spectral", "compact", "paper"] = "compact"
     """Architecture of the learned optimizer, unless ``init`` is a file."""
 
     init: str = "adam"
@@ -187,7 +188,7 @@ class MetaTrainConfig:
         phases = tuple(phase if isinstance(phase, Phase) else Phase(**phase) for phase in given)
         object.__setattr__(self, "phases", phases)
         for name, allowed in (
-            ("preset", ("compact", "paper")),
+            ("preset", tuple(PRESETS)),
             ("objective", get_args(Objective)),
             ("weighting", get_args(Weighting)),
             ("scaling", get_args(Scaling)),

@@ -8,14 +8,16 @@ perceptrons some fifty times as fast: minibatch, forward, backward, both device 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lopt.kernels.extension import NOT_BUILT, module_of
-from lopt.kernels.structs import PROBLEM, RUN, spec_record
+from lopt.kernels.structs import PROBLEM, RUN, shape_records, spec_record
 from lopt.rule import ThetaSpec
+from lopt.rule.matrices import Kind
 from lopt.tasks.network import (
     Activate,
     Activation,
@@ -97,6 +99,15 @@ class Problem:
     batch: int
     data: tuple[tuple[Tensor, Tensor], ...]
 
+    @cached_property
+    def shapes(self) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+        """Facts about the parameter tensors."""
+        kinds = [
+            Kind(fan_in=shape[0] if name in self.network.transposed else None)
+            for name, shape in self.network.shapes.items()
+        ]
+        return shape_records(list(self.network.shapes.values()), kinds)
+
     def __post_init__(self) -> None:
         network = self.network
         if len(network.layers) > MAX_LAYERS:
@@ -149,6 +160,7 @@ class Problem:
         record["outputs"][:count] = [place.width for place in (*network.flow[1:], network.end)]
         record["tokens"], record["places"], record["inputs"] = network.tokens, network.places, network.inputs
         record["loss"], record["batch"] = LOSSES.index(network.loss), self.batch
+        record["shapes"] = self.shapes.ctypes.data
         record["rows"] = [len(inputs) - window * network.tokens for inputs, _ in self.data]
         record["data"] = [inputs.data_ptr() for inputs, _ in self.data]
         record["targets"] = [targets.data_ptr() for _, targets in self.data]

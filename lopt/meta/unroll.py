@@ -30,6 +30,8 @@ from lopt import kernels
 from lopt.implementations import warn_not_built
 from lopt.meta.objective import Losses, Unit
 from lopt.rule import Theta, ThetaSpec, reference
+from lopt.rule.inputs import Shapes
+from lopt.rule.matrices import matrices_of
 from lopt.rule.tensor_lstm import Globals, Rows
 from lopt.tasks.task import SplitName, Task, map_tensors
 
@@ -118,13 +120,16 @@ class _Reference:
     def __init__(self, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState) -> None:
         self.params, self.optimizer = state.params, state.optimizer
         names = list(state.params)
+        shapes = [tuple(value.shape[1:]) for value in state.params.values()]
+        facts = Shapes.of(spec, shapes, weights["initial_h"], run.task.kinds)
 
         def update(
             weights: Mapping[str, Tensor], params: dict[str, Tensor], state: reference.State, grads: Any, loss: Tensor
         ) -> tuple[dict[str, Tensor], reference.State]:
             lists = [params[name] for name in names], [grads[name] for name in names]
-            total_steps = float(run.total_steps)
-            values, state, _ = reference.update(spec, weights, state, *lists, loss, total_steps=total_steps)
+            values, state, _ = reference.update(
+                spec, weights, state, *lists, loss, total_steps=float(run.total_steps), shapes=facts
+            )
             return dict(zip(names, values, strict=True)), state
 
         self.weights, self._update = weights, torch.vmap(update)
@@ -157,12 +162,15 @@ class _Kernels:
         params = by_run(list(self.params.values()))
         mom, rms = by_run(self.optimizer.mom), by_run(self.optimizer.rms)
         theta_index = [row for row in range(num_runs) for _ in shapes]
+        gradients = by_run(list(self.grads.values()))
         self.plan = plan = kernels.Plan(backend, spec.feature_set, params, mom, rms, theta_index)
-        plan.set_tensors(params, by_run(list(self.grads.values())))
         packed = kernels.pack_mlp(spec, weights)
         inputs = kernels.apply_inputs(spec, num_runs * count, packed.device)
         plan.bind_accumulate(inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
         plan.bind_apply(inputs, packed, spec.magnitude_rate, spec.feature_clip)
+        matrices = matrices_of(shapes, run.task.kinds) * num_runs
+        plan.treat_whole(matrices, spec.newton_schulz, self.optimizer.rows.rank.view(-1))
+        plan.set_tensors(params, gradients)
         levels = []
         self.shared = []
         for row in range(num_runs):
@@ -170,7 +178,7 @@ class _Kernels:
             rows = Rows(*(value[row] for value in self.optimizer.rows))
             part = slice(row * count, (row + 1) * count)
             own = {name: value[part] for name, value in inputs.items()}
-            level = kernels.TensorLevel(backend, theta, shapes, rows, inputs=own)
+            level = kernels.TensorLevel(backend, theta, shapes, rows, inputs=own, kinds=run.task.kinds)
             level.set_options([{"lr": 1.0, "weight_decay": 0.0}], run.total_steps)
             level.bind(plan, part)
             shared = {name: value[row] for name, value in self.optimizer.globals._asdict().items()}

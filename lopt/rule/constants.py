@@ -17,6 +17,8 @@ LARGEST_PARAM = 3.3895313892515355e38  # an update beyond it is not made: the la
 SCALE_OUTLIER = 10.0  # times the median: what a tensor's scale counts for at most among the others
 GRAD_OUTLIER = 1e4  # the same of its mean squared gradient
 LOSS_OUTLIER = 10.0  # standard deviations: how far from the mean a loss counts at most
+NEWTON_SCHULZ_1, NEWTON_SCHULZ_3, NEWTON_SCHULZ_5 = 3.4445, -4.775, 2.0315  # of X, X X' X and (X X')^2 X
+MAX_ASPECT = 16.0  # longer over shorter side of a matrix whose direction is orthogonalised
 RESTING = 1e-4  # of the slow second moment: a parameter whose quick one is less rests; (.999 / .95)^180 is 1e4
 
 #: All of them by name.

@@ -19,9 +19,18 @@ import torch
 from torch import Tensor
 
 from lopt.rule import losses
-from lopt.rule.constants import EPSILON, INPUT_BOUND, LAST_SHARE, LOG_TIME_SCALE, TINY, WAVES
+from lopt.rule.constants import (
+    EPSILON,
+    INPUT_BOUND,
+    LAST_SHARE,
+    LOG_TIME_SCALE,
+    SMALLEST_SCALE,
+    TINY,
+    WAVES,
+)
 from lopt.rule.features import round_decays
 from lopt.rule.losses import LossState
+from lopt.rule.matrices import Kind, Matrix, matrices_of, natural_sizes
 
 if TYPE_CHECKING:
     from lopt.rule.spec import ThetaSpec
@@ -35,21 +44,48 @@ class Shapes:
     log_dims: Tensor  # [T, 4] ln(dim) - 1 of the first four dimensions, padded with ones
     is_scalar: Tensor  # [T] +1 for rank 0, else -1
     is_matrix: Tensor  # [T] 1 for rank >= 2, else 0
-    any_matrix: bool
+    natural: Tensor  # [T] natural size (lopt.rule.matrices)
+    is_input: Tensor  # [T] 1 for the matrices of the model's input, else 0
+    is_output: Tensor  # [T] 1 for those of its output
+    aspect: Tensor  # [T] longer over shorter side of a matrix, 1 for other tensors
+    whole: Tensor  # [T] bool, whether the directions of a tensor may be orthogonalised
+    matrices: tuple[Matrix, ...]  # [T]
     decays: Tensor  # [num_mom + num_rms]
 
     @classmethod
-    def of(cls, spec: "ThetaSpec", shapes: Sequence[Sequence[int]], like: Tensor) -> "Shapes":
-        """Facts about tensors of these shapes, in dtype and on device of ``like``."""
+    def of(
+        cls,
+        spec: "ThetaSpec",
+        shapes: Sequence[Sequence[int]],
+        like: Tensor,
+        kinds: Sequence[Kind] | None = None,
+    ) -> "Shapes":
+        """Facts about tensors of these shapes, in dtype and on device of ``like``.
+
+        Args:
+            kinds: what is known about each tensor beside its shape.
+        """
         dims = [([*shape[:4]] + [1] * 4)[:4] for shape in shapes]
+        matrices = matrices_of(shapes, kinds)
         return cls(
             numel=like.new_tensor([float(math.prod(shape)) for shape in shapes]),
             log_dims=torch.log(like.new_tensor(dims)) - 1.0,
             is_scalar=like.new_tensor([1.0 if len(shape) == 0 else -1.0 for shape in shapes]),
             is_matrix=like.new_tensor([float(len(shape) >= 2) for shape in shapes]),
-            any_matrix=any(len(shape) >= 2 for shape in shapes),
+            natural=like.new_tensor(natural_sizes(matrices)),
+            is_input=like.new_tensor([float(matrix.is_input) for matrix in matrices]),
+            is_output=like.new_tensor([float(matrix.is_output) for matrix in matrices]),
+            aspect=like.new_tensor([matrix.aspect for matrix in matrices]),
+            whole=torch.tensor([matrix.whole for matrix in matrices], device=like.device),
+            matrices=tuple(matrices),
             decays=round_decays(spec.mom_decays + spec.rms_decays, like),
         )
+
+    def of_rows(self, rows: Sequence[int]) -> "Shapes":
+        """Those of some of the tensors, as facts of the model that all of them make."""
+        names = ("numel", "log_dims", "is_scalar", "is_matrix", "natural", "is_input", "is_output", "aspect", "whole")
+        some = {name: getattr(self, name)[list(rows)] for name in names}
+        return Shapes(**some, matrices=tuple(self.matrices[row] for row in rows), decays=self.decays)
 
 
 class Seen(NamedTuple):
@@ -59,6 +95,7 @@ class Seen(NamedTuple):
     shapes: Shapes
     corrections: Tensor  # [T, num_mom + num_rms] of the accumulators (lopt.rule.features.bias_corrections)
     scale: Tensor  # [T] initial scale of the parameters
+    rank: Tensor  # [T] of the last orthogonalised direction (lopt.rule.orthogonal)
     mean_grad_square: Tensor  # [] over the tensors
     train_loss: Tensor  # [6] LossState
     valid_loss: Tensor  # [6]
@@ -76,6 +113,7 @@ class InputSet:
         facts: of one tensor, for the MLP.
         lstm_sees_constants: whether the LSTM sees facts and time, too.
         robust: whether a single loss or tensor has a bounded influence on what all tensors share.
+        natural: whether learned steps are shares of a tensor's natural size, else of its scale.
         needs_slow: whether the feature set must have a slow second moment.
         moments: of the feature set, needed beside it.
         values: ``values(spec, seen)`` are all inputs by name, ``[T]`` or, where tensors share them, ``[]``.
@@ -88,6 +126,7 @@ class InputSet:
     facts: tuple[str, ...]
     lstm_sees_constants: bool
     robust: bool
+    natural: bool
     needs_slow: bool
     moments: tuple[str, ...]
     values: Callable[["ThetaSpec", Seen], dict[str, Tensor]]
@@ -210,7 +249,37 @@ def _relative_values(spec: "ThetaSpec", seen: Seen) -> dict[str, Tensor]:
     return values
 
 
+# ---- natural ---------------------------------------------------------------------------------------------------------
+
+
+def _natural_values(spec: "ThetaSpec", seen: Seen) -> dict[str, Tensor]:
+    """Those of ``relative``, growth beyond a share of the natural size, where a tensor started, and what it is."""
+    shapes = seen.shapes
+    natural, start = torch.square(shapes.natural), torch.square(seen.scale)
+    least = SMALLEST_SCALE**2 * natural
+    values = _relative_values(spec, seen)
+    values |= _log_ratios(
+        {
+            "param_growth": (torch.maximum(seen.stats["param_square"], least), torch.maximum(start, least)),
+            "start": (start, natural),
+            "rank": (seen.rank, torch.ones_like(seen.rank)),
+            "aspect": (shapes.aspect, torch.ones_like(shapes.aspect)),
+        }
+    )
+    values["matrix_start"] = values["start"] * shapes.is_matrix
+    values["vector_start"] = values["start"] * (1.0 - shapes.is_matrix)
+    values["is_input"], values["is_output"] = shapes.is_input, shapes.is_output
+    return values
+
+
 _LOSSES = ("train_loss", "valid_loss")
+_RELATIVE = (
+    *("grad_over_slow", "mom0_over_slow", "mom1_over_slow", "mom2_over_slow"),
+    *("rms_spread", "param_growth", "grad_share"),
+    *_LOSSES,
+    *("train_rise", "valid_rise"),
+)
+_TIME = ("log_step", "told", "done", "log_left", "log_total", "log_step_told")
 
 #: All input sets; their position is the index the kernels know them by.
 INPUT_SETS: dict[str, InputSet] = {
@@ -230,26 +299,36 @@ INPUT_SETS: dict[str, InputSet] = {
             facts=("log_tensors", "log_param_norm", "log_numel"),
             lstm_sees_constants=False,
             robust=False,
+            natural=False,
             needs_slow=False,
             moments=(),
             values=_paper_values,
         ),
         InputSet(
             name="relative",
-            scalars=(
-                *("grad_over_slow", "mom0_over_slow", "mom1_over_slow", "mom2_over_slow"),
-                *("rms_spread", "param_growth", "grad_share"),
-                *_LOSSES,
-                *("train_rise", "valid_rise"),
-            ),
-            time=("log_step", "told", "done", "log_left", "log_total", "log_step_told"),
+            scalars=_RELATIVE,
+            time=_TIME,
             untold=1,
             facts=("is_matrix", "log_numel"),
             lstm_sees_constants=True,
             robust=True,
+            natural=False,
             needs_slow=True,
             moments=("mom0_squared", "mom1_squared", "mom2_squared"),
             values=_relative_values,
+        ),
+        InputSet(
+            name="natural",
+            scalars=(*_RELATIVE, "matrix_start", "vector_start", "rank"),
+            time=_TIME,
+            untold=1,
+            facts=("is_matrix", "log_numel", "is_input", "is_output", "aspect"),
+            lstm_sees_constants=True,
+            robust=True,
+            natural=True,
+            needs_slow=True,
+            moments=("mom0_squared", "mom1_squared", "mom2_squared"),
+            values=_natural_values,
         ),
     )
 }

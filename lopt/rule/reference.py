@@ -11,7 +11,8 @@ One update, with K decays, in order::
     rms_k  = d_k rms_k + (1 - d_k) grad^2
     h, c   = LSTM(statistics of the tensor, losses, time)   one row per tensor
     o      = MLP(per-parameter columns, per-tensor inputs)
-    param -= o_0 exp(magnitude_rate o_1) step_multiplier
+    d      = o_0 exp(magnitude_rate o_1)                    of a matrix, as far as its gate opens, orthogonalised
+    param -= d step_multiplier
     feedback = mean of o_2: over the tensor                 input of the next LSTM step
 
 Source: arXiv:2009.11243, appendix C, and its author's port (rnn_mlp_lopt in google/learned_optimization).
@@ -27,6 +28,8 @@ from lopt.rule import tensor_lstm
 from lopt.rule.constants import LARGEST, LARGEST_PARAM
 from lopt.rule.features import STATS, round_decays
 from lopt.rule.inputs import Shapes
+from lopt.rule.matrices import Matrix
+from lopt.rule.orthogonal import orthogonalise
 from lopt.rule.rounding import Rounding
 from lopt.rule.spec import ThetaSpec
 from lopt.rule.step import NOTHING, Seams, run
@@ -140,19 +143,15 @@ def apply(
     mom: Tensor,
     rms: Tensor,
     conditioning: Conditioning,
-    step_size: Tensor | float,
-    keep: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Second operation, for one tensor: features, MLP, update.
+    """Second operation, for one tensor: features, MLP, direction.
 
     Args:
         param, grad, mom, rms: as :func:`accumulate` returned them (``grad`` clipped).
         conditioning: one row of it.
-        step_size, keep: of :func:`lopt.rule.tensor_lstm.step_sizes`.
 
     Returns:
-        New parameter ``[numel]``, as it was where it would not stay finite; feedback ``[from_mlp]``; MLP input and
-        output ``[numel, ...]``.
+        Direction ``[numel]``; feedback ``[from_mlp]``; MLP input and output ``[numel, ...]``.
     """
     columns = raw_columns(spec, grad, param, mom, rms) * conditioning.scale[:, None] + conditioning.shift[:, None]
     if spec.feature_clip is not None:
@@ -164,11 +163,28 @@ def apply(
     direction = out[:, 0]
     if spec.linear_skip:
         direction = direction + columns.T @ weights["skip"]
-    step = spec.features.active(rms) * step_size
-    moved = keep * param - direction * torch.exp(out[:, 1] * spec.magnitude_rate) * step
+    direction = direction * torch.exp(out[:, 1] * spec.magnitude_rate) * spec.features.active(rms)
+    return direction, out[:, 2:].mean(dim=0), x, out
+
+
+def whole_direction(spec: ThetaSpec, direction: Tensor, matrix: Matrix, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Third operation, for a matrix that may be treated as a whole: new direction ``[numel]``, and its rank ``[]``."""
+    known = torch.where(torch.abs(direction) <= LARGEST_PARAM, direction, torch.zeros_like(direction))
+    new, rank = orthogonalise(known.reshape(matrix.rows, matrix.columns), gate, spec.newton_schulz)
+    return new.reshape(-1), rank
+
+
+def write(param: Tensor, direction: Tensor, step_size: Tensor | float, keep: Tensor | float) -> Tensor:
+    """Last operation, for one tensor: ``keep param - step_size direction``, as it was where it would not stay finite.
+
+    Args:
+        param, direction: ``[numel]``.
+        step_size, keep: of :func:`lopt.rule.tensor_lstm.step_sizes`.
+    """
+    moved = keep * param - direction * step_size
     moved = torch.where(torch.abs(moved) <= LARGEST_PARAM, moved, param)  # also NaN, of a step of NaN
     still = (torch.as_tensor(step_size) == 0) & (torch.as_tensor(keep) == 1)  # lr = 0 changes no bit
-    return torch.where(still, param, moved), out[:, 2:].mean(dim=0), x, out
+    return torch.where(still, param, moved)
 
 
 def lag(stats: Tensor, before: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,6 +226,7 @@ class ReferencePhases:
         total_steps: float | Tensor,
         before: Tensor | None,
         positions: Sequence[int] | None,
+        shapes: Shapes | None,
     ) -> None:
         self.spec, self.weights, self.state, self.loss = spec, weights, state, loss
         self.lr, self.weight_decay, self.before = lr, weight_decay, before
@@ -218,7 +235,7 @@ class ReferencePhases:
         self.params = [param.reshape(-1).to(like.dtype).contiguous() for param in params]
         self.grads = [grad.reshape(-1).to(like.dtype).contiguous() for grad in grads]
         self.total_steps = torch.as_tensor(total_steps, dtype=like.dtype, device=like.device)
-        self.shapes = Shapes.of(spec, [tuple(param.shape) for param in params], like)
+        self.shapes = shapes or Shapes.of(spec, [tuple(param.shape) for param in params], like)
         self.positions = range(len(params)) if positions is None else positions
         self.trace: dict[str, Any] = {}
 
@@ -263,11 +280,6 @@ class ReferencePhases:
         )
 
     def apply(self) -> Tensor:
-        lr, decay = (
-            torch.as_tensor(x, dtype=self.stats.dtype, device=self.stats.device).expand(len(self.params))
-            for x in (self.lr, self.weight_decay)
-        )
-        self.step_size, keep = tensor_lstm.step_sizes(self.spec, self.conditioning.multiplier, lr, decay)
         self.applied = [
             apply(
                 self.spec,
@@ -277,19 +289,36 @@ class ReferencePhases:
                 self.mom[t],
                 self.rms[t],
                 Conditioning(*(value[t] for value in self.conditioning)),
-                self.step_size[t],
-                keep[t],
             )
             for t, param in enumerate(self.params)
         ]
         return torch.stack([item[1] for item in self.applied])
+
+    def direction(self) -> None:
+        lr, decay = (
+            torch.as_tensor(x, dtype=self.stats.dtype, device=self.stats.device).expand(len(self.params))
+            for x in (self.lr, self.weight_decay)
+        )
+        self.step_size, keep = tensor_lstm.step_sizes(self.spec, self.conditioning.multiplier, lr, decay)
+        self.directions, ranks = [item[0] for item in self.applied], list(self.rows.rank.unbind())
+        for t, matrix in enumerate(self.shapes.matrices if self.spec.newton_schulz else ()):
+            if matrix.whole:
+                self.directions[t], ranks[t] = whole_direction(
+                    self.spec, self.directions[t], matrix, self.conditioning.gate[t]
+                )
+        self.written = [
+            write(param, direction, self.step_size[t], keep[t])
+            for t, (param, direction) in enumerate(zip(self.params, self.directions, strict=True))
+        ]
+        rank = tensor_lstm.next_rank(self.rows.rank, torch.stack(ranks), self.step_size)
+        self.rows = self.rows._replace(rank=rank)
 
     def finish(self, means: Tensor) -> None:
         self.rows = self.rows._replace(feedback=tensor_lstm.next_feedback(self.rows.feedback, means, self.step_size))
 
     def result(self, params: Sequence[Tensor]) -> "Update":
         """New parameters in the shapes of ``params``, new state, and every intermediate."""
-        new_params = [item[0].reshape(param.shape) for item, param in zip(self.applied, params, strict=True)]
+        new_params = [new.reshape(param.shape) for new, param in zip(self.written, params, strict=True)]
         trace = {
             "clip_limit": self.limit,
             "grad": self.clipped,
@@ -300,6 +329,8 @@ class ReferencePhases:
             "conditioning": self.conditioning,
             "mlp_input": [item[2] for item in self.applied],
             "mlp_output": [item[3] for item in self.applied],
+            "direction": self.directions,
+            "step_size": self.step_size,
         }
         return Update(new_params, State(self.globals, self.rows, self.mom, self.rms), trace)
 
@@ -317,6 +348,7 @@ def update(
     total_steps: float | Tensor = 0.0,
     before: Tensor | None = None,
     positions: Sequence[int] | None = None,
+    shapes: Shapes | None = None,
     seams: Seams = NOTHING,
 ) -> Update:
     """One training update of all tensors: the phases of :mod:`lopt.rule.step` in their order.
@@ -331,6 +363,7 @@ def update(
         before: ``[T, S]`` for ``stats="lagged"``: ``trace["kept"]`` of the step before, zeros in the first.
         positions: of the tensors among all that the optimizer has, by which a bfloat16 state is rounded; 0, 1, ... by
             default.
+        shapes: facts about ``params``, where more is known than their shapes, or they are a part of a model.
         seams: what is done between the phases.
 
     Raises:
@@ -346,7 +379,7 @@ def update(
         torch.Size([3, 54])
     """
     phases = ReferencePhases(
-        spec, weights, state, params, grads, loss, lr, weight_decay, total_steps, before, positions
+        spec, weights, state, params, grads, loss, lr, weight_decay, total_steps, before, positions, shapes
     )
     run(phases, seams)
     return phases.result(params)

@@ -35,7 +35,12 @@ class ThetaSpec:
             ``"relative"``: the LSTM sees ratios that do not depend on the scale of gradients and parameters, and not
             the dimensions of the tensor, which differ between small tasks and large models and between layouts; both
             see the logarithm of the step, at most ``time_limit``. Needs a feature set with a slow second moment.
-        horizon_input: adds the inputs that need ``total_steps``; only with ``tensor_inputs="relative"``.
+            ``"natural"``: those of ``"relative"`` and some about matrices; learned steps are shares of the natural size
+            of a tensor (:mod:`lopt.rule.matrices`), in place of its scale.
+        newton_schulz: iterations that orthogonalise the directions of matrices (:mod:`lopt.rule.orthogonal`), as far
+            as a learned gate per tensor opens: ``clamp(1/2 + a linear map of the LSTM's state and inputs, 0, 1)``.
+            0: none.
+        horizon_input: adds the inputs that need ``total_steps``; not with ``tensor_inputs="paper"``.
         time_limit: steps beyond which logarithmic time stands still (the longest run seen in meta-training).
         train_loss_decay, valid_loss_decay: decays of the two loss averages.
         clip_decay, clip_multiplier: of the gradient clipper.
@@ -67,6 +72,7 @@ class ThetaSpec:
     linear_skip: bool = True
     step_control: bool = True
     tensor_inputs: str = "relative"
+    newton_schulz: int = 0
     horizon_input: bool = True
     time_limit: float = 10_000.0
     train_loss_decay: float = 0.9
@@ -97,6 +103,8 @@ class ThetaSpec:
         for name in ("step_multiplier", "clip_multiplier", "time_limit"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not 0 <= self.newton_schulz <= 10:
+            raise ValueError(f"newton_schulz: expected 0 to 10 iterations, got {self.newton_schulz}")
         if not math.isfinite(self.magnitude_rate):
             raise ValueError(f"magnitude_rate: expected a finite number, got {self.magnitude_rate}")
         if self.feature_clip is not None and not self.feature_clip > 0.0:
@@ -110,6 +118,11 @@ class ThetaSpec:
         ):
             raise ValueError(
                 f"tensor_inputs: {self.tensor_inputs!r} is not available with feature set {self.feature_set!r}"
+            )
+        if self.newton_schulz and not (self.inputs.natural and self.step_control):
+            raise ValueError(
+                f"newton_schulz: {self.newton_schulz} iterations need tensor_inputs='natural' and step_control=True, "
+                f"got {self.tensor_inputs!r} and {self.step_control}"
             )
         if self.horizon_input and len(self.inputs.time) == self.inputs.untold:
             told = [name for name, table in INPUT_SETS.items() if len(table.time) > table.untold]
@@ -175,7 +188,17 @@ class ThetaSpec:
         if self.step_control:
             shapes["step.w"] = (lstm + self.num_lstm_input,)
             shapes["step.b"] = ()
+        if self.newton_schulz:
+            shapes["gate.w"] = (lstm + self.num_lstm_input,)
+            shapes["gate.b"] = ()
+            shapes["gate.step"] = ()  # what an open gate adds to the log of the step
         return shapes
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset of this architecture, or of the feature set where there is none."""
+        same = (name for name, spec in PRESETS.items() if spec.shapes() == self.shapes())
+        return next(same, self.feature_set)
 
     @property
     def num_floats(self) -> int:
@@ -188,9 +211,9 @@ class ThetaSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ThetaSpec":
-        """The inverse of :meth:`to_json`; unknown or missing fields are errors, but ``stats``, once always current."""
+        """The inverse of :meth:`to_json`; unknown or missing fields are errors, but those that came later."""
         names = {f.name for f in dataclasses.fields(cls)}
-        missing = names - set(values) - {"stats"}
+        missing = names - set(values) - {"stats", "newton_schulz"}
         if missing or not set(values) <= names:
             raise ValueError(
                 f"spec: unknown fields {sorted(set(values) - names)}, missing fields {sorted(missing)}; "
@@ -199,7 +222,8 @@ class ThetaSpec:
         return cls(**{**values, "mom_decays": tuple(values["mom_decays"]), "rms_decays": tuple(values["rms_decays"])})
 
 
-#: ``paper``: the optimizer of arXiv:2009.11243 as its author published it. ``compact``: our default, for large models.
+#: ``paper``: the optimizer of arXiv:2009.11243 as its author published it. ``compact``: elementwise, for large models.
+#: ``spectral``: ``compact`` with natural sizes, and the directions of matrices orthogonalised; our default.
 PRESETS: dict[str, ThetaSpec] = {
     "paper": ThetaSpec(
         feature_set="paper",
@@ -220,4 +244,5 @@ PRESETS: dict[str, ThetaSpec] = {
         valid_advances_step=True,
     ),
     "compact": ThetaSpec(),
+    "spectral": ThetaSpec(tensor_inputs="natural", newton_schulz=3),
 }

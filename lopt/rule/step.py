@@ -6,14 +6,14 @@
     accumulate   gradients -> accumulators and statistics                       stats [T, S]
       merge      where tensors are sharded: statistics of shards -> of tensors  stats [T, S]
     advance      losses, statistics -> LSTM -> what apply is conditioned on
-    apply        features -> small MLP -> direction -> parameters               feedback or hidden units [T, ...]
-      direction  where matrices are treated as a whole
+    apply        features -> small MLP -> directions                            feedback or hidden units [T, ...]
+    direction    directions of matrices orthogonalised -> parameters
       merge      where tensors are sharded: means over shards -> over tensors   feedback or hidden units [T, ...]
     finish       what the next LSTM step sees of the MLP
 
 The reference and the kernels implement :class:`Phases`; an unsharded step of the kernels is one call of the compiled
-sequence instead. ``merge`` and ``direction`` are seams: on one device, for a rule without a direction stage, nothing
-lies in them (:data:`NOTHING`).
+sequence instead. ``merge`` is a seam: on one device nothing lies in it (:data:`NOTHING`). Kernels write the parameters
+of tensors that are not treated as a whole in ``apply`` already.
 """
 
 from typing import Protocol
@@ -34,7 +34,10 @@ class Phases(Protocol):
         """The tensor level, from ``[T, S]`` statistics of whole tensors."""
 
     def apply(self) -> Tensor:
-        """Write the parameters; returns ``[T, ...]`` means over what this process holds of every tensor."""
+        """The directions; returns ``[T, ...]`` means over what this process holds of every tensor."""
+
+    def direction(self) -> None:
+        """Orthogonalise directions of matrices, and write the parameters."""
 
     def finish(self, means: Tensor) -> None:
         """Keep what the next step needs of ``[T, ...]`` means over whole tensors."""
@@ -46,15 +49,11 @@ class Seams:
     ``merge_stats`` takes and returns ``[T, S]`` statistics, in the order of :data:`lopt.rule.features.STATS` and the
     moments of the feature set: means over elements, but for ``nonfinite``, a sum. ``merge_means`` takes and returns the
     ``[T, ...]`` means that :meth:`Phases.apply` returned. Sharded tensors weigh both by numbers of elements.
-    ``direction`` is called when the directions of matrices are known and before they are written.
     """
 
     def merge_stats(self, stats: Tensor) -> Tensor:
         """Statistics of this process' shards -> of whole tensors."""
         return stats
-
-    def direction(self) -> None:
-        """Treat directions of matrices as a whole."""
 
     def merge_means(self, means: Tensor) -> Tensor:
         """Means over this process' shards -> over whole tensors."""
@@ -69,5 +68,5 @@ def run(phases: Phases, seams: Seams = NOTHING) -> None:
     phases.begin()
     phases.advance(seams.merge_stats(phases.accumulate()))
     means = phases.apply()
-    seams.direction()
+    phases.direction()
     phases.finish(seams.merge_means(means))

@@ -7,6 +7,7 @@ back, and can be vmapped.
 Source: arXiv:2009.11243, appendix C.2 to C.4, with the constants of the author's port.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from lopt.rule.constants import (
     SCALE_GROWTH,
     SCALE_OUTLIER,
     SMALLEST_SCALE,
+    TINY,
     WARMUP,
 )
 from lopt.rule.features import STATS, bias_corrections
@@ -63,6 +65,7 @@ class Rows(NamedTuple):
     feedback: Tensor  # [T, from_mlp]
     scale: Tensor  # [T] initial scale of the parameters, 0 until the first step
     updates: Tensor  # [T] how often the accumulators were updated
+    rank: Tensor  # [T] of the last orthogonalised direction (lopt.rule.orthogonal), 1 before and for other tensors
 
 
 class Conditioning(NamedTuple):
@@ -72,6 +75,7 @@ class Conditioning(NamedTuple):
     shift: Tensor  # [T, columns]
     constant: Tensor  # [T, num_constant] MLP inputs that are the same for all parameters of a tensor
     multiplier: Tensor  # [T] step multiplier beside step_multiplier; NaN: the tensor rests in this step
+    gate: Tensor  # [T] in [0, 1], from the elementwise to the orthogonal direction
 
 
 def init_globals(spec: ThetaSpec, weights: Weights) -> Globals:
@@ -95,6 +99,7 @@ def init_rows(spec: ThetaSpec, weights: Weights, num_tensors: int) -> Rows:
         feedback=weights["initial_from_mlp"].expand(num_tensors, -1).clone(),
         scale=like.new_zeros(num_tensors),
         updates=like.new_zeros(num_tensors),
+        rank=like.new_ones(num_tensors),
     )
 
 
@@ -202,6 +207,7 @@ def seen(
         shapes,
         bias_corrections(rows.updates, shapes.decays),
         rows.scale,
+        rows.rank,
         mean_square,
         globals_.train_loss,
         globals_.valid_loss,
@@ -251,6 +257,16 @@ def tensor_scale(rms: Tensor, mean: Tensor, shapes: Shapes, initial: Tensor) -> 
     return initial, torch.minimum(torch.maximum(rms, initial / SCALE_GROWTH), SCALE_GROWTH * initial)
 
 
+def natural_scale(rms: Tensor, shapes: Shapes, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`tensor_scale` is for a natural spec: what a tensor started with, and its natural size."""
+    return torch.where(initial > 0, initial, torch.clamp(rms, min=math.sqrt(TINY))), shapes.natural
+
+
+def next_rank(before: Tensor, rank: Tensor, step_size: Tensor) -> Tensor:
+    """What the next LSTM step sees of the ranks of directions ``[T]``; as before where a tensor rests."""
+    return torch.where(torch.isfinite(rank) & torch.logical_not(torch.isnan(step_size)), rank, before)
+
+
 def step_sizes(spec: ThetaSpec, multiplier: Tensor, lr: Tensor, weight_decay: Tensor) -> tuple[Tensor, Tensor]:
     """Step of every tensor, and the share that is left of its parameters by weight decay, ``[T]`` each.
 
@@ -296,7 +312,10 @@ def advance(
     globals_ = observe_train(spec, globals_, loss)
     globals_ = next_clip(spec, globals_, mean_square, number)
     rms = torch.sqrt(stats[:, STATS.index("param_square")])
-    initial, scale = tensor_scale(rms, typical_scale(rms, grad_square > 0, shapes), shapes, rows.scale)
+    if spec.inputs.natural:
+        initial, scale = natural_scale(rms, shapes, rows.scale)
+    else:
+        initial, scale = tensor_scale(rms, typical_scale(rms, grad_square > 0, shapes), shapes, rows.scale)
     new = rows._replace(updates=rows.updates + 1.0, scale=initial)
     values = spec.inputs.values(spec, seen(spec, globals_, new, stats, shapes, total_steps, mean_square))
     scalars = inputs.stack(values, spec.lstm_names, num_tensors)
@@ -310,9 +329,14 @@ def advance(
 
     to_mlp = h @ weights["lstm_to_mlp.w"] + weights["lstm_to_mlp.b"]
     constant = torch.cat([inputs.stack(values, spec.constant_names, num_tensors), to_mlp], dim=1)
-    multiplier = torch.ones_like(rms)
+    multiplier, gate = torch.ones_like(rms), torch.zeros_like(rms)
+    if spec.newton_schulz:
+        gate = torch.clamp(0.5 + torch.cat([h, x], dim=1) @ weights["gate.w"] + weights["gate.b"], 0.0, 1.0)
+        gate = torch.where(shapes.whole, gate, torch.zeros_like(gate))
     if spec.step_control:
         log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
+        if spec.newton_schulz:
+            log_step = log_step + weights["gate.step"] * gate
         moving = grad_square > 0.0  # without a gradient, a tensor does not drift
         whole = moving * torch.clamp(new.updates / WARMUP, max=1.0)
         multiplier = whole * scale * torch.exp(torch.clamp(log_step, -MAX_LOG_STEP, MAX_LOG_STEP))
@@ -320,4 +344,4 @@ def advance(
     column_scale, column_shift = spec.features.column_map(stats, new.updates, shapes.decays)
     h, c = (torch.where(rest[:, None], old, now) for old, now in ((rows.h, h), (rows.c, c)))
     rows = new._replace(h=h, c=c, scale=torch.where(rest, rows.scale, initial))
-    return globals_, rows, Conditioning(column_scale, column_shift, constant, multiplier), x
+    return globals_, rows, Conditioning(column_scale, column_shift, constant, multiplier, gate), x

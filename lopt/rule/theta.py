@@ -25,7 +25,8 @@ from lopt.files import replacing
 from lopt.rule.jax_import import read_jax
 from lopt.rule.spec import PRESETS, ThetaSpec
 
-FORMAT = 2  # of the safetensors file; raised when old files cannot be read as they are
+FORMAT = 3  # of the safetensors file; raised when an older version of lopt cannot read what this one writes
+READABLE = (2, 3)  # 2 has no direction stage
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
@@ -101,6 +102,9 @@ class Theta:
         it (:func:`lopt.rule.losses.loss_rise`) lowers the log of the step by ``stop_early`` times that input: to
         half once a hundredth of what was gained is lost, to a hundredth in the end.
 
+        ``spectral``: the same, in shares of the natural size of a tensor, and the directions of all matrices but the
+        first and the last one are orthogonal: Muon with a learning rate that is built in.
+
         ``paper``: no column has Adam's pair of decays. Two hidden units carry ``+-x`` of the column nearest to Adam's
         direction, ``mom1 / sqrt(rms1)`` with decays .9 and .9: cosine .990 on random gradients, and a fitted
         combination of all five does no better (benchmarks/adam_fit.py). The normaliser gives that column unit mean
@@ -115,6 +119,10 @@ class Theta:
             of_inputs[spec.lstm_index("told")] = math.log(2.0)
             of_inputs[spec.lstm_index("log_left")] = 1.0
             of_inputs[spec.lstm_index("valid_rise")] = -stop_early
+            if spec.newton_schulz:  # open for hidden matrices
+                tensors["gate.b"] += 0.5
+                for name in ("is_input", "is_output"):
+                    tensors["gate.w"][spec.lstm_width + spec.lstm_index(name)] = -1.0
         else:
             for unit, sign in ((0, 1.0), (1, -1.0)):
                 for name in ("mlp.w1", "mlp.w2"):
@@ -153,8 +161,11 @@ class Theta:
             version, spec, provenance = header["format"], header["spec"], header["provenance"]
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"theta: {path} has no lopt metadata; it was not written by Theta.save") from error
-        if version != FORMAT:
-            raise ValueError(f"theta: {path} has format {version}, this version of lopt reads format {FORMAT}")
+        if version not in READABLE:
+            raise ValueError(
+                f"theta: {path} has format {version}, this version of lopt reads {READABLE}; "
+                "install the version of lopt that wrote it, or a newer one"
+            )
         try:
             theta = cls(ThetaSpec.from_json(spec), tensors, provenance)
         except TypeError as error:
@@ -207,6 +218,35 @@ class Theta:
             raise ValueError(f"flat: expected shape ({self.num_floats},), got {tuple(flat.shape)}")
         return Theta(self.spec, unflatten(self.spec, flat), self.provenance)
 
+    def carried(self, spec: ThetaSpec) -> "Theta":
+        """The same meta-parameters in a spec that has more inputs: what reads a new input is zero.
+
+        Args:
+            spec: of the same sizes. What this theta has and ``spec`` has not is dropped.
+
+        Raises:
+            ValueError: a tensor of both has another shape for another reason than its inputs.
+
+        Example:
+            >>> old = Theta.init_adam("compact")
+            >>> new = old.carried(PRESETS["spectral"])
+        """
+        old, tensors = self.spec, {}
+        for name, shape in spec.shapes().items():
+            tensors[name] = torch.zeros(shape, dtype=torch.float32)
+            if name not in self.tensors:
+                continue
+            rows_from, rows_to = _input_names(old, name), _input_names(spec, name)
+            source, target = self.tensors[name].float(), tensors[name]
+            if not rows_from:
+                if source.shape != target.shape:
+                    raise ValueError(f"spec: {name} has shape {shape}, in this theta {tuple(source.shape)}")
+                target.copy_(source)
+                continue
+            kept = [row for row in rows_to if row in rows_from]
+            target[[rows_to.index(row) for row in kept]] = source[[rows_from.index(row) for row in kept]]
+        return Theta(spec, tensors, self.provenance)
+
     def toward(self, other: "Theta", share: float) -> "Theta":
         """``(1 - share) self + share other``: a step back towards where meta-training began averages out its noise.
 
@@ -245,6 +285,21 @@ class Theta:
             ValueError: an array is missing or has another shape than the ``paper`` preset.
         """
         return cls(*read_jax(source), {"method": "import_jax"})
+
+
+def _input_names(spec: ThetaSpec, tensor: str) -> list[str]:
+    """Names of what the rows of a tensor of theta read; none where that is the same for all specs."""
+    hidden = [f"h{i}" for i in range(spec.lstm_width)]
+    shared = [f"from_lstm{i}" for i in range(spec.from_lstm)] + [f"from_mlp{i}" for i in range(spec.from_mlp)]
+    of_lstm = [*shared, *spec.lstm_names]
+    if tensor == "lstm.w":
+        return [*of_lstm, *hidden]
+    if tensor in ("step.w", "gate.w"):
+        return [*hidden, *of_lstm]
+    if tensor == "mlp.w1":
+        columns = [f"column {column.name}" for column in spec.features.columns]
+        return [*columns, *spec.constant_names, *(f"to_mlp{i}" for i in range(spec.lstm_to_mlp))]
+    return []
 
 
 def unflatten(spec: ThetaSpec, flat: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lopt.roles import roles_of_model
+from lopt.rule.matrices import Role
 from lopt.tasks.sampled import SampledTask
 from lopt.tasks.seeds import derive
 
@@ -39,6 +41,10 @@ class ModuleTask(SampledTask):
     @property
     def transposed(self) -> frozenset[str]:
         return frozenset()
+
+    @property
+    def roles(self) -> Mapping[str, Role | None]:
+        return roles_of_model(self.module)
 
     def init(self, seed: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):

@@ -195,6 +195,11 @@ class Network:
         """Shapes of the parameters, in the order of the layers."""
         return {name: weights.shape for name, weights in self.layout(ZEROS, ZEROS).items()}
 
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Names of the matrices that are stored ``[in, out]``."""
+        return frozenset(layer.weight for layer in self.layers if isinstance(layer, Dense))
+
     def layout(self, matrices: Initialiser, tables: Initialiser) -> Layout:
         """The parameters: weights and kernels start by one initialiser, tables by another, gains as 1, biases as 0."""
         layout: Layout = {}

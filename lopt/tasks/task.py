@@ -9,11 +9,13 @@ Source: arXiv:2009.11243, section 3 and appendix C.1 (the four splits).
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lopt.rule.matrices import Kind, Role
 
 if TYPE_CHECKING:
     from lopt.tasks.network import Network
@@ -126,6 +128,31 @@ class Task(ABC):
             ['w0', 'w1', 'w2', 'w3']
         """
         return frozenset(name for name, shape in self.shapes.items() if len(shape) == 2 and name not in TABLES)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """What is known of the parameters beside their shapes, in order: ``roles``, and the fan-in of what is
+        ``transposed``."""
+        roles, transposed = self.roles, self.transposed
+        return [
+            Kind(roles.get(name), fan_in=shape[0] if name in transposed else None)
+            for name, shape in self.shapes.items()
+        ]
+
+    @property
+    def roles(self) -> Mapping[str, Role | None]:
+        """What :func:`lopt.roles.roles_of_model` would find in the task's model: nothing, where it has no tables."""
+        matrices = [name for name, shape in self.shapes.items() if len(shape) >= 2]
+        if not any(name in TABLES for name in matrices):
+            return {}
+        last = matrices[-1]
+        return {name: "input" if name in TABLES else "output" if name == last else "hidden" for name in matrices}
+
+    def group(self, params: Iterable[Tensor]) -> dict[str, Any]:
+        """A param group for :class:`lopt.LearnedOptimizer` of this task's parameters, in order."""
+        kinds = self.kinds
+        transposed = [kind.fan_in is not None for kind in kinds]
+        return {"params": list(params), "role": [kind.role for kind in kinds], "transposed": transposed}
 
     def as_matrix(self, name: str, value: Tensor) -> Tensor:
         """The parameter ``name`` as a matrix ``[out, in]``, a view: a dense layer is ``x @ matrix.T``, of a convolution

@@ -1,0 +1,115 @@
+"""Directions: memory for the directions of matrices that are treated as a whole, and what is done with them.
+
+``apply`` writes the directions of such matrices here, those of one shape side by side, so that torch's batched products
+orthogonalise all of them at once; then ``write`` takes them to the parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.rule.matrices import Matrix
+from lopt.rule.orthogonal import orthogonalise
+from lopt.rule.tensor_lstm import next_rank
+
+ALIGNED = 8  # elements: the kernels load 16 bytes at a time
+LARGE = 256  # shorter side of a matrix from which on the dtype of the products counts
+AT_ONCE = 1 << 26  # elements of one batch, which bounds the memory of the products
+
+
+def quick_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are quicker than in float32."""
+    if device.type != "cpu":
+        return True
+    supported: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return supported()
+
+
+class Batch(NamedTuple):
+    """Matrices of one shape."""
+
+    rows: Tensor  # [B] their rows in the tables over tensors
+    values: Tensor  # [B, m, n] their directions
+    places: Tensor | None  # [B] in ``values``; None: all of it
+
+
+class Directions:
+    """Directions of those of R tensors that may be orthogonalised.
+
+    Args:
+        matrices: of the R tensors.
+        iterations: of Newton-Schulz.
+        dtype: of the memory, float32 or bfloat16.
+        exact: products are computed in float32. Otherwise those of large matrices are in bfloat16, where the device is
+            quicker at that: singular values are brought near to 1 all the same.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        iterations: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        exact: bool,
+    ) -> None:
+        self.iterations, self.device = iterations, device
+        self.large = torch.float32 if exact or not quick_bfloat16(device) else torch.bfloat16
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for row, matrix in enumerate(matrices):
+            if matrix.whole:
+                shapes.setdefault((matrix.rows, matrix.columns), []).append(row)
+        self.shapes = shapes
+        strides = {shape: -(-shape[0] * shape[1] // ALIGNED) * ALIGNED for shape in shapes}
+        self.memory = torch.zeros(
+            sum(strides[shape] * len(rows) for shape, rows in shapes.items()), dtype=dtype, device=device
+        )
+        #: Address of each tensor's directions, 0 for what is not treated as a whole.
+        self.addresses = [0] * len(matrices)
+        self._all: list[Tensor] = []
+        offset = 0
+        for (m, n), rows in shapes.items():
+            stride = strides[m, n]
+            values = self.memory.as_strided((len(rows), m, n), (stride, n, 1), offset)
+            for place, row in enumerate(rows):
+                self.addresses[row] = values[place].data_ptr()
+            self._all.append(values)
+            offset += stride * len(rows)
+        self.select(range(len(matrices)))
+
+    def select(self, selected: Sequence[int]) -> None:
+        """Take those of these rows."""
+        chosen = set(selected)
+        self.batches: list[Batch] = []
+        for (shape, rows), values in zip(self.shapes.items(), self._all, strict=True):
+            places = [place for place, row in enumerate(rows) if row in chosen]
+            size = max(AT_ONCE // (shape[0] * shape[1]), 1)
+            for first in range(0, len(places), size):
+                part = places[first : first + size]
+                together = part == list(range(part[0], part[0] + len(part)))
+                self.batches.append(
+                    Batch(
+                        torch.tensor([rows[place] for place in part], device=self.device),
+                        values[part[0] : part[0] + len(part)] if together else values,
+                        None if together else torch.tensor(part, device=self.device),
+                    )
+                )
+
+    def orthogonalise(self, gate: Tensor, rank: Tensor, step_size: Tensor) -> None:
+        """New directions in place of the old ones.
+
+        Args:
+            gate, step_size: ``[R]``.
+            rank: ``[R]``, written.
+        """
+        with torch.autocast(self.device.type, enabled=False), torch.no_grad():
+            for rows, values, places in self.batches:
+                old = values if places is None else values[places]
+                product_dtype = self.large if min(values.shape[1:]) >= LARGE else torch.float32
+                new, ranks = orthogonalise(old.float(), gate[rows], self.iterations, product_dtype)
+                if places is None:
+                    values.copy_(new)
+                else:
+                    values[places] = new.to(values.dtype)
+                rank[rows] = next_rank(rank[rows], ranks, step_size[rows])

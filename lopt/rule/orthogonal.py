@@ -1,0 +1,64 @@
+"""The direction of a matrix, treated as a whole: its singular values brought towards 1, at the size that it had.
+
+::
+
+    X = D / |D|                                                      |.| Frobenius norm
+    repeat: A = X X',  X = a X + (b A + c A A) X                     Newton-Schulz, odd in the singular values of X
+    D <- (1 - gate) D + gate (|D| / |X|) X                           between elementwise and orthogonal, of one size
+
+Where the gate is 0, nothing changes. A direction that is zero stays so. ``rank``, ``|X|^2 / min(out, in)``, is what the
+iterations say of the direction's rank: about 1 where all singular values are of one size, ``1 / min(out, in)`` for a
+direction of rank 1.
+
+Source: the iteration with these coefficients is Muon's (K. Jordan et al., 2024).
+"""
+
+import torch
+from torch import Tensor
+
+from lopt.rule.constants import NEWTON_SCHULZ_1, NEWTON_SCHULZ_3, NEWTON_SCHULZ_5
+
+
+def newton_schulz(x: Tensor, iterations: int) -> Tensor:
+    """``x`` ``[..., m, n]`` with singular values, at most 1 before, brought towards 1."""
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    a, b, c = NEWTON_SCHULZ_1, NEWTON_SCHULZ_3, NEWTON_SCHULZ_5
+    for _ in range(iterations):
+        product = x @ x.mT
+        x = a * x + (b * product + c * product @ product) @ x
+    return x if wide else x.mT
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """``above / below``, 0 where below is."""
+    return torch.where(below > 0, above / torch.where(below > 0, below, torch.ones_like(below)), 0.0)
+
+
+def orthogonalise(
+    direction: Tensor, gate: Tensor, iterations: int, product_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Directions of matrices of one shape, and their ranks.
+
+    Args:
+        direction: ``[..., m, n]``, finite.
+        gate: ``[...]`` in [0, 1].
+        iterations: of Newton-Schulz.
+        product_dtype: in which they are computed; by default that of ``direction``.
+
+    Returns:
+        New directions ``[..., m, n]`` and ``rank`` ``[...]``, 0 for a direction that is zero.
+
+    Example:
+        >>> direction = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> new, rank = orthogonalise(direction, torch.tensor(1.0), 3)
+        >>> bool(new[0, 0] < 1.5 * new[1, 1])
+        True
+    """
+    norm = torch.linalg.matrix_norm(direction, keepdim=True)
+    x = _ratio(direction, norm.expand_as(direction))
+    x = newton_schulz(x.to(product_dtype or x.dtype), iterations).to(x.dtype)
+    size = torch.linalg.matrix_norm(x, keepdim=True)
+    share = gate[..., None, None]
+    rank = torch.square(size[..., 0, 0]) / min(direction.shape[-2:])
+    return (1.0 - share) * direction + (share * _ratio(norm, size)) * x, rank
