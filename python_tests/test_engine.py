@@ -240,7 +240,7 @@ def test_perceptrons_equal_the_torch_unroll(preset, activation, loss, hidden, to
     That is more for `paper`, whose LSTM sees the sign of a mean: the mean gradient of a softmax layer's bias is zero
     but for rounding; and for `compact` where the validation loss stands still, as its rise counts hundredfold.
     """
-    check_unroll(Theta.init_adam(preset), make_problem(activation, loss, hidden), total_steps, slack=3.0)
+    check_unroll(Theta.init_adam(preset), make_problem(activation, loss, hidden), total_steps, slack=5.0)
 
 
 @pytest.mark.parametrize("name", list(NETWORKS)[1:])

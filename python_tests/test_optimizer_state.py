@@ -109,8 +109,8 @@ def test_layout(impl: str, preset: str) -> None:
     assert all(first_group[name] is second_group[name] for name in SHARED)
     assert {name: tuple(first_group[name].shape) for name in SHARED} == {
         "step": (),
-        "train_loss": (6,),
-        "valid_loss": (6,),
+        "train_loss": (8,),
+        "valid_loss": (8,),
         "clip": (2,),
         "from_lstm": (spec.from_lstm,),
         "pending_loss": (2,),

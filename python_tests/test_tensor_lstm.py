@@ -19,6 +19,7 @@ from lopt.rule import PRESETS, ThetaSpec, inputs, losses, tensor_lstm
 from lopt.rule.constants import WARMUP
 from lopt.rule.features import STATS
 from lopt.rule.inputs import Shapes
+from lopt.rule.losses import LossState
 from lopt.rule.matrices import Kind
 from lopt.rule.tensor_lstm import Globals, Rows
 
@@ -243,7 +244,7 @@ def test_loss_statistics_of_the_port(golden: Callable[[str], Arrays], decay: flo
     """In float32; relative to the largest value, except for the standardised loss, which is of order 1."""
     recorded = golden("tensor_level")
     expected = {name: recorded[f"loss{decay}|{name}"] for name in ("mean", "var", "corrected", "weight")}
-    state = torch.zeros(6)
+    state = torch.zeros(len(LossState._fields))
     for i, loss in enumerate(torch.from_numpy(recorded["loss|losses"])):
         state = losses.next_loss(state, loss, decay)
         found = {
@@ -258,7 +259,7 @@ def test_loss_statistics_of_the_port(golden: Callable[[str], Arrays], decay: flo
 
 
 def test_loss_statistics_by_hand() -> None:
-    state = torch.zeros(6, dtype=F64)
+    state = torch.zeros(len(LossState._fields), dtype=F64)
     mean = var = 0.0
     for count, loss in enumerate((3.0, 1.0, 2.0), start=1):
         state = losses.next_loss(state, scalar(loss), 0.9)
@@ -279,7 +280,7 @@ def test_loss_inputs_are_zero_before_any_loss() -> None:
     spec, globals_ = fresh("paper")
     for _ in range(3):
         globals_ = tensor_lstm.observe_train(spec, globals_, None)
-    assert globals_.train_loss.tolist() == [0.0] * 6
+    assert globals_.train_loss.tolist() == [0.0] * len(LossState._fields)
     assert [float(x) for x in loss_inputs(spec, globals_)] == [0.0, 0.0]
     globals_ = tensor_lstm.observe_valid(spec, globals_, scalar(3.0))
     assert [float(x) for x in loss_inputs(spec, globals_)] == [0.0, 0.0]
@@ -311,26 +312,47 @@ def test_validation_input_shows_overfitting(loss: float, sign: float) -> None:
 
 def test_rise_of_a_loss_by_hand() -> None:
     """The share of the way from the first to the lowest mean that is lost, as ln(1 + 100 share), at most 5."""
-    state, decay, mean, means = torch.zeros(6, dtype=F64), 0.9, 0.0, []
+    state, decay, mean, means = torch.zeros(len(LossState._fields), dtype=F64), 0.9, 0.0, []
     for i, loss in enumerate((8.0, 5.0, 1.0, 0.5, 3.0, 0.1, 7.0)):
         state = losses.next_loss(state, scalar(loss), decay)
         mean = decay * mean + (1 - decay) * loss
         means.append(mean / (1 - decay ** (i + 1) + 1e-8))
         share = (means[-1] - min(means)) / max(means[0] - min(means), 1e-30)
-        assert state[3:].tolist() == pytest.approx([loss, means[0], min(means)], rel=1e-12)
+        assert state[3:6].tolist() == pytest.approx([loss, means[0], min(means)], rel=1e-12)
         assert losses.loss_rise(state, decay).item() == pytest.approx(math.log1p(100 * share), abs=1e-9)
     for _ in range(9):
         state = losses.next_loss(state, scalar(100.0), decay)
     assert losses.loss_rise(state, decay).item() == 5.0
 
 
+def test_fall_of_a_loss_by_hand() -> None:
+    """Means over some hundred and some thousand losses, each without bias, in standard deviations of the losses."""
+    state, decay, mean, var, middle, slow = losses.init_loss(scalar(0.0).double()), 0.9, 0.0, 0.0, 0.0, 0.0
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, generator=generator, dtype=F64).tolist()
+    for i, x in enumerate(noise):
+        loss = 3.0 * math.exp(-i / 150) + 0.1 * x
+        state = losses.next_loss(state, scalar(loss).double(), decay)
+        mean = decay * mean + (1 - decay) * loss
+        var = decay * var + (1 - decay) * (mean - loss) ** 2
+        middle, slow = middle + 0.01 * (loss - middle), slow + 0.001 * (loss - slow)
+    steps = len(noise)
+    spread = math.sqrt(var / (1 - decay**steps + 1e-8))
+    fall = (slow / (1 - 0.999**steps + 1e-8) - middle / (1 - 0.99**steps + 1e-8)) / (spread + 1e-8)
+    assert fall > 1.0
+    assert losses.loss_fall(state, decay).item() == pytest.approx(math.log1p(10 * fall), rel=1e-9)
+    for _ in range(3000):
+        state = losses.next_loss(state, scalar(1.0).double(), decay)
+    assert losses.loss_fall(state, decay).item() == -5.0  # it stands still above what it had been
+
+
 def test_rise_of_a_loss_beside_its_spread_by_hand() -> None:
     """Of 2 that were gained half is lost; a spread of 3 says that this may be noise."""
-    state = torch.tensor([3.0, 0.0, 1e9, 3.0, 4.0, 2.0], dtype=F64)  # mean 3, first 4, lowest 2
+    state = torch.tensor([3.0, 0.0, 1e9, 3.0, 4.0, 2.0, 3.0, 3.0], dtype=F64)  # mean 3, first 4, lowest 2
     for spread, share in ((0.0, 0.5), (3.0, 0.2), (1e12, 0.0)):
         found = losses.loss_rise(state, 0.9, scalar(spread)).item()
         assert found == pytest.approx(math.log1p(100 * share), abs=1e-6)
-    variance = torch.tensor([0.0, 0.19 * 4.0, 2.0, 0.0, 0.0, 0.0], dtype=F64)  # after two losses, 1 - .9^2
+    variance = torch.tensor([0.0, 0.19 * 4.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=F64)  # after two losses, 1 - .9^2
     assert losses.loss_spread(variance, 0.9).item() == pytest.approx(2.0, rel=1e-7)
 
 

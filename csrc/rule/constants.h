@@ -13,6 +13,9 @@ namespace lopt {
   CONSTANT(kInputBound, "INPUT_BOUND", 5.0f)                       \
   CONSTANT(kLogTimeScale, "LOG_TIME_SCALE", 8.0f)                  \
   CONSTANT(kLastShare, "LAST_SHARE", 0.99f)                        \
+  CONSTANT(kMiddleShare, "MIDDLE_SHARE", 0.01f)                    \
+  CONSTANT(kSlowShare, "SLOW_SHARE", 0.001f)                       \
+  CONSTANT(kFallScale, "FALL_SCALE", 10.0f)                        \
   CONSTANT(kRiseScale, "RISE_SCALE", 100.0f)                       \
   CONSTANT(kSmallestScale, "SMALLEST_SCALE", 0.3f)                 \
   CONSTANT(kEmptyScale, "EMPTY_SCALE", 0.1f)                       \

@@ -21,7 +21,7 @@ struct Globals {
 
 // Inputs about losses, of which a set may use some.
 struct LossInput {
-  LOPT_ENUM(Name, kCount, train_loss, valid_loss, train_rise, valid_rise);
+  LOPT_ENUM(Name, kCount, train_loss, valid_loss, train_rise, valid_rise, train_fall);
 };
 
 // What all tensors of one step share beside Globals.
@@ -142,7 +142,7 @@ struct RelativeInputs {
       x[rms_spread] = log_ratio(stats[Stat::rms_var], rms * rms);
       x[param_growth] = log_ratio(stats[Stat::param_square], seen.scale * seen.scale);
       x[grad_share] = log_ratio(stats[Stat::grad_square], seen.shared.mean_grad_square);
-      for (int i = 0; i < LossInput::kCount; ++i) x[train_loss + i] = seen.shared.losses[i];
+      for (int i = 0; i <= LossInput::valid_rise; ++i) x[train_loss + i] = seen.shared.losses[i];
     }
   }
 
@@ -172,7 +172,8 @@ struct RelativeInputs {
 struct NaturalInputs : RelativeInputs {
   static constexpr const char* kName = "natural";
   LOPT_ENUM(Scalar, kNumScalars, grad_over_slow, mom0_over_slow, mom1_over_slow, mom2_over_slow, rms_spread,
-            param_growth, grad_share, train_loss, valid_loss, train_rise, valid_rise, matrix_start, vector_start, rank);
+            param_growth, grad_share, train_loss, valid_loss, train_rise, valid_rise, train_fall, matrix_start,
+            vector_start, rank);
   LOPT_ENUM(Fact, kNumFacts, is_matrix, log_numel, is_input, is_output, aspect);
   static constexpr bool kNatural = true;
 
@@ -185,6 +186,7 @@ struct NaturalInputs : RelativeInputs {
     x[matrix_start] = seen.shape.is_matrix ? log_ratio(start, natural) : 0.0f;
     x[vector_start] = seen.shape.is_matrix ? 0.0f : log_ratio(start, natural);
     x[rank] = log_ratio(seen.rank, 1.0f);
+    x[train_fall] = seen.shared.losses[LossInput::train_fall];
   }
 
   LOPT_HD static void facts(const Seen& seen, float* x) {
@@ -209,6 +211,7 @@ LOPT_HD void loss_inputs(const Spec& s, const Globals& g, float* x) {
   if (!any_loss(g.train_loss)) return;
   x[LossInput::train_loss] = standardise_loss(g.train_loss, g.train_loss[LossState::last], s.train_loss_decay);
   x[LossInput::train_rise] = loss_rise(g.train_loss, s.train_loss_decay);
+  x[LossInput::train_fall] = loss_fall(g.train_loss, s.train_loss_decay);
   if (!with_inputs(s, [&](auto inputs) LOPT_INLINE { return decltype(inputs)::knows_valid_loss(g); })) return;
   x[LossInput::valid_loss] =
       standardise_loss(g.train_loss, corrected_mean(g.valid_loss, s.valid_loss_decay), s.train_loss_decay);

@@ -10,9 +10,9 @@
 namespace lopt {
 
 // Fields of a loss' state, all zero before the first: running mean and variance with the bias of their start at zero,
-// number of losses, the last one, first and lowest mean without bias.
+// number of losses, the last one, first and lowest mean without bias, and two slower means with their bias.
 struct LossState {
-  LOPT_ENUM(Field, kCount, mean, var, updates, last, first, lowest);
+  LOPT_ENUM(Field, kCount, mean, var, updates, last, first, lowest, middle, slow);
 };
 
 // Of the gradient clipper: steps (starts at 1), running root mean square of gradients with the bias of its start.
@@ -56,11 +56,23 @@ LOPT_HD void next_loss(float* state, float loss, double decay, bool robust = fal
   }
   mean = keep * mean + rest * center;
   var = keep * var + rest * (mean - loss) * (mean - loss);
+  state[LossState::middle] += kMiddleShare * (center - state[LossState::middle]);
+  state[LossState::slow] += kSlowShare * (center - state[LossState::slow]);
   state[LossState::updates] += 1;
   state[LossState::last] = loss;
   const float now = corrected_mean(state, decay);
   if (state[LossState::updates] == 1) state[LossState::first] = lowest = now;
   lowest = ::fminf(lowest, now);
+}
+
+// How far the losses fell over the last thousand, in their standard deviations, as a logarithm with the sign of the fall.
+LOPT_HD float loss_fall(const float* state, double decay) {
+  const auto unbiased = [&](float mean, float share)
+                            LOPT_INLINE { return mean / (1.0f - ::powf(1.0f - share, state[LossState::updates]) + kEpsilon); };
+  const float fall = (unbiased(state[LossState::slow], kSlowShare) - unbiased(state[LossState::middle], kMiddleShare)) /
+                     (loss_spread(state, decay) + kEpsilon);
+  const float size = ::fminf(::log1pf(kFallScale * ::fabsf(fall)), kInputBound);
+  return fall < 0 ? -size : size;
 }
 
 // How much of what was gained is lost again, as a logarithm.

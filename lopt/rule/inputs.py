@@ -97,8 +97,8 @@ class Seen(NamedTuple):
     scale: Tensor  # [T] initial scale of the parameters
     rank: Tensor  # [T] of the last orthogonalised direction (lopt.rule.orthogonal)
     mean_grad_square: Tensor  # [] over the tensors
-    train_loss: Tensor  # [6] LossState
-    valid_loss: Tensor  # [6]
+    train_loss: Tensor  # [8] LossState
+    valid_loss: Tensor  # [8]
     step: Tensor  # [] before its increment
     total_steps: Tensor  # [] planned, 0: unknown
 
@@ -253,7 +253,8 @@ def _relative_values(spec: "ThetaSpec", seen: Seen) -> dict[str, Tensor]:
 
 
 def _natural_values(spec: "ThetaSpec", seen: Seen) -> dict[str, Tensor]:
-    """Those of ``relative``, growth beyond a share of the natural size, where a tensor started, and what it is."""
+    """Those of ``relative``, growth beyond a share of the natural size, how fast the training loss still falls, where a
+    tensor started, and what it is."""
     shapes = seen.shapes
     natural, start = torch.square(shapes.natural), torch.square(seen.scale)
     least = SMALLEST_SCALE**2 * natural
@@ -268,6 +269,8 @@ def _natural_values(spec: "ThetaSpec", seen: Seen) -> dict[str, Tensor]:
     )
     values["matrix_start"] = values["start"] * shapes.is_matrix
     values["vector_start"] = values["start"] * (1.0 - shapes.is_matrix)
+    fall = losses.loss_fall(seen.train_loss, spec.train_loss_decay)
+    values["train_fall"] = torch.where(LossState.of(seen.train_loss).updates > 0, fall, torch.zeros_like(fall))
     values["is_input"], values["is_output"] = shapes.is_input, shapes.is_output
     return values
 
@@ -319,7 +322,7 @@ INPUT_SETS: dict[str, InputSet] = {
         ),
         InputSet(
             name="natural",
-            scalars=(*_RELATIVE, "matrix_start", "vector_start", "rank"),
+            scalars=(*_RELATIVE, "train_fall", "matrix_start", "vector_start", "rank"),
             time=_TIME,
             untold=1,
             facts=("is_matrix", "log_numel", "is_input", "is_output", "aspect"),

@@ -1,6 +1,6 @@
 """State of a loss, and what the tensor level sees of it: running mean and variance, first and lowest mean.
 
-Pure functions of a state ``[6]``, a tensor with the fields of :class:`LossState`; csrc/rule/losses.h has them in C++.
+Pure functions of a state ``[8]``, a tensor with the fields of :class:`LossState`; csrc/rule/losses.h has them in C++.
 
 Source: arXiv:2009.11243, appendix C.3, with the constants of the author's port; the rises are ours.
 """
@@ -10,7 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.rule.constants import EPSILON, INPUT_BOUND, LARGEST, LOSS_OUTLIER, RISE_SCALE, TINY
+from lopt.rule.constants import (
+    EPSILON,
+    FALL_SCALE,
+    INPUT_BOUND,
+    LARGEST,
+    LOSS_OUTLIER,
+    MIDDLE_SHARE,
+    RISE_SCALE,
+    SLOW_SHARE,
+    TINY,
+)
 
 
 class LossState(NamedTuple):
@@ -22,15 +32,17 @@ class LossState(NamedTuple):
     last: Tensor  # loss
     first: Tensor  # mean without bias
     lowest: Tensor  # mean without bias
+    middle: Tensor  # running mean with a decay of .99, with its bias
+    slow: Tensor  # the same with .999
 
     @classmethod
     def of(cls, state: Tensor) -> "LossState":
-        """The fields of a state ``[6]``."""
+        """The fields of a state ``[8]``."""
         return cls(*state.unbind())
 
 
 def init_loss(like: Tensor) -> Tensor:
-    """State before any loss ``[6]``, in dtype and on device of ``like``."""
+    """State before any loss ``[8]``, in dtype and on device of ``like``."""
     return like.new_zeros(len(LossState._fields))
 
 
@@ -49,9 +61,12 @@ def next_loss(state: Tensor, loss: Tensor, decay: float, robust: bool = False) -
         near = torch.minimum(torch.maximum(loss, middle - reach), middle + reach)
         far = (old.updates > 0) & (near != loss)
         center, loss = torch.where(far, middle, loss), torch.where(far, near, loss)
-    mean = decay * old.mean + (1.0 - decay) * center
-    var = decay * old.var + (1.0 - decay) * torch.square(mean - loss)
-    new = LossState(mean, var, old.updates + 1.0, loss, old.first, old.lowest)
+    fast = decay * old.mean + (1.0 - decay) * center
+    var = decay * old.var + (1.0 - decay) * torch.square(fast - loss)
+    middle, slow = (
+        mean + share * (center - mean) for share, mean in ((MIDDLE_SHARE, old.middle), (SLOW_SHARE, old.slow))
+    )
+    new = LossState(fast, var, old.updates + 1.0, loss, old.first, old.lowest, middle, slow)
     now, only = corrected_mean(torch.stack(new), decay), new.updates == 1.0
     first, lowest = torch.where(only, now, old.first), torch.where(only, now, torch.minimum(old.lowest, now))
     return torch.stack(new._replace(first=first, lowest=lowest))
@@ -82,6 +97,21 @@ def standardise_loss(state: Tensor, loss: Tensor, decay: float) -> Tensor:
 def loss_spread(state: Tensor, decay: float) -> Tensor:
     """Standard deviation of the losses around their mean."""
     return torch.sqrt(LossState.of(state).var * _correction(state, decay))
+
+
+def loss_fall(state: Tensor, decay: float) -> Tensor:
+    """``sign(x) ln(1 + 10 |x|)`` within +-5, with ``x`` the fall of the losses over the last thousand, in their standard
+    deviations: the mean with a decay of .999 above that with .99, both without bias.
+
+    Far above 0 while a loss falls fast, and about 0 where it stands still or noise is all there is to see.
+    """
+    old = LossState.of(state)
+    middle, slow = (
+        mean / (1.0 - torch.pow(state.new_full((), 1.0 - share), old.updates) + EPSILON)
+        for share, mean in ((MIDDLE_SHARE, old.middle), (SLOW_SHARE, old.slow))
+    )
+    fall = (slow - middle) / (loss_spread(state, decay) + EPSILON)
+    return torch.sign(fall) * torch.clamp(torch.log1p(FALL_SCALE * torch.abs(fall)), max=INPUT_BOUND)
 
 
 def loss_rise(state: Tensor, decay: float, spread: Tensor | float = 0.0) -> Tensor:

@@ -51,8 +51,8 @@ class Globals(NamedTuple):
     """State that all tensors share."""
 
     step: Tensor  # [] number of updates so far
-    train_loss: Tensor  # [6] lopt.rule.losses.LossState
-    valid_loss: Tensor  # [6] the same
+    train_loss: Tensor  # [8] lopt.rule.losses.LossState
+    valid_loss: Tensor  # [8] the same
     clip: Tensor  # [2] ClipState
     from_lstm: Tensor  # [from_lstm]
 
