@@ -217,8 +217,10 @@ def test_losses_and_gradients_are_those_of_autograd(name: str) -> None:
 
 
 def check_unroll(theta: Theta, problem: engine.Problem, total_steps: int, slack: float = 0.0) -> None:
-    """Parameters and losses after 50 steps: within 1e-5 of float32 PyTorch, or ``slack`` times its distance from float64;
-    within 1e-5 of float64, or three times that distance.
+    """Parameters and losses after 50 steps.
+
+    Within 1e-5 of float32 PyTorch, or ``slack`` times its distance from float64; within 1e-5 of the latter, or three
+    (or ``slack``) times that distance.
     """
     theta = theta.unflatten(theta.flatten() + 0.01 * torch.randn(theta.num_floats, generator=torch.manual_seed(3)))
     init = initial_params(problem)
@@ -230,12 +232,12 @@ def check_unroll(theta: Theta, problem: engine.Problem, total_steps: int, slack:
     for ours, single, double in zip((params, outer, train), in_float32, in_float64, strict=True):
         rounding = (single - double).abs().max().item()
         assert (ours - single).abs().max() <= max(1e-5, slack * rounding)
-        assert (ours - double).abs().max() <= max(1e-5, 3.0 * rounding)
+        assert (ours - double).abs().max() <= max(1e-5, max(slack, 3.0) * rounding)
 
 
 @pytest.mark.parametrize(("preset", "activation", "loss", "hidden", "total_steps"), CASES)
 def test_perceptrons_equal_the_torch_unroll(preset, activation, loss, hidden, total_steps):
-    """Within 1e-5, or three times the distance of float32 PyTorch from float64.
+    """Within 1e-5, or five times the distance of float32 PyTorch from float64.
 
     That is more for `paper`, whose LSTM sees the sign of a mean: the mean gradient of a softmax layer's bias is zero
     but for rounding; and for `compact` where the validation loss stands still, as its rise counts hundredfold.

@@ -100,8 +100,9 @@ def loss_spread(state: Tensor, decay: float) -> Tensor:
 
 
 def loss_fall(state: Tensor, decay: float) -> Tensor:
-    """``sign(x) ln(1 + 10 |x|)`` within +-5, with ``x`` the fall of the losses over the last thousand, in their standard
-    deviations: the mean with a decay of .999 above that with .99, both without bias.
+    """``sign(x) ln(1 + 10 |x|)`` within +-5, with ``x`` the fall of the losses over the last thousand.
+
+    In their standard deviations: the mean with a decay of .999 above that with .99, both without bias.
 
     Far above 0 while a loss falls fast, and about 0 where it stands still or noise is all there is to see.
     """
