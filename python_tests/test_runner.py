@@ -182,6 +182,18 @@ def test_budgets_are_counted_and_nested() -> None:
     assert {key for job in few.jobs for key in few.keys(job)} < set(keys)
 
 
+def test_scripts_have_lengths_of_their_own() -> None:
+    tasks = suite("scripts")
+    plan = Plan(suite="scripts", tasks=tasks, horizons=(), seeds=(0, 1), optimizers=("script", "adam"), learned=None)
+    lengths = {task.name: {job.horizon for job in plan.jobs if job.task == task} for task in tasks}
+    assert lengths["nanogpt"] == {360, 1080}
+    assert lengths["gcn"] == {200}
+    assert len(plan.jobs) == (len(tasks) + 1) * 2 * 2
+    given = dataclasses.replace(plan, horizons=(7,))
+    assert {job.horizon for job in given.jobs} == {7}
+    assert dataclasses.replace(plan, suite="x", tasks=(WINE,)).jobs == []  # no other task has
+
+
 def test_line_up_needs_no_tuning() -> None:
     assert set(LINE_UP) <= set(TUNING_FREE)
     assert len(LINE_UP) == 11

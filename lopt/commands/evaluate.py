@@ -43,8 +43,14 @@ from lopt.tasks.text_tasks import TextData
 #: Tasks with at least this many rows of data, in all splits, are also scored apart.
 LARGE = 10_000
 
-#: Lengths of runs if none is given.
+#: Lengths of runs if none is given, and where they are others; none: those of each script.
 HORIZONS = (200, 1000, 2000)
+LENGTHS: dict[SuiteName, tuple[int, ...]] = {
+    "language": (500, 2000, 5000),
+    "language-validation": (500, 2000),
+    "vision": (500, 2000),
+    "scripts": (),
+}
 
 #: What runs beside the learned optimizer if nothing is named: one trial each.
 LINE_UP = (
@@ -96,7 +102,8 @@ class Evaluate(Command):
     """Meta-parameters: a shipped name (see lopt weights show) or a file."""
 
     horizons: tuple[int, ...] = ()
-    """Lengths of the runs in steps; if none is given 200, 1000 and 2000, or those of each script."""
+    """Lengths of the runs in steps. If none is given 200, 1000 and 2000; for language and vision 500, 2000 and, where it
+    is held out language, 5000; for scripts each one's own."""
 
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """A seed decides initial weights and minibatches."""
@@ -160,7 +167,7 @@ class Evaluate(Command):
         plan = Plan(
             suite=self.suite,
             tasks=tasks,
-            horizons=self.horizons or (() if self.suite == "scripts" else HORIZONS),
+            horizons=self.horizons or LENGTHS.get(self.suite, HORIZONS),
             seeds=self.seeds,
             optimizers=names,
             learned=learned,
