@@ -130,6 +130,28 @@ def test_learned_is_told_the_steps_or_not(name: str) -> None:
     assert optimizer.total_steps == (77 if name == "lopt" else None)
 
 
+def test_averages_of_the_learned_one() -> None:
+    """The same steps as untold; what is recorded is the average that the optimizer keeps."""
+    task = small_task()
+    made: list[LearnedOptimizer] = []
+
+    def averaged(params: list[Tensor], steps: int) -> torch.optim.Optimizer:
+        optimizer = make_optimizer("lopt-averaged", params, steps, task=task)
+        assert isinstance(optimizer, LearnedOptimizer)
+        made.append(optimizer)
+        return optimizer
+
+    curve = train_task(task, averaged, 0, 30, record_every=10)
+    plain = train_task(task, lambda p, n: make_optimizer("lopt-untold", p, n, task=task), 0, 30)
+    assert curve.batch_losses == plain.batch_losses
+    (optimizer,) = made
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param, final, iterate in zip(params, curve.params.values(), plain.params.values(), strict=True):
+        torch.testing.assert_close(final, optimizer.state[param]["average"])
+        torch.testing.assert_close(param.detach(), iterate, rtol=0, atol=0)
+        assert not torch.equal(final, iterate)
+
+
 # ---- torch's ------------------------------------------------------------------------------------------------------
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from lopt.cli import main
 from lopt.commands.evaluate import LINE_UP
 from lopt.evaluation import compare, csv_table, opponents, sampled_suites, table
-from lopt.evaluation.compare import Plan, execute, missing_packages
-from lopt.evaluation.opponents import OPPONENTS, TUNING_FREE, make_optimizer
-from lopt.evaluation.runs import EVALUATION, evaluation_batches, train_task
+from lopt.evaluation.compare import Learned, Plan, execute, missing_packages
+from lopt.evaluation.opponents import LEARNED, OPPONENTS, TUNING_FREE, make_optimizer
+from lopt.evaluation.runs import EVALUATION, Result, evaluation_batches, train_task
 from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint, suite, unavailable
 from lopt.evaluation.table import LOSSES, TIMED, Run, RunTable
 from lopt.tasks import datasets, sample_task
@@ -192,6 +192,15 @@ def test_scripts_have_lengths_of_their_own() -> None:
     given = dataclasses.replace(plan, horizons=(7,))
     assert {job.horizon for job in given.jobs} == {7}
     assert dataclasses.replace(plan, suite="x", tasks=(WINE,)).jobs == []  # no other task has
+
+
+def test_runs_of_the_learned_one_go_by_its_names() -> None:
+    plan = a_plan(*LEARNED)
+    jobs = plan.jobs
+    result = Result(losses=dict.fromkeys(SPLITS, 1.0), initial=dict.fromkeys(SPLITS, 2.0), diverged=False, seconds=1.0)
+    plan = dataclasses.replace(plan, learned=Learned.load("default"))
+    assert {run.name for job in jobs for run in plan.runs(job, [result])} == set(LEARNED)
+    assert len({key for job in jobs for key in plan.keys(job)}) == len(jobs)
 
 
 def test_line_up_needs_no_tuning() -> None:

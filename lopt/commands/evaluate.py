@@ -43,6 +43,9 @@ from lopt.tasks.text_tasks import TextData
 #: Tasks with at least this many rows of data, in all splits, are also scored apart.
 LARGE = 10_000
 
+#: What the learned optimizer is told under each of its names.
+HINTS = {"lopt": "with hint", "lopt-untold": "without hint", "lopt-averaged": "without hint, averaged"}
+
 #: Lengths of runs if none is given, and where they are others; none: those of each script.
 HORIZONS = (200, 1000, 2000)
 LENGTHS: dict[SuiteName, tuple[int, ...]] = {
@@ -94,16 +97,17 @@ class Evaluate(Command):
     images; training scripts that many people start from."""
 
     optimizers: tuple[str, ...] = ()
-    """Names as in lopt.evaluation.opponents, or lopt, lopt-untold, adam-grid (14 Adams in one batch). NAME@K tries K
-    settings for each task. If none is given: lopt as --hint says, and opponents without tuning, or for some suites
-    tuned ones: adam-grid (small), eight AdamWs and eight Muons (language, vision), the scripts' own and three Adams."""
+    """Names as in lopt.evaluation.opponents, or lopt, lopt-untold, lopt-averaged (untold, at the average of its
+    iterates), adam-grid (14 Adams in one batch). NAME@K tries K settings for each task. If none is given: lopt as
+    --hint says, and opponents without tuning, or on some suites others: adam-grid (small), eight AdamWs and eight Muons
+    (language, vision), the scripts' own and three Adams (scripts)."""
 
     theta: str = "default"
     """Meta-parameters: a shipped name (see lopt weights show) or a file."""
 
     horizons: tuple[int, ...] = ()
-    """Lengths of the runs in steps. If none is given 200, 1000 and 2000; for language and vision 500, 2000 and, where it
-    is held out language, 5000; for scripts each one's own."""
+    """Lengths of the runs in steps. If none is given 200, 1000 and 2000; for language 500, 2000 and 5000, to choose by
+    and for vision 500 and 2000; for scripts each one's own."""
 
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """A seed decides initial weights and minibatches."""
@@ -194,7 +198,7 @@ class Evaluate(Command):
             )
         for name, (count, total) in diverged.items():
             if name in LEARNED or (count and not numbers):
-                who = "learned optimizer " + _hint(name == "lopt") if name in LEARNED else name
+                who = f"learned optimizer {HINTS[name]}" if name in LEARNED else name
                 say(
                     console,
                     f"Diverged, {who}: {count} of {total} runs (counted as {LOSS_LIMIT:g} times the initial loss)",

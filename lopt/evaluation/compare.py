@@ -83,7 +83,8 @@ class Job:
         if self.optimizer == ADAM_GRID:
             return [{"schedule": config.schedule, "lr": config.lr, "settings": ""} for config in GRID]
         if self.optimizer in LEARNED:
-            return [{"schedule": "learned", "lr": 1.0, "settings": ""}]
+            settings = json.dumps({"average": True}) if self.optimizer == "lopt-averaged" else ""
+            return [{"schedule": "learned", "lr": 1.0, "settings": settings}]
         trial = opponent(self.optimizer).trials[self.trial]
         return [{"schedule": "", "lr": trial["lr"], "settings": json.dumps(trial, sort_keys=True)}]
 
@@ -94,8 +95,8 @@ class Plan:
 
     Args:
         horizons: lengths of the runs; if there is none, those of each script.
-        optimizers: names: "lopt" and "lopt-untold" are the learned one, told the number of steps or not; "adam-grid"
-            the references of the small suite; others are opponents, ``NAME@k`` with k trials.
+        optimizers: names: those of ``LEARNED`` are the learned one, "adam-grid" is the references of the small suite,
+            others are opponents, ``NAME@k`` with k trials.
         learned: the learned optimizer; may be None if it is not among the optimizers.
     """
 

@@ -8,7 +8,7 @@ Opponents from packages need ``pip install 'lopt[bench]'``.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from os import PathLike
@@ -26,8 +26,8 @@ from lopt.tasks.task import Task
 
 Trial = Mapping[str, Any]
 
-#: Names of the learned optimizer: told the number of steps, and not.
-LEARNED = ("lopt", "lopt-untold")
+#: Names of the learned optimizer: told the number of steps, not told, and not told with an average of its iterates.
+LEARNED = ("lopt", "lopt-untold", "lopt-averaged")
 
 #: Learning rates of a tuned opponent, as factors of its own default, in the order in which a budget takes them: a third
 #: of a decade apart, from the default outwards.
@@ -86,13 +86,13 @@ def make_optimizer(
     theta: Theta | str | PathLike[str] = "default",
     impl: str = "auto",
 ) -> Optimizer:
-    """The optimizer ``name`` for a run of ``steps`` steps: an opponent, or "lopt", or "lopt-untold".
+    """The optimizer ``name`` for a run of ``steps`` steps: an opponent, or one of ``LEARNED``.
 
     Args:
         params: leaf tensors that require gradients.
         trial: which of the opponent's trials.
         task: whose parameters ``params`` are, in its order, for opponents that treat hidden layers differently.
-        theta, impl: of the learned optimizer; "lopt" is told the number of steps, "lopt-untold" is not.
+        theta, impl: of the learned optimizer; "lopt" is told the number of steps, the others are not.
 
     Raises:
         ValueError: an unknown name, or a trial that does not exist.
@@ -108,7 +108,8 @@ def make_optimizer(
         if trial != 0:
             raise ValueError(f"trial: {name} has only trial 0, got {trial}")
         given = params if task is None else [task.group(params)]
-        return LearnedOptimizer(given, theta, total_steps=steps if name == "lopt" else None, impl=impl)
+        kind = _AveragedLearned if name == "lopt-averaged" else LearnedOptimizer
+        return kind(given, theta, total_steps=steps if name == "lopt" else None, impl=impl)
     found = opponent(name)
     if not 0 <= trial < len(found.trials):
         raise ValueError(f"trial: expected 0 to {len(found.trials) - 1} of {name}, got {trial}")
@@ -177,6 +178,22 @@ class _Joined(Optimizer):
         """Of every part."""
         for part in self.parts:
             part.zero_grad(set_to_none)
+
+
+class _AveragedLearned(LearnedOptimizer):
+    """The learned optimizer, evaluated at the average of its iterates."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options, average=True)
+        self._inside = ExitStack()
+
+    def eval(self) -> None:
+        """The parameters become the averages."""
+        self._inside.enter_context(self.averaged())
+
+    def train(self) -> None:
+        """The parameters become the iterates again."""
+        self._inside.close()
 
 
 class _Averaged(_Joined):

@@ -120,6 +120,7 @@ def score(runs: Sequence[Run], horizon: int, hint: bool, loss: LossName, referen
 
 def scores(runs: Sequence[Run]) -> list[Score]:
     """All comparisons that the rows of an evaluation allow: horizons, hints, losses, references."""
+    runs = [run for run in runs if run.name != "lopt-averaged"]
     learned = [run for run in runs if run.optimizer == "lopt"]
     return [
         score(runs, horizon, hint, loss, reference)

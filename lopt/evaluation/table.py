@@ -103,7 +103,7 @@ class Run:
     def name(self) -> str:
         """The optimizer as the command line calls it."""
         if self.optimizer == "lopt":
-            return "lopt" if self.hint else "lopt-untold"
+            return "lopt" if self.hint else "lopt-averaged" if "average" in self.settings else "lopt-untold"
         if self.schedule:  # the grid of Adams in one batch
             return "adam-grid" if self.schedule == "constant" else f"adam-{self.schedule}-grid"
         return self.optimizer

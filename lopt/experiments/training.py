@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lopt.evaluation.adam_grid import AdamConfig, adam_results
-from lopt.evaluation.opponents import FACTORS, LEARNED, OPPONENTS, make_optimizer
+from lopt.evaluation.opponents import FACTORS, OPPONENTS, make_optimizer
 from lopt.evaluation.runs import RECORDED, limit, train_task
 from lopt.experiments.runs import Result, Run
 from lopt.optimizer import LearnedOptimizer
@@ -108,7 +108,7 @@ class Blind(LearnedOptimizer):
         super().observe(train_loss, weight=weight)
 
 
-def learned(theta: str, names: Sequence[str] = LEARNED) -> list[dict[str, Any]]:
+def learned(theta: str, names: Sequence[str] = ("lopt", "lopt-untold")) -> list[dict[str, Any]]:
     """Fields of a run of the learned optimizer under each of these names."""
     return [{"optimizer": name, "theta": theta} for name in names]
 
