@@ -16,6 +16,7 @@ from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.es import EstimatorName
 from lopt.meta.pairs import Carry, Shared
 from lopt.tasks.distribution import TaskDistribution
+from lopt.tasks.families import NETWORK_FAMILIES
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 
 CONFIG = MetaTrainConfig(
@@ -271,6 +272,6 @@ def test_configurations_of_before_still_load() -> None:
 
 
 def test_every_family_can_be_trained_on() -> None:
-    for family in FAMILIES:
+    for family in (*FAMILIES, *NETWORK_FAMILIES):
         config = dataclasses.replace(CONFIG, tasks=(family,), phases=(Phase(1.0, (4, 4)),))
         assert math.isfinite(pairs.unroll_group(shared(config), (0, None)).deltas[0])

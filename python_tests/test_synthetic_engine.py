@@ -1,7 +1,8 @@
 """Sampled tasks in both engines: the torch unroll (lopt/meta/unroll.py) and the fused one (lopt/meta/engine.py)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from lopt import Theta
 from lopt.meta import engine
 from lopt.meta.unroll import Run, start, unroll
 from lopt.rule import unflatten
-from lopt.tasks import ENGINE_FAMILIES, Batch, sample_task
-from lopt.tasks.network import perceptron
+from lopt.tasks import ENGINE_FAMILIES, NETWORK_FAMILIES, Task, sample_task
+from lopt.tasks.families import NetworkFamily, with_batch_size
+from lopt.tasks.network import Activate, Pool, perceptron
 from lopt.tasks.synthetic import Family, Perceptron, Quadratic
+from lopt.tasks.task import SplitName, map_tensors
 
 STEPS = 50
 SEED = 3
@@ -37,18 +40,32 @@ def sampled(family: Family, count: int) -> list[Perceptron]:
     return [task for task in tasks if isinstance(task, Perceptron)]
 
 
-class Double(Perceptron):
+class Double(Task):
     """The same task in float64."""
 
-    def _rows(self) -> Batch:
-        inputs, targets = super()._rows()
-        return Batch(inputs.double(), targets.double() if self.regression else targets)
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.task.config
 
     def init(self, seed: int) -> dict[str, Tensor]:
-        return {name: value.double() for name, value in super().init(seed).items()}
+        return {name: value.double() for name, value in self.task.init(seed).items()}
+
+    def loss(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
+        return self.task.loss(params, batch)
+
+    def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Any]:
+        for batch in self.task.batches(seed, split, start):
+            yield map_tensors(lambda part: part.double() if part.is_floating_point() else part, batch)
 
 
-def by_torch(theta: Theta, thetas: Tensor, task: Perceptron, total_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def by_torch(theta: Theta, thetas: Tensor, task: Task, total_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Parameters ``[2, num_params]``, outer_valid and train losses ``[2, steps]``."""
     weights = unflatten(theta.spec, thetas)
     run = Run(task, SEED, STEPS, total_steps, valid_batches=2)
@@ -57,7 +74,7 @@ def by_torch(theta: Theta, thetas: Tensor, task: Perceptron, total_steps: int) -
     return params, losses.outer, losses.train
 
 
-def by_engine(theta: Theta, thetas: Tensor, task: Perceptron, total_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def by_engine(theta: Theta, thetas: Tensor, task: Task, total_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same."""
     problem, keys = engine.problem_of(task), engine.minibatch_keys(SEED)
     assert problem is not None
@@ -74,7 +91,7 @@ def apart(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().amax(dim=1) / b.abs().max().clamp(min=1.0)
 
 
-def assert_same(theta: Theta, thetas: Tensor, task: Perceptron, total_steps: int) -> None:
+def assert_same(theta: Theta, thetas: Tensor, task: Task, total_steps: int) -> None:
     """Both engines within 1e-5, or the fused one no further from float64 than 1e-5 or three times float32 PyTorch.
 
     Why that is needed is said in test_engine.py.
@@ -82,8 +99,7 @@ def assert_same(theta: Theta, thetas: Tensor, task: Perceptron, total_steps: int
     ours, single = by_engine(theta, thetas, task, total_steps), by_torch(theta, thetas, task, total_steps)
     if all(apart(a, b).max() <= 1e-5 for a, b in zip(ours, single, strict=True)):
         return
-    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-    double = by_torch(theta.to(dtype=torch.float64), thetas.double(), Double(**fields), total_steps)
+    double = by_torch(theta.to(dtype=torch.float64), thetas.double(), Double(task), total_steps)
     for one, two, exact in zip(ours, single, double, strict=True):
         assert exact.dtype == torch.float64
         assert (one - exact).abs().max() <= max(1e-5, 3 * (two - exact).abs().max().item())
@@ -113,6 +129,19 @@ def test_compact_runs_with_relu_are_the_same_in_both_engines() -> None:
             errors.append(torch.stack([apart(a, b) for a, b in zip(ours, theirs, strict=True)]).amax(dim=0))
             assert apart(ours[2][:, :3], theirs[2][:, :3]).max() <= 1e-5
     assert (torch.cat(errors) <= 1e-5).double().mean() > 0.75
+
+
+@pytest.mark.parametrize("family", NETWORK_FAMILIES)
+def test_networks_are_the_same_in_both_engines(family: NetworkFamily) -> None:
+    """As the perceptrons: tasks of the family with few rows, without relu and largest values."""
+    theta, thetas = population("compact")
+    tasks = [with_batch_size(sample_task(seed, [family]), 8) for seed in range(40)]
+    kinks = (Activate("relu"), Pool("max"))
+    smooth = [task for task in tasks if task.network and not set(kinks) & set(task.network.layers)]
+    small = [task for task in smooth if task.num_params < 5000]
+    assert len(small) >= 4
+    for index, task in enumerate(small[:4]):
+        assert_same(theta, thetas, task, STEPS * (index % 2))
 
 
 @pytest.mark.parametrize("family", ["mixture", "patches"])

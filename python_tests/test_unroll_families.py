@@ -17,7 +17,7 @@ from lopt.benchmark.unroll import TORCH_TASKS
 from lopt.meta import inner
 from lopt.meta.unroll import Run, RunState, activation_bytes, bytes_per_run, start, unroll
 from lopt.rule import unflatten
-from lopt.tasks import FAMILIES, SAMPLED_FAMILIES, sample_task
+from lopt.tasks import FAMILIES, NETWORK_FAMILIES, SAMPLED_FAMILIES, sample_task
 from lopt.tasks.families import with_batch_size
 from lopt.tasks.synthetic import Perceptron
 from lopt.tasks.task import Batch, Task, map_tensors
@@ -210,7 +210,7 @@ class _OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", [*SAMPLED_FAMILIES, *FAMILIES])
+@pytest.mark.parametrize("family", [*SAMPLED_FAMILIES, *NETWORK_FAMILIES, *FAMILIES])
 def test_losses_are_computed_where_parameters_and_minibatches_are(family: Any) -> None:
     """On the meta device: constants of a loss that stay on the CPU would be refused."""
     for seed in range(4):

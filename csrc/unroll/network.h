@@ -64,22 +64,22 @@ struct Network {
     for_layers(p, [&](int64_t, const LayerShape& layer) {
       switch (layer.kind) {
         case kDense:
-          f(matrix_of(layer.in, layer.out));
-          if (layer.option) f(vector_of(layer.out));
+          f(layer.in * layer.out);
+          if (layer.option) f(layer.out);
           break;
         case kEmbedding:
-          f(table_of(layer.option, layer.out / layer.in));
+          f(layer.option * (layer.out / layer.in));
           break;
         case kPositions:
-          f(table_of(layer.places, layer.out));
+          f(layer.places * layer.out);
           break;
         case kNorm:
-          f(vector_of(layer.out));
-          if (layer.option == kLayerNorm) f(vector_of(layer.out));
+          f(layer.out);
+          if (layer.option == kLayerNorm) f(layer.out);
           break;
         case kConvolution:
-          f(kernel_of(layer.in, layer.out));
-          f(vector_of(layer.out));
+          f(9 * layer.in * layer.out);
+          f(layer.out);
           break;
         default:
           break;

@@ -18,7 +18,7 @@ from lopt.meta.executors import Executor, LocalProcesses, Serial, usable_cores
 from lopt.meta.metrics import read_metrics
 from lopt.meta.recipes import recipe
 
-RecipeName = Literal["default", "train-loss", "continue", "paper", "mixture", "tiny"]
+RecipeName = Literal["default", "train-loss", "continue", "paper", "networks", "mixture", "tiny"]
 
 
 @dataclass(frozen=True, kw_only=True)

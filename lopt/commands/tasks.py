@@ -22,7 +22,7 @@ from lopt.evaluation.runs import RECORDED, OptimizerFactory, train_task
 from lopt.figures import require_matplotlib
 from lopt.optimizer import LearnedOptimizer
 from lopt.provenance import commit, cpu_name, versions
-from lopt.tasks import FAMILIES, SAMPLED_FAMILIES, Task, measure, plots, sample_task
+from lopt.tasks import FAMILIES, NETWORK_FAMILIES, SAMPLED_FAMILIES, Task, measure, plots, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.families import Family, with_batch_size
 from lopt.tasks.measure import Check
@@ -88,7 +88,8 @@ class List(Command):
     which are missing."""
 
     def run(self, console: Console) -> Outcome:
-        families: dict[str, str] = {name: _first_line(type(sample_task(0, [name]))) for name in SAMPLED_FAMILIES}
+        named = (*SAMPLED_FAMILIES, *NETWORK_FAMILIES)
+        families: dict[str, str] = {name: _first_line(type(sample_task(0, [name]))) for name in named}
         say(console, "Families (lopt tasks show FAMILY SEED describes a task):")
         for family, kind in families.items():
             say(console, f"  {family:27}{kind}")
@@ -383,7 +384,7 @@ def task_facts(task: Task) -> dict[str, Any]:
 
 
 def _family(name: str) -> Family:
-    known: tuple[Family, ...] = (*SAMPLED_FAMILIES, *FAMILIES)
+    known: tuple[Family, ...] = (*SAMPLED_FAMILIES, *NETWORK_FAMILIES, *FAMILIES)
     for family in known:
         if family == name:
             return family

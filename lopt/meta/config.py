@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from lopt.meta.es import ESTIMATORS, EstimatorName
 from lopt.rule.spec import PRESETS
 from lopt.tasks.distribution import TaskDistribution
+from lopt.tasks.families import NETWORK_FAMILIES, NetworkFamily
 from lopt.tasks.seeds import SEEDS
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 from lopt.tasks.task import VALID_ROWS
@@ -17,6 +18,9 @@ Groups = Literal["linear", "mlp", "lstm", "all"]
 Objective = Literal["held_out", "train"]
 Weighting = Literal["mean", "linear", "last"]
 Scaling = Literal["prior", "none"]
+
+#: Those that can be named without a mixture.
+KNOWN: tuple[Family | NetworkFamily, ...] = (*FAMILIES, *NETWORK_FAMILIES)
 
 
 #: Fields that older configurations lack, with what they were before there was a choice.
@@ -107,9 +111,9 @@ class MetaTrainConfig:
     is some .01, and with a bound of 1 a few pairs drown the others: the same gradient took 1.4 to 1.8 times as many.
     The price is bias, towards what helps most tasks a little rather than the mean."""
 
-    tasks: tuple[Family, ...] | TaskDistribution = ENGINE_FAMILIES
-    """Synthetic families to draw tasks from, each equally often, a family named twice twice as often; or any mixture.
-    Tasks that the unroll engine cannot run are some hundred times as slow."""
+    tasks: tuple[Family | NetworkFamily, ...] | TaskDistribution = ENGINE_FAMILIES
+    """Families of synthetic tasks and of small networks to draw from, each equally often, a family named twice twice as
+    often; or any mixture. Tasks that the unroll engine cannot run are some hundred times as slow."""
 
     tell_horizon: float = 0.6
     """Share of the inner runs in which the optimizer is told the length of the run (total_steps)."""
@@ -199,8 +203,8 @@ class MetaTrainConfig:
         _positive(self, "loss_limit", "delta_clip", "sigma", "lr", "final_lr", "gradient_clip")
         if self.pairs % self.pairs_per_task:
             raise ValueError(f"pairs: expected a multiple of pairs_per_task={self.pairs_per_task}, got {self.pairs}")
-        if isinstance(self.tasks, tuple) and (not self.tasks or not set(self.tasks) <= set(FAMILIES)):
-            raise ValueError(f"tasks: expected some of {list(FAMILIES)} or a mixture, got {list(self.tasks)}")
+        if isinstance(self.tasks, tuple) and (not self.tasks or not set(self.tasks) <= set(KNOWN)):
+            raise ValueError(f"tasks: expected some of {list(KNOWN)} or a mixture, got {list(self.tasks)}")
         if not self.phases or abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:
             shares = [phase.share for phase in self.phases]
             raise ValueError(f"phases: expected shares that add up to 1, got {shares}")

@@ -90,6 +90,7 @@ class Problem:
         data: for each of ``SPLITS`` the inputs ``[rows, ...]`` float32, ``places * inputs`` numbers in a row, and
             labels ``[rows]`` int64 or targets ``[rows, outputs]`` float32. Or symbols ``[n]`` int64 of which windows
             are drawn, and nothing.
+        kinds: what the optimizer knows of the parameters, in order; by default which matrices lie ``[in, out]``.
 
     Raises:
         ValueError: too many layers, or data that does not belong to the network.
@@ -98,18 +99,20 @@ class Problem:
     network: Network
     batch: int
     data: tuple[tuple[Tensor, Tensor], ...]
+    kinds: tuple[Kind, ...] = ()
 
     @cached_property
     def shapes(self) -> np.ndarray[tuple[int], np.dtype[np.void]]:
         """Facts about the parameter tensors."""
-        kinds = [
-            Kind(fan_in=shape[0] if name in self.network.transposed else None)
-            for name, shape in self.network.shapes.items()
-        ]
-        return shape_records(list(self.network.shapes.values()), kinds)
+        return shape_records(list(self.network.shapes.values()), self.kinds)
 
     def __post_init__(self) -> None:
         network = self.network
+        if not self.kinds:
+            fan_in = [shape[0] if name in network.transposed else None for name, shape in network.shapes.items()]
+            object.__setattr__(self, "kinds", tuple(Kind(fan_in=known) for known in fan_in))
+        if len(self.kinds) != len(network.shapes):
+            raise ValueError(f"kinds: expected one for each of {len(network.shapes)} tensors, got {len(self.kinds)}")
         if len(network.layers) > MAX_LAYERS:
             raise ValueError(f"network: expected at most {MAX_LAYERS} layers, got {len(network.layers)}")
         if self.batch < 1 or len(self.data) != len(SPLITS):
@@ -173,7 +176,8 @@ def problem_of(task: Task) -> Problem | None:
     if network is None or len(network.layers) > MAX_LAYERS:
         return None
     batch = len(next(task.batches(0, "train"))[0])
-    return Problem(network, batch, tuple((rows.inputs, rows.targets) for rows in map(task.stored, SPLITS)))
+    data = tuple((rows.inputs, rows.targets) for rows in map(task.stored, SPLITS))
+    return Problem(network, batch, data, tuple(task.kinds))
 
 
 def initial_params(task: Task, seed: int) -> Tensor:

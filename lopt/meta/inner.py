@@ -16,7 +16,7 @@ from lopt.meta.objective import Losses
 from lopt.meta.unroll import Run, RunState
 from lopt.rule import ThetaSpec, unflatten
 from lopt.tasks.distribution import TaskDistribution
-from lopt.tasks.synthetic import Family, sample_task
+from lopt.tasks.families import Family, sample_task
 from lopt.tasks.task import Task, map_tensors
 
 State = Any

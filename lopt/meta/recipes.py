@@ -102,12 +102,39 @@ MIXTURE: dict[str, Any] = {
     "checkpoint_every": 5,
 }
 
+#: What people train, as far as the fused engine runs it: language models and convolutions, beside the perceptrons of
+#: before; none of them dominates. What acts directly on the update first, then everything.
+NETWORKS: dict[str, Any] = {
+    "init": "default",
+    "tasks": TaskDistribution(
+        (
+            *((name, 3.0 / len(ENGINE_FAMILIES)) for name in ENGINE_FAMILIES),
+            ("token_perceptron", 3.0),
+            ("token_transformer", 0.5),
+            ("small_convolution", 1.0),
+        ),
+        max_seconds=None,
+        max_params=6000,
+    ),
+    "phases": (
+        Phase(0.25, (100, 2000), "linear", lr=1.5),
+        Phase(0.75, (100, 4000), "all", lr=0.6),
+    ),
+    "delta_clip": 0.15,
+    "average": 0.95,
+    "warmup_from_file": 8,
+    "validation_tasks": 64,
+    "validation_horizons": (300, 1500),
+    "validate_every": 8_000_000,
+}
+
 #: Settings that differ from the defaults of :class:`MetaTrainConfig`, and what each recipe is for.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"phases": CURRICULUM},  # held-out loss: generalisation
     "continue": CONTINUE,  # larger tasks and longer runs, from ``default``
     "train-loss": TRAIN_LOSS,  # the training loss alone
     "paper": {"phases": PAPER, "preset": "paper"},  # the architecture of arXiv:2009.11243, 35,799 floats
+    "networks": NETWORKS,  # perceptrons, small language models and convolutions, from ``default``
     "mixture": MIXTURE,  # all families, from ``default``
     "tiny": TINY,
 }

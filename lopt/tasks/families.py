@@ -1,12 +1,13 @@
 """The table of families, and the two ways to a task: sampled by a seed, or rebuilt from its config.
 
-Two groups: small synthetic tasks (:mod:`lopt.tasks.synthetic`), most of which the fused engine runs, and TaskSet's
-twelve families with two of transformers, which PyTorch runs.
+Three groups: small synthetic tasks (:mod:`lopt.tasks.synthetic`), most of which the fused engine runs; small networks
+of layers (:mod:`lopt.tasks.network_tasks`), which it runs too; and TaskSet's twelve families with two of transformers,
+which PyTorch runs.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from lopt.tasks import (
     attention,
@@ -14,6 +15,7 @@ from lopt.tasks import (
     flows,
     language_models,
     losg,
+    network_tasks,
     perceptrons,
     quadratics,
     recurrent,
@@ -44,10 +46,11 @@ SampledFamily = Literal[
     "transformer_language_model",
     "vit",
 ]
-Family = synthetic.Family | SampledFamily
+NetworkFamily = Literal["token_perceptron", "token_transformer", "small_convolution"]
+Family = synthetic.Family | SampledFamily | NetworkFamily
 
 #: ``sampler(random, names of data sets) -> task``; those without data ignore the names.
-SAMPLERS: dict[SampledFamily, Callable[[Random, tuple[str, ...]], SampledTask]] = {
+SAMPLERS: dict[SampledFamily | NetworkFamily, Callable[[Random, tuple[str, ...]], SampledTask]] = {
     "mlp": perceptrons.sample_mlp,
     "mlp_ae": perceptrons.sample_mlp_ae,
     "mlp_vae": perceptrons.sample_mlp_vae,
@@ -62,9 +65,15 @@ SAMPLERS: dict[SampledFamily, Callable[[Random, tuple[str, ...]], SampledTask]] 
     "losg_tasks": losg.sample_losg,
     "transformer_language_model": attention.sample_transformer_language_model,
     "vit": attention.sample_vit,
+    "token_perceptron": network_tasks.sample_token_perceptron,
+    "token_transformer": network_tasks.sample_token_transformer,
+    "small_convolution": network_tasks.sample_small_convolution,
 }
 
-SAMPLED_FAMILIES: tuple[SampledFamily, ...] = tuple(SAMPLERS)
+SAMPLED_FAMILIES: tuple[SampledFamily, ...] = get_args(SampledFamily)
+
+#: Families of small networks, which the unroll engine can run as it runs those of :mod:`lopt.tasks.synthetic`.
+NETWORK_FAMILIES: tuple[NetworkFamily, ...] = get_args(NetworkFamily)
 
 _TYPES: tuple[type[SampledTask], ...] = (
     perceptrons.MLP,
@@ -84,6 +93,9 @@ _TYPES: tuple[type[SampledTask], ...] = (
     vision_models.ViT,
     vision_models.ResidualNet,
     *scripts.SCRIPTS,
+    network_tasks.TokenPerceptron,
+    network_tasks.TokenTransformer,
+    network_tasks.SmallConvolution,
 )
 TYPES: dict[str, type[SampledTask]] = {kind.__name__: kind for kind in _TYPES}
 assert len(TYPES) == len(_TYPES), "two types of tasks have one name, by which a config finds its type"

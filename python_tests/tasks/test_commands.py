@@ -15,7 +15,7 @@ pytest.importorskip("tyro", reason="the command line needs tyro, which this envi
 from lopt.benchmark.rows import read_csv
 from lopt.cli import main
 from lopt.evaluation.runs import train_task
-from lopt.tasks import SAMPLED_FAMILIES, measure, sample_task
+from lopt.tasks import NETWORK_FAMILIES, SAMPLED_FAMILIES, measure, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.losg import LosgTask
 from lopt.tasks.losg_problems import Bowl, Quadratic
@@ -38,7 +38,7 @@ def test_list_names_every_family_and_data_set(
 ) -> None:
     monkeypatch.setattr(catalogue, "missing", lambda name: "get it" if name == "wordnet" else None)
     numbers = run(tmp_path, "tasks", "list")
-    assert set(numbers["families"]) == set(SAMPLED_FAMILIES)
+    assert set(numbers["families"]) == {*SAMPLED_FAMILIES, *NETWORK_FAMILIES}
     assert numbers["data"]["wordnet"] == {"kind": "text", "role": "held-out", "missing": "get it"}
     assert "missing: get it" in capsys.readouterr().out
     roles = {name: facts["role"] for name, facts in numbers["data"].items()}

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from lopt.meta.unroll import map_tensors
-from lopt.tasks import SAMPLED_FAMILIES, Task, measure, sample_task, task_from_config
+from lopt.tasks import NETWORK_FAMILIES, SAMPLED_FAMILIES, Task, measure, sample_task, task_from_config
 from lopt.tasks.data import catalogue
-from lopt.tasks.families import SampledFamily, with_batch_size
+from lopt.tasks.families import Family, with_batch_size
 from lopt.tasks.sampled import SampledTask
 from lopt.tasks.task import SPLITS, Batch, NoisyBatch
 
 SEEDS = range(3)
+ALL: tuple[Family, ...] = (*SAMPLED_FAMILIES, *NETWORK_FAMILIES)
 
 
-def small(family: SampledFamily, seed: int) -> Task:
+def small(family: Family, seed: int) -> Task:
     """A sampled task with few rows and short texts; the quadratics of few dimensions."""
     while getattr(task := sample_task(seed, [family]), "dim", 0) > 300:
         seed += 1000
@@ -33,8 +34,8 @@ def double(task: Task, batch: object) -> Batch | NoisyBatch:
     return map_tensors(lambda part: part.double() if part.is_floating_point() else part, batch)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("family", SAMPLED_FAMILIES)
-def test_a_seed_is_a_task_and_its_config_rebuilds_it(family: SampledFamily) -> None:
+@pytest.mark.parametrize("family", ALL)
+def test_a_seed_is_a_task_and_its_config_rebuilds_it(family: Family) -> None:
     for seed in range(20):
         task = sample_task(seed, [family])
         assert task == sample_task(seed, [family])
@@ -50,8 +51,8 @@ def test_a_seed_is_a_task_and_its_config_rebuilds_it(family: SampledFamily) -> N
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("family", SAMPLED_FAMILIES)
-def test_minibatches_can_start_anywhere_and_differ(family: SampledFamily) -> None:
+@pytest.mark.parametrize("family", ALL)
+def test_minibatches_can_start_anywhere_and_differ(family: Family) -> None:
     task = small(family, 2)
     stream = list(islice(task.batches(4, "train"), 6))
     again = next(task.batches(4, "train", start=5))
@@ -60,8 +61,8 @@ def test_minibatches_can_start_anywhere_and_differ(family: SampledFamily) -> Non
         assert any(not torch.equal(a, b) for a, b in zip(stream[4], stream[5], strict=True))
 
 
-@pytest.mark.parametrize("family", SAMPLED_FAMILIES)
-def test_sizes_and_floors_are_what_they_say(family: SampledFamily) -> None:
+@pytest.mark.parametrize("family", ALL)
+def test_sizes_and_floors_are_what_they_say(family: Family) -> None:
     for seed in SEEDS:
         task = small(family, seed)
         params = task.init(0)
@@ -71,8 +72,8 @@ def test_sizes_and_floors_are_what_they_say(family: SampledFamily) -> None:
             assert task.initial_loss(0) >= task.loss_floor
 
 
-@pytest.mark.parametrize("family", SAMPLED_FAMILIES)
-def test_vmap_over_parameters_and_minibatches_equals_the_loop(family: SampledFamily) -> None:
+@pytest.mark.parametrize("family", ALL)
+def test_vmap_over_parameters_and_minibatches_equals_the_loop(family: Family) -> None:
     """Three perturbed sets of parameters, on one minibatch and each on its own; losses and gradients to 1e-5.
 
     In float64, in which a kink or a saturated layer does not amplify the order of a sum.
@@ -100,10 +101,8 @@ def test_vmap_over_parameters_and_minibatches_equals_the_loop(family: SampledFam
                     torch.testing.assert_close(grads[name][row] / scale, grad / scale, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", SAMPLED_FAMILIES)
-def test_loss_and_gradient_are_finite_and_adam_makes_progress(
-    family: SampledFamily, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("family", ALL)
+def test_loss_and_gradient_are_finite_and_adam_makes_progress(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tasks, in 30 steps; `lopt tasks check` does the same with thousands and, where needed, in 300."""
     monkeypatch.setattr(measure, "STEPS", (30,))
     checks = [measure.check(small(family, seed)) for seed in SEEDS]
@@ -113,7 +112,7 @@ def test_loss_and_gradient_are_finite_and_adam_makes_progress(
 
 #: A seed, its name, CRC-32 of its initial parameters and of its first minibatch. Of tasks without orthogonal matrices,
 #: whose last bits depend on the machine's linear algebra.
-CHECKSUMS: dict[SampledFamily, tuple[int, str, int, int]] = {
+CHECKSUMS: dict[Family, tuple[int, str, int, int]] = {
     "mlp": (7, "mlp-index-2-31-24-36-16-16-25-6", 0x5F5B3F6C, 0xC4566C3A),
     "mlp_ae": (7, "mlp_ae-textures-2-85-37-115-72-32-93-linear-l2", 0xE3AA7198, 0x2F90FF34),
     "mlp_vae": (9, "mlp_vae-teacher-2-66-111-45-35-63", 0x37C8F168, 0x6856D1F8),
@@ -128,11 +127,14 @@ CHECKSUMS: dict[SampledFamily, tuple[int, str, int, int]] = {
     "losg_tasks": (7, "losg-MinMaxWell-429", 0xB4424D4A, 0x4A7BD212),
     "transformer_language_model": (7, "transformer_language_model-markov-1-3x64", 0xBE8C0F01, 0x6B58DDEC),
     "vit": (8, "vit-templates-10-2x48-4x4", 0x9BC04046, 0x545E32FB),
+    "token_perceptron": (7, "token_perceptron-markov-55-3-3x25-small", 0xE98A7526, 0x1ED4F07B),
+    "token_transformer": (7, "token_transformer-brackets-18-11-3x14-small", 0x2D53FF92, 0x377FF74D),
+    "small_convolution": (7, "small_convolution-textures-0-5-7-fan-in", 0xD433459B, 0x1A0D0C69),
 }
 
 
 @pytest.mark.parametrize("family", CHECKSUMS)
-def test_tasks_are_the_same_on_every_machine(family: SampledFamily) -> None:
+def test_tasks_are_the_same_on_every_machine(family: Family) -> None:
     seed, name, *expected = CHECKSUMS[family]
     task = small(family, seed)
     parts = (task.init(0).values(), next(task.batches(0, "train")))

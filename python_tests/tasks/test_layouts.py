@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lopt.tasks import FAMILIES, SAMPLED_FAMILIES, AugmentedTask, Task, sample_task
+from lopt.tasks import FAMILIES, NETWORK_FAMILIES, SAMPLED_FAMILIES, AugmentedTask, Task, sample_task
 from lopt.tasks.convolutions import ConvPooling
 from lopt.tasks.families import with_batch_size
 from lopt.tasks.image_tasks import ImageData
@@ -41,7 +41,7 @@ class Factors(TorchFunctionMode):
                 yield from filter(None, [self.names.get(id(getattr(node, "variable", None)))])
 
 
-@pytest.mark.parametrize("family", [*SAMPLED_FAMILIES, *FAMILIES])
+@pytest.mark.parametrize("family", [*SAMPLED_FAMILIES, *NETWORK_FAMILIES, *FAMILIES])
 def test_a_loss_multiplies_by_what_its_task_says_is_transposed(family: Any) -> None:
     for seed in range(4):
         task = with_batch_size(sample_task(seed, [family]), 3, 8)

@@ -148,7 +148,7 @@ def missing(name: str) -> str | None:
     """How to get a data set that cannot be read here; None if it can. Reads it, unless it is generated."""
     try:
         if name not in CORE:
-            corpus(name) if _is_text(name) else load(name)
+            corpus(name) if is_text(name) else load(name)
     except (FileNotFoundError, ModuleNotFoundError) as error:
         return SOURCES[name].remedy if name in SOURCES else str(error)
     return None
@@ -173,7 +173,7 @@ def of_kind(names: Sequence[str], kinds: Sequence[str]) -> tuple[str, ...]:
             fits = source.kind in kinds or (labelled and "labelled text" in kinds)
         else:
             _check(name)
-            fits = bool({"text", "labelled text"} & set(kinds)) if _is_text(name) else "images" in kinds
+            fits = bool({"text", "labelled text"} & set(kinds)) if is_text(name) else "images" in kinds
         chosen += [name] * fits
     if not chosen:
         raise ValueError(f"data: expected a data set with {' or '.join(kinds)}, got {list(names)}")
@@ -185,7 +185,7 @@ def describe(name: str, variant: int = 0) -> Description:
     _check(name, variant)
     if name in generated.IMAGES or name in generated.TABLES:
         return Description(*generated.describe(name, variant), VARIANTS)
-    if _is_text(name):
+    if is_text(name):
         num_classes = SOURCES[name].num_classes if name in SOURCES else None
         return Description((1, 1, 1), corpus(name, variant).num_classes if num_classes is None else num_classes, 1)
     if name in SOURCES:
@@ -222,7 +222,7 @@ def load(name: str, variant: int = 0) -> Splits:
         torch.uint8
     """
     _check(name, variant)
-    if _is_text(name):
+    if is_text(name):
         raise ValueError(f"data: expected images or a table, got the text {name!r}; corpus() reads it")
     if name in _PROVIDED:
         return _PROVIDED[name]  # type: ignore[return-value]
@@ -247,7 +247,7 @@ def corpus(name: str, variant: int = 0) -> Corpus:
         ValueError: an unknown name, or no text.
     """
     _check(name, variant)
-    if not _is_text(name):
+    if not is_text(name):
         raise ValueError(f"data: expected a text, got {name!r}; load() reads it")
     if name in _PROVIDED:
         return _PROVIDED[name]  # type: ignore[return-value]
@@ -272,7 +272,8 @@ class _remedy:
             raise type(error)(f"data set {self.name}: not found on this machine ({error}); {remedy}") from error
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether :func:`corpus` reads the data of this name."""
     if name in _PROVIDED:
         return isinstance(_PROVIDED[name], Corpus)
     return name.startswith("text:") or (name in SOURCES and SOURCES[name].kind == "text")
