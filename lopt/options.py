@@ -5,6 +5,7 @@ import numbers
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,5 +182,10 @@ def describe(groups: Sequence[Mapping[str, Any]], hidden: set[str]) -> list[str]
     lines = []
     for i, group in enumerate(groups):
         lines.append(f"Parameter Group {i}: {len(group['params'])} tensors")
-        lines += [f"    {name}: {group[name]}" for name in sorted(group.keys() - hidden)]
+        lines += [f"    {name}: {_in_short(group[name])}" for name in sorted(group.keys() - hidden)]
     return lines
+
+
+def _in_short(value: Any) -> str:
+    """An option of all parameters of a group; where each has its own, how many have which."""
+    return ", ".join(f"{n} {x}" for x, n in Counter(value).items()) if isinstance(value, list) else str(value)

@@ -13,7 +13,7 @@ from torch import nn
 from lopt.rule.matrices import ROLES, Kind, Role
 
 _INPUT = re.compile(r"(^|[._])(w[tp]e|\w*emb(ed(ding(s)?)?)?(s)?)([._]|$)")
-_OUTPUT = re.compile(r"(^|[._])(\w*head|classifier|unembed)([._]|$)")
+_OUTPUT = re.compile(r"(^|[._])(\w*(?<!multi)(?<!multi_)head|classifier|unembed)(\.|$)")
 
 
 def role_of_name(name: str) -> Role | None:
@@ -30,7 +30,8 @@ def roles_of_model(model: nn.Module) -> dict[str, Role | None]:
     """The role of every parameter of a model by its name.
 
     The weights of embeddings are input, also where the output shares them. Where there are embeddings, all other
-    matrices are hidden, but for the last linear layer, which is output. Without embeddings nothing is known.
+    matrices are hidden, but for the linear layer that is named as a head, or the last one, where none is: that is
+    output. Without embeddings nothing is known.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 50, bias=False))
@@ -38,8 +39,8 @@ def roles_of_model(model: nn.Module) -> dict[str, Role | None]:
         {'0.weight': 'input', '1.weight': 'hidden', '2.weight': 'output'}
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    last = id(linear[-1].weight) if linear else None
+    linear = {f"{name}.weight": id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    heads = [weight for name, weight in linear.items() if role_of_name(name) == "output"] or list(linear.values())[-1:]
     roles: dict[str, Role | None] = {}
     for name, param in model.named_parameters():
         if not tables:
@@ -47,7 +48,7 @@ def roles_of_model(model: nn.Module) -> dict[str, Role | None]:
         elif id(param) in tables or (param.dim() >= 2 and role_of_name(name) == "input"):
             roles[name] = "input"
         else:
-            roles[name] = "output" if id(param) == last else "hidden"
+            roles[name] = "output" if id(param) in heads else "hidden"
     return roles
 
 
