@@ -58,3 +58,10 @@ def step(
     device: int,
     stream: int,
 ) -> None: ...
+def is_number(tensor: object, like: Any) -> bool: ...
+
+class Seen:
+    """As lopt.kernels.seen._Seen."""
+
+class Operands:
+    """As lopt.kernels.seen._Operands."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lopt import kernels
+
 _SHARDED = "train whole tensors, with DistributedDataParallel; sharded training is not supported"
 
 
@@ -135,12 +137,6 @@ def check_gradients(groups: Sequence[dict[str, Any]], device: torch.device, allo
                 raise ValueError(f"{name}: on {param.device}, but the optimizer's state is on {device}; move it")
 
 
-def _is_plain_loss(loss: Tensor, like: Tensor) -> bool:
-    """Whether it can be read as it is, which it usually can."""
-    plain = type(loss) is Tensor and loss.dtype is like.dtype and loss.layout is torch.strided and loss.numel() == 1
-    return plain and loss.device == like.device and not loss.is_neg() and loss.data_ptr() != 0
-
-
 def as_loss(name: str, loss: object, like: Tensor) -> float | Tensor | None:
     """A number where the host knows it, otherwise a tensor on the device; its value is not looked at.
 
@@ -150,12 +146,12 @@ def as_loss(name: str, loss: object, like: Tensor) -> float | Tensor | None:
     """
     if loss is None:
         return None
-    if isinstance(loss, Tensor) and _is_plain_loss(loss, like):
-        return loss
     if not isinstance(loss, Tensor):
         if not isinstance(loss, numbers.Real):
             raise ValueError(f"{name}: expected a number or a tensor of one element, got {type(loss).__name__}")
         return float(loss) if abs(float(loss)) <= torch.finfo(like.dtype).max else math.nan
+    if kernels.is_number(loss, like):
+        return loss
     if hasattr(loss, "full_tensor"):  # a DTensor: reduce it over the ranks
         full: Tensor = loss.full_tensor()
         loss = full

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopt.average import Averages
+from lopt.hooks import hook, without_grad
 from lopt.implementations import check_arguments, choose_implementation, run_eagerly
 from lopt.kernels import devices
 from lopt.losses import Loss, Losses
 from lopt.operands import as_loss, as_weight, check_gradients, check_params
-from lopt.options import check_group, check_total_steps, descending, describe, effective, read_rates, warn
+from lopt.options import Options, check_group, check_total_steps, descending, describe, warn
 from lopt.roles import roles_of_model
 from lopt.rule import Theta
 from lopt.state import SHARED, check_state, holds_shared, open_theta, restore_state, share_state
@@ -130,9 +131,10 @@ class LearnedOptimizer(Optimizer):
         self._stepper: ReferenceStepper | KernelStepper | None = None
         self._weights: dict[str, Tensor] = {}
         self._losses = Losses()
-        self._rates: list[float] = []
+        self._options = Options()
         self._averages = Averages(average)
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None}
+        hook(type(self))
         super().__init__(params, {**options, "role": None, "transposed": False, "averaged_steps": 0})
         self.implementation = choose_implementation(impl, self._first_param().device, self.theta.spec)
         run_eagerly(type(self))
@@ -157,7 +159,7 @@ class LearnedOptimizer(Optimizer):
         group.update(self._identity, total_steps=self._total_steps)
         if holds_shared(self.param_groups):
             self._globals()
-        self._stepper, self._rates = None, []
+        self._stepper, self._options = None, Options()
 
     def _first_param(self) -> Tensor:
         """The first parameter that is trained, whose device and precision are those of the state."""
@@ -234,11 +236,12 @@ class LearnedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         kept = ["theta", "on_nonfinite", "precision", "state_dtype", "impl", "implementation"]
-        kept += ["_identity", "_total_steps", "_told", "_losses", "_rates", "_averages"]
+        kept += ["_identity", "_total_steps", "_told", "_losses", "_options", "_averages"]
         return {**state, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._stepper, self._weights = None, {}
+        hook(type(self))
         super().__setstate__(state)
         run_eagerly(type(self))
 
@@ -291,7 +294,7 @@ class LearnedOptimizer(Optimizer):
             self._total_steps = told
         for group in self.param_groups:
             group.update(self._identity, total_steps=self._total_steps)
-        self._stepper, self._rates = None, []
+        self._stepper, self._options = None, Options()
         self._losses.follow(self._globals() if holds_shared(self.param_groups) else None)
 
     # ---- Average ----------------------------------------------------------------------------------------------------
@@ -364,7 +367,7 @@ class LearnedOptimizer(Optimizer):
     def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], Any], *, loss: float | Tensor | None = None) -> Any: ...
-    @torch.no_grad()
+    @without_grad
     def step(self, closure: Any = None, *, loss: float | Tensor | None = None) -> Any:
         """One update of all parameters that have a gradient.
 
@@ -392,12 +395,13 @@ class LearnedOptimizer(Optimizer):
             loss = result if loss is None else loss
         observed = None if self._losses.waiting else self._loss("loss", loss)
         stepper = self._ready()
-        grads, others, unchecked = stepper.tensors.gradients()
+        operands = stepper.tensors.operands
+        grads, others, unchecked = operands.look()
         if unchecked:
             allowed = {torch.float32, torch.bfloat16, *([torch.float64] if self.implementation == "reference" else [])}
             check_gradients(self.param_groups, self._theta_weights()["initial_h"].device, allowed)
-            stepper.tensors.accept()
-        self._rates = read_rates(self.param_groups, self._rates)
+            operands.accept()
+        options = self._options.read(self.param_groups)
         if grads and self.on_nonfinite != "ignore":
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
             if int(bad) > 0:
@@ -414,11 +418,11 @@ class LearnedOptimizer(Optimizer):
             self._check_capture()
             stepper.select()
         tensors, shared, steps = stepper.tensors, self._globals(), self.total_steps or 0
-        options = list(map(effective, self.param_groups))
         if any(group["maximize"] for group in options):
             grads = descending(grads, tensors.selected_groups, self.param_groups)
+            operands.replace(grads)
         if isinstance(stepper, KernelStepper):
-            stepper.step(tensors.selected_params, grads, options, shared, steps, observed, unchecked)
+            stepper.step(tensors.selected_params, grads, options, shared, steps, observed)
             self._averages.update(tensors.selected_params, self.state, self.param_groups)
             return result
         with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,29 @@ def effective(group: dict[str, Any]) -> dict[str, Any]:
     """The options of a group as a step uses them."""
     maximize = bool(group.get("maximize"))
     return {"lr": effective_lr(group), "weight_decay": group["weight_decay"], "maximize": maximize}
+
+
+class Options:
+    """What the options of all groups mean for a step, worked out anew where one is not the object it was."""
+
+    def __init__(self) -> None:
+        self._seen: list[Any] = []
+        self._rates: list[float] = []
+        self._values: list[dict[str, Any]] = []
+
+    def read(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """:func:`effective` of each group, the list of the last call where nothing changed; checks them before.
+
+        Raises:
+            ValueError: an ``lr`` is negative or not finite.
+        """
+        found = [group.get(name) for group in groups for name in ("lr", "weight_decay", "maximize", "peak_lr")]
+        if len(found) != len(self._seen) or not all(map(is_, found, self._seen)):
+            self._rates = read_rates(groups, self._rates)
+            self._values = list(map(effective, groups))
+            found[3::4] = [group.get("peak_lr") for group in groups]
+            self._seen = found
+        return self._values
 
 
 def descending(grads: list[Tensor], group_of: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:

@@ -5,10 +5,9 @@ state, stacked, and says which are selected. :class:`ReferenceStepper` and :clas
 in the order of :mod:`lopt.rule.step`; an unsharded step of the kernels is one call.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from itertools import compress, repeat
-from operator import attrgetter, is_, is_not
+from itertools import compress
 from typing import Any
 
 import torch
@@ -23,12 +22,6 @@ from lopt.rule.matrices import Kind, matrices_of
 from lopt.rule.step import run
 from lopt.rule.tensor_lstm import Globals, Rows
 from lopt.state import init_state
-
-_grad, _layout = attrgetter("grad"), attrgetter("layout")
-# What is checked of every tensor, when it is not as in the step before. `map` over these reads a thousand tensors in
-# some 100 microseconds.
-_facts_of_grad = attrgetter("dtype", "shape", "device", "__class__")
-_facts_of_param = attrgetter("dtype", "shape", "device")
 
 Groups = Sequence[dict[str, Any]]
 
@@ -45,15 +38,6 @@ def one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _roles(groups: Groups) -> list[tuple[Any, Any]]:
-    return [(group.get("role"), group.get("transposed")) for group in groups]
-
-
-def _same(old: Sequence[Any], new: Iterable[Any]) -> bool:
-    found = list(new)
-    return len(old) == len(found) and all(map(is_, old, found))
 
 
 class Tensors:
@@ -77,17 +61,15 @@ class Tensors:
         dtype: torch.dtype,
     ) -> None:
         self.spec, self.weights, self.dtype, self.state = spec, weights, dtype, state
-        self._all = [param for group in groups for param in group["params"]]
-        self._sizes = [len(group["params"]) for group in groups]
-        indices = [index for index, size in enumerate(self._sizes) for _ in range(size)]
-        for param in self._all:
+        everything = [param for group in groups for param in group["params"]]
+        indices = [index for index, group in enumerate(groups) for _ in group["params"]]
+        for param in everything:
             if param.numel() == 0 and "mom" not in state[param]:  # never updated, but checkpoints look for its state
                 state[param].update(init_state(spec, weights, 0, dtype))
-        filled = [param.numel() > 0 for param in self._all]
-        self.params: list[Tensor] = list(compress(self._all, filled))
+        filled = [param.numel() > 0 for param in everything]
+        self.params: list[Tensor] = list(compress(everything, filled))
         self.groups: list[int] = list(compress(indices, filled))
         self.kinds: list[Kind] = list(compress(kinds_of_groups(groups), filled))
-        self._roles = _roles(groups)
         self.states: list[dict[str, Any] | None] = [
             state[param] if "mom" in state.get(param, {}) else None for param in self.params
         ]
@@ -106,12 +88,13 @@ class Tensors:
         self.selected: list[int] = []
         self.mom: list[Tensor] = []  # of the selected ones
         self.rms: list[Tensor] = []
-        self._selected_states: list[dict[str, Any]] = []
-        self._facts: list[list[Any]] = []
-        self._unchecked: list[list[Any]] = []
-        self.addresses: tuple[list[int], list[int]] = [], []  # of parameters and gradients
-        self.plain = False  # whether all of them are contiguous, and no negated views
-        self._known = list(state.values())
+        self.operands = kernels.Operands(Tensor, self.params)
+        self._groups, self._seen_groups = groups, kernels.Seen()
+        self._seen_groups.all(groups)
+        for group in groups:
+            self._seen_groups.items(group, "params", "role", "transposed")
+            self._seen_groups.all(group["params"])
+        self._see_state([])
 
     def bind(self) -> None:
         """Make the states show rows of the tables."""
@@ -129,50 +112,18 @@ class Tensors:
 
     def serve(self, groups: Groups, state: Mapping[Tensor, Any]) -> bool:
         """Whether parameters and groups are still these, and nobody has cleared or replaced their state."""
-        return (
-            state is self.state
-            and _same(self._all, [param for group in groups for param in group["params"]])
-            and self._sizes == [len(group["params"]) for group in groups]
-            and self._roles == _roles(groups)
-            and _same(self._known, self.state.values())
-            and _same(self.mom, map(dict.get, self._selected_states, repeat("mom")))
-        )
+        same = groups is self._groups and state is self.state
+        return same and self._seen_groups.same() and self._seen_state.same()
 
-    def gradients(self) -> tuple[list[Tensor], bool, bool]:
-        """Gradients of the parameters that have one.
-
-        Returns:
-            The gradients, whether it is other tensors than the selected ones that have one, and whether parameters and
-            gradients have to be checked: it is others, or something else about them is not as it was.
-        """
-        params, grads = self.params, list(map(_grad, self.params))
-        given = list(map(is_not, grads, repeat(None)))
-        if all(given):
-            others = len(self.selected) != len(grads)
-        else:
-            params, grads = list(compress(params, given)), list(compress(grads, given))
-            others = self.selected != list(compress(range(len(given)), given))
-        facts: list[list[Any]] = [list(map(_layout, grads))]
-        dense = all(map(is_, facts[0], repeat(torch.strided)))
-        if dense:
-            facts += [list(map(_facts_of_grad, grads)), list(map(_facts_of_param, params))]
-            for fact in (Tensor.is_contiguous, Tensor.is_neg):
-                facts += [list(map(fact, grads)), list(map(fact, params))]
-            self.addresses = list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, grads))
-        in_memory = dense and 0 not in self.addresses[0] and 0 not in self.addresses[1]
-        unchecked = others or not in_memory or facts != self._facts
-        if unchecked:
-            self._facts, self._unchecked = [], facts
-        return grads, others, unchecked
-
-    def accept(self) -> None:
-        """The parameters and gradients of the last call of :meth:`gradients` have been checked."""
-        self._facts = facts = self._unchecked
-        self.plain = all(facts[3]) and all(facts[4]) and not any(facts[5]) and not any(facts[6])
+    def _see_state(self, selected: list[Any]) -> None:
+        self._seen_state = kernels.Seen()
+        self._seen_state.all(self.state)
+        for state in selected:
+            self._seen_state.items(state, "mom", "rms")
 
     def select(self) -> None:
         """Take the tensors that have a gradient now, with state for each."""
-        self.selected = [index for index, param in enumerate(self.params) if param.grad is not None]
+        self.selected = self.operands.select()
         for index in self.selected:
             if self.states[index] is not None:
                 continue
@@ -182,9 +133,8 @@ class Tensors:
             self.states[index] = state
             self._show(index, state)
         states: list[Any] = [self.states[index] for index in self.selected]
-        self._selected_states = states
         self.mom, self.rms = [state["mom"] for state in states], [state["rms"] for state in states]
-        self._known = list(self.state.values())
+        self._see_state(states)
 
     @property
     def selected_groups(self) -> list[int]:
@@ -353,21 +303,16 @@ class KernelStepper:
         shared: Mapping[str, Tensor],
         total_steps: int,
         loss: Tensor | float | None,
-        unchecked: bool,
     ) -> None:
-        """One step; ``groups`` have the options as a step uses them, ``shared`` is the state of all tensors, written.
-
-        Args:
-            grads: what :meth:`Tensors.gradients` returned, or new tensors in their place.
-            unchecked: what that said about the gradients.
-        """
+        """One step, of the tensors that ``tensors.operands`` saw; ``groups`` have the options as a step uses them,
+        ``shared`` is the state of all tensors, written."""
         plan, level, tensors = self.plan, self.level, self.tensors
         copies = params
-        if unchecked or not tensors.plain:
+        if tensors.operands.plain:
+            plan.point(tensors.operands, grads)
+        else:
             copies = kernels.contiguous(params)
             plan.set_tensors(copies, kernels.contiguous(grads))
-        else:
-            plan.point(tensors.addresses[0], grads)
         level.set_options(groups, total_steps)
         level.set_losses(shared, loss)
         if self.some_first:

@@ -1,6 +1,7 @@
 // The pybind11 module lopt._C: the back ends `cpu` and `cuda`, the unroll engine, and how all of it was built.
 #include "api/bind_backend.h"
 #include "api/contracts.h"
+#include "api/seen.h"
 #include "cpu/cpu_dispatch.h"
 #include "unroll/unroll.h"
 
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build_type") = LOPT_BUILD_TYPE;         // CMake's
   lopt::bind_backends(m);
   lopt::bind_contracts(m);
+  lopt::bind_seen(m);
   m.def(
       "cuda_driver_version",
       [] {

@@ -14,6 +14,7 @@ from lopt.kernels.extension import (
 )
 from lopt.kernels.gpus import check_gpu
 from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, contiguous, pack_mlp
+from lopt.kernels.seen import Operands, Seen, is_number
 from lopt.kernels.tensor_level import SHARED, Levels, TensorLevel, apply_inputs, step
 
 __all__ = [
@@ -26,13 +27,16 @@ __all__ = [
     "WIDTHS",
     "_C",
     "Levels",
+    "Operands",
     "Plan",
+    "Seen",
     "TensorLevel",
     "apply_inputs",
     "check_gpu",
     "contiguous",
     "has_cuda",
     "is_compiled",
+    "is_number",
     "module_of",
     "pack_mlp",
     "simd_selected",

@@ -30,7 +30,7 @@ class Table:
         self.host, self.device = host, device
         self.on_host = device.type == "cpu"
         self.copy: Tensor | None = None
-        self.address = host.ctypes.data
+        self.address = self.host_address = host.ctypes.data
         self.send()
 
     def send(self) -> int:

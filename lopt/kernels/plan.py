@@ -21,6 +21,7 @@ from lopt.kernels import devices
 from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.directions import Directions
 from lopt.kernels.extension import FEATURE_SET_INDEX, WIDTHS, module_of, packed_weights
+from lopt.kernels.seen import Operands
 from lopt.kernels.structs import ACCUMULATE, APPLY, APPLY_INPUTS, CHUNK, ENTRY
 from lopt.rule.features import FEATURE_SETS
 from lopt.rule.matrices import Matrix
@@ -152,6 +153,7 @@ class Plan:
             for columns in (self.features.num_stats, max(WIDTHS))
         )
         self.directions: Directions | None = None
+        self._here = None if self.device.type == "cuda" else stream_of(self.device)  # there is no other
         self.captured: list[list[Tensor | None]] = []  # tables that CUDA graphs read
         self._operands: dict[str, list[Tensor]] = {}
         self._accumulate, self._apply = np.zeros((), ACCUMULATE), np.zeros((), APPLY)
@@ -208,8 +210,7 @@ class Plan:
             self.directions.select(chosen.tolist())
         self.grads: Sequence[Tensor] = []
         self.grad_table = Table(np.zeros(len(chosen), dtype=np.int64), self.device)
-        self.grad_addresses: list[int] = []
-        self.param_addresses: list[int] = []
+        self._sent = False  # whether the device has seen the tables
         for record in (self._accumulate, self._apply):
             record["num_tensors"], record["num_chunks"] = self.num_tensors, self.num_chunks
             record["tensors"], record["chunks"] = self.tensors.address, self.chunks.address
@@ -225,26 +226,26 @@ class Plan:
                 _check(f"{name}[{i}]", tensor, tuple(DTYPES), numel, self.device)
         for name, tensors in (("param_dtype", params), ("grad_dtype", grads)):
             entries[name] = [DTYPES[tensor.dtype] for tensor in tensors]
-        self.param_addresses = []
-        self.point(list(map(Tensor.data_ptr, params)), grads)
+        entries["param"] = list(map(Tensor.data_ptr, params))
+        self.grad_table.host[:] = list(map(Tensor.data_ptr, grads))
+        self._send(grads, True, True)
 
-    def point(self, params: list[int], grads: Sequence[Tensor]) -> None:
-        """Point the plan to parameters at these addresses and to these gradients, which are otherwise as those of the
-        last call of :meth:`set_tensors`."""
+    def point(self, operands: Operands, grads: Sequence[Tensor]) -> None:
+        """Point the plan to what ``operands`` saw: the selected parameters and these gradients, which are as those of
+        the last call of :meth:`set_tensors`, but perhaps elsewhere."""
+        self._send(grads, *operands.write(self.tensors.host_address, self.grad_table.host_address))
+
+    def _send(self, grads: Sequence[Tensor], moved: bool, fresh: bool) -> None:
+        """Let kernels see the tables of parameters, if they ``moved``, and of gradients, if they are ``fresh``."""
+        self.grads = grads  # alive until the next step
         capturing = devices.is_capturing(self.device)  # what is captured has not run: later steps must not count on it
-        if params != self.param_addresses:
-            self.tensors.host["param"] = params
+        if not self._sent or (moved and not self.tensors.on_host):
             self._accumulate["tensors"] = self._apply["tensors"] = self.tensors.send()
-            self.param_addresses = [] if capturing else params
-        addresses = list(map(Tensor.data_ptr, grads))
-        if addresses != self.grad_addresses:
-            self.grad_table.host[:] = addresses
-            if not self.grad_table.on_host or not self.grad_addresses:
-                self._accumulate["grads"] = self._apply["grads"] = self.grad_table.send()
-            self.grad_addresses = [] if capturing else addresses
+        if not self._sent or (fresh and not self.grad_table.on_host):
+            self._accumulate["grads"] = self._apply["grads"] = self.grad_table.send()
+        self._sent = not capturing
         if capturing:
             self.captured.append([table.copy for table in (self.tensors, self.grad_table, self.chunks, self.rows)])
-        self.grads = grads  # alive until the next step
 
     def _check_bound(self, operation: str) -> None:
         if not self.grads:
@@ -263,7 +264,7 @@ class Plan:
 
     def place(self) -> tuple[int, int, int]:
         """Threads, device and stream of a call."""
-        return torch.get_num_threads(), *stream_of(self.device)
+        return (torch.get_num_threads(), *(self._here or stream_of(self.device)))
 
     def accumulate(
         self,

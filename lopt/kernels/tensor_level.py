@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from lopt.kernels import devices
 from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.extension import module_of
 from lopt.kernels.plan import Plan
+from lopt.kernels.seen import Seen
 from lopt.kernels.structs import ADVANCE, APPLY_INPUTS, shape_records, spec_record
 from lopt.rule.matrices import Kind
 from lopt.rule.spec import ThetaSpec
@@ -21,7 +21,6 @@ from lopt.rule.theta import Theta
 
 #: State that all tensors share, as AdvanceParams names it.
 SHARED = ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite")
-_shared_tensors = itemgetter(*SHARED)
 
 
 def apply_inputs(spec: ThetaSpec, num_tensors: int, device: torch.device) -> dict[str, Tensor]:
@@ -86,6 +85,8 @@ class TensorLevel:
             of_group = slice(groups.index(group), len(groups) - list(reversed(groups)).index(group))
             self._options += [(group, "lr", self.lr[of_group]), (group, "weight_decay", self.decay[of_group])]
         self._written: dict[tuple[int, str], float] = {}
+        self._settled: Sequence[Mapping[str, Any]] | None = None  # options that need not be written again
+        self._settled_steps: int | None = None
         spec_ = spec_record(spec)
         self._keep_alive = rows, spec_
         self._record = record = np.zeros((), ADVANCE)
@@ -99,17 +100,27 @@ class TensorLevel:
             record[name] = value.data_ptr()
         #: Address of AdvanceParams.
         self.address = record.ctypes.data
-        self._shared: tuple[Tensor, ...] = ()
+        self._shared: Mapping[str, Tensor] = {}
+        self._seen_shared = Seen()
         self._losses = [(record[f"new_{name}"], record[f"{name}_value"]) for name in ("train", "valid")]  # views
+        self._untold = [False, False]  # whether it is written there that there is none
 
     def _call(self, function: Callable[..., None]) -> None:
         function(self.backend, self.address, *stream_of(self.device))
 
     def set_options(self, groups: Sequence[Mapping[str, Any]], total_steps: int | None) -> None:
-        """``lr`` and ``weight_decay`` of the param groups, and the number of steps planned."""
+        """``lr`` and ``weight_decay`` of the param groups, and the number of steps planned.
+
+        A list that was given in the call before is taken to hold what it held.
+        """
+        if groups is self._settled and total_steps == self._settled_steps:
+            return
         for group, name, target in self._options:
             self._write((group, name), groups[group][name], target)
         self._write((0, "total_steps"), float(total_steps or 0), self.total_steps)
+        read_anew = any(isinstance(groups[group][name], Tensor) for group, name, _ in self._options)
+        again = read_anew or devices.is_capturing(self.device)
+        self._settled, self._settled_steps = None if again else groups, total_steps
 
     def _write(self, key: tuple[int, str], value: float | Tensor, target: Tensor) -> None:
         if isinstance(value, Tensor) and value.device == target.device:
@@ -141,16 +152,18 @@ class TensorLevel:
         self, shared: Mapping[str, Tensor], train_loss: float | Tensor | None, valid_loss: float | Tensor | None = None
     ) -> None:
         """What :meth:`begin` reads, for :func:`step`."""
-        tensors = _shared_tensors(shared)
-        if not self._shared or not all(map(is_, tensors, self._shared)):
-            self._shared = tensors
-            for name, tensor in zip(SHARED, tensors, strict=True):
-                self._record[name] = tensor.data_ptr()
-        for (address, number), loss in zip(self._losses, (train_loss, valid_loss), strict=True):
+        if shared is not self._shared or not self._seen_shared.same():
+            self._shared, self._seen_shared = shared, Seen()
+            self._seen_shared.items(shared, *SHARED)
+            for name in SHARED:
+                self._record[name] = shared[name].data_ptr()
+        for i, loss in enumerate((train_loss, valid_loss)):
+            address, number = self._losses[i]
             if isinstance(loss, Tensor):
                 address[...] = loss.data_ptr()  # wins over the number
-            else:
+            elif loss is not None or not self._untold[i]:
                 address[...], number[...] = 0, math.nan if loss is None else loss
+            self._untold[i] = loss is None
 
     def bind(self, plan: Plan, part: slice | None = None) -> None:
         """Let the phases read what ``plan`` writes, for its selected tensors.
