@@ -20,7 +20,7 @@ GATE_BIAS = 0.5
 #: Added to the map of the logarithm of the step.
 STEP = {
     "is_matrix": 0.1,
-    "is_input": 0.7,  # embeddings move further
+    "is_table": 0.7,  # embeddings move further
     "param_growth": 0.5,  # with the root of how far a tensor has grown
     "vector_start": 0.24,  # biases that start at zero move less than gains that start at one
     "told": 0.3,

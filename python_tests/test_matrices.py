@@ -16,14 +16,14 @@ from lopt.rule.matrices import Kind, Matrix, matrices_of, natural_sizes
 def test_by_hand() -> None:
     """A perceptron with a convolution in front; a bias is no matrix."""
     shapes = [(16, 3, 3, 3), (16,), (100, 64), (100,), (), (10, 100), (10,)]
-    nothing = Matrix(0, 0, 0, False, False, False)
+    nothing = Matrix(0, 0, 0, False, False, False, False)
     expected = [
-        Matrix(16, 27, 27, True, False, True),
+        Matrix(16, 27, 27, True, False, False, True),
         nothing,
-        Matrix(100, 64, 64, False, False, True),
+        Matrix(100, 64, 64, False, False, False, True),
         nothing,
         nothing,
-        Matrix(10, 100, 100, False, True, True),
+        Matrix(10, 100, 100, False, True, False, True),
         nothing,
     ]
     assert matrices_of(shapes) == expected

@@ -152,6 +152,7 @@ using LogDims = float[4];
   FIELD(int64_t, rows)      /* of a matrix, as stored */        \
   FIELD(int32_t, is_input)  /* see lopt/rule/matrices.py */     \
   FIELD(int32_t, is_output)                                     \
+  FIELD(int32_t, is_table)                                      \
   FIELD(int32_t, whole)                                         \
   FIELD(float, natural)                                         \
   FIELD(float, aspect)

@@ -174,7 +174,7 @@ struct NaturalInputs : RelativeInputs {
   LOPT_ENUM(Scalar, kNumScalars, grad_over_slow, mom0_over_slow, mom1_over_slow, mom2_over_slow, rms_spread,
             param_growth, grad_share, train_loss, valid_loss, train_rise, valid_rise, train_fall, matrix_start,
             vector_start, rank);
-  LOPT_ENUM(Fact, kNumFacts, is_matrix, log_numel, is_input, is_output, aspect);
+  LOPT_ENUM(Fact, kNumFacts, is_matrix, log_numel, is_input, is_output, is_table, aspect);
   static constexpr bool kNatural = true;
 
   template <class Features>
@@ -193,6 +193,7 @@ struct NaturalInputs : RelativeInputs {
     RelativeInputs::facts(seen, x);
     x[is_input] = static_cast<float>(seen.shape.is_input);
     x[is_output] = static_cast<float>(seen.shape.is_output);
+    x[is_table] = static_cast<float>(seen.shape.is_table);
     x[aspect] = log_ratio(seen.shape.aspect, 1.0f);
   }
 };

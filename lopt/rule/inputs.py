@@ -47,6 +47,7 @@ class Shapes:
     natural: Tensor  # [T] natural size (lopt.rule.matrices)
     is_input: Tensor  # [T] 1 for the matrices of the model's input, else 0
     is_output: Tensor  # [T] 1 for those of its output
+    is_table: Tensor  # [T] 1 for what is known to be an embedding
     aspect: Tensor  # [T] longer over shorter side of a matrix, 1 for other tensors
     whole: Tensor  # [T] bool, whether the directions of a tensor may be orthogonalised
     matrices: tuple[Matrix, ...]  # [T]
@@ -75,6 +76,7 @@ class Shapes:
             natural=like.new_tensor(natural_sizes(matrices)),
             is_input=like.new_tensor([float(matrix.is_input) for matrix in matrices]),
             is_output=like.new_tensor([float(matrix.is_output) for matrix in matrices]),
+            is_table=like.new_tensor([float(matrix.is_table) for matrix in matrices]),
             aspect=like.new_tensor([matrix.aspect for matrix in matrices]),
             whole=torch.tensor([matrix.whole for matrix in matrices], device=like.device),
             matrices=tuple(matrices),
@@ -83,7 +85,8 @@ class Shapes:
 
     def of_rows(self, rows: Sequence[int]) -> "Shapes":
         """Those of some of the tensors, as facts of the model that all of them make."""
-        names = ("numel", "log_dims", "is_scalar", "is_matrix", "natural", "is_input", "is_output", "aspect", "whole")
+        names = ["numel", "log_dims", "is_scalar", "is_matrix", "natural", "is_input", "is_output", "is_table", "aspect"]
+        names += ["whole"]
         some = {name: getattr(self, name)[list(rows)] for name in names}
         return Shapes(**some, matrices=tuple(self.matrices[row] for row in rows), decays=self.decays)
 
@@ -271,7 +274,7 @@ def _natural_values(spec: "ThetaSpec", seen: Seen) -> dict[str, Tensor]:
     values["vector_start"] = values["start"] * (1.0 - shapes.is_matrix)
     fall = losses.loss_fall(seen.train_loss, spec.train_loss_decay)
     values["train_fall"] = torch.where(LossState.of(seen.train_loss).updates > 0, fall, torch.zeros_like(fall))
-    values["is_input"], values["is_output"] = shapes.is_input, shapes.is_output
+    values |= {"is_input": shapes.is_input, "is_output": shapes.is_output, "is_table": shapes.is_table}
     return values
 
 
@@ -325,7 +328,7 @@ INPUT_SETS: dict[str, InputSet] = {
             scalars=(*_RELATIVE, "train_fall", "matrix_start", "vector_start", "rank"),
             time=_TIME,
             untold=1,
-            facts=("is_matrix", "log_numel", "is_input", "is_output", "aspect"),
+            facts=("is_matrix", "log_numel", "is_input", "is_output", "is_table", "aspect"),
             lstm_sees_constants=True,
             robust=True,
             natural=True,

@@ -34,6 +34,7 @@ class Matrix(NamedTuple):
     fan_in: int
     is_input: bool
     is_output: bool
+    is_table: bool  # known to be input: an embedding
     whole: bool  # whether its direction may be orthogonalised
 
     @property
@@ -71,14 +72,15 @@ def matrices_of(shapes: Sequence[Sequence[int]], kinds: Sequence[Kind] | None = 
     matrices = []
     for i, (shape, kind) in enumerate(zip(shapes, kinds, strict=True)):
         if len(shape) < 2:
-            matrices.append(Matrix(0, 0, 0, False, False, False))
+            matrices.append(Matrix(0, 0, 0, False, False, False, False))
             continue
         rows, columns = max(shape[0], 1), max(math.prod(shape[1:]), 1)
         taken = kind.role or seemingly.get(i)
         whole = min(rows, columns) > 1 and max(rows, columns) <= MAX_ASPECT * min(rows, columns)
-        known = kind.role in ("input", "output")
+        known, table = kind.role in ("input", "output"), kind.role == "input"
         fan_in = kind.fan_in or columns
-        matrices.append(Matrix(rows, columns, fan_in, taken == "input", taken == "output", whole and not known))
+        edges = taken == "input", taken == "output"
+        matrices.append(Matrix(rows, columns, fan_in, *edges, table, whole and not known))
     return matrices
 
 
