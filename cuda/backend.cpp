@@ -7,7 +7,7 @@ namespace lopt {
 bool begin_cuda(const AdvanceParams& params, const Target& target);
 bool advance_cuda(const AdvanceParams& params, const Target& target);
 bool finish_cuda(const AdvanceParams& params, const Target& target);
-bool write_cuda(const ApplyParams& params, const Target& target);  // in write.cu
+bool write_cuda(const ApplyParams& params, bool orthogonalised, const Target& target);  // in write.cu
 void write_words_cuda(int64_t* to, const int64_t* words, int64_t count, const Target& target);
 
 namespace {
@@ -52,8 +52,8 @@ bool sweep(const AccumulateParams& accumulating, const ApplyParams& applying, in
 }  // namespace
 
 const Backend& cuda_backend() {
-  static constexpr Backend backend{begin_cuda, accumulate, advance_cuda, apply,
-                                   sweep,      write_cuda, finish_cuda,  write_words_cuda};
+  static constexpr Backend backend{begin_cuda, accumulate, advance_cuda, apply,           sweep,
+                                   write_cuda, 0,          finish_cuda,  write_words_cuda};
   return backend;
 }
 

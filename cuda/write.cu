@@ -22,7 +22,9 @@ __global__ void __launch_bounds__(kThreads) write_kernel(ApplyParams params) {
 
 }  // namespace
 
-bool write_cuda(const ApplyParams& params, const Target& target) {
+bool write_cuda(const ApplyParams& params, bool orthogonalised, const Target& target) {
+  if (params.newton_schulz == 0) return true;
+  if (!orthogonalised) return false;
   launch_per_chunk("write", write_kernel, params, target);
   return true;
 }

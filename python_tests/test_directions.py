@@ -43,7 +43,7 @@ every_impl = pytest.mark.parametrize("impl", IMPLS)
 
 #: Most of them treated as a whole: two of one shape next to each other and apart, wide, tall, of two numbers in a row.
 SHAPES = ((6, 5), (5,), (16, 4), (4, 16), (2, 3, 2, 2), (16, 4), (), (4, 16), (30, 20), (3, 2))
-LONG = ((5, 6), (130, 70), (7,), (70, 130), (6, 6))  # two of more than one chunk
+LONG = ((5, 6), (150, 130), (7,), (70, 130), (6, 6))  # two of more than one chunk, one larger than the CPU kernels do
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +234,7 @@ def test_batches_are_their_matrices_one_by_one(
     rows = [row for row, address in enumerate(memory.addresses) if address]
     gate = torch.linspace(0.0, 1.0, len(BATCHED))
     rank, step_size = torch.full((len(BATCHED),), 7.0), torch.ones(len(BATCHED))
-    step_size[5] = math.nan  # a tensor that rests keeps its rank
+    step_size[5] = math.nan  # a tensor that rests keeps its rank, as one whose gate is shut
     memory.select(selected)
     memory.orthogonalise(gate, rank, step_size)
     for row, view, old in zip(rows, views, before, strict=True):
@@ -245,7 +245,7 @@ def test_batches_are_their_matrices_one_by_one(
         new, expected = orthogonalise(old.double(), gate[row].double(), 3)
         tolerance = 2e-6 if dtype == F32 else 2.0**-8
         assert float((view.double() - new).abs().max()) <= tolerance * float(new.abs().max())
-        assert float(rank[row]) == pytest.approx(7.0 if row == 5 else float(expected), rel=1e-5)
+        assert float(rank[row]) == pytest.approx(7.0 if row in (0, 5) else float(expected), rel=1e-5)
     assert float(rank[3]) == 7.0  # one row only: not treated
 
 
@@ -420,7 +420,7 @@ def test_a_bfloat16_state_is_near_a_float32_one(impl: str, param_dtype: torch.dt
 @pytest.mark.parametrize("stats", ["current", "lagged"])
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 def test_shut_it_is_not_there(backend: Backend, decay: float, stats: Literal["current", "lagged"]) -> None:
-    """Bits of parameters and state on the same kernels, but for the rank, of which nothing else knows here."""
+    """Bits of parameters and state on the same kernels; also the rank stays."""
     theta = blind_to_rank(spectral(gate=-5.0)).with_spec(stats=stats)
     results = []
     for each in (theta, without_stage(theta)):
@@ -438,7 +438,7 @@ def test_shut_it_is_not_there(backend: Backend, decay: float, stats: Literal["cu
     assert_same_bits(params, other_params)
     assert_same_bits(states, other_states)
     assert_same_bits(shared, other_shared)
-    assert ranks != other_ranks
+    assert ranks == other_ranks == [1.0] * len(ranks)
     assert other_ranks == [1.0] * len(SHAPES)
 
 

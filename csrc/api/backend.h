@@ -26,8 +26,10 @@ struct Backend {
   // accumulate and apply in one sweep, for operands of apply that do not depend on the statistics.
   bool (*sweep)(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,
                 const Target& target);
-  // Directions of matrices that were treated as a whole -> parameters.
-  bool (*write)(const ApplyParams& params, const Target& target);
+  // Directions of matrices -> parameters. Orthogonalises what it can, where the gate is open; false where something is
+  // left, which is written by the next call, with `orthogonalised`.
+  bool (*write)(const ApplyParams& params, bool orthogonalised, const Target& target);
+  int64_t native_side;  // matrices of at most this shorter side are orthogonalised by `write`
   // After apply: the mean MLP outputs that the next LSTM step sees.
   bool (*finish)(const AdvanceParams& params, const Target& target);
   // to[i] = words[i] for i < count, on the device, as kernel arguments: in a CUDA graph they are constants.

@@ -39,8 +39,9 @@ void accumulate(const std::string& backend, int feature_set, uint64_t params, in
             feature_set, 0);
 }
 
-void write(const std::string& backend, uint64_t params, int num_threads, int device, uint64_t stream) {
-  backend_of(backend).write(*pointer<ApplyParams>(params), Target{num_threads, device, stream});
+bool write(const std::string& backend, uint64_t params, bool orthogonalised, int num_threads, int device,
+           uint64_t stream) {
+  return backend_of(backend).write(*pointer<ApplyParams>(params), orthogonalised, Target{num_threads, device, stream});
 }
 
 void apply(const std::string& backend, int feature_set, int width, uint64_t params, int num_threads, int device,
@@ -85,12 +86,12 @@ struct BackendPhases {
   void sweep() const {
     check_ran(backend.sweep(accumulating, applying, feature_set, width, target), feature_set, width);
   }
-  void direction() const {}  // a step with matrices to treat as a whole stops before it
   void finish() const { each_level(backend.finish); }
 };
 
-void step(const std::string& backend, uint64_t levels, int64_t num_levels, uint64_t accumulating, uint64_t applying,
-          bool lagged, bool whole, int num_threads, int device, uint64_t stream) {
+// False where it stopped: matrices are to be orthogonalised by torch, and write and finish have yet to come.
+bool step(const std::string& backend, uint64_t levels, int64_t num_levels, uint64_t accumulating, uint64_t applying,
+          bool lagged, int num_threads, int device, uint64_t stream) {
   const uint64_t* addresses = pointer<uint64_t>(levels);
   const Spec& s = *pointer<AdvanceParams>(addresses[0])->spec;
   BackendPhases phases{backend_of(backend),
@@ -101,7 +102,10 @@ void step(const std::string& backend, uint64_t levels, int64_t num_levels, uint6
                        *pointer<ApplyParams>(applying),
                        s.feature_set,
                        s.width};
-  whole ? run_until_direction(phases, lagged) : run_step(phases, lagged);
+  run_until_direction(phases, lagged);
+  const bool written = phases.backend.write(phases.applying, false, phases.target);
+  if (written) phases.finish();
+  return written;
 }
 
 void write_words(const std::string& backend, uint64_t to, const std::vector<int64_t>& words, int device,
@@ -124,13 +128,19 @@ void bind_backends(pybind11::module_& m) {
   m.def("sweep", &sweep, "backend"_a, "feature_set"_a, "width"_a, "accumulating"_a, "applying"_a, "num_threads"_a,
         "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "accumulate and apply in one sweep, for operands of apply that do not depend on the statistics.");
-  m.def("step", &step, "backend"_a, "levels"_a, "num_levels"_a, "accumulating"_a, "applying"_a, "lagged"_a, "whole"_a,
+  m.def("step", &step, "backend"_a, "levels"_a, "num_levels"_a, "accumulating"_a, "applying"_a, "lagged"_a,
         "num_threads"_a, "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>(),
         "begin, accumulate, advance, apply and finish; lagged: begin, advance, accumulate and apply in one "
-        "sweep, finish. whole: some directions are treated as a whole, and the step stops where they are known.");
-  m.def("write", &write, "backend"_a, "params"_a, "num_threads"_a, "device"_a, "stream"_a,
+        "sweep, finish. False where it stopped before finish: matrices are to be orthogonalised by the caller, and "
+        "written.");
+  m.def(
+      "native_side", [](const std::string& backend) { return backend_of(backend).native_side; }, "backend"_a,
+      "Shorter side up to which write orthogonalises matrices itself.");
+  m.def("write", &write, "backend"_a, "params"_a, "orthogonalised"_a, "num_threads"_a, "device"_a, "stream"_a,
         py::call_guard<py::gil_scoped_release>(),
-        "Directions of matrices that were treated as a whole -> parameters; see ApplyParams in csrc/api/structs.h.");
+        "Directions of matrices -> parameters; False where some are left for the caller to orthogonalise, and for "
+        "another "
+        "call. See ApplyParams in csrc/api/structs.h.");
   m.def("write_words", &write_words, "backend"_a, "to"_a, "words"_a, "device"_a, "stream"_a,
         "Write 64-bit integers to the device as kernel arguments, for CUDA graphs.");
   m.def("begin", &level<&Backend::begin>, "backend"_a, "params"_a, "device"_a, "stream"_a,

@@ -19,6 +19,7 @@
 
 namespace lopt {
 
+constexpr int64_t kNativeSide = 128;  // of matrices that the CPU kernels orthogonalise; torch does larger ones
 constexpr int64_t kChunk = 8192;  // parameters per chunk: the unit of parallel work and of the first reduction level
 
 // The formulas one parameter at a time, shared by all kernels.

@@ -34,6 +34,7 @@ enum Precision : int32_t { kExact = 0, kHigh = 1, kFast = 2 };
   FIELD(int64_t, theta)       /* row of ApplyParams::weights */                                            \
   FIELD(int64_t, direction)   /* address of [numel] values of the state's dtype where apply writes the */  \
                               /* direction, or 0: apply writes the parameter */                            \
+  FIELD(int64_t, matrix_rows) /* of a tensor with a direction */                                           \
   FIELD(int64_t, row)         /* of all tables [R, ...] below */                                           \
   FIELD(int32_t, param_dtype) /* enum Dtype */                                                             \
   FIELD(int32_t, grad_dtype)  /* enum Dtype */
@@ -89,21 +90,23 @@ struct AccumulateParams {
   LOPT_ACCUMULATE_PARAMS(LOPT_MEMBER)
 };
 
-#define LOPT_APPLY_PARAMS(FIELD)                                                          \
-  FIELD(const TensorEntry*, tensors) /* [T] */                                            \
-  FIELD(const int64_t*, grads)       /* [T] */                                            \
-  FIELD(const Chunk*, chunks)        /* [num_chunks] */                                   \
-  FIELD(int64_t, num_tensors)        /* T */                                              \
-  FIELD(int64_t, num_chunks)                                                              \
-  LOPT_APPLY_INPUTS(FIELD)                                                                \
-  FIELD(const float*, weights) /* [num_theta, MlpLayout::kSize] */                        \
-  FIELD(float, magnitude_rate)                                                            \
-  FIELD(float, feature_clip)  /* +inf: no clipping */                                     \
-  FIELD(Precision, precision) /* of the CUDA kernels; the CPU's are exact */              \
-  FIELD(Dtype, state_dtype)   /* of mom and rms */                                        \
-  FIELD(double*, partials)    /* [num_chunks, width] scratch */                           \
-  FIELD(uint32_t*, finished)  /* [T] scratch of the CUDA kernel: zero before and after */ \
-  FIELD(float*, hidden)       /* [R, width] written: mean of hidden2 over the tensor */
+#define LOPT_APPLY_PARAMS(FIELD)                                                            \
+  FIELD(const TensorEntry*, tensors) /* [T] */                                              \
+  FIELD(const int64_t*, grads)       /* [T] */                                              \
+  FIELD(const Chunk*, chunks)        /* [num_chunks] */                                     \
+  FIELD(int64_t, num_tensors)        /* T */                                                \
+  FIELD(int64_t, num_chunks)                                                                \
+  LOPT_APPLY_INPUTS(FIELD)                                                                  \
+  FIELD(const float*, weights) /* [num_theta, MlpLayout::kSize] */                          \
+  FIELD(float, magnitude_rate)                                                              \
+  FIELD(float, feature_clip)    /* +inf: no clipping */                                     \
+  FIELD(Precision, precision)   /* of the CUDA kernels; the CPU's are exact */              \
+  FIELD(Dtype, state_dtype)     /* of mom and rms */                                        \
+  FIELD(double*, partials)      /* [num_chunks, width] scratch */                           \
+  FIELD(uint32_t*, finished)    /* [T] scratch of the CUDA kernel: zero before and after */ \
+  FIELD(int32_t, newton_schulz) /* iterations; 0: no tensor has a direction */              \
+  FIELD(float*, rank)           /* [R] written by the direction stage */                    \
+  FIELD(float*, hidden)         /* [R, width] written: mean of hidden2 over the tensor */
 struct ApplyParams {
   LOPT_APPLY_PARAMS(LOPT_MEMBER)
 };

@@ -1,7 +1,13 @@
 // apply on the CPU: all tensors, in chunks over threads; the formulas are in apply_block.h. Compiled once per instruction
 // set; cpu_dispatch.cpp picks. apply takes the chunks in descending order: accumulate left the last ones in the caches.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <vector>
+
 #include "cpu/apply_block.h"
 #include "cpu/chunks_cpu.h"
+#include "cpu/orthogonal.h"
 #include "cpu/threads.h"
 
 namespace lopt {
@@ -41,6 +47,34 @@ void merge_tensor(const ApplyParams& params, int64_t t) {
   }
 }
 
+// What is left to torch: an open gate of a large matrix.
+bool by_torch(const ApplyParams& params, const TensorEntry& tensor) {
+  const int64_t columns = tensor.numel / tensor.matrix_rows;
+  return params.gate[tensor.row] > 0 && std::min(tensor.matrix_rows, columns) > kNativeSide;
+}
+
+// The direction of tensor t, and its rank, where its gate is open.
+void orthogonalise(const ApplyParams& params, int64_t t) {
+  const TensorEntry& tensor = params.tensors[t];
+  const float gate = params.gate[tensor.row], step_size = params.step_size[tensor.row];
+  if (!(gate > 0) || step_size != step_size) return;
+  const int64_t rows = tensor.matrix_rows, columns = tensor.numel / rows;
+  OrthogonalSizes sizes;
+  sizes.include(rows, columns);
+  Arena count{nullptr};
+  Orthogonal(sizes, count);
+  static thread_local std::vector<float> memory, buffer;  // kept between steps
+  memory.resize(std::max(memory.size(), static_cast<size_t>(count.used)));
+  buffer.resize(std::max(buffer.size(), static_cast<size_t>(tensor.numel)));
+  Arena arena{memory.data()};
+  const Numbers direction = Numbers::at(tensor.direction, params.state_dtype == kBFloat16, 0);
+  float* values = direction.read(0, tensor.numel, buffer.data());
+  float rank = params.rank[tensor.row];
+  Orthogonal(sizes, arena).run(values, rows, columns, gate, params.newton_schulz, rank);
+  direction.write(0, tensor.numel, values);
+  if (std::isfinite(rank)) params.rank[tensor.row] = rank;
+}
+
 // param = keep * param - step_size * direction
 void write_chunk(const ApplyParams& params, int64_t index) {
   constexpr int64_t kBlock = 1024;
@@ -65,11 +99,26 @@ void write_chunk(const ApplyParams& params, int64_t index) {
 
 }  // namespace
 
-bool write(const ApplyParams& params, const Target& target) {
-#pragma omp parallel for schedule(dynamic, 1) \
-    num_threads(threads_over(params.tensors, params.num_tensors, target.num_threads))
-  for (int64_t i = 0; i < params.num_chunks; ++i) write_chunk(params, i);
-  return true;
+bool write(const ApplyParams& params, bool orthogonalised, const Target& target) {
+  if (params.newton_schulz == 0) return true;
+  std::atomic<bool> left{false};
+#pragma omp parallel num_threads(threads_over(params.tensors, params.num_tensors, target.num_threads))
+  {
+    if (!orthogonalised) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < params.num_tensors; ++t) {
+        const TensorEntry& tensor = params.tensors[t];
+        if (!tensor.direction) continue;
+        by_torch(params, tensor) ? left.store(true, std::memory_order_relaxed) : orthogonalise(params, t);
+      }
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < params.num_chunks; ++i) {
+      const TensorEntry& tensor = params.tensors[params.chunks[i].tensor];
+      if (tensor.direction && by_torch(params, tensor) == orthogonalised) write_chunk(params, i);
+    }
+  }
+  return !left;
 }
 
 bool apply(const ApplyParams& params, int feature_set, int width, const Target& target) {

@@ -16,7 +16,7 @@ namespace lopt {
   bool apply(const ApplyParams& params, int feature_set, int width, const Target& target);                          \
   bool sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int feature_set, int width,         \
              const Target& target);                                                                                 \
-  bool write(const ApplyParams& params, const Target& target);                                                      \
+  bool write(const ApplyParams& params, bool orthogonalised, const Target& target);                                 \
   bool finish(const AdvanceParams& params, const Target& target);                                                   \
   double multiply_add_rate(int num_threads, double seconds);                                                        \
   int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
@@ -44,12 +44,13 @@ struct CpuKernels {
   decltype(&baseline::loss_and_gradient) loss_and_gradient;
 };
 
-#define LOPT_KERNELS(name, isa)                                                                               \
-  {name,                                                                                                      \
-   {isa::begin, isa::accumulate, isa::advance, isa::apply, isa::sweep, isa::write, isa::finish, write_words}, \
-   isa::multiply_add_rate,                                                                                    \
-   isa::start_run,                                                                                            \
-   isa::unroll,                                                                                               \
+#define LOPT_KERNELS(name, isa)                                                                              \
+  {name,                                                                                                     \
+   {isa::begin, isa::accumulate, isa::advance, isa::apply, isa::sweep, isa::write, kNativeSide, isa::finish, \
+    write_words},                                                                                            \
+   isa::multiply_add_rate,                                                                                   \
+   isa::start_run,                                                                                           \
+   isa::unroll,                                                                                              \
    isa::loss_and_gradient}
 
 constexpr CpuKernels kKernels[] = {

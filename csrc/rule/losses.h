@@ -67,8 +67,9 @@ LOPT_HD void next_loss(float* state, float loss, double decay, bool robust = fal
 
 // How far the losses fell over the last thousand, in their standard deviations, as a logarithm with the sign of the fall.
 LOPT_HD float loss_fall(const float* state, double decay) {
-  const auto unbiased = [&](float mean, float share)
-                            LOPT_INLINE { return mean / (1.0f - ::powf(1.0f - share, state[LossState::updates]) + kEpsilon); };
+  const auto unbiased = [&](float mean, float share) LOPT_INLINE {
+    return mean / (1.0f - ::powf(1.0f - share, state[LossState::updates]) + kEpsilon);
+  };
   const float fall = (unbiased(state[LossState::slow], kSlowShare) - unbiased(state[LossState::middle], kMiddleShare)) /
                      (loss_spread(state, decay) + kEpsilon);
   const float size = ::fminf(::log1pf(kFallScale * ::fabsf(fall)), kInputBound);

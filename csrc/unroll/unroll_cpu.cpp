@@ -12,9 +12,9 @@
 #include "cpu/accumulate_block.h"
 #include "cpu/apply_block.h"
 #include "cpu/lstm_cell.h"
+#include "cpu/orthogonal.h"
 #include "cpu/threads.h"
 #include "unroll/network.h"
-#include "unroll/orthogonal.h"
 
 namespace lopt {
 namespace LOPT_ISA {
@@ -69,9 +69,7 @@ struct Engine {
         params(num_params<Model>(problem)),
         model(problem, arena),
         shapes(reinterpret_cast<const TensorShape*>(problem.shapes)),
-        orthogonal(
-            tensors, [&](int t) { return whole(t) ? shapes[t].rows : 0; },
-            [&](int t) { return whole(t) ? shapes[t].numel / shapes[t].rows : 0; }, arena) {
+        orthogonal(sizes_of_whole(), arena) {
     int64_t largest = 0;
     for (int t = 0; t < tensors; ++t) largest = whole(t) ? std::max(largest, shapes[t].numel) : largest;
     direction = arena.take(largest);
@@ -89,6 +87,13 @@ struct Engine {
   }
 
   bool whole(int t) const { return s.newton_schulz > 0 && shapes[t].whole; }
+
+  OrthogonalSizes sizes_of_whole() const {
+    OrthogonalSizes sizes;
+    for (int t = 0; t < tensors; ++t)
+      if (whole(t)) sizes.include(shapes[t].rows, shapes[t].numel / shapes[t].rows);
+    return sizes;
+  }
 
   // The phases of one step (api/step.h).
   struct Step {
@@ -155,8 +160,8 @@ struct Engine {
       const ApplyInputs& inputs = engine.level.inputs;
       const int64_t rows = engine.shapes[t].rows;
       const float step_size = inputs.step_size[t], keep = inputs.keep[t];
-      const float rank =
-          engine.orthogonal.run(engine.direction, rows, numel / rows, inputs.gate[t], engine.s.newton_schulz);
+      float rank = state.rank[t];
+      engine.orthogonal.run(engine.direction, rows, numel / rows, inputs.gate[t], engine.s.newton_schulz, rank);
       if (step_size == step_size && std::isfinite(rank)) state.rank[t] = rank;
       if (!moves(step_size, keep)) return;
       for_vectors(numel, [&](int64_t i, int lanes) {

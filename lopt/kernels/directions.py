@@ -44,6 +44,7 @@ class Directions:
         dtype: of the memory, float32 or bfloat16.
         exact: products are computed in float32. Otherwise those of large matrices are in bfloat16, where the device is
             quicker at that: singular values are brought near to 1 all the same.
+        native: shorter side up to which the kernels orthogonalise matrices themselves.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Directions:
         dtype: torch.dtype,
         device: torch.device,
         exact: bool,
+        native: int = 0,
     ) -> None:
-        self.iterations, self.device = iterations, device
+        self.iterations, self.device, self.native = iterations, device, native
         self.large = torch.float32 if exact or not quick_bfloat16(device) else torch.bfloat16
         shapes: dict[tuple[int, int], list[int]] = {}
         for row, matrix in enumerate(matrices):
@@ -83,6 +85,8 @@ class Directions:
         chosen = set(selected)
         self.batches: list[Batch] = []
         for (shape, rows), values in zip(self.shapes.items(), self._all, strict=True):
+            if min(shape) <= self.native:
+                continue
             places = [place for place, row in enumerate(rows) if row in chosen]
             size = max(AT_ONCE // (shape[0] * shape[1]), 1)
             for first in range(0, len(places), size):
@@ -112,4 +116,4 @@ class Directions:
                     values.copy_(new)
                 else:
                     values[places] = new.to(values.dtype)
-                rank[rows] = next_rank(rank[rows], ranks, step_size[rows])
+                rank[rows] = next_rank(rank[rows], ranks, step_size[rows], gate[rows])

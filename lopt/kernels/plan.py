@@ -178,9 +178,11 @@ class Plan:
         """
         if not iterations or not any(matrix.whole for matrix in matrices):
             return
-        exact = self.precision == PRECISIONS.index("exact")
-        self.directions = Directions(matrices, iterations, self.state_dtype, self.device, exact)
+        exact, native = self.precision == PRECISIONS.index("exact"), self.module.native_side(self.backend)
+        self.directions = Directions(matrices, iterations, self.state_dtype, self.device, exact, native)
         self.all_entries["direction"] = self.directions.addresses
+        self.all_entries["matrix_rows"] = [matrix.rows for matrix in matrices]
+        self._apply["newton_schulz"], self._apply["rank"] = iterations, rank.data_ptr()
         self.rank = rank
         self.select(None)
 
@@ -340,11 +342,14 @@ class Plan:
 
     def write(self) -> None:
         """Directions of matrices that are treated as a whole, as :meth:`apply` wrote them -> parameters."""
-        if self.directions is None:
-            return
-        inputs = self._inputs
-        self.directions.orthogonalise(inputs["gate"], self.rank, inputs["step_size"])
-        self.module.write(self.backend, self.addresses[1], *self.place())
+        if not self.module.write(self.backend, self.addresses[1], False, *self.place()):
+            self.write_large()
+
+    def write_large(self) -> None:
+        """What :meth:`write` does with matrices that the kernels leave to torch."""
+        assert self.directions is not None
+        self.directions.orthogonalise(self._inputs["gate"], self.rank, self._inputs["step_size"])
+        self.module.write(self.backend, self.addresses[1], True, *self.place())
 
     def bind_apply(
         self, inputs: Mapping[str, Tensor], weights: Tensor, magnitude_rate: float, feature_clip: float | None

@@ -37,12 +37,12 @@ _INPUTS = " ".join(APPLY_INPUTS)
 
 #: The fields that Python fills in, of every struct; their order and place are C++'s.
 FILLED = {
-    "TensorEntry": "param mom rms numel stride first_chunk theta direction row param_dtype grad_dtype",
+    "TensorEntry": "param mom rms numel stride first_chunk theta direction matrix_rows row param_dtype grad_dtype",
     "Chunk": "tensor begin",
     "AccumulateParams": "tensors grads chunks num_tensors num_chunks clip_limit mom_decay rms_decay step seed "
     "state_dtype partials finished stats",
     "ApplyParams": f"tensors grads chunks num_tensors num_chunks {_INPUTS} weights magnitude_rate feature_clip "
-    "precision state_dtype partials finished hidden",
+    "precision state_dtype partials finished newton_schulz rank hidden",
     "Spec": "feature_set width lstm_width from_mlp lstm_to_mlp from_lstm linear_skip step_control tensor_inputs "
     "newton_schulz horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay step_multiplier "
     "magnitude_rate time_limit clip_multiplier feature_clip mom_decay rms_decay",

@@ -198,16 +198,14 @@ class Levels:
 
 
 def step(plan: Plan, levels: Levels, lagged: bool = False) -> None:
-    """A whole step in one call (csrc/api/step.h), of operands that were bound before; in three where directions of
-    matrices are treated as a whole.
+    """A whole step in one call (csrc/api/step.h), of operands that were bound before; in three where torch
+    orthogonalises directions of large matrices.
 
     Args:
         lagged: advance comes before accumulate and sees what ``plan.stats`` holds; accumulate and apply are then one
             sweep.
     """
-    whole = plan.directions is not None
-    plan.module.step(plan.backend, levels.address, levels.count, *plan.addresses, lagged, whole, *plan.place())
-    if whole:
-        plan.write()
+    if not plan.module.step(plan.backend, levels.address, levels.count, *plan.addresses, lagged, *plan.place()):
+        plan.write_large()
         for level in levels.levels:
             level.finish()

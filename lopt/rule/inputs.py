@@ -10,6 +10,7 @@ The LSTM's input is ``[shared LSTM output, MLP feedback, scalars]`` and, where `
 Source: arXiv:2009.11243, appendix C.2 to C.4, with the constants of the author's port (``paper``).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,8 +86,8 @@ class Shapes:
 
     def of_rows(self, rows: Sequence[int]) -> "Shapes":
         """Those of some of the tensors, as facts of the model that all of them make."""
-        names = ["numel", "log_dims", "is_scalar", "is_matrix", "natural", "is_input", "is_output", "is_table", "aspect"]
-        names += ["whole"]
+        of_all = ("matrices", "decays")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in of_all]
         some = {name: getattr(self, name)[list(rows)] for name in names}
         return Shapes(**some, matrices=tuple(self.matrices[row] for row in rows), decays=self.decays)
 

@@ -310,7 +310,7 @@ class ReferencePhases:
             write(param, direction, self.step_size[t], keep[t])
             for t, (param, direction) in enumerate(zip(self.params, self.directions, strict=True))
         ]
-        rank = tensor_lstm.next_rank(self.rows.rank, torch.stack(ranks), self.step_size)
+        rank = tensor_lstm.next_rank(self.rows.rank, torch.stack(ranks), self.step_size, self.conditioning.gate)
         self.rows = self.rows._replace(rank=rank)
 
     def finish(self, means: Tensor) -> None:

@@ -65,7 +65,7 @@ class Rows(NamedTuple):
     feedback: Tensor  # [T, from_mlp]
     scale: Tensor  # [T] initial scale of the parameters, 0 until the first step
     updates: Tensor  # [T] how often the accumulators were updated
-    rank: Tensor  # [T] of the last orthogonalised direction (lopt.rule.orthogonal), 1 before and for other tensors
+    rank: Tensor  # [T] of the last direction that was orthogonalised (lopt.rule.orthogonal), 1 before
 
 
 class Conditioning(NamedTuple):
@@ -262,9 +262,13 @@ def natural_scale(rms: Tensor, shapes: Shapes, initial: Tensor) -> tuple[Tensor,
     return torch.where(initial > 0, initial, torch.clamp(rms, min=math.sqrt(TINY))), shapes.natural
 
 
-def next_rank(before: Tensor, rank: Tensor, step_size: Tensor) -> Tensor:
-    """What the next LSTM step sees of the ranks of directions ``[T]``; as before where a tensor rests."""
-    return torch.where(torch.isfinite(rank) & torch.logical_not(torch.isnan(step_size)), rank, before)
+def next_rank(before: Tensor, rank: Tensor, step_size: Tensor, gate: Tensor) -> Tensor:
+    """What the next LSTM step sees of the ranks of directions ``[T]``.
+
+    As before where a tensor rests or its gate is shut: so what a shut gate would do away with need not be computed.
+    """
+    known = torch.isfinite(rank) & torch.logical_not(torch.isnan(step_size)) & (gate > 0)
+    return torch.where(known, rank, before)
 
 
 def step_sizes(spec: ThetaSpec, multiplier: Tensor, lr: Tensor, weight_decay: Tensor) -> tuple[Tensor, Tensor]:

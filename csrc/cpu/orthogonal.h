@@ -2,34 +2,37 @@
 // vectors. Source: see there.
 #pragma once
 
+#include <algorithm>
+
+#include "cpu/product.h"
 #include "rule/constants.h"
-#include "unroll/dense.h"
 
 namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-// Scratch memory for matrices of up to `largest` numbers.
+// Scratch memory for matrices of which the largest are so large.
+struct OrthogonalSizes {
+  int64_t wide = 0, tall = 0, small = 0;
+
+  void include(int64_t rows, int64_t columns) {
+    const int64_t m = std::min(rows, columns), n = std::max(rows, columns);
+    wide = std::max(wide, m * padded(n));
+    tall = std::max(tall, n * padded(m));
+    small = std::max(small, m * padded(m));
+  }
+};
+
 struct Orthogonal {
   float *x, *next, *transposed;  // [m, padded(n)], [m, padded(n)], [n, padded(m)]
   float *square, *factor;        // [m, padded(m)]
 
-  // rows_of(t), columns_of(t): of tensor t; 0 for what is not treated as a whole.
-  template <class RowsOf, class ColumnsOf>
-  Orthogonal(int tensors, const RowsOf& rows_of, const ColumnsOf& columns_of, Arena& arena) {
-    int64_t wide = 0, tall = 0, small = 0;
-    for (int t = 0; t < tensors; ++t) {
-      const int64_t m = std::min<int64_t>(rows_of(t), columns_of(t)), n = std::max<int64_t>(rows_of(t), columns_of(t));
-      wide = std::max(wide, m * padded(n));
-      tall = std::max(tall, n * padded(m));
-      small = std::max(small, m * padded(m));
-    }
-    x = arena.take(wide);
-    next = arena.take(wide);
-    transposed = arena.take(tall);
-    square = arena.take(small);
-    factor = arena.take(small);
-  }
+  Orthogonal(const OrthogonalSizes& sizes, Arena& arena)
+      : x(arena.take(sizes.wide)),
+        next(arena.take(sizes.wide)),
+        transposed(arena.take(sizes.tall)),
+        square(arena.take(sizes.small)),
+        factor(arena.take(sizes.small)) {}
 
   // The norm of x [count].
   static float norm(const float* x, int64_t count) {
@@ -38,15 +41,17 @@ struct Orthogonal {
     return static_cast<float>(std::sqrt(sum_lanes(sum)));
   }
 
-  // direction [rows, columns], in place; returns its rank.
-  float run(float* direction, int64_t rows, int64_t columns, float gate, int iterations) const {
+  // direction [rows, columns], in place, where the gate is open, and its rank.
+  void run(float* direction, int64_t rows, int64_t columns, float gate, int iterations, float& rank) const {
+    if (!(gate > 0)) return;
     const bool wider = rows <= columns;
     const int64_t m = wider ? rows : columns, n = wider ? columns : rows, n_padded = padded(n), m_padded = padded(m);
     const auto at = [&](int64_t i, int64_t j) -> float& { return direction[wider ? i * n + j : j * m + i]; };
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n_padded; ++j) x[i * n_padded + j] = j < n ? at(i, j) : 0.0f;
     const float size = norm(x, m * n_padded);
-    if (!(size > 0)) return 0.0f;
+    rank = 0.0f;
+    if (!(size > 0)) return;
     for (int64_t i = 0; i < m * n_padded; i += kLanes) store(x + i, load(x + i) / splat(size));
     float *now = x, *then = next;
     for (int k = 0; k < iterations; ++k) {
@@ -65,7 +70,7 @@ struct Orthogonal {
     const float share = whole > 0 ? gate * (size / whole) : 0.0f;
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) at(i, j) = (1.0f - gate) * at(i, j) + share * now[i * n_padded + j];
-    return whole * whole / static_cast<float>(m);
+    rank = whole * whole / static_cast<float>(m);
   }
 };
 
