@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from lopt import Theta, ThetaSpec
-from lopt.rule import PRESETS
+from lopt.rule import PRESETS, reference, tensor_lstm
 from lopt.rule import theta as theta_module
 from lopt.rule.jax_import import JAX_NAMES
 
@@ -78,6 +78,35 @@ def test_compact_sizes_by_hand(horizon: bool) -> None:
     }
     assert spec.num_floats == sum(expected.values())
     assert Theta.init("compact").flatten().shape == (PRESETS["compact"].num_floats,)
+
+
+def test_spectral_sizes_by_hand() -> None:
+    """Four scalars and four facts more than compact for the LSTM, those facts for the MLP, and the gate."""
+    spec = PRESETS["spectral"]
+    expected = {
+        "initial": 4 + 4 + 8 + 8,
+        "lstm": (4 + 4 + 13 + 6 + 8 + 8) * 32 + 32,
+        "lstm_to": (8 + 1) * 4 * 2,
+        "mlp": (12 + 6 + 2 + 4 + 4 + 1) * 8 + (8 + 1) * 8 + (8 + 1) * 6,
+        "skip": 12,
+        "step": 8 + (4 + 4 + 13 + 6 + 8) + 1,
+        "gate": 8 + (4 + 4 + 13 + 6 + 8) + 2,
+    }
+    assert spec.num_floats == sum(expected.values())
+    assert (spec.newton_schulz, spec.tensor_inputs) == (3, "natural")
+    assert dataclasses.replace(spec, newton_schulz=0, tensor_inputs="relative") == PRESETS["compact"]
+
+
+def test_spectral_starts_with_gates_open_for_hidden_matrices() -> None:
+    """And for those alone, whatever else the LSTM sees."""
+    theta = Theta.init_adam("spectral")
+    spec, weights = theta.spec, theta.tensors
+    for name, gate in ((None, 1.0), ("is_input", 0.0), ("is_output", 0.0)):
+        x = torch.randn(spec.lstm_width + spec.num_lstm_input, generator=torch.Generator().manual_seed(0))
+        for place in ("is_input", "is_output"):
+            x[spec.lstm_width + spec.lstm_index(place)] = float(place == name)
+        assert float(torch.clamp(0.5 + x @ weights["gate.w"] + weights["gate.b"], 0, 1)) == gate
+    assert int((weights["gate.w"] != 0).sum()) == 2
 
 
 # ---- Initialisation -------------------------------------------------------------------------------------------------
@@ -223,6 +252,10 @@ BAD_SPECS = [
     ({"feature_clip": -1.0}, "feature_clip: expected None or a positive bound, got -1.0"),
     ({"tensor_inputs": "all"}, r"tensor_inputs: expected one of \['natural', 'paper', 'relative'\], got 'all'"),
     ({"feature_set": "paper", "mom_decays": (0.9,) * 5, "rms_decays": (0.9,) * 5}, "'relative' is not available"),
+    ({"newton_schulz": 3}, "newton_schulz: 3 iterations need tensor_inputs='natural' and step_control=True, got 'rel"),
+    ({"newton_schulz": 1, "tensor_inputs": "natural", "step_control": False}, "step_control=True, got 'natural' and F"),
+    ({"newton_schulz": -1}, "newton_schulz: expected 0 to 10 iterations, got -1"),
+    ({"newton_schulz": 11, "tensor_inputs": "natural"}, "newton_schulz: expected 0 to 10 iterations, got 11"),
     ({"tensor_inputs": "paper"}, "horizon_input: only available with tensor_inputs='relative' or 'natural'"),
 ]
 
@@ -242,6 +275,100 @@ def test_theta_checks_its_tensors() -> None:
         Theta(theta.spec, {**theta.tensors, "bias": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"theta\['lstm.b'\]: expected a floating dtype, got torch.int64"):
         Theta(theta.spec, {**theta.tensors, "lstm.b": torch.zeros(32, dtype=torch.int64)})
+
+
+# ---- Carried to another spec -----------------------------------------------------------------------------------------
+
+F64 = torch.float64
+
+
+def random_theta(spec: ThetaSpec) -> Theta:
+    generator = torch.Generator().manual_seed(9)
+    tensors = {
+        name: torch.randn(shape, generator=generator) / math.sqrt(shape[0] if shape else 1)
+        for name, shape in spec.shapes().items()
+    }
+    return Theta(spec, tensors, {"run": "old"})
+
+
+def with_stage(**changes: Any) -> ThetaSpec:
+    return dataclasses.replace(PRESETS["spectral"], **changes)
+
+
+def test_carried_is_the_same_map_of_the_old_inputs() -> None:
+    """LSTM, step and MLP give the same whatever the new inputs are, as these are read by zeros."""
+    old = random_theta(PRESETS["compact"])
+    new = old.carried(PRESETS["spectral"])
+    assert (new.spec, new.provenance) == (PRESETS["spectral"], {"run": "old"})
+    generator = torch.Generator().manual_seed(0)
+    h, c, to_mlp = (torch.randn(4, size, generator=generator, dtype=F64) for size in (8, 8, 4))
+    shared = torch.randn(4, old.spec.from_lstm + old.spec.from_mlp, generator=generator, dtype=F64)
+    columns = torch.randn(4, len(old.spec.features.columns), generator=generator, dtype=F64)
+    values = {name: torch.randn(4, generator=generator, dtype=F64) for name in new.spec.lstm_names}
+    assert set(old.spec.lstm_names) < set(new.spec.lstm_names)
+    assert set(old.spec.constant_names) < set(new.spec.constant_names)
+    results = []
+    for theta in (old, new):
+        spec, weights = theta.spec, theta.to(dtype=F64).tensors
+        x = torch.cat([shared, torch.stack([values[name] for name in spec.lstm_names], dim=1)], dim=1)
+        state = tensor_lstm.lstm_cell(x, h, c, weights["lstm.w"], weights["lstm.b"])
+        step = torch.cat([state[0], x], dim=1) @ weights["step.w"] + weights["step.b"]
+        constant = torch.stack([values[name] for name in spec.constant_names], dim=1)
+        first = torch.cat([columns, constant, to_mlp], dim=1) @ weights["mlp.w1"] + weights["mlp.b1"]
+        results.append((*state, step, first))
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    for name in set(old.tensors) - {"lstm.w", "step.w", "mlp.w1"}:
+        assert torch.equal(new.tensors[name], old.tensors[name]), name
+    for name in ("gate.w", "gate.b", "gate.step"):
+        assert not new.tensors[name].any(), name
+
+
+def test_carried_takes_the_same_steps() -> None:
+    """A first step of tensors whose root mean squares are their natural sizes; other sizes are another optimizer."""
+    old = random_theta(PRESETS["compact"]).with_spec(step_multiplier=0.05)
+    spec = with_stage(step_multiplier=0.05)
+    shut = old.carried(spec)
+    shut.tensors["gate.b"].fill_(-0.5)
+    generator = torch.Generator().manual_seed(3)
+    params, grads = [], []
+    for shape in ((6, 9), (6,), (7, 9)):
+        values = torch.randn(shape, generator=generator, dtype=F64)
+        params.append(values / values.square().mean().sqrt() / 3)
+        grads.append(torch.randn(shape, generator=generator, dtype=F64))
+    results = []
+    for theta in (old, shut, old.carried(dataclasses.replace(spec, newton_schulz=0)), old.carried(spec)):
+        weights = theta.to(dtype=F64).tensors
+        state = reference.init_state(theta.spec, weights, params)
+        loss = torch.tensor(1.5, dtype=F64)
+        results.append(reference.update(theta.spec, weights, state, params, grads, loss, total_steps=50.0).params)
+    assert float((results[0][0] - params[0]).abs().max()) > 1e-3
+    for found in results[1:3]:
+        for ours, expected in zip(found, results[0], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+    assert torch.equal(results[3][1], results[2][1])
+    assert float((results[3][0] - results[0][0]).abs().max()) > 1e-4  # a gate of zeros is half open
+
+
+def test_carried_to_the_own_spec_and_back() -> None:
+    old = random_theta(PRESETS["compact"])
+    assert torch.equal(old.carried(old.spec).flatten(), old.flatten())
+    assert torch.equal(old.carried(PRESETS["spectral"]).carried(old.spec).flatten(), old.flatten())
+
+
+CARRIED_SIZES: list[tuple[dict[str, Any], str]] = [
+    ({"mlp_width": 16}, r"spec: mlp.w1 has shape \(28, 16\), in this theta \(24, 8\)"),
+    ({"lstm_width": 9}, r"spec: initial_h has shape \(9,\), in this theta \(8,\)"),
+    ({"from_mlp": 3}, r"spec: initial_from_mlp has shape \(3,\)"),
+    ({"from_lstm": 5}, r"spec: initial_from_lstm has shape \(5,\)"),
+    ({"lstm_to_mlp": 2}, r"spec: lstm_to_mlp.w has shape \(8, 2\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CARRIED_SIZES)
+def test_carried_needs_the_same_sizes(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        random_theta(PRESETS["compact"]).carried(with_stage(**change))
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -350,6 +477,39 @@ WRONG_HEADERS = [
     (header_of(mlp_width=16), r"theta\['mlp.w1'\]: expected shape \(24, 16\), got \(24, 8\)"),
     (header_of(linear_skip=False), r"unknown tensors \['skip'\] for this spec"),
 ]
+
+
+def test_saved_files_say_format_3(tmp_path: Path) -> None:
+    """An older version reads 2 and says so of this one; whatever the spec has, so that there is one format."""
+    for preset in PRESETS:
+        path = tmp_path / f"{preset}.safetensors"
+        Theta.init(preset).save(path)
+        with safetensors.safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["lopt"])
+        assert header["format"] == 3
+        assert header["spec"]["newton_schulz"] == (3 if preset == "spectral" else 0)
+
+
+@pytest.mark.parametrize("preset", ["compact", "paper"])
+def test_files_of_format_2_load(preset: str, tmp_path: Path) -> None:
+    """They know no ``newton_schulz``, and may know no ``stats``: there was no direction stage."""
+    theta = Theta.init_adam(preset, seed=4)
+    for later in (["newton_schulz"], ["newton_schulz", "stats"]):
+        spec = {name: value for name, value in theta.spec.to_json().items() if name not in later}
+        header = {"format": 2, "spec": spec, "provenance": {"run": "old"}}
+        again = Theta.load(write(tmp_path / "old.safetensors", header, theta.tensors))
+        assert again.spec == theta.spec
+        assert again.spec.newton_schulz == 0
+        assert again.provenance == {"run": "old"}
+        assert torch.equal(again.flatten(), theta.flatten())
+
+
+@pytest.mark.parametrize("version", [1, 4, "3", None, [3]])
+def test_other_formats_are_refused(version: Any, tmp_path: Path) -> None:
+    header = {**header_of(), "format": version}
+    message = rf"has format {re.escape(str(version))}, this version of lopt reads \(2, 3\); install the version of lopt"
+    with pytest.raises(ValueError, match=message):
+        Theta.load(write(tmp_path / "theta.safetensors", header))
 
 
 @pytest.mark.parametrize(("header", "message"), WRONG_HEADERS)

@@ -238,9 +238,10 @@ class Theta:
                 continue
             rows_from, rows_to = _input_names(old, name), _input_names(spec, name)
             source, target = self.tensors[name].float(), tensors[name]
+            fixed = 1 if rows_from else 0  # dimensions that inputs change
+            if source.shape[fixed:] != target.shape[fixed:]:
+                raise ValueError(f"spec: {name} has shape {shape}, in this theta {tuple(source.shape)}")
             if not rows_from:
-                if source.shape != target.shape:
-                    raise ValueError(f"spec: {name} has shape {shape}, in this theta {tuple(source.shape)}")
                 target.copy_(source)
                 continue
             kept = [row for row in rows_to if row in rows_from]
