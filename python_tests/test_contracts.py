@@ -98,6 +98,29 @@ def test_swapped_tensors_of_theta_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         check_theta(spec, layout)
 
 
+@pytest.mark.parametrize("part", ["scalars", "facts", "natural"])
+def test_another_natural_table_stops_the_import(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two names of a table exchanged, of which no check of sizes knows; or steps in shares of other sizes."""
+    told = copy.deepcopy(_C.rule_tables())
+    table = told[f"input set natural: {part}"]
+    if part == "natural":
+        told[f"input set natural: {part}"] = not table
+    else:
+        table[-1], table[-2] = table[-2], table[-1]
+    monkeypatch.setattr(_C, "rule_tables", lambda: told)
+    with pytest.raises(ImportError, match=rf"input set natural: {part}"):
+        structs.check_contracts()
+
+
+@pytest.mark.parametrize("name", ["NEWTON_SCHULZ_1", "NEWTON_SCHULZ_3", "NEWTON_SCHULZ_5", "MAX_ASPECT"])
+def test_other_constants_of_the_direction_stage_stop_the_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = copy.deepcopy(_C.rule_tables())
+    told[name] = told[name] + 1.0
+    monkeypatch.setattr(_C, "rule_tables", lambda: told)
+    with pytest.raises(ImportError, match=name):
+        structs.check_contracts()
+
+
 def test_the_import_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the functions above find stops the import of lopt."""
     structs.check_contracts()

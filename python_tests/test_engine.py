@@ -41,6 +41,10 @@ CASES = [  # preset, activation, loss, hidden widths, total_steps
     ("compact", "gelu", "softmax", (), STEPS),
     ("compact", "gelu", "squared_error", (9, 17, 5, 8), 0),
     ("compact", "relu", "squared_error", (16, 16, 16), STEPS),
+    ("spectral", "tanh", "softmax", (16,), 0),
+    ("spectral", "tanh", "squared_error", (8, 24), STEPS),
+    ("spectral", "gelu", "squared_error", (9, 17, 5, 8), 0),
+    ("spectral", "relu", "squared_error", (16, 16, 16), STEPS),
     ("paper", "tanh", "softmax", (33, 3), 0),
     ("paper", "gelu", "squared_error", (9, 17, 5, 8), 0),
     ("paper", "relu", "squared_error", (16,), 0),
@@ -282,7 +286,7 @@ def test_what_is_known_of_tensors_counts() -> None:
     assert min(apart["embedding"], apart["head"]) > 1e-3
 
 
-@pytest.mark.parametrize("preset", ["compact", "paper"])
+@pytest.mark.parametrize("preset", ["compact", "spectral", "paper"])
 def test_windows_of_any_length_give_the_same_bits(preset):
     theta, problem = Theta.init(preset, seed=1), make_problem("relu", "softmax", (16,))
     init = initial_params(problem)

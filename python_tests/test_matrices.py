@@ -126,7 +126,7 @@ def test_facts_of_some_tensors_are_those_of_the_model() -> None:
     alone = Shapes.of(spec, [shapes[i] for i in (1, 2, 6)], like)
     for name in ("numel", "log_dims", "is_scalar", "is_matrix", "aspect", "whole"):
         assert torch.equal(getattr(part, name), getattr(alone, name)), name
-    for name in ("natural", "is_input", "is_output"):
+    for name in ("natural", "is_input", "is_output", "is_table"):
         assert torch.equal(getattr(part, name), getattr(all_of_them, name)[[1, 2, 6]]), name
     assert part.matrices == tuple(all_of_them.matrices[i] for i in (1, 2, 6))
     assert float(part.natural[0]) != float(alone.natural[0])
@@ -137,6 +137,6 @@ def test_the_kernels_are_told_the_same() -> None:
     shapes = [(6, 5), (5,), (16, 4), (4, 16), (2, 3, 2, 2), (), (4, 100)]
     kinds = [Kind(), Kind(), Kind("input"), Kind("hidden", 4), Kind(), Kind(), Kind()]
     facts, records = Shapes.of(PRESETS["spectral"], shapes, torch.zeros(()), kinds), shape_records(shapes, kinds)
-    for name in ("numel", "is_input", "is_output", "whole", "natural", "aspect", "is_matrix"):
+    for name in ("numel", "is_input", "is_output", "is_table", "whole", "natural", "aspect", "is_matrix"):
         assert records[name].astype("float32").tolist() == getattr(facts, name).float().tolist(), name
     assert records["rows"].tolist() == [6, 0, 16, 4, 2, 0, 4]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lopt import Theta
+from lopt.kernels.structs import shape_records
 from lopt.meta import engine
 from lopt.meta.unroll import Run, start, unroll
 from lopt.rule import unflatten
@@ -142,6 +143,25 @@ def test_networks_are_the_same_in_both_engines(family: NetworkFamily) -> None:
     assert len(small) >= 4
     for index, task in enumerate(small[:4]):
         assert_same(theta, thetas, task, STEPS * (index % 2))
+
+
+@pytest.mark.parametrize("family", ["mixture", "patches"])
+def test_spectral_runs_are_the_same_in_both_engines(family: Family) -> None:
+    """With hidden matrices, which are treated as wholes, of different shapes and of one."""
+    theta, thetas = population("spectral")
+    (task,) = sampled(family, 1)
+    for hidden in ((16,), (9, 24), (12, 12, 12)):
+        assert_same(theta, thetas, dataclasses.replace(task, activation="tanh", hidden=hidden), STEPS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_facts_about_tensors_are_those_of_the_task(seed: int) -> None:
+    """Natural sizes, places and roles, whichever engine runs it."""
+    for family in ENGINE_FAMILIES:
+        task = sample_task(seed, [family])
+        problem = engine.problem_of(task)
+        if problem is not None:
+            assert problem.shapes.tobytes() == shape_records(list(task.shapes.values()), task.kinds).tobytes()
 
 
 @pytest.mark.parametrize("family", ["mixture", "patches"])

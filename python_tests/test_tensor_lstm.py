@@ -160,9 +160,10 @@ def test_advance_treats_all_tensors_alike(preset: str) -> None:
         torch.testing.assert_close(found, expected[order], rtol=0, atol=1e-12)
 
 
-def test_advance_by_hand() -> None:
+@pytest.mark.parametrize("preset", ["compact", "spectral"])
+def test_advance_by_hand(preset: str) -> None:
     """What ``advance`` sends on is the documented function of its parts."""
-    theta, generator = random_theta("compact"), torch.Generator().manual_seed(4)
+    theta, generator = random_theta(preset), torch.Generator().manual_seed(4)
     spec, weights, count = theta.spec, theta.tensors, len(SHAPES)
     globals_, rows = tensor_lstm.init_globals(spec, weights), tensor_lstm.init_rows(spec, weights, count)
     stats = random_stats(spec, count, generator)
@@ -181,7 +182,15 @@ def test_advance_by_hand() -> None:
     torch.testing.assert_close(conditioning.constant, torch.cat([constant, to_mlp], dim=1), rtol=0, atol=1e-14)
     typical = tensor_lstm.typical_scale(square.sqrt(), torch.ones(count, dtype=torch.bool), shapes)
     _, scale = tensor_lstm.tensor_scale(square.sqrt(), typical, shapes, rows.scale)
-    log_step = torch.cat([h, x], dim=1) @ weights["step.w"] + weights["step.b"]
+    controlled = torch.cat([h, x], dim=1)
+    log_step, gate = controlled @ weights["step.w"] + weights["step.b"], torch.zeros(count, dtype=F64)
+    if preset == "spectral":
+        mean = (1 / math.sqrt(5) / math.sqrt(12) / math.sqrt(12)) ** (1 / 3)
+        scale = f64(mean, mean, 1 / math.sqrt(5), 1 / math.sqrt(12), 1 / math.sqrt(12))
+        gate = torch.clamp(0.5 + controlled @ weights["gate.w"] + weights["gate.b"], 0, 1) * f64(0, 0, 1, 1, 0)
+        log_step = log_step + weights["gate.step"] * gate
+        assert torch.equal(new.scale, square.sqrt())
+    torch.testing.assert_close(conditioning.gate, gate, rtol=0, atol=1e-14)
     first = 1 / WARMUP
     torch.testing.assert_close(conditioning.multiplier, first * scale * torch.exp(log_step), rtol=1e-13, atol=0)
 
@@ -599,6 +608,36 @@ def test_compact_lstm_inputs_by_hand() -> None:
     assert found.shape == (2, 19)
     assert found[0].tolist() == pytest.approx(expected, rel=1e-12)
     assert found[1, 6].item() == pytest.approx(0.5 * math.log(0.63 / 0.36), rel=1e-12)
+
+
+def test_spectral_lstm_inputs_by_hand() -> None:
+    """Those of ``relative`` but for growth, which begins at .3 of the natural size; and what it adds."""
+    theta, globals_, rows, stats = one_row("spectral")
+    rows = type(rows)(*(value.repeat(4, *[1] * (value.dim() - 1)) for value in rows))
+    rows = rows._replace(scale=f64(0.8, 0.001, 0.5, 1e-15), updates=f64(20, 20, 20, 20), rank=f64(0.25, 1.0, 1.0, 0.0))
+    stats = stats.repeat(4, 1)
+    stats[:, STATS.index("param_square")] = f64(4.0, 1e-4, 0.01, 0.0)
+    shapes = Shapes.of(theta.spec, [(4, 16), (3, 5, 5), (7,), (2, 1)], stats)
+    found = values_of(theta.spec, globals_, rows, stats, shapes, 100.0)
+    relative = values_of(PRESETS["compact"], globals_, rows, stats, shapes, 100.0)
+    for name in PRESETS["compact"].lstm_names:
+        if name != "param_growth":
+            assert torch.equal(found[name], relative[name]), name
+    vector = (1 / 4 * 1 / 5 * 1) ** (1 / 3)  # natural sizes: 1/4, 1/5, their geometric mean with 1, and 1
+    growth = [2.0 / 0.8, 1.0, 0.3 * vector / 0.5, 1.0]
+    assert found["param_growth"].tolist() == pytest.approx([math.log(x) for x in growth], abs=1e-12)
+    starts = [math.log(0.8 * 4), math.log(0.001 * 5), math.log(0.5 / vector), -5.0]
+    assert starts[1] < -5.0
+    starts[1] = -5.0
+    matrix = [1.0, 1.0, 0.0, 1.0]
+    assert found["matrix_start"].tolist() == pytest.approx([x * m for x, m in zip(starts, matrix, strict=True)])
+    assert found["vector_start"].tolist() == pytest.approx([x * (1 - m) for x, m in zip(starts, matrix, strict=True)])
+    assert found["rank"].tolist() == pytest.approx([0.5 * math.log(0.25), 0.0, 0.0, -5.0], abs=1e-12)
+    aspects = [math.log(4.0), math.log(25 / 3), 0.0, math.log(2.0)]
+    assert found["aspect"].tolist() == pytest.approx([0.5 * x for x in aspects], abs=1e-12)
+    assert found["is_input"].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert found["is_output"].tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert theta.spec.lstm_names[13 - 2 : 15] == ("train_fall", "matrix_start", "vector_start", "rank")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -62,7 +62,7 @@ class Double(Task):
         return (Batch(batch.inputs.double(), batch.targets) for batch in self.task.batches(seed, split, start))
 
 
-@pytest.mark.parametrize("preset", ["compact", "paper"])
+@pytest.mark.parametrize("preset", ["compact", "spectral", "paper"])
 @pytest.mark.parametrize("total_steps", [0, 25])
 def test_unroll_is_the_learned_optimizer_in_a_plain_loop(preset: str, total_steps: int) -> None:
     theta, thetas = population(preset, rows=3)
@@ -74,7 +74,10 @@ def test_unroll_is_the_learned_optimizer_in_a_plain_loop(preset: str, total_step
     for row in range(3):
         params = {name: value.requires_grad_() for name, value in task.init(5).items()}
         optimizer = LearnedOptimizer(
-            params.values(), theta.unflatten(thetas[row]), total_steps=total_steps or None, impl="reference"
+            [task.group(params.values())],
+            theta.unflatten(thetas[row]),
+            total_steps=total_steps or None,
+            impl="reference",
         )
         train, inner, outer = (task.batches(5, split) for split in ("train", "inner_valid", "outer_valid"))
         for step in range(25):

@@ -16,7 +16,8 @@ from lopt import LearnedOptimizer, Theta
 from lopt.benchmark.unroll import TORCH_TASKS
 from lopt.meta import inner
 from lopt.meta.unroll import Run, RunState, activation_bytes, bytes_per_run, start, unroll
-from lopt.rule import unflatten
+from lopt.rule import PRESETS, unflatten
+from lopt.rule.matrices import matrices_of
 from lopt.tasks import FAMILIES, NETWORK_FAMILIES, SAMPLED_FAMILIES, sample_task
 from lopt.tasks.families import with_batch_size
 from lopt.tasks.synthetic import Perceptron
@@ -95,13 +96,39 @@ def test_kernels_and_reference_are_the_same_unroll(family: str) -> None:
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("preset", ["compact", "paper"])
+def spectral(rows: int) -> dict[str, Tensor]:
+    """Thetas around the beginning of ``spectral``, with gates from shut to open."""
+    theta = Theta.init_adam("spectral")
+    noise = torch.randn(rows, theta.num_floats, generator=torch.Generator().manual_seed(1))
+    weights = unflatten(theta.spec, theta.flatten() + 0.02 * noise)
+    weights["gate.b"] -= torch.linspace(0.0, 1.2, rows)
+    return weights
+
+
+@pytest.mark.parametrize("family", ["conv_fc", "teacher", "transformer_language_model", "rnn_text_classification"])
+def test_directions_of_kernels_and_reference_are_the_same_unroll(family: str) -> None:
+    """Matrices of every run, each under a theta of its own; tables have the role that the task says."""
+    task, weights, spec = small_task(family), spectral(3), PRESETS["spectral"]
+    run = Run(task, seed=3, horizon=15, total_steps=15, loss_every=5)
+    kernels, losses = unroll(spec, weights, run, start(spec, weights, run), 15, impl="cpu")
+    reference, expected = unroll(spec, weights, run, start(spec, weights, run), 15, impl="reference")
+    assert largest_error(reference.params, kernels.params) < 1e-5
+    for ours, theirs in zip(losses, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ranks, others = kernels.optimizer.rows.rank, reference.optimizer.rows.rank
+    torch.testing.assert_close(ranks, others, rtol=2e-3, atol=1e-5)
+    whole = [matrix.whole for matrix in matrices_of(list(task.shapes.values()), task.kinds)]
+    assert (ranks != 1.0).any(dim=0).tolist() == whole
+    assert any(whole)
+
+
+@pytest.mark.parametrize("preset", ["compact", "spectral", "paper"])
 def test_the_cuda_kernels_do_the_same(preset: str) -> None:
     """Under ``sim``, with a theta for every run; regression, as signs of sums that are zero are rounding."""
     theta = Theta.init_adam(preset)
     noise = torch.randn(3, theta.num_floats, generator=torch.Generator().manual_seed(1))
     weights = unflatten(theta.spec, theta.flatten() + 0.02 * noise)
-    task = Perceptron(seed=0, data="teacher", regression=True, inputs=6, hidden=(9,), outputs=3, batch_size=8)
+    task = Perceptron(seed=0, data="teacher", regression=True, inputs=6, hidden=(9, 8), outputs=3, batch_size=8)
     run = Run(task, seed=3, horizon=12, loss_every=4)
     cpu, sim = (unroll(theta.spec, weights, run, start(theta.spec, weights, run), 12, impl=b) for b in ("cpu", "sim"))
     assert largest_error(cpu[0].params, sim[0].params) < 1e-5
