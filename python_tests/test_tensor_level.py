@@ -308,7 +308,8 @@ def test_a_step_runs_no_operation_of_torch(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["cpu", "sim"])
 def test_operations_of_torch_do_not_depend_on_the_number_of_matrices(impl: str) -> None:
-    """Those of one shape are orthogonalised together; where none is treated as a whole there are none."""
+    """Those of one shape are orthogonalised together, small ones on the CPU by the kernels; where none is treated as a
+    whole there are none."""
 
     def operations(shapes: Any) -> int:
         params = make_params(shapes)
@@ -320,7 +321,7 @@ def test_operations_of_torch_do_not_depend_on_the_number_of_matrices(impl: str) 
         return len([name for name in recorder.names if name not in FREE and not name.startswith("profiler.")])
 
     one = operations([(3, 4), (5,)])
-    assert one > 0
+    assert (one > 0) == (impl == "sim")
     assert operations([(3, 4)] * 20 + [(5,)]) == one
     assert operations([(3, 4), (5,), (3, 5), (3, 4)]) == 2 * one
     assert operations([(2, 60), (5,), (1, 9), ()]) == 0
