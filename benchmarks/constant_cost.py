@@ -18,6 +18,7 @@ from lopt import LearnedOptimizer
 MODELS = {"perceptron 64-64-10": ((64, 64), (64,), (10, 64), (10,)), "1,000 tensors of 100": ((10, 10),) * 1000}
 OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
     "lopt": LearnedOptimizer,
+    "lopt train-loss": lambda params: LearnedOptimizer(params, "train-loss"),  # which treats no matrices as wholes
     "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
     "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
 }
@@ -57,7 +58,7 @@ def main() -> None:
         seconds = measure(shapes, 3000 // len(shapes), arguments.repeats)
         for name, value in seconds.items():
             ratios = ", ".join(f"{value / seconds[f'AdamW {kind}']:.2f} of {kind}" for kind in ("fused", "foreach"))
-            print(f"{model:22}{name:15}{value * 1e6:10.1f} us   {ratios}")
+            print(f"{model:22}{name:17}{value * 1e6:10.1f} us   {ratios}")
 
 
 if __name__ == "__main__":

@@ -97,4 +97,8 @@ if TYPE_CHECKING or NOT_BUILT:
     Operands = _Operands
     is_number = _is_number
 else:
-    Seen, Operands, is_number = _C.Seen, _C.Operands, _C.is_number
+    try:
+        Seen, Operands, is_number = _C.Seen, _C.Operands, _C.is_number
+    except AttributeError as error:
+        remedy = "rebuild the extension: pip install --no-build-isolation --no-deps -e ."
+        raise ImportError(f"lopt._C was built from other sources ({error}); {remedy}") from error
