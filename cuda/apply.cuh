@@ -62,7 +62,7 @@ struct Operands {
 
 __device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64_t t) {
   const TensorEntry tensor = params.tensors[t];
-  const bool whole = tensor.direction != 0;
+  const bool whole = is_whole(params, tensor);
   return {tensor, params.grads[t], TensorInputs(inputs_of(params), tensor.row, 0, 0, whole),
           whole ? tensor.direction : tensor.param, whole ? params.state_dtype : tensor.param_dtype};
 }

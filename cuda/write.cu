@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(kThreads) write_kernel(ApplyParams params) {
   const ChunkRange chunk = chunk_of_block(params.tensors, params.chunks);
   const TensorEntry tensor = params.tensors[chunk.tensor];
   const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
-  if (!tensor.direction || !moves(step_size, keep)) return;
+  if (!is_whole(params, tensor) || !moves(step_size, keep)) return;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < chunk.count; i += kThreads) {
     const int64_t at = chunk.begin + i;

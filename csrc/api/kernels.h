@@ -33,6 +33,11 @@ LOPT_HD bool moves(float step_size, float keep) {
   return step_size == step_size && (step_size != 0.0f || keep != 1.0f);
 }
 
+// Whether apply leaves a tensor to the direction stage: a matrix with an open gate.
+LOPT_HD bool is_whole(const ApplyParams& params, const TensorEntry& tensor) {
+  return tensor.direction != 0 && params.gate[tensor.row] > 0;
+}
+
 // What the rule of one tensor is given: a row of ApplyInputs. `whole`: the direction itself is written, which is a step of
 // -1 of which nothing was there before.
 struct TensorInputs {

@@ -21,7 +21,7 @@ void run_chunk(const ApplyParams& params, int64_t index) {
   const TensorEntry& tensor = params.tensors[chunk.tensor];
   const int64_t left = tensor.numel - chunk.begin;
   const Numbers param = Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin);
-  const bool whole = tensor.direction != 0;
+  const bool whole = is_whole(params, tensor);
   const Applier<Features, kWidth> applier{
       param,
       Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype == kBFloat16, chunk.begin),
@@ -47,17 +47,15 @@ void merge_tensor(const ApplyParams& params, int64_t t) {
   }
 }
 
-// What is left to torch: an open gate of a large matrix.
-bool by_torch(const ApplyParams& params, const TensorEntry& tensor) {
-  const int64_t columns = tensor.numel / tensor.matrix_rows;
-  return params.gate[tensor.row] > 0 && std::min(tensor.matrix_rows, columns) > kNativeSide;
+// What is left to torch: large matrices.
+bool by_torch(const TensorEntry& tensor) {
+  return std::min(tensor.matrix_rows, tensor.numel / tensor.matrix_rows) > kNativeSide;
 }
 
-// The direction of tensor t, and its rank, where its gate is open.
+// The direction of tensor t, and its rank.
 void orthogonalise(const ApplyParams& params, int64_t t) {
   const TensorEntry& tensor = params.tensors[t];
-  const float gate = params.gate[tensor.row], step_size = params.step_size[tensor.row];
-  if (!(gate > 0) || step_size != step_size) return;
+  const float gate = params.gate[tensor.row];
   const int64_t rows = tensor.matrix_rows, columns = tensor.numel / rows;
   OrthogonalSizes sizes;
   sizes.include(rows, columns);
@@ -82,7 +80,7 @@ void write_chunk(const ApplyParams& params, int64_t index) {
   const Chunk chunk = params.chunks[index];
   const TensorEntry& tensor = params.tensors[chunk.tensor];
   const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
-  if (!tensor.direction || !moves(step_size, keep)) return;
+  if (!moves(step_size, keep)) return;
   const Numbers param = Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, 0);
   const Numbers direction = Numbers::at(tensor.direction, params.state_dtype == kBFloat16, 0);
   const int64_t end = chunk.begin + kChunk < tensor.numel ? chunk.begin + kChunk : tensor.numel;
@@ -101,6 +99,8 @@ void write_chunk(const ApplyParams& params, int64_t index) {
 
 bool write(const ApplyParams& params, bool orthogonalised, const Target& target) {
   if (params.newton_schulz == 0) return true;
+  const auto whole = [&](const TensorEntry& tensor) { return is_whole(params, tensor); };
+  if (std::none_of(params.tensors, params.tensors + params.num_tensors, whole)) return true;
   std::atomic<bool> left{false};
 #pragma omp parallel num_threads(threads_over(params.tensors, params.num_tensors, target.num_threads))
   {
@@ -108,14 +108,14 @@ bool write(const ApplyParams& params, bool orthogonalised, const Target& target)
 #pragma omp for schedule(dynamic, 1)
       for (int64_t t = 0; t < params.num_tensors; ++t) {
         const TensorEntry& tensor = params.tensors[t];
-        if (!tensor.direction) continue;
-        by_torch(params, tensor) ? left.store(true, std::memory_order_relaxed) : orthogonalise(params, t);
+        if (!whole(tensor)) continue;
+        by_torch(tensor) ? left.store(true, std::memory_order_relaxed) : orthogonalise(params, t);
       }
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < params.num_chunks; ++i) {
       const TensorEntry& tensor = params.tensors[params.chunks[i].tensor];
-      if (tensor.direction && by_torch(params, tensor) == orthogonalised) write_chunk(params, i);
+      if (whole(tensor) && by_torch(tensor) == orthogonalised) write_chunk(params, i);
     }
   }
   return !left;
