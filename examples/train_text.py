@@ -59,11 +59,9 @@ def main(steps: int, text: str | None = None, device: str = "cpu", seed: int = 0
     train, valid = everything[:split], everything[split:]
 
     model = Transformer().to(device)
-    # Steps are shares of a tensor's size, and PyTorch makes embeddings ten times as large as the other matrices here.
-    embedding = list(model.embedding.parameters())
-    others = [param for name, param in model.named_parameters() if not name.startswith("embedding.")]
-    # For a large model: state_dtype=torch.bfloat16 halves the optimizer's memory; model.compile() works as usual.
-    optimizer = LearnedOptimizer([{"params": embedding, "lr": 0.25}, {"params": others}], total_steps=steps)
+    # The model itself, so that embedding and head are known to be such. For a large model: state_dtype=torch.bfloat16
+    # halves the optimizer's memory; model.compile() works as usual.
+    optimizer = LearnedOptimizer(model, total_steps=steps)
     for step in range(steps):
         optimizer.zero_grad()
         for _ in range(ACCUMULATED):
