@@ -167,7 +167,7 @@ def test_a_theta_is_named_in_one_short_line() -> None:
     for name in shipped():
         theta = Theta.load(name)
         method = theta.provenance["method"]
-        expected = f"theta {name} ({theta.num_floats:,} floats, {theta.spec.feature_set}, {method})"
+        expected = f"theta {name} ({theta.num_floats:,} floats, {theta.spec.preset}, {method})"
         assert describe_theta(name, theta) == expected
         assert len(expected) < 80
 

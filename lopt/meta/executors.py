@@ -183,17 +183,25 @@ def _without_interrupts() -> Iterator[None]:
     """Ctrl-C is for this process, which then ends those that it starts in here; one that comes meanwhile comes after.
 
     They inherit the mask: a handler of their own would come too late, after seconds of imports. multiprocessing's own
-    process is started before, as that would unblock the signal.
+    process is started before, as that would unblock the signal. The mask is this thread's; what another thread is given
+    is only noted here, or it would come between a process and what it is told to do.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    noted: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number)) if main else None
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+        if noted:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _serve(connection: Connection, parent: int) -> None:
