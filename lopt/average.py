@@ -60,9 +60,9 @@ class Averages:
         if known:
             averages = [state[param]["average"] for param in known]
             values = [param.detach().to(average.dtype) for param, average in zip(known, averages, strict=True)]
-            torch._foreach_lerp_(averages, values, 1.0 - decay_at(groups[0]["averaged_steps"]))
+            torch._foreach_lerp_(averages, values, 1.0 - decay_at(groups[0].get("averaged_steps", 0)))
         for group in groups:
-            group["averaged_steps"] += 1
+            group["averaged_steps"] = group.get("averaged_steps", 0) + 1
 
     @contextmanager
     def in_place(self, params: Sequence[Tensor], state: State) -> Iterator[None]:

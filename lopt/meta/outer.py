@@ -117,7 +117,7 @@ def learned(
     for name, value in tensors.items():
         trained = bool(scales_[name].any())
         value.grad = grads[name] / scales_[name] if trained else None
-    optimizer = LearnedOptimizer(tensors.values(), _theta(source))
+    optimizer = LearnedOptimizer([{"params": list(tensors.values()), "transposed": True}], _theta(source))
     if state:
         optimizer.load_state_dict(state)
     optimizer.step(loss=math.exp(meta_loss))
