@@ -45,11 +45,13 @@ class Averages:
         if self.swapped:
             raise RuntimeError("step: inside averaged(), where parameters are averages; leave it before the next step")
 
-    @torch.no_grad()
     def update(self, params: Sequence[Tensor], state: State, groups: Sequence[dict[str, Any]]) -> None:
         """Take these parameters into their averages."""
-        if not self.wanted:
-            return
+        if self.wanted:
+            self._update(params, state, groups)
+
+    @torch.no_grad()
+    def _update(self, params: Sequence[Tensor], state: State, groups: Sequence[dict[str, Any]]) -> None:
         known: list[Tensor] = []
         for param in params:
             if "average" in state[param]:

@@ -418,7 +418,7 @@ class LearnedOptimizer(Optimizer):
             self._check_capture()
             stepper.select()
         tensors, shared, steps = stepper.tensors, self._globals(), self.total_steps or 0
-        if any(group["maximize"] for group in options):
+        if self._options.maximize:
             grads = descending(grads, tensors.selected_groups, self.param_groups)
             operands.replace(grads)
         if isinstance(stepper, KernelStepper):

@@ -7,13 +7,13 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from operator import is_
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lopt.kernels import Seen
 from lopt.roles import check_roles
 
 #: An ``lr`` up to here is a learning rate that a script wrote for another optimizer, no multiplier of a learned step.
@@ -169,12 +169,25 @@ def effective(group: dict[str, Any]) -> dict[str, Any]:
 
 
 class Options:
-    """What the options of all groups mean for a step, worked out anew where one is not the object it was."""
+    """What the options of all groups mean for a step, worked out anew where one is not the object it was.
+
+    Attributes:
+        maximize: whether any group climbs.
+    """
 
     def __init__(self) -> None:
-        self._seen: list[Any] = []
+        self.maximize = False
+        self._groups: Sequence[dict[str, Any]] | None = None
+        self._seen = Seen()
         self._rates: list[float] = []
         self._values: list[dict[str, Any]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_rates": self._rates}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
 
     def read(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """:func:`effective` of each group, the list of the last call where nothing changed; checks them before.
@@ -182,12 +195,15 @@ class Options:
         Raises:
             ValueError: an ``lr`` is negative or not finite.
         """
-        found = [group.get(name) for group in groups for name in ("lr", "weight_decay", "maximize", "peak_lr")]
-        if len(found) != len(self._seen) or not all(map(is_, found, self._seen)):
+        if groups is not self._groups or not self._seen.same():
+            self._groups = None  # as long as they have not been checked
             self._rates = read_rates(groups, self._rates)
             self._values = list(map(effective, groups))
-            found[3::4] = [group.get("peak_lr") for group in groups]
-            self._seen = found
+            self.maximize = any(group["maximize"] for group in self._values)
+            self._groups, self._seen = groups, Seen()
+            self._seen.all(groups)
+            for group in groups:
+                self._seen.items(group, "lr", "weight_decay", "maximize", "peak_lr")
         return self._values
 
 
