@@ -249,17 +249,17 @@ def test_batches_are_their_matrices_one_by_one(
     assert float(rank[3]) == 7.0  # one row only: not treated
 
 
-def test_what_underflows_is_not_written_and_its_rank_is_not_kept() -> None:
-    """Squares of these numbers are zero but for one, so that singular values are far above 1."""
+@pytest.mark.parametrize("size", [1e-40, 2.6e-23, 1.0, 1e15, 1e30])
+def test_squares_that_float32_does_not_hold(size: float) -> None:
+    """A direction of any size is treated as one of size 1, of which it is a multiple."""
     memory, views = held(((64, 64), (64, 64)))
-    views[0].fill_(2.6e-23)
-    views[0][0, 0] = 3e-23
+    views[0].copy_(size * views[1])
+    like = (views[0].double() / size).clone()
     rank = torch.full((2,), 7.0)
     memory.orthogonalise(torch.ones(2), rank, torch.ones(2))
-    assert float(rank[0]) == 7.0
-    assert 0.1 < float(rank[1]) < 2.0
-    params, one = normal(4096).float(), torch.tensor(1.0)
-    assert same_bits(reference.write(params, views[0].reshape(-1), one, one), params)
+    new, expected = orthogonalise(like, torch.tensor(1.0, dtype=F64), 3)
+    assert float((views[0].double() / size - new).abs().max()) <= 1e-4 * float(new.abs().max())
+    assert float(rank[0]) == pytest.approx(float(expected), rel=1e-4)
 
 
 # ---- A step ----------------------------------------------------------------------------------------------------------

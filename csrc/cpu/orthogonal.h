@@ -49,10 +49,16 @@ struct Orthogonal {
     const auto at = [&](int64_t i, int64_t j) -> float& { return direction[wider ? i * n + j : j * m + i]; };
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n_padded; ++j) x[i * n_padded + j] = j < n ? at(i, j) : 0.0f;
-    const float size = norm(x, m * n_padded);
+    float largest = 0.0f;  // squares of very small numbers would be 0
+    for (int64_t i = 0; i < m * n_padded; ++i) largest = std::max(largest, std::fabs(x[i]));
     rank = 0.0f;
-    if (!(size > 0)) return;
-    for (int64_t i = 0; i < m * n_padded; i += kLanes) store(x + i, load(x + i) / splat(size));
+    if (!(largest > 0)) return;
+    const auto divide = [&](float by) {
+      for (int64_t i = 0; i < m * n_padded; i += kLanes) store(x + i, load(x + i) / splat(by));
+    };
+    divide(largest);
+    const float size = norm(x, m * n_padded);
+    divide(size);
     float *now = x, *then = next;
     for (int k = 0; k < iterations; ++k) {
       for (int64_t j = 0; j < n; ++j)
@@ -67,7 +73,7 @@ struct Orthogonal {
       std::swap(now, then);
     }
     const float whole = norm(now, m * n_padded);
-    const float share = whole > 0 ? gate * (size / whole) : 0.0f;
+    const float share = whole > 0 ? gate * largest * (size / whole) : 0.0f;
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) at(i, j) = (1.0f - gate) * at(i, j) + share * now[i * n_padded + j];
     rank = whole * whole / static_cast<float>(m);

@@ -55,10 +55,12 @@ def orthogonalise(
         >>> bool(new[0, 0] < 1.5 * new[1, 1])
         True
     """
-    norm = torch.linalg.matrix_norm(direction, keepdim=True)
-    x = _ratio(direction, norm.expand_as(direction))
+    largest = direction.abs().amax(dim=(-2, -1), keepdim=True)
+    x = _ratio(direction, largest.expand_as(direction))  # squares of very small numbers would be 0
+    norm = torch.linalg.matrix_norm(x, keepdim=True)
+    x = _ratio(x, norm.expand_as(x))
     x = newton_schulz(x.to(product_dtype or x.dtype), iterations).to(x.dtype)
     size = torch.linalg.matrix_norm(x, keepdim=True)
     share = gate[..., None, None]
     rank = torch.square(size[..., 0, 0]) / min(direction.shape[-2:])
-    return (1.0 - share) * direction + (share * _ratio(norm, size)) * x, rank
+    return (1.0 - share) * direction + (share * largest * _ratio(norm, size)) * x, rank
