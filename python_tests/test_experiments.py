@@ -80,7 +80,7 @@ def test_a_learned_outer_optimizer_is_one_stepped_by_hand(tmp_path: Path) -> Non
     meta_train(tmp_path)
     spec = Theta.init("compact").spec
     params = {name: value.clone().requires_grad_() for name, value in Theta.init("compact", 0).tensors.items()}
-    optimizer = LearnedOptimizer(params.values())
+    optimizer = LearnedOptimizer([{"params": list(params.values()), "transposed": True}])
     before = {}
     for iteration in range(6):
         phase = iteration // 3
