@@ -31,6 +31,8 @@ class LearnedOptimizer(Optimizer):
     .. math:: w \leftarrow (1 - s \cdot wd)\, w - s \cdot d \cdot e^{c m}
 
     with the MLP's outputs *direction* d and *magnitude* m, and the step s of the tensor, in which ``lr`` is a factor.
+    Of hidden matrices, ``default`` brings the singular values of all these directions together towards one, as far as a
+    learned gate of the tensor opens (:mod:`lopt.rule.orthogonal`).
     There is nothing to tune: ``lr`` is a multiplier that stays 1, and weight decay is there for those who want it.
     Except with ``paper``, nothing else moves what has no gradient: a tensor rests at once, a parameter after some 180
     steps, or from the beginning. A tensor with a parameter that is NaN or infinite rests too, and no other notices.
@@ -57,7 +59,8 @@ class LearnedOptimizer(Optimizer):
         on_nonfinite: what to do about NaN and Inf in gradients. ``"ignore"`` (default): a NaN counts as zero, an Inf as
             the clip limit, both are counted in :attr:`nonfinite_gradients`. ``"skip"`` leaves out the step, ``"raise"``
             raises FloatingPointError before anything changes; both read a value back from the device.
-        precision: of the small MLP on a GPU. ``"high"`` (default) has the accuracy of float32; ``"fast"`` rounds
+        precision: of the small MLP on a GPU, where large matrices are orthogonalised in bfloat16.
+            ``"high"`` (default) has the accuracy of float32; ``"fast"`` rounds
             features, weights and hidden units to 11 bits, as TF32 does. Elsewhere it has no effect.
         state_dtype: of the accumulators. ``torch.bfloat16`` halves their memory. They are rounded stochastically, so
             that slow ones do not stall, by bits that depend on step and position only: runs repeat bit for bit.
@@ -83,13 +86,14 @@ class LearnedOptimizer(Optimizer):
     Losses reach it through ``step(loss=...)``, ``step(closure)`` or :meth:`observe`; without any it works too.
 
     ``state[p]`` is ``{"mom": [K, numel], "rms": [K', numel], "lstm": {"h", "c", "feedback", "scale", "updates",
-    "rank"}}``
-    (row-major order of the parameter; ``mom`` and ``rms`` in ``state_dtype``, the rest in float32), created in the
-    first step. What all tensors share is in every param group, as the same tensors, with theta's name and checksum:
-    groups may be removed, added and exchanged. State dicts resume bit for bit.
+    "rank"}}`` (row-major order of the parameter; ``mom`` and ``rms`` in ``state_dtype``, the rest in float32),
+    created in the first step. What all tensors share is in every param group, as the same tensors, with theta's name
+    and checksum: groups may be removed, added and exchanged. State dicts resume bit for bit.
 
-    On CUDA a step is five launches, with lagged statistics four, and waits for nothing. After one step outside,
-    ``torch.cuda.graph`` can hold it. A replay reads losses, gradients and ``lr`` anew where they are tensors, and takes
+    On CUDA a step is five launches, with lagged statistics four, and waits for nothing; where matrices are treated as
+    wholes one more, and torch's products for each of their shapes. After one step outside, ``torch.cuda.graph`` can
+    hold it; the weight of ``average`` is then a constant.
+    A replay reads losses, gradients and ``lr`` anew where they are tensors, and takes
     numbers of Python as they were. The graph writes the optimizer's memory: no step with gradients of other parameters,
     and no ``load_state_dict``, between replays.
 
