@@ -7,12 +7,13 @@
     small_convolution    one or two 3 x 3 convolutions with pools -> mean or all places -> dense layers
 
 Norms are layer norms, with biases everywhere, or root mean squares, without biases. Half of the networks start with
-deviation .02 everywhere, the other half with 1 / sqrt(fan-in), and tables then with 1, as PyTorch's.
+deviation .02 everywhere, the other half with 1 / sqrt(fan-in), and tables then with 1, as PyTorch's. A quarter of
+the language models give the optimizer nothing but their parameters.
 """
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lopt.rule.matrices import Role
 from lopt.tasks.data import catalogue
 from lopt.tasks.image_tasks import ImageData
 from lopt.tasks.network import (
@@ -49,6 +51,7 @@ from lopt.tasks.task import Batch, SplitName
 SMALL = Initialiser("random_normal", 0.02)
 BY_FAN_IN = Initialiser("variance_scaling", 1.0)
 ONE = Initialiser("random_normal", 1.0)
+BARE = 0.25  # share of the language models whose optimizer is told nothing of their layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +60,11 @@ class NetworkTask(SampledTask):
 
     Args:
         small: weights and tables start with deviation .02.
+        bare: the optimizer gets the parameters without the roles of tables, head and hidden matrices.
     """
 
     small: bool = False
+    bare: bool = False
 
     @cached_property
     def network(self) -> Network:
@@ -68,6 +73,10 @@ class NetworkTask(SampledTask):
     @cached_property
     def layout(self) -> Layout:
         return self.network.layout(SMALL, SMALL) if self.small else self.network.layout(BY_FAN_IN, ONE)
+
+    @property
+    def roles(self) -> Mapping[str, Role | None]:
+        return {} if self.bare else super().roles
 
     @property
     def loss_floor(self) -> float:
@@ -128,7 +137,7 @@ class TokenTask(NetworkTask):
 
     @property
     def name(self) -> str:
-        start = "small" if self.small else "fan-in"
+        start = ("small" if self.small else "fan-in") + ("-bare" if self.bare else "")
         return f"{self.family}-{self.data.label}-{self.context}-{self.blocks.count}x{self.blocks.width}-{start}"
 
     def stored(self, split: SplitName) -> Batch:
@@ -266,6 +275,7 @@ def sample_token_perceptron(random: Random, names: tuple[str, ...]) -> TokenPerc
         blocks=_blocks(random, log_int(random, 8, 32)),
         embedding=log_int(random, 4, 16),
         small=flip(random),
+        bare=flip(random, BARE),
     )
 
 
@@ -278,6 +288,7 @@ def sample_token_transformer(random: Random, names: tuple[str, ...]) -> TokenTra
         blocks=_blocks(random, heads * log_int(random, 4, 16)),
         heads=heads,
         small=flip(random),
+        bare=flip(random, BARE),
     )
 
 

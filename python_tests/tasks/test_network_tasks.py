@@ -1,5 +1,7 @@
 """Families of small networks: how they start, what they see, and that they are run as layers."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -62,6 +64,20 @@ def test_token_networks_are_language_models() -> None:
     assert transformer.shapes["block0.attention.w0"] == (8, 24)
     assert transformer.shapes["block0.mlp.w1"] == (32, 8)
     assert sum(isinstance(layer, Attention) for layer in transformer.network.layers) == 1
+
+
+@pytest.mark.parametrize("family", ["token_perceptron", "token_transformer"])
+def test_a_quarter_of_the_language_models_hide_their_roles(family: NetworkFamily) -> None:
+    tasks = sampled(family, 60)
+    bare = [task for task in tasks if task.bare]
+    assert 8 <= len(bare) <= 22
+    assert all(task.name.endswith("-bare") and {kind.role for kind in task.kinds} == {None} for task in bare)
+    told = next(task for task in tasks if not task.bare)
+    kinds = dict(zip(told.shapes, told.kinds, strict=True))
+    matrices = [kind.role for name, kind in kinds.items() if len(told.shapes[name]) >= 2]
+    assert (matrices[0], {*matrices[:-1]}, matrices[-1]) == ("input", {"input", "hidden"}, "output")
+    fan_in = [kind.fan_in for kind in kinds.values()]
+    assert [kind.fan_in for kind in dataclasses.replace(told, bare=True).kinds] == fan_in
 
 
 def test_a_perceptron_of_tokens_learns_a_chain() -> None:
