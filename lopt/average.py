@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.distributed import local_of
+
 DECAY = 0.998
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -60,8 +62,8 @@ class Averages:
                 dtype = torch.promote_types(param.dtype, torch.float32)
                 state[param]["average"] = param.detach().to(dtype, copy=True)
         if known:
-            averages = [state[param]["average"] for param in known]
-            values = [param.detach().to(average.dtype) for param, average in zip(known, averages, strict=True)]
+            averages = [local_of(state[param]["average"]) for param in known]
+            values = [local_of(param).detach().to(a.dtype) for param, a in zip(known, averages, strict=True)]
             torch._foreach_lerp_(averages, values, 1.0 - decay_at(groups[0].get("averaged_steps", 0)))
         for group in groups:
             group["averaged_steps"] = group.get("averaged_steps", 0) + 1

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from lopt import kernels
-from lopt.options import check_total_steps, check_unknown, warn
+from lopt.options import check_total_steps, check_unknown
 from lopt.rule import ThetaSpec
+from lopt.warnings import warn
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
 CHOICES: dict[str, tuple[object, ...]] = {

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
-from lopt.options import warn
 from lopt.rule import Theta, tensor_lstm
 from lopt.rule.losses import bounded_loss
 from lopt.rule.tensor_lstm import Globals
+from lopt.warnings import warn
 
 Loss = float | Tensor | None
 
@@ -22,12 +22,14 @@ class Losses:
         waiting: a training loss was observed that no step has used yet.
         valid_alone: validation losses were told, and never a training loss; None before any loss.
         level: takes losses in compiled code: that of the steps, once there was one.
+        queued: validation losses wait for those of other ranks.
     """
 
     def __init__(self) -> None:
         self.waiting = False
         self.valid_alone: bool | None = None
         self.level: kernels.TensorLevel | None = None
+        self.queued = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "level": None}
@@ -51,13 +53,22 @@ class Losses:
 
     def follow(self, shared: Mapping[str, Tensor] | None) -> None:
         """Say what the state says that all tensors share, after it was loaded."""
-        self.waiting, self.valid_alone, self.level = False, None, None
+        self.waiting, self.valid_alone, self.level, self.queued = False, None, None, False
         if shared is not None:
+            self.queued = float(shared["pending_valid"][1]) > 0
             self.waiting = float(shared["pending_loss"][1]) > 0
             if self.waiting or float(shared["train_loss"][2]) > 0:
                 self.valid_alone = False
             elif float(shared["valid_loss"][2]) > 0:
                 self.valid_alone = True
+
+    def queue(self, shared: Mapping[str, Tensor], weights: Mapping[str, Tensor], valid: Loss) -> None:
+        """Keep a validation loss until the next step, where it meets those of other ranks."""
+        like = weights["initial_h"]
+        loss = torch.as_tensor(valid, dtype=like.dtype, device=like.device).reshape(())
+        one = torch.stack([bounded_loss(loss), torch.ones_like(loss)])
+        shared["pending_valid"].add_(torch.where(torch.isfinite(loss), one, torch.zeros_like(one)))
+        self.queued = True
 
     def write(
         self,

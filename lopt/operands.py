@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lopt import kernels
+from lopt.distributed import is_sharded, local_of
 
-_SHARDED = "train whole tensors, with DistributedDataParallel; sharded training is not supported"
+_SHARDED = "shard with torch.distributed.fsdp.fully_shard, or train whole tensors with DistributedDataParallel"
 
 
 def remedy(dtype: torch.dtype) -> str:
@@ -34,8 +35,6 @@ def has_no_address(tensor: Tensor) -> bool:
 def _why_no_address(tensor: Tensor) -> str:
     """What a tensor without memory is, and what to do."""
     kind = type(tensor).__name__
-    if hasattr(tensor, "to_local"):
-        return f"a {kind} (of fully_shard, tensor parallelism or distribute_tensor); {_SHARDED}"
     if _wraps(tensor):
         return f"a {kind}, which wraps other tensors; train those, or plain tensors"
     if tensor.is_meta:
@@ -54,8 +53,9 @@ def check_param(name: str, param: Tensor) -> None:
             f"{name}: a flattened parameter of FullyShardedDataParallel, which holds pieces of several tensors, "
             f"while every tensor has statistics and a step of its own; {_SHARDED}"
         )
-    if hasattr(param, "to_local") or _wraps(param) or has_no_address(param):
-        raise TypeError(f"{name}: expected a dense tensor in memory, got {_why_no_address(param)}")
+    local = local_of(param)
+    if _wraps(local) or has_no_address(local):
+        raise TypeError(f"{name}: expected a dense tensor in memory, got {_why_no_address(local)}")
 
 
 def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
@@ -65,7 +65,9 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         TypeError: sharded, wrapped, fake, meta or freed tensors.
         ValueError: another shape or device than the parameter's.
     """
-    for what, tensor in ((name, grad), (name.removeprefix("gradient of "), param)):
+    if is_sharded(grad) != is_sharded(param):
+        raise TypeError(f"{name}: a {type(grad).__name__} of a {type(param).__name__}; give it as backward() leaves it")
+    for what, tensor in ((name, local_of(grad)), (name.removeprefix("gradient of "), local_of(param))):
         if _wraps(tensor) or has_no_address(tensor):
             raise TypeError(f"{what}: expected a dense tensor in memory, got {_why_no_address(tensor)}")
     if grad.shape != param.shape:

@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopt.average import Averages
+from lopt.distributed import Ranks, check_same, is_sharded, refuse_zero
 from lopt.hooks import hook, without_grad
 from lopt.implementations import check_arguments, choose_implementation, run_eagerly
 from lopt.kernels import devices
 from lopt.losses import Loss, Losses
 from lopt.operands import as_loss, as_weight, check_gradients, check_params
-from lopt.options import Options, check_group, check_total_steps, descending, describe, warn
+from lopt.options import Options, check_group, check_total_steps, descending, describe
 from lopt.roles import roles_of_model
 from lopt.rule import Theta
 from lopt.state import SHARED, check_state, holds_shared, open_theta, restore_state, share_state
 from lopt.steppers import KernelStepper, ReferenceStepper, Tensors
+from lopt.warnings import warn
 
 
 class LearnedOptimizer(Optimizer):
@@ -68,6 +70,12 @@ class LearnedOptimizer(Optimizer):
             all groups maximize.
         average: keep an average of the iterates, in ``state[p]["average"]`` (:mod:`lopt.average`), for
             :meth:`averaged`: for runs that are not told their number of steps, and cannot shrink them towards an end.
+        process_group: the ranks that train this model together. ``"auto"`` is the default group of
+            ``torch.distributed``, if it is initialised by the first loss or step. Where ranks hold the same parameters
+            (DistributedDataParallel), losses are averaged over them; where they hold parts (``fully_shard``,
+            tensor parallelism), the statistics of tensors are summed, too. None: this rank is alone.
+        check_ranks: after every so many steps, compare over the ranks what must be the same on all, and raise
+            RuntimeError if it is not; 0 for never.
         options: those of torch's other optimizers (``foreach``, ``betas``, ...) are accepted where they are None or
             False.
 
@@ -119,8 +127,11 @@ class LearnedOptimizer(Optimizer):
         state_dtype: torch.dtype = torch.float32,
         maximize: bool = False,
         average: bool = False,
+        process_group: Any = "auto",
+        check_ranks: int = 0,
         **options: Any,
     ) -> None:
+        refuse_zero()
         choices = {"impl": impl, "on_nonfinite": on_nonfinite, "precision": precision, "state_dtype": state_dtype}
         check_arguments(choices, total_steps, options)
         if isinstance(params, torch.nn.Module):
@@ -137,6 +148,8 @@ class LearnedOptimizer(Optimizer):
         self._losses = Losses()
         self._options = Options()
         self._averages = Averages(average)
+        self._ranks = Ranks(process_group)
+        self._check_ranks, self._until_check = check_ranks, check_ranks
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None}
         hook(type(self))
         super().__init__(params, {**options, "role": None, "transposed": False, "averaged_steps": 0})
@@ -154,6 +167,8 @@ class LearnedOptimizer(Optimizer):
             check_group(group, self._total_steps)
             allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.impl == "reference" else ())
             check_params(group["params"], self._first_param(), allowed, position)
+            if self.impl == "reference" and any(map(is_sharded, group["params"])):
+                raise TypeError("params: impl='reference' steps whole tensors, got DTensors; use impl='auto'")
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -163,6 +178,7 @@ class LearnedOptimizer(Optimizer):
         group.update(self._identity, total_steps=self._total_steps)
         if holds_shared(self.param_groups):
             self._globals()
+        self._settle()
         self._stepper, self._options = None, Options()
 
     def _first_param(self) -> Tensor:
@@ -218,6 +234,7 @@ class LearnedOptimizer(Optimizer):
     def _ready(self) -> ReferenceStepper | KernelStepper:
         """What makes the steps; made anew when parameters, groups or, by somebody's hands, the state changed."""
         if self._stepper is None or not self._stepper.tensors.serve(self.param_groups, self.state):
+            self._settle()
             self._stepper = None
             self._check_capture()
             weights = self._theta_weights()
@@ -226,9 +243,16 @@ class LearnedOptimizer(Optimizer):
             if self.implementation == "reference":
                 self._stepper = ReferenceStepper(tensors, self.theta)
             else:
-                self._stepper = KernelStepper(self.implementation, tensors, self.theta, self.precision)
+                self._stepper = KernelStepper(self.implementation, tensors, self.theta, self.precision, self._ranks)
                 self._losses.level = self._stepper.level
+                if self._stepper.exchange is not None:
+                    self._stepper.exchange.deliver = self._deliver
         return self._stepper
+
+    def _settle(self) -> None:
+        """Complete the state of sharded parameters, a collective; otherwise there is nothing to do."""
+        if isinstance(self._stepper, KernelStepper):
+            self._stepper.settle()
 
     def _check_capture(self) -> None:
         if devices.is_capturing(self._first_param().device):
@@ -238,9 +262,11 @@ class LearnedOptimizer(Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         state: dict[str, Any] = super().__getstate__()
         kept = ["theta", "on_nonfinite", "precision", "state_dtype", "impl", "implementation"]
-        kept += ["_identity", "_total_steps", "_told", "_losses", "_options", "_averages"]
+        kept += ["_identity", "_total_steps", "_told", "_losses", "_options", "_averages", "_ranks"]
+        kept += ["_check_ranks", "_until_check"]
         return {**state, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -253,6 +279,12 @@ class LearnedOptimizer(Optimizer):
         head = f"{type(self).__name__} (theta={self._identity['theta']!r}, total_steps={self._total_steps}"
         hidden = {"params", "param_names", *SHARED, *self._identity, "total_steps"}
         return "\n".join([head, *describe(self.param_groups, hidden), ")"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer. With sharded parameters it is a collective: all ranks call it, each gets its part,
+        and ``torch.distributed.checkpoint`` saves them."""
+        self._settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; the state gets this optimizer's dtypes, whatever the dtype of the parameters.
@@ -338,8 +370,11 @@ class LearnedOptimizer(Optimizer):
         more, and others each time: what is noise in it looks like overfitting. For ``compact`` one above the first
         counts as the first. It is compared with training losses, and does nothing without any.
 
-        A non-finite loss counts as none given; that is decided on the device. Under data parallelism give every rank
-        the same, averaged loss.
+        A non-finite loss counts as none given; that is decided on the device.
+
+        On several ranks (``process_group``), give the losses of the rank: the step takes the mean over all, of training
+        losses with the weights of all ranks. A validation loss may also come from some ranks alone; those that came
+        since the last step count as one, their mean.
 
         Args:
             train_loss, valid_loss: numbers, or tensors of one element.
@@ -356,7 +391,38 @@ class LearnedOptimizer(Optimizer):
 
     def _write(self, train: Loss, valid: Loss = None, weight: Loss = 1.0) -> None:
         shared, weights = self._globals(), self._theta_weights()
+        if valid is not None and self._ranks.group is not None:
+            self._losses.queue(shared, weights, valid)
+            valid = None
         self._losses.write(self.implementation, self.theta, weights, shared, train, valid, weight)
+
+    def _deliver(self) -> None:
+        """Let the tensor level know validation losses that waited for those of other ranks."""
+        shared = self._globals()
+        total, count = shared["pending_valid"]
+        self._losses.write(self.implementation, self.theta, self._theta_weights(), shared, None, total / count)
+        shared["pending_valid"].zero_()
+        self._losses.queued = False
+
+    def _meet(self, stepper: ReferenceStepper | KernelStepper, grads: list[Tensor], loss: Loss, told: bool) -> Loss:
+        """What a step begins with where there are other ranks: losses of all in place of this one's.
+
+        Returns:
+            The loss that is still to be told.
+        """
+        shared, tensors = self._globals(), stepper.tensors
+        if tensors.sharded:
+            return loss  # it goes with the statistics
+        if not self._ranks.met:
+            self._ranks.meet(tensors.params, grads, shared["pending_loss"].device)
+        if self._ranks.group is not None and told:
+            self._write(loss)
+            loss = None
+            self._ranks.average_losses(shared)
+            self._losses.queued = True
+        if self._losses.queued:
+            self._deliver()
+        return loss
 
     def _loss(self, name: str, loss: object) -> Loss:
         """A loss to minimise: a number, or a tensor on the device whose value is not looked at."""
@@ -408,6 +474,8 @@ class LearnedOptimizer(Optimizer):
         options = self._options.read(self.param_groups)
         if grads and self.on_nonfinite != "ignore":
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
+            if stepper.tensors.sharded:
+                self._ranks.sum(bad)
             if int(bad) > 0:
                 if self.on_nonfinite == "raise":
                     raise FloatingPointError(f"gradients hold {int(bad)} NaN or Inf elements; nothing was changed")
@@ -417,10 +485,13 @@ class LearnedOptimizer(Optimizer):
         if not grads:
             self._write(observed)
             return result
+        told = observed is not None or self._losses.waiting
         self._losses.use()
         if others:
             self._check_capture()
             stepper.select()
+        if self._ranks.group is not None or self._losses.queued:
+            observed = self._meet(stepper, grads, observed, told)
         tensors, shared, steps = stepper.tensors, self._globals(), self.total_steps or 0
         if self._options.maximize:
             grads = descending(grads, tensors.selected_groups, self.param_groups)
@@ -428,9 +499,20 @@ class LearnedOptimizer(Optimizer):
         if isinstance(stepper, KernelStepper):
             stepper.step(tensors.selected_params, grads, options, shared, steps, observed)
             self._averages.update(tensors.selected_params, self.state, self.param_groups)
+            self._compare_ranks()
             return result
         with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast
             self._write(observed)
             stepper.step(tensors.selected_params, grads, options, shared, steps)
         self._averages.update(tensors.selected_params, self.state, self.param_groups)
+        self._compare_ranks()
         return result
+
+    def _compare_ranks(self) -> None:
+        if not self._check_ranks or self._ranks.group is None:
+            return
+        self._until_check -= 1
+        if self._until_check == 0:
+            self._until_check = self._check_ranks
+            self._settle()
+            check_same(self._ranks, self.param_groups, self.state)

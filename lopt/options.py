@@ -2,12 +2,8 @@
 
 import math
 import numbers
-import os
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +11,7 @@ from torch import Tensor
 
 from lopt.kernels import Seen
 from lopt.roles import check_roles
+from lopt.warnings import warn
 
 #: An ``lr`` up to here is a learning rate that a script wrote for another optimizer, no multiplier of a learned step.
 LARGEST_RATE = 0.05
@@ -28,16 +25,6 @@ FOREIGN = {
     "capturable": "CUDA graphs can hold every step as it is",
     "differentiable": "steps are taken without autograd",
 }
-
-_PLACES = tuple(str(Path(module.__file__ or "").parent) + os.sep for module in (torch, sys.modules["lopt"]))
-
-
-def warn(message: str) -> None:
-    """Warn about the line of the caller's that led here, through the wrappers that torch puts around a step."""
-    depth, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PLACES):
-        depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=depth)
 
 
 def check_foreign(options: Mapping[str, Any]) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.distributed import is_sharded, local_of, part_like, place_like
 from lopt.rule import Theta, ThetaSpec, tensor_lstm
 from lopt.rule.tensor_lstm import Globals, Rows
 
 #: Names in a param group of the state that all tensors share.
-SHARED = (*Globals._fields, "pending_loss", "nonfinite")
+SHARED = (*Globals._fields, "pending_loss", "pending_valid", "nonfinite")
 
 Groups = Sequence[dict[str, Any]]
 
@@ -53,17 +54,19 @@ def init_globals(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> dict[str, Te
         return {
             **tensor_lstm.init_globals(spec, weights)._asdict(),
             "pending_loss": like.new_zeros(2),  # sum and number (or weights) of the losses observed since the last step
+            "pending_valid": like.new_zeros(2),  # those of validation losses that other ranks do not know yet
             # Number of gradient elements, and of tensors with such parameters.
             "nonfinite": torch.zeros(2, dtype=torch.int64, device=like.device),
         }
 
 
-def init_state(spec: ThetaSpec, weights: Mapping[str, Tensor], numel: int, dtype: torch.dtype) -> dict[str, Any]:
-    """State of a parameter tensor of ``numel`` elements, before its first step; accumulators in ``dtype``."""
-    like = weights["initial_h"]
+def init_state(spec: ThetaSpec, weights: Mapping[str, Tensor], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """State of a parameter tensor before its first step; accumulators in ``dtype``, which lie as the parameter does."""
+    like, shape = weights["initial_h"], local_of(param).shape
+    mom, rms = (like.new_zeros(len(decays), *shape, dtype=dtype) for decays in (spec.mom_decays, spec.rms_decays))
     state: dict[str, Any] = {
-        "mom": like.new_zeros(len(spec.mom_decays), numel, dtype=dtype),
-        "rms": like.new_zeros(len(spec.rms_decays), numel, dtype=dtype),
+        "mom": place_like(param, mom),
+        "rms": place_like(param, rms),
         "lstm": {name: value[0] for name, value in tensor_lstm.init_rows(spec, weights, 1)._asdict().items()},
     }
     if spec.stats == "lagged":
@@ -101,10 +104,11 @@ def check_state(
     for i, group in enumerate(groups):
         _check_theta(f"param_groups[{i}]", group, param_groups[0])
     expected = {name: tuple(value.shape) for name, value in init_globals(spec, weights).items()}
+    del expected["pending_valid"]  # which older state dicts lack
     complete = [i for i, group in enumerate(groups) if any(name in group for name in SHARED)]
     for i in complete:
         _check_shapes(f"param_groups[{i}]", groups[i], expected)
-        for name in SHARED:
+        for name in expected:
             if not _equal(groups[complete[0]][name], groups[i][name]):
                 raise ValueError(
                     f"state_dict: param_groups[{complete[0]}] and param_groups[{i}] hold different {name!r}, "
@@ -122,9 +126,9 @@ def check_state(
     for index, param in pairs:
         state = states.get(index)
         if state:
-            some, numel = True, param.numel()
-            own = {"mom": (len(spec.mom_decays), numel), "rms": (len(spec.rms_decays), numel), **stats}
-            _check_shapes(f"state[{index}]", state, own)
+            some = True
+            own = {"mom": (len(spec.mom_decays), *param.shape), "rms": (len(spec.rms_decays), *param.shape), **stats}
+            _check_shapes(f"state[{index}]", {name: _shaped(param, state.get(name)) for name in own}, own)
             _check_shapes(f"state[{index}]['lstm']", state.get("lstm"), rows)
     if some and not complete:
         _check_shapes("param_groups[0]", groups[0], expected)
@@ -154,6 +158,12 @@ def _check_shapes(place: str, found: Any, expected: Mapping[str, tuple[int, ...]
                 f"state_dict: {place}[{name!r}] expected shape {shape}, found {came}; it belongs to "
                 "another parameter, another optimizer, or a theta of another architecture"
             )
+
+
+def _shaped(param: Tensor, value: Any) -> Any:
+    """Accumulators ``[K, numel]``, as older state dicts have them, in the shape ``[K, *shape]``."""
+    old = isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == param.numel() and not is_sharded(value)
+    return value.reshape(len(value), *param.shape) if old else value
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -189,7 +199,9 @@ def restore_state(
         return value.detach().to(device=like.device, dtype=kept, copy=True, memory_format=order)
 
     found = next((group for group in source["param_groups"] if "pending_loss" in group), None)
-    shared = {} if found is None else {name: copy(found[name]) for name in SHARED}
+    shared = {} if found is None else {name: copy(found[name]) for name in SHARED if name in found}
+    if shared:
+        shared.setdefault("pending_valid", torch.zeros_like(shared["pending_loss"]))
     for group in param_groups:
         group.update(shared)
 
@@ -200,9 +212,17 @@ def restore_state(
     # Small tensors are stacked: a copy of each, one by one, takes longer than everything else.
     rows = {name: _stack([theirs["lstm"][name] for theirs, _ in pairs], like) for name in Rows._fields}
     for i, (theirs, param) in enumerate(pairs):
-        new = {name: copy(value, dtype) for name, value in theirs.items() if name in ("mom", "rms")}
+        new: dict[str, Any] = {}
+        for name in ("mom", "rms"):
+            new[name] = place_like(param, copy(part_like(param, _shaped(param, theirs[name])), dtype))
         new["lstm"] = {name: values[i] for name, values in rows.items()}
-        new.update({name: copy(value) for name, value in theirs.items() if name not in new})
+        for name, value in theirs.items():
+            if name not in new:
+                of_param = isinstance(value, Tensor) and is_sharded(param) and value.shape == param.shape
+                if of_param:
+                    new[name] = place_like(param, copy(part_like(param, value[None]))[0])
+                else:
+                    new[name] = copy(value)
         state[param] = new
 
 

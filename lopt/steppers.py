@@ -2,18 +2,21 @@
 
 An optimizer has R tensors; those with a gradient take part in a step, the selected ones. :class:`Tensors` holds their
 state, stacked, and says which are selected. :class:`ReferenceStepper` and :class:`KernelStepper` make the steps, both
-in the order of :mod:`lopt.rule.step`; an unsharded step of the kernels is one call.
+in the order of :mod:`lopt.rule.step`; an unsharded step of the kernels is one call, one of sharded tensors goes phase
+by phase, with :class:`lopt.distributed.Exchange` in the seams.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lopt import kernels
+from lopt.distributed import Box, Exchange, Layout, PartOperands, Ranks, ShardedDirections, is_sharded, local_of
+from lopt.distributed.parts import increment_versions
 from lopt.roles import kinds_of_groups
 from lopt.rule import Theta, ThetaSpec, reference, tensor_lstm
 from lopt.rule.features import STATS
@@ -38,6 +41,23 @@ def one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def layout_of(tensors: "Tensors", ranks: Ranks) -> Layout:
+    """Which parts of the tensors all ranks hold, a collective.
+
+    Raises:
+        ValueError: ranks have different tensors, or not all of one.
+    """
+    shapes = [tuple(param.shape) for param in tensors.params]
+    found = ranks.gather((shapes, [Box.of(param) for param in tensors.params]))
+    for other, (theirs, _) in enumerate(found):
+        if theirs != shapes:
+            raise ValueError(
+                f"params: this rank has {len(shapes)} tensors, rank {other} of the process group has {len(theirs)}, or "
+                "others; give the group of the ranks that hold parts of the same parameters: process_group=..."
+            )
+    return Layout([boxes for _, boxes in found], shapes, ranks.index)
 
 
 class Tensors:
@@ -65,7 +85,7 @@ class Tensors:
         indices = [index for index, group in enumerate(groups) for _ in group["params"]]
         for param in everything:
             if param.numel() == 0 and "mom" not in state[param]:  # never updated, but checkpoints look for its state
-                state[param].update(init_state(spec, weights, 0, dtype))
+                state[param].update(init_state(spec, weights, param, dtype))
         filled = [param.numel() > 0 for param in everything]
         self.params: list[Tensor] = list(compress(everything, filled))
         self.groups: list[int] = list(compress(indices, filled))
@@ -88,7 +108,8 @@ class Tensors:
         self.selected: list[int] = []
         self.mom: list[Tensor] = []  # of the selected ones
         self.rms: list[Tensor] = []
-        self.operands = kernels.Operands(Tensor, self.params)
+        self.sharded = any(map(is_sharded, self.params))
+        self.operands = PartOperands(self.params) if self.sharded else kernels.Operands(Tensor, self.params)
         self._groups, self._seen_groups = groups, kernels.Seen()
         self._seen_groups.all(groups)
         for group in groups:
@@ -129,11 +150,11 @@ class Tensors:
                 continue
             param = self.params[index]
             state = self.state[param]
-            state.update(init_state(self.spec, self.weights, param.numel(), self.dtype))
+            state.update(init_state(self.spec, self.weights, param, self.dtype))
             self.states[index] = state
             self._show(index, state)
         states: list[Any] = [self.states[index] for index in self.selected]
-        self.mom, self.rms = [state["mom"] for state in states], [state["rms"] for state in states]
+        self.mom, self.rms = ([_flat(state[name]) for state in states] for name in ("mom", "rms"))
         self._see_state(states)
 
     @property
@@ -147,6 +168,12 @@ class Tensors:
         if len(self.selected) == len(self.params):
             return self.params
         return [self.params[index] for index in self.selected]
+
+
+def _flat(accumulators: Tensor) -> Tensor:
+    """``[K, *shape]`` -> ``[K, numel]`` of what is on this rank, the same memory."""
+    local = local_of(accumulators)
+    return local.view(len(local), -1) if local.numel() else local.new_empty(len(local), 0)
 
 
 class ReferenceStepper:
@@ -246,6 +273,40 @@ class KernelPhases:
         self.level.bind(self.plan)
 
 
+class PartPhases(KernelPhases):
+    """The same for parts of tensors: the plan works on what is on this rank, the level on all tensors, and the exchange
+    finishes."""
+
+    def __init__(self, stepper: "KernelStepper", exchange: Exchange, shared: Mapping[str, Tensor]) -> None:
+        super().__init__(stepper.plan, stepper.level, shared["step"], stepper.tensors.rows.updates)
+        self.exchange, self.directions = exchange, stepper.directions
+
+    def accumulate(self) -> Tensor:
+        if self.plan.num_tensors:
+            return super().accumulate()
+        self.before = self.plan.stats.clone()
+        return self.plan.stats
+
+    def apply(self) -> Tensor:
+        return super().apply() if self.plan.num_tensors else self.plan.hidden
+
+    def direction(self) -> None:
+        if self.directions is None:
+            super().direction()
+            return
+        if self.plan.num_tensors:
+            self.plan.module.write(self.plan.backend, self.plan.addresses[1], False, *self.plan.place())
+        self.plan.write_large(self._elsewhere)
+
+    def _elsewhere(self, gate: Tensor, step_size: Tensor) -> None:
+        assert self.directions is not None
+        self.directions.orthogonalise(self.exchange, gate, step_size)
+
+    def finish(self, means: Tensor) -> None:
+        if self.level.lagged:
+            self.plan.stats.copy_(self.kept)
+
+
 class KernelStepper:
     """Steps by the compiled kernels, on a GPU five launches: begin, accumulate, advance, apply, finish; with lagged
     statistics four: begin, advance, one sweep, finish. Where directions of matrices are treated as a whole, torch's
@@ -254,14 +315,15 @@ class KernelStepper:
     Parameters that are not contiguous pass through a staging copy.
     """
 
-    def __init__(self, backend: str, tensors: Tensors, theta: Theta, precision: str) -> None:
+    def __init__(self, backend: str, tensors: Tensors, theta: Theta, precision: str, ranks: Ranks) -> None:
         spec = theta.spec
         self.tensors, self.lagged = tensors, spec.stats == "lagged"
         none = [None] * len(tensors.params)
+        layout = layout_of(tensors, ranks) if tensors.sharded else None
         self.plan = plan = kernels.Plan(
             backend,
             spec.feature_set,
-            tensors.params,
+            [local_of(param) for param in tensors.params],
             none,
             none,
             precision=precision,
@@ -272,7 +334,10 @@ class KernelStepper:
         self.level = level = kernels.TensorLevel(
             backend, theta, shapes, tensors.rows, tensors.groups, kinds=tensors.kinds, lagged=self.lagged
         )
-        plan.treat_whole(matrices_of(shapes, tensors.kinds), spec.newton_schulz, tensors.rows.rank)
+        matrices = matrices_of(shapes, tensors.kinds)
+        split = {row: layout.mine[row].numel for row in range(len(shapes)) if layout and layout.split(row)}
+        parts = {row: numel for row, numel in split.items() if matrices[row].whole}
+        plan.treat_whole(matrices, spec.newton_schulz, tensors.rows.rank, parts)
         plan.bind_accumulate(level.inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
         packed = kernels.pack_mlp(spec, tensors.weights)
         plan.bind_apply(level.inputs, packed, spec.magnitude_rate, spec.feature_clip)
@@ -282,16 +347,37 @@ class KernelStepper:
             tensors.stats = plan.stats  # the kernels write there
             tensors.bind()
         self.some_first = False
+        self.exchange: Exchange | None = None
+        self.directions: ShardedDirections | None = None
+        if layout is not None:
+            whole = {row: matrices[row] for row in parts}
+            if whole and plan.directions is not None:
+                memory, large = plan.directions.parts, plan.directions.large
+                self.directions = ShardedDirections(ranks, layout, whole, spec.newton_schulz, memory, large)
+            width = spec.mlp_width
+            self.exchange = Exchange(ranks, layout, spec.features.num_stats, width, tensors.rows.rank, level.finish)
+
+    def settle(self) -> None:
+        """Complete the state, of which the next step would have completed a part: of sharded tensors a collective."""
+        if self.exchange is not None:
+            self.exchange.settle()
 
     def select(self) -> None:
         """Take the tensors that have a gradient now."""
         tensors = self.tensors
+        self.settle()
         tensors.select()
         for row, mom, rms in zip(tensors.selected, tensors.mom, tensors.rms, strict=True):
             if row not in self.plan.keep_alive:
                 self.plan.hold(row, mom, rms)
-        self.plan.select(tensors.selected)
-        self.level.bind(self.plan)
+        if self.exchange is None:
+            self.plan.select(tensors.selected)
+            self.level.bind(self.plan)
+        else:
+            self.plan.select(self.exchange.select(tensors.selected))
+            self.level.bind(self.plan, rows=tensors.selected)
+            if self.directions is not None:
+                self.directions.select(tensors.selected)
         # With lagged statistics, a tensor's first step sees its own, so accumulate comes before advance.
         self.some_first = self.lagged and bool((tensors.rows.updates[tensors.selected] == 0).any())
 
@@ -307,9 +393,12 @@ class KernelStepper:
         """One step, of the tensors that ``tensors.operands`` saw; ``groups`` have the options as a step uses them,
         ``shared`` is the state of all tensors, written."""
         plan, level, tensors = self.plan, self.level, self.tensors
+        if self.exchange is not None:
+            self._step_parts(self.exchange, params, grads, groups, shared, total_steps, loss)
+            return
         copies = params
         if tensors.operands.plain:
-            plan.point(tensors.operands, grads)
+            plan.point(cast(kernels.Operands, tensors.operands), grads)
         else:
             copies = kernels.contiguous(params)
             plan.set_tensors(copies, kernels.contiguous(grads))
@@ -325,5 +414,32 @@ class KernelStepper:
             for param, copy in zip(params, copies, strict=True):
                 if copy is not param:
                     param.copy_(copy)
-        torch.autograd.graph.increment_version(params)  # a backward pass that needs the old values must fail
+        increment_versions(params)
         plan.grads = []  # zero_grad frees their memory
+
+    def _step_parts(
+        self,
+        exchange: Exchange,
+        params: list[Tensor],
+        grads: list[Tensor],
+        groups: Groups,
+        shared: Mapping[str, Tensor],
+        total_steps: int,
+        loss: Tensor | float | None,
+    ) -> None:
+        """:meth:`step` of parts of tensors."""
+        plan, level = self.plan, self.level
+        pairs = [(local_of(param), grad) for param, grad in zip(params, grads, strict=True)]
+        pairs = [(param, grad) for param, grad in pairs if param.numel()]
+        copies = kernels.contiguous([param for param, _ in pairs])
+        if pairs:
+            plan.set_tensors(copies, kernels.contiguous([grad for _, grad in pairs]))
+        level.set_options(groups, total_steps)
+        level.set_losses(shared, loss)
+        exchange.shared = shared
+        run(PartPhases(self, exchange, shared), exchange)
+        for (param, _), copy in zip(pairs, copies, strict=True):
+            if copy is not param:
+                param.copy_(copy)
+        increment_versions(params)
+        plan.grads = []

@@ -36,7 +36,7 @@ from lopt.rule import Theta, ThetaSpec
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
-SHARED = {"step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite"}
+SHARED = {"step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "pending_valid", "nonfinite"}
 
 OPTIONS = {"params", "lr", "weight_decay", "maximize", "peak_lr", "theta", "theta_checksum", "total_steps"}
 OPTIONS |= {"role", "transposed", "averaged_steps"}
@@ -90,8 +90,8 @@ def test_layout(impl: str, preset: str) -> None:
     for index, param in enumerate(params):
         state = state_dict["state"][index]
         shapes = {
-            "mom": (len(spec.mom_decays), param.numel()),
-            "rms": (len(spec.rms_decays), param.numel()),
+            "mom": (len(spec.mom_decays), *param.shape),
+            "rms": (len(spec.rms_decays), *param.shape),
             "lstm": {
                 "h": (spec.lstm_width,),
                 "c": (spec.lstm_width,),
@@ -114,6 +114,7 @@ def test_layout(impl: str, preset: str) -> None:
         "clip": (2,),
         "from_lstm": (spec.from_lstm,),
         "pending_loss": (2,),
+        "pending_valid": (2,),
         "nonfinite": (2,),
     }
     assert int(first_group["step"]) == 2
@@ -131,7 +132,28 @@ def test_state_is_that_of_the_parameter_in_row_major_order() -> None:
     one = opt.theta.spec.mom_decays[0]
     grads = [torch.randn(params[0].shape, generator=torch.Generator().manual_seed(100 + step)) for step in range(2)]
     expected = (1 - one) * (one * grads[0] + grads[1])
-    torch.testing.assert_close(opt.state[params[0]]["mom"][0], expected.reshape(-1))
+    torch.testing.assert_close(opt.state[params[0]]["mom"][0], expected)
+
+
+@every_impl
+def test_state_dicts_of_before_sharding(impl: str) -> None:
+    """They had flat accumulators, and no validation losses that wait for other ranks."""
+    params, others = make_params(), make_params()
+    opt, other = make_optimizer(params, impl), make_optimizer(others, impl)
+    run(opt, params, 2)
+    old = copy.deepcopy(opt.state_dict())
+    for state in old["state"].values():
+        state["mom"], state["rms"] = (state[name].reshape(len(state[name]), -1) for name in ("mom", "rms"))
+    for group in old["param_groups"]:
+        del group["pending_valid"]
+    with torch.no_grad():
+        for param, value in zip(others, params, strict=True):
+            param.copy_(value)
+    other.load_state_dict(old)
+    assert_same_bits(other.state_dict(), opt.state_dict())
+    run(opt, params, 2, first=2)
+    run(other, others, 2, first=2)
+    assert_same_bits(snapshot(opt), snapshot(other))
 
 
 # ---- Resume ----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ enum Precision : int32_t { kExact = 0, kHigh = 1, kFast = 2 };
   FIELD(int64_t, theta)       /* row of ApplyParams::weights */                                            \
   FIELD(int64_t, direction)   /* address of [numel] values of the state's dtype where apply writes the */  \
                               /* direction where the gate is open, or 0 */                                 \
-  FIELD(int64_t, matrix_rows) /* of a tensor with a direction */                                           \
+  FIELD(int64_t, matrix_rows) /* of a tensor with a direction; 0: it is a part, orthogonalised elsewhere */ \
   FIELD(int64_t, row)         /* of all tables [R, ...] below */                                           \
   FIELD(int32_t, param_dtype) /* enum Dtype */                                                             \
   FIELD(int32_t, grad_dtype)  /* enum Dtype */

@@ -47,8 +47,9 @@ void merge_tensor(const ApplyParams& params, int64_t t) {
   }
 }
 
-// What is left to torch: large matrices.
+// What is left to torch: large matrices, and those of which only a part is here.
 bool by_torch(const TensorEntry& tensor) {
+  if (tensor.matrix_rows == 0) return true;
   return std::min(tensor.matrix_rows, tensor.numel / tensor.matrix_rows) > kNativeSide;
 }
 

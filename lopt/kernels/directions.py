@@ -4,7 +4,7 @@
 orthogonalise all of them at once; then ``write`` takes them to the parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,10 @@ def quick_bfloat16(device: torch.device) -> bool:
     return supported()
 
 
+def _aligned(numel: int) -> int:
+    return -(-numel // ALIGNED) * ALIGNED
+
+
 class Batch(NamedTuple):
     """Matrices of one shape."""
 
@@ -45,6 +49,8 @@ class Directions:
         exact: products are computed in float32. Otherwise those of large matrices are in bfloat16, where the device is
             quicker at that: singular values are brought near to 1 all the same.
         native: shorter side up to which the kernels orthogonalise matrices themselves.
+        parts: of matrices of which only a part is here, by row its number of elements. They have memory, ``parts``;
+            somebody else orthogonalises them.
     """
 
     def __init__(
@@ -55,17 +61,21 @@ class Directions:
         device: torch.device,
         exact: bool,
         native: int = 0,
+        parts: Mapping[int, int] | None = None,
     ) -> None:
         self.iterations, self.device, self.native = iterations, device, native
         self.large = torch.float32 if exact or not quick_bfloat16(device) else torch.bfloat16
         shapes: dict[tuple[int, int], list[int]] = {}
         for row, matrix in enumerate(matrices):
-            if matrix.whole:
+            if matrix.whole and row not in (parts or {}):
                 shapes.setdefault((matrix.rows, matrix.columns), []).append(row)
         self.shapes = shapes
-        strides = {shape: -(-shape[0] * shape[1] // ALIGNED) * ALIGNED for shape in shapes}
+        strides = {shape: _aligned(shape[0] * shape[1]) for shape in shapes}
         self.memory = torch.zeros(
-            sum(strides[shape] * len(rows) for shape, rows in shapes.items()), dtype=dtype, device=device
+            sum(strides[shape] * len(rows) for shape, rows in shapes.items())
+            + sum(map(_aligned, (parts or {}).values())),
+            dtype=dtype,
+            device=device,
         )
         #: Address of each tensor's directions, 0 for what is not treated as a whole.
         self.addresses = [0] * len(matrices)
@@ -78,6 +88,11 @@ class Directions:
                 self.addresses[row] = values[place].data_ptr()
             self._all.append(values)
             offset += stride * len(rows)
+        self.parts: dict[int, Tensor] = {}
+        for row, numel in (parts or {}).items():
+            self.parts[row] = self.memory[offset : offset + numel]
+            self.addresses[row] = self.parts[row].data_ptr() if numel else 0
+            offset += _aligned(numel)
         self.select(range(len(matrices)))
 
     def select(self, selected: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ are constant in a tensor are folded into a bias per tensor, and the MLP outputs 
 once per tensor from the mean hidden vector.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -82,10 +82,10 @@ class Plan:
     Args:
         backend: ``"cpu"``, ``"cuda"``, or ``"sim"`` (the CUDA kernels on the CPU, for tests).
         feature_set: a key of ``FEATURE_SETS``.
-        params: contiguous, non-empty float32 or bfloat16 tensors on one device, written by :meth:`apply`.
+        params: contiguous float32 or bfloat16 tensors on one device, written by :meth:`apply`.
         mom, rms: contiguous ``[num_mom, numel]`` and ``[num_rms, numel]`` for each, all float32 or all bfloat16;
             :meth:`accumulate` writes, and rounds bfloat16 stochastically (csrc/rule/rounding.h). None for a tensor
-            that has no state yet: :meth:`hold` gives it one, before it is selected.
+            that has no state yet: :meth:`hold` gives it one, before it is selected. Without state it may be empty.
         theta_index: for each tensor the row of the MLP weights that drives it; zeros by default.
         precision: of the small MLP in the CUDA kernels. ``"exact"`` is plain float32; ``"high"`` splits a float32 into
             two halves for tensor cores and keeps its accuracy; ``"fast"`` rounds to 11 bits.
@@ -138,9 +138,9 @@ class Plan:
         self.chunks_of = -(-np.array(self.sizes, dtype=np.int64) // self.module.chunk)
         self.keep_alive: dict[int, tuple[Tensor, Tensor]] = {}
         for i, (param, m, r) in enumerate(zip(params, mom, rms, strict=True)):
-            if self.sizes[i] == 0:
-                raise ValueError(f"params[{i}]: empty; leave empty tensors out")
             if m is not None and r is not None:
+                if self.sizes[i] == 0:
+                    raise ValueError(f"params[{i}]: empty; leave empty tensors out")
                 _check(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
                 self.hold(i, m, r)
 
@@ -168,20 +168,25 @@ class Plan:
         self.addresses = self._accumulate.ctypes.data, self._apply.ctypes.data
         self.select(None)
 
-    def treat_whole(self, matrices: Sequence[Matrix], iterations: int, rank: Tensor) -> None:
+    def treat_whole(
+        self, matrices: Sequence[Matrix], iterations: int, rank: Tensor, parts: Mapping[int, int] | None = None
+    ) -> None:
         """Orthogonalise the directions of those of the R tensors that may be, between :meth:`apply` and :meth:`write`.
 
         Args:
             matrices: of the R tensors.
             iterations: of Newton-Schulz; with 0 nothing is treated as a whole.
             rank: ``[R]`` float32, of the directions, written.
+            parts: see :class:`Directions`.
         """
         if not iterations or not any(matrix.whole for matrix in matrices):
             return
         exact, native = self.precision == PRECISIONS.index("exact"), self.module.native_side(self.backend)
-        self.directions = Directions(matrices, iterations, self.state_dtype, self.device, exact, native)
+        self.directions = Directions(matrices, iterations, self.state_dtype, self.device, exact, native, parts)
         self.all_entries["direction"] = self.directions.addresses
-        self.all_entries["matrix_rows"] = [matrix.rows for matrix in matrices]
+        self.all_entries["matrix_rows"] = [
+            0 if row in self.directions.parts else matrix.rows for row, matrix in enumerate(matrices)
+        ]
         self._apply["newton_schulz"], self._apply["rank"] = iterations, rank.data_ptr()
         self.rank = rank
         self.select(None)
@@ -196,8 +201,8 @@ class Plan:
         self.keep_alive[row] = mom, rms
 
     def select(self, rows: Sequence[int] | None) -> None:
-        """Let the operations work on these tensors, in ascending order; None selects all."""
-        chosen = np.arange(self.num_rows) if rows is None else np.array(rows, dtype=np.int64)
+        """Let the operations work on these tensors, in ascending order; None selects all that are not empty."""
+        chosen = np.flatnonzero(self.all_entries["numel"]) if rows is None else np.array(rows, dtype=np.int64)
         chunks_of = self.chunks_of[chosen]
         first = np.concatenate([[0], np.cumsum(chunks_of)]).astype(np.int64)
         chunks = np.zeros(int(first[-1]), CHUNK)
@@ -345,10 +350,16 @@ class Plan:
         if not self.module.write(self.backend, self.addresses[1], False, *self.place()):
             self.write_large()
 
-    def write_large(self) -> None:
-        """What :meth:`write` does with matrices that the kernels leave to torch."""
+    def write_large(self, elsewhere: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """What :meth:`write` does with matrices that the kernels leave to torch.
+
+        Args:
+            elsewhere: orthogonalises ``directions.parts``, from ``gate`` and ``step_size``, ``[R]``.
+        """
         assert self.directions is not None
         self.directions.orthogonalise(self._inputs["gate"], self.rank, self._inputs["step_size"])
+        if elsewhere is not None:
+            elsewhere(self._inputs["gate"], self._inputs["step_size"])
         self.module.write(self.backend, self.addresses[1], True, *self.place())
 
     def bind_apply(

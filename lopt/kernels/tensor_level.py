@@ -165,15 +165,19 @@ class TensorLevel:
                 address[...], number[...] = 0, math.nan if loss is None else loss
             self._untold[i] = loss is None
 
-    def bind(self, plan: Plan, part: slice | None = None) -> None:
+    def bind(self, plan: Plan, part: slice | None = None, rows: Sequence[int] | None = None) -> None:
         """Let the phases read what ``plan`` writes, for its selected tensors.
 
         Args:
             part: this level's rows among the plan's, where several levels share it; all of them must be selected.
+            rows: those that take part, in ascending order, where they are others than those the plan works on.
         """
         stats, hidden = (plan.stats, plan.hidden) if part is None else (plan.stats[part], plan.hidden[part])
         self._record["stats"], self._record["hidden"] = stats.data_ptr(), hidden.data_ptr()
-        if part is None:
+        if rows is not None:
+            self.some_rows = Table(np.array(rows, dtype=np.int64), self.device)
+            self._record["rows"], self._record["num_tensors"] = self.some_rows.address, len(rows)
+        elif part is None:
             self._record["rows"], self._record["num_tensors"] = plan.rows.address, plan.num_tensors
 
     def advance(self, stats: Tensor) -> None:
