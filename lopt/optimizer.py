@@ -192,10 +192,15 @@ class LearnedOptimizer(Optimizer):
 
     def _theta_weights(self) -> dict[str, Tensor]:
         """Theta on the parameters' device, float64 for float64 parameters and float32 otherwise."""
-        if not self._weights:
+        if self._stepper is None:  # trainers move models after their optimizers were made
             first = self._first_param()
             dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-            self._weights = self.theta.to(first.device, dtype).tensors
+            held = self._weights.get("initial_h")
+            if held is None or (held.device, held.dtype) != (first.device, dtype):
+                made_for = getattr(self, "implementation", "reference")
+                if made_for != "reference" and (made_for == "cuda") != first.is_cuda:
+                    self.implementation = choose_implementation(self.impl, first.device, self.theta.spec)
+                self._weights = self.theta.to(first.device, dtype).tensors
         return self._weights
 
     def _globals(self) -> dict[str, Any]:
@@ -210,7 +215,8 @@ class LearnedOptimizer(Optimizer):
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
         check_total_steps(value)
-        self._total_steps, self._told = value, value is not None
+        inner = getattr(self, "optimizer", self)  # Fabric's wrappers are of this class, and have no attributes
+        inner._total_steps, inner._told = value, value is not None
         for group in self.param_groups:
             group["total_steps"] = value
 

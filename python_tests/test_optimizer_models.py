@@ -402,6 +402,33 @@ def test_the_loss_falls() -> None:
         assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_model_that_is_moved_after_its_optimizer_was_made(impl: str, device: torch.device) -> None:
+    """Trainers move models, and load an optimizer's own state into it before: as if it had been made afterwards."""
+    dtype = torch.float64 if impl == "reference" else torch.float32
+    results = []
+    for first in (True, False):
+        model = make_model()
+        if not first:
+            model.to(device, dtype)
+        opt = LearnedOptimizer(model, impl=impl)
+        if first:
+            opt.load_state_dict(opt.state_dict())
+            model.to(device, dtype)
+        for data, label in batches(3):
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(model(data.to(device, dtype)), label.to(device))
+            loss.backward()
+            opt.observe(train_loss=loss)
+            opt.step()
+        assert opt.implementation == (impl if impl == "reference" else device.type)
+        results.append((model, opt))
+    (model, opt), (expected, expected_opt) = results
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert opt.state[a]["mom"].dtype == expected_opt.state[b]["mom"].dtype == dtype
+
+
 # ---- Documentation ---------------------------------------------------------------------------------------------------
 
 
