@@ -13,17 +13,19 @@ PY    = $(PYTHON)
 BIN   = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 READY = existing-environment
 TOOLS_READY = existing-environment
+TRAINERS_READY = existing-environment
 else
 PY    = $(VENV)/bin/python
 BIN   = $(VENV)/bin
 READY = $(VENV)/.installed
 TOOLS_READY = $(VENV)/.installed-tools
+TRAINERS_READY = $(VENV)/.installed-trainers
 endif
 TORCH  = $(shell grep -E '^torch==' constraints.txt)
 BUILD  = setuptools pybind11 cmake ninja
 SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh cuda/*.cpp cuda/*.h)
 
-.PHONY: help install demo test lint format sass asan clean existing-environment
+.PHONY: help install demo test integrations lint format sass asan clean existing-environment
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
@@ -44,6 +46,11 @@ $(VENV)/.installed-tools: $(VENV)/.installed
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint,sass]'
 	touch $@
 
+# The trainers of others that lopt.integrations is for, half a minute.
+$(VENV)/.installed-trainers: $(VENV)/.installed-tools
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[hf,lightning]'
+	touch $@
+
 existing-environment:
 	@$(PY) -c 'import torch' 2>/dev/null || { echo 'VENV= uses the environment of PYTHON=$(PYTHON), which has no torch: install it there, or leave VENV out.'; exit 1; }
 	@$(PY) -c 'import importlib.metadata as m; m.version("lopt")' 2>/dev/null || $(PY) -m pip install --no-build-isolation --no-deps -e .
@@ -52,9 +59,13 @@ demo: install
 	$(BIN)/lopt train --out out/demo $(ARGS)
 
 # The tests need lopt._sim, the CUDA kernels on the CPU.
-test asan: export LOPT_SIM = ON
+test integrations asan: export LOPT_SIM = ON
 test: $(TOOLS_READY) install
 	$(PY) -m pytest $(ARGS)
+
+# Real runs with the trainers of others; what is not installed is skipped.
+integrations: $(TRAINERS_READY) install
+	$(PY) -m pytest python_tests/integrations $(ARGS)
 
 lint: $(TOOLS_READY) install
 	$(PY) -m ruff check .
