@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lopt.integrations.unwrap import tell_steps, unwrap
 from lopt.optimizer import LearnedOptimizer
-from lopt.options import warn
+from lopt.warnings import warn
 
 try:
     from lightning.pytorch import Callback

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lopt.integrations.unwrap import need, tell_steps
 from lopt.optimizer import LearnedOptimizer
-from lopt.options import warn
+from lopt.warnings import warn
 
 
 class TransformersCallback(TrainerCallback):  # type: ignore[misc]  # the library is not read by mypy
