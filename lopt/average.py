@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt.distributed import local_of
+from lopt.distributed import is_sharded, local_of, whole_of
 
 DECAY = 0.998
 
@@ -47,23 +47,27 @@ class Averages:
         if self.swapped:
             raise RuntimeError("step: inside averaged(), where parameters are averages; leave it before the next step")
 
-    def update(self, params: Sequence[Tensor], state: State, groups: Sequence[dict[str, Any]]) -> None:
-        """Take these parameters into their averages."""
+    def update(
+        self, params: Sequence[Tensor], parts: Sequence[Tensor], state: State, groups: Sequence[dict[str, Any]]
+    ) -> None:
+        """Take these parameters, as they are stepped, into their averages."""
         if self.wanted:
-            self._update(params, state, groups)
+            self._update(params, parts, state, groups)
 
     @torch.no_grad()
-    def _update(self, params: Sequence[Tensor], state: State, groups: Sequence[dict[str, Any]]) -> None:
-        known: list[Tensor] = []
-        for param in params:
+    def _update(
+        self, params: Sequence[Tensor], parts: Sequence[Tensor], state: State, groups: Sequence[dict[str, Any]]
+    ) -> None:
+        known: list[tuple[Tensor, Tensor]] = []
+        for param, part in zip(params, parts, strict=True):
             if "average" in state[param]:
-                known.append(param)
+                known.append((local_of(state[param]["average"]), local_of(part)))
             else:
                 dtype = torch.promote_types(param.dtype, torch.float32)
-                state[param]["average"] = param.detach().to(dtype, copy=True)
+                state[param]["average"] = part.detach().to(dtype, copy=True)
         if known:
-            averages = [local_of(state[param]["average"]) for param in known]
-            values = [local_of(param).detach().to(a.dtype) for param, a in zip(known, averages, strict=True)]
+            averages = [average for average, _ in known]
+            values = [part.detach().to(average.dtype) for average, part in known]
             torch._foreach_lerp_(averages, values, 1.0 - decay_at(groups[0].get("averaged_steps", 0)))
         for group in groups:
             group["averaged_steps"] = group.get("averaged_steps", 0) + 1
@@ -79,7 +83,8 @@ class Averages:
         with torch.no_grad():
             kept = [param.detach().clone() for param in averaged]
             for param in averaged:
-                param.copy_(state[param]["average"])
+                average = state[param]["average"]
+                param.copy_(average if is_sharded(param) == is_sharded(average) else whole_of(average))
         self.swapped = True
         try:
             yield

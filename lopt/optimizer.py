@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopt.average import Averages
-from lopt.distributed import Ranks, check_same, is_sharded, refuse_zero
+from lopt.distributed import Ranks, Shares, check_same, is_sharded, refuse_zero
 from lopt.hooks import hook, without_grad
 from lopt.implementations import check_arguments, choose_implementation, run_eagerly
 from lopt.kernels import devices
@@ -74,6 +74,9 @@ class LearnedOptimizer(Optimizer):
             ``torch.distributed``, if it is initialised by the first loss or step. Where ranks hold the same parameters
             (DistributedDataParallel), losses are averaged over them; where they hold parts (``fully_shard``,
             tensor parallelism), the statistics of tensors are summed, too. None: this rank is alone.
+        sharded_state: of parameters that all ranks hold (DistributedDataParallel), each rank steps some rows and keeps
+            their state alone, as stage 1 of ZeRO does; then ranks exchange the rows. State dicts are as with
+            ``fully_shard``, which shards parameters and gradients, too.
         check_ranks: after every so many steps, compare over the ranks what must be the same on all, and raise
             RuntimeError if it is not; 0 for never.
         options: those of torch's other optimizers (``foreach``, ``betas``, ...) are accepted where they are None or
@@ -128,6 +131,7 @@ class LearnedOptimizer(Optimizer):
         maximize: bool = False,
         average: bool = False,
         process_group: Any = "auto",
+        sharded_state: bool = False,
         check_ranks: int = 0,
         **options: Any,
     ) -> None:
@@ -149,7 +153,10 @@ class LearnedOptimizer(Optimizer):
         self._options = Options()
         self._averages = Averages(average)
         self._ranks = Ranks(process_group)
+        self._shares = Shares(self._ranks) if sharded_state else None
         self._check_ranks, self._until_check = check_ranks, check_ranks
+        if sharded_state and impl == "reference":
+            raise ValueError("sharded_state: impl='reference' keeps whole states; use impl='auto'")
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None}
         hook(type(self))
         super().__init__(params, {**options, "role": None, "transposed": False, "averaged_steps": 0})
@@ -245,7 +252,7 @@ class LearnedOptimizer(Optimizer):
             self._check_capture()
             weights = self._theta_weights()
             dtype = self._accumulator_dtype(weights["initial_h"])
-            tensors = Tensors(self.param_groups, self.state, self.theta.spec, weights, dtype)
+            tensors = Tensors(self.param_groups, self.state, self.theta.spec, weights, dtype, self._shares)
             if self.implementation == "reference":
                 self._stepper = ReferenceStepper(tensors, self.theta)
             else:
@@ -271,7 +278,7 @@ class LearnedOptimizer(Optimizer):
         self._settle()
         state: dict[str, Any] = super().__getstate__()
         kept = ["theta", "on_nonfinite", "precision", "state_dtype", "impl", "implementation"]
-        kept += ["_identity", "_total_steps", "_told", "_losses", "_options", "_averages", "_ranks"]
+        kept += ["_identity", "_total_steps", "_told", "_losses", "_options", "_averages", "_ranks", "_shares"]
         kept += ["_check_ranks", "_until_check"]
         return {**state, **{name: getattr(self, name) for name in kept}}
 
@@ -311,7 +318,8 @@ class LearnedOptimizer(Optimizer):
 
         def restore(_: Optimizer) -> None:  # before all other post-hooks
             like = self._theta_weights()["initial_h"]
-            restore_state(source, self.param_groups, self.state, like, self._accumulator_dtype(like))
+            parts = {} if self._shares is None else {"part": self._shares.part}
+            restore_state(source, self.param_groups, self.state, like, self._accumulator_dtype(like), **parts)
             self._take_up()
 
         handles = (
@@ -504,15 +512,19 @@ class LearnedOptimizer(Optimizer):
             operands.replace(grads)
         if isinstance(stepper, KernelStepper):
             stepper.step(tensors.selected_params, grads, options, shared, steps, observed)
-            self._averages.update(tensors.selected_params, self.state, self.param_groups)
-            self._compare_ranks()
+            self._finish(tensors)
             return result
         with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast
             self._write(observed)
             stepper.step(tensors.selected_params, grads, options, shared, steps)
-        self._averages.update(tensors.selected_params, self.state, self.param_groups)
-        self._compare_ranks()
+        self._finish(tensors)
         return result
+
+    def _finish(self, tensors: Tensors) -> None:
+        """After a step: what was asked for beside it."""
+        params = tensors.selected_params
+        self._averages.update(params, tensors.parts(params), self.state, self.param_groups)
+        self._compare_ranks()
 
     def _compare_ranks(self) -> None:
         if not self._check_ranks or self._ranks.group is None:

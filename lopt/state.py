@@ -8,7 +8,7 @@ import hashlib
 import json
 import numbers
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -179,6 +179,7 @@ def restore_state(
     state: MutableMapping[Tensor, Any],
     like: Tensor,
     dtype: torch.dtype,
+    part: Callable[[Tensor], Tensor] = lambda param: param,
 ) -> None:
     """Take copies of the state in ``source``; torch would cast what is floating to the parameters' dtype.
 
@@ -187,6 +188,7 @@ def restore_state(
         param_groups, state: the optimizer's; written.
         like: has device and dtype of the state.
         dtype: of the accumulators.
+        part: a parameter as it is stepped, by which the state lies.
     """
 
     def copy(value: Any, floating: torch.dtype = like.dtype) -> Any:
@@ -214,13 +216,14 @@ def restore_state(
     for i, (theirs, param) in enumerate(pairs):
         new: dict[str, Any] = {}
         for name in ("mom", "rms"):
-            new[name] = place_like(param, copy(part_like(param, _shaped(param, theirs[name])), dtype))
+            value = _shaped(param, theirs[name])
+            new[name] = place_like(part(param), copy(part_like(part(param), value), dtype))
         new["lstm"] = {name: values[i] for name, values in rows.items()}
         for name, value in theirs.items():
             if name not in new:
-                of_param = isinstance(value, Tensor) and is_sharded(param) and value.shape == param.shape
+                of_param = isinstance(value, Tensor) and is_sharded(part(param)) and value.shape == param.shape
                 if of_param:
-                    new[name] = place_like(param, copy(part_like(param, value[None]))[0])
+                    new[name] = place_like(part(param), copy(part_like(part(param), value[None]))[0])
                 else:
                     new[name] = copy(value)
         state[param] = new

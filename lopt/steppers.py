@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
-from lopt.distributed import Box, Exchange, Layout, PartOperands, Ranks, ShardedDirections, is_sharded, local_of
+from lopt.distributed import Box, Exchange, Layout, PartOperands, Ranks, ShardedDirections, Shares, is_sharded, local_of
 from lopt.distributed.parts import increment_versions
 from lopt.roles import kinds_of_groups
 from lopt.rule import Theta, ThetaSpec, reference, tensor_lstm
@@ -50,7 +50,9 @@ def layout_of(tensors: "Tensors", ranks: Ranks) -> Layout:
         ValueError: ranks have different tensors, or not all of one.
     """
     shapes = [tuple(param.shape) for param in tensors.params]
-    found = ranks.gather((shapes, [Box.of(param) for param in tensors.params]))
+    if tensors.shares is not None:
+        ranks.meet(tensors.params, (), tensors.rows.h.device, required=True)
+    found = ranks.gather((shapes, [Box.of(part) for part in tensors.parts(tensors.params)]))
     for other, (theirs, _) in enumerate(found):
         if theirs != shapes:
             raise ValueError(
@@ -70,6 +72,7 @@ class Tensors:
         groups: the optimizer's param groups.
         state: the optimizer's; written.
         dtype: of the accumulators.
+        shares: where every rank has the state of a part of replicated parameters.
     """
 
     def __init__(
@@ -79,13 +82,15 @@ class Tensors:
         spec: ThetaSpec,
         weights: Mapping[str, Tensor],
         dtype: torch.dtype,
+        shares: Shares | None = None,
     ) -> None:
+        self.shares = shares
         self.spec, self.weights, self.dtype, self.state = spec, weights, dtype, state
         everything = [param for group in groups for param in group["params"]]
         indices = [index for index, group in enumerate(groups) for _ in group["params"]]
         for param in everything:
             if param.numel() == 0 and "mom" not in state[param]:  # never updated, but checkpoints look for its state
-                state[param].update(init_state(spec, weights, param, dtype))
+                state[param].update(init_state(spec, weights, self._part(param), dtype))
         filled = [param.numel() > 0 for param in everything]
         self.params: list[Tensor] = list(compress(everything, filled))
         self.groups: list[int] = list(compress(indices, filled))
@@ -108,14 +113,21 @@ class Tensors:
         self.selected: list[int] = []
         self.mom: list[Tensor] = []  # of the selected ones
         self.rms: list[Tensor] = []
-        self.sharded = any(map(is_sharded, self.params))
-        self.operands = PartOperands(self.params) if self.sharded else kernels.Operands(Tensor, self.params)
+        self.sharded = any(map(is_sharded, self.parts(self.params)))
+        self.operands = PartOperands(self.params, shares) if self.sharded else kernels.Operands(Tensor, self.params)
         self._groups, self._seen_groups = groups, kernels.Seen()
         self._seen_groups.all(groups)
         for group in groups:
             self._seen_groups.items(group, "params", "role", "transposed")
             self._seen_groups.all(group["params"])
         self._see_state([])
+
+    def _part(self, param: Tensor) -> Tensor:
+        return param if self.shares is None else self.shares.part(param)
+
+    def parts(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters as they are stepped: sharded, where this rank has the state of a part."""
+        return list(map(self._part, params))
 
     def bind(self) -> None:
         """Make the states show rows of the tables."""
@@ -150,7 +162,7 @@ class Tensors:
                 continue
             param = self.params[index]
             state = self.state[param]
-            state.update(init_state(self.spec, self.weights, param, self.dtype))
+            state.update(init_state(self.spec, self.weights, self._part(param), self.dtype))
             self.states[index] = state
             self._show(index, state)
         states: list[Any] = [self.states[index] for index in self.selected]
@@ -323,7 +335,7 @@ class KernelStepper:
         self.plan = plan = kernels.Plan(
             backend,
             spec.feature_set,
-            [local_of(param) for param in tensors.params],
+            [local_of(part) for part in tensors.parts(tensors.params)],
             none,
             none,
             precision=precision,
@@ -429,7 +441,7 @@ class KernelStepper:
     ) -> None:
         """:meth:`step` of parts of tensors."""
         plan, level = self.plan, self.level
-        pairs = [(local_of(param), grad) for param, grad in zip(params, grads, strict=True)]
+        pairs = [(local_of(part), grad) for part, grad in zip(self.tensors.parts(params), grads, strict=True)]
         pairs = [(param, grad) for param, grad in pairs if param.numel()]
         copies = kernels.contiguous([param for param, _ in pairs])
         if pairs:
@@ -441,5 +453,7 @@ class KernelStepper:
         for (param, _), copy in zip(pairs, copies, strict=True):
             if copy is not param:
                 param.copy_(copy)
+        if self.tensors.shares is not None:
+            self.tensors.shares.exchange(params)
         increment_versions(params)
         plan.grads = []

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lopt.distributed.parts import local_gradient, local_of
+from lopt.distributed.shares import Shares
 
 
 class PartOperands:
@@ -13,8 +14,8 @@ class PartOperands:
 
     plain = False
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = params
+    def __init__(self, params: Sequence[Tensor], shares: Shares | None = None) -> None:
+        self._params, self._shares = params, shares
         self._given: list[int] = []
         self._selected: list[int] = []
         self._found: list[Any] = []
@@ -31,7 +32,12 @@ class PartOperands:
         grads, self._given, self._found = [], [], []
         for index, param in enumerate(self._params):
             if param.grad is not None:
-                grad, local = local_gradient(param, param.grad), local_of(param)
+                grad, part = param.grad, param
+                if self._shares is None:
+                    grad = local_gradient(param, grad)
+                else:
+                    part, grad = self._shares.part(param), self._shares.gradient(param, grad)
+                local = local_of(part)
                 grads.append(grad)
                 self._given.append(index)
                 self._found.append((local.dtype, local.shape, local.device, grad.dtype, grad.shape, grad.device))

@@ -87,11 +87,13 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def meet(self, params: Sequence[Tensor], grads: Sequence[Tensor], device: torch.device) -> None:
+    def meet(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], device: torch.device, required: bool = False
+    ) -> None:
         """Before the first step: find out whether the ranks hold the same parameters and gradients.
 
         Raises:
-            ValueError: they do not, and the process group was given.
+            ValueError: they do not, and this is required, or the process group was given.
         """
         self.met = True
         if self.group is None or self.same(fingerprint([*params, *grads], device)):
@@ -100,7 +102,7 @@ class Ranks:
             "parameters or gradients differ between the ranks of the process group. DistributedDataParallel and "
             "fully_shard keep them the same; where every rank trains a model of its own, write process_group=None"
         )
-        if self.given != "auto":
+        if required or self.given != "auto":
             raise ValueError(f"process_group: {found}")
         self.alone = True
         warn(f"{found}. Each rank goes on alone: losses are not averaged")

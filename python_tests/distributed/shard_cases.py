@@ -208,6 +208,17 @@ def lagged() -> Any:
     return run(sharded(block()), theta="lagged")[:2]
 
 
+def shared() -> Any:
+    """Replicated parameters, sharded state."""
+    differences, found, opt = run(block(), sharded_state=True)
+    local = sum(state[name].to_local().numel() for state in opt.state.values() for name in ("mom", "rms"))
+    return differences, found, local
+
+
+def shared_and_averaged() -> Any:
+    return run(block(), steps=20, sharded_state=True, average=True)[:2]
+
+
 def half_state() -> Any:
     return run(sharded(block()), state_dtype=torch.bfloat16)[:2]
 

@@ -8,8 +8,20 @@ import torch
 from on_ranks import on_ranks
 from torch import Tensor
 
-TWO = ["replicated", "fsdp", "without_matrices", "some_plain", "by_columns", "parallel", "lagged", "sim", "averaged"]
-FOUR = ["fsdp", "without_matrices", "hybrid", "both"]
+TWO = [
+    "replicated",
+    "fsdp",
+    "without_matrices",
+    "some_plain",
+    "by_columns",
+    "parallel",
+    "lagged",
+    "shared",
+    "shared_and_averaged",
+    "sim",
+    "averaged",
+]
+FOUR = ["fsdp", "without_matrices", "shared", "hybrid", "both"]
 
 
 @pytest.fixture(scope="module")
