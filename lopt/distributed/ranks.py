@@ -162,7 +162,7 @@ def refuse_zero() -> None:
             raise TypeError(
                 "ZeroRedundancyOptimizer: it gives every rank some of the tensors alone, while the optimizer sees "
                 "statistics of all; shard parameters and state with torch.distributed.fsdp.fully_shard, or state alone "
-                "with lopt.distributed.share_state"
+                "with sharded_state=True"
             )
         if frame.f_back is None:
             return

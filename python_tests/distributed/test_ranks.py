@@ -1,0 +1,80 @@
+"""Several ranks: losses of their own, who belongs together, what a step costs, errors."""
+
+from typing import Any
+
+import pytest
+import torch
+from on_ranks import on_ranks
+
+CASES = ["plain", "micro_batches", "uneven", "one_validates", "by_hand", "apart", "errors", "counted"]
+CASES += ["partial_gradients", "changing_gradients", "nonfinite"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    results = on_ranks(2, "rank_cases", CASES, tmp_path_factory.mktemp("ranks"))
+    for name, values in results.items():
+        assert not any(isinstance(value, str) for value in values), f"{name}: {values}"
+    return results
+
+
+@pytest.mark.parametrize("name", ["plain", "micro_batches", "uneven", "one_validates"])
+def test_replicas_stay_the_same_bit_for_bit(found: Any, name: str) -> None:
+    first, second = found[name]
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+    assert int(first["step"]) > 0
+    assert float(first["train_loss"][2]) > 0
+    assert float(first["valid_loss"][2]) > 0
+
+
+@pytest.mark.parametrize("name", ["plain", "micro_batches"])
+def test_losses_of_ranks_are_those_of_one_process(found: Any, name: str) -> None:
+    for key, value in found["by_hand"][0].items():
+        torch.testing.assert_close(found[name][0][f"module.{key}" if "." in key else key], value, rtol=2e-4, atol=2e-6)
+
+
+def test_a_validation_loss_of_one_rank_reaches_all(found: Any) -> None:
+    assert not torch.equal(found["one_validates"][0]["valid_loss"], found["plain"][0]["valid_loss"])
+
+
+def test_ranks_that_train_models_of_their_own_stay_alone(found: Any) -> None:
+    for same, said in found["apart"]:
+        assert same
+        assert len(said) == 1
+        assert "process_group=None" in said[0]
+
+
+def test_errors_say_what_to_do(found: Any) -> None:
+    first, second = found["errors"]
+    assert first["different"].startswith("ValueError: process_group: parameters or gradients differ between the ranks")
+    assert first["group"] == (
+        "TypeError: process_group: expected 'auto', None or a torch.distributed.ProcessGroup, got 'gloo'"
+    )
+    assert first["reference"].startswith("TypeError: params: impl='reference' steps whole tensors, got DTensors")
+    assert "this rank has 16 tensors, rank 1 of the process group has 15" in first["other tensors"]
+    assert "this rank has 15 tensors, rank 0 of the process group has 16" in second["other tensors"]
+    assert first["drift"].startswith("RuntimeError: parameters: not the same on ranks [1] as on rank 0")
+    assert first["zero"].startswith("TypeError: ZeroRedundancyOptimizer: ")
+    assert "sharded_state=True" in first["zero"]
+    assert first["shared state"].startswith("ValueError: process_group: parameters or gradients differ")
+    assert {name: text for name, text in first.items() if name != "other tensors"} == {
+        name: text for name, text in second.items() if name != "other tensors"
+    }
+
+
+def test_a_step_is_one_sum_over_ranks(found: Any) -> None:
+    for collectives, sizes, tensors in found["counted"]:
+        assert collectives == len(sizes) == 10
+        assert max(sizes) <= 1000 * tensors
+
+
+def test_gradients_that_lie_in_another_way(found: Any) -> None:
+    assert max(found["partial_gradients"]) < 1e-7
+
+
+def test_changing_sets_of_gradients(found: Any) -> None:
+    assert max(found["changing_gradients"]) < 1e-6
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank(found: Any) -> None:
+    assert found["nonfinite"] == [(True, 1), (True, 1)]
