@@ -7,8 +7,8 @@
 ============================  ==========================================================
 
 A callback's module is imported when the callback is first asked for, with the library that it is for. What is handed
-over is the loss of this process: the mean over the minibatches of a step, without the factors that a trainer multiplies
-it by. docs/porting.md has a table of what reaches the optimizer.
+over is the loss of this process, whose mean over all processes the step takes: the mean over the minibatches of a step,
+without the factors that a trainer multiplies it by. docs/porting.md has a table of what reaches the optimizer.
 """
 
 import importlib

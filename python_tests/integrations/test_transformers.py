@@ -1,7 +1,11 @@
 """Runs of a few steps with ``transformers.Trainer``: what the optimizer sees, against a loop by hand; resuming."""
 
 import importlib.util
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +278,22 @@ def test_outside_of_training_nothing_is_told(tmp_path: Path) -> None:
     trainer.train()
     reported = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert seen.train == pytest.approx(reported, rel=1e-6)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Each hands over its own losses, and the step takes their mean: once, as the trainer reports it."""
+    script = [str(Path(__file__).with_name("ranks_of_transformers.py")), str(tmp_path)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script]
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    subprocess.run(launch, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    for told in ranks:
+        assert len(told["train"]) == 3
+        assert told["train"] == pytest.approx(ranks[0]["reported"], rel=1e-6)
+        assert told["valid"] == pytest.approx(ranks[0]["evaluated"], rel=1e-6)
 
 
 def test_an_optimizer_that_the_trainer_makes(tmp_path: Path) -> None:
