@@ -144,7 +144,7 @@ def test_the_fused_engine_and_torch_mean_the_same(objective_name: Any, monkeypat
     for (*_, ours), (*_, torchs) in zip(fused, drive(config, 2), strict=True):
         assert ours.deltas == pytest.approx(torchs.deltas, abs=1e-5)
         assert ours.meta_loss == pytest.approx(torchs.meta_loss, abs=1e-5)
-        assert ours[2:4] == torchs[2:4]
+        assert (ours.divergences, ours.inner_steps) == (torchs.divergences, torchs.inner_steps)
     thetas, run = shared().theta[None], pairs.sample_run(config, 0, 5, 1)
     of_torch, of_engine = (losses_of(thetas, run, monkeypatch, torch_only) for torch_only in (True, False))
     for a, b in zip(of_torch, of_engine, strict=True):

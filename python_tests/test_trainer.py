@@ -80,6 +80,26 @@ def same(a: Path, b: Path) -> bool:
     )
 
 
+def test_metrics_say_what_families_add_to_the_noise(whole: Path) -> None:
+    lines = [line for line in metrics(whole) if "families" in line]
+    assert [line["iteration"] for line in lines] == [*range(1, len(lines) + 1)]
+    for line in lines:
+        assert sum(found["pairs"] for found in line["families"].values()) == SMALL.pairs
+        assert all(0.0 < found["delta"] <= SMALL.delta_clip for found in line["families"].values())
+        assert set(line["families"]) <= set(SMALL.tasks)  # type: ignore[arg-type]
+
+
+def test_the_signal_is_one_for_noise_and_more_for_a_constant_gradient() -> None:
+    random = torch.Generator().manual_seed(0)
+    trained = torch.ones(2000, dtype=torch.bool)
+    for share, low, high in ((0.0, 0.8, 1.2), (1.0, 8.0, 12.0)):  # of the constant: with it 1 + 1 in place of 1 / 19
+        moments = outer.Moments.zeros(2000)
+        for _ in range(200):
+            gradient = share + torch.randn(2000, generator=random)
+            moments, _ = outer.adam(moments, gradient, trained, (0.9, 0.99))
+        assert low < outer.signal(moments, trained, (0.9, 0.99)) < high
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 

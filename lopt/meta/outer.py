@@ -59,6 +59,16 @@ class Moments(NamedTuple):
         return cls(torch.zeros(num_floats), torch.zeros(num_floats), torch.zeros(num_floats))
 
 
+def signal(moments: Moments, trained: Tensor, betas: tuple[float, float]) -> float:
+    """How much of the mean gradient is no noise: its squares over those of noise alone, 1 where there is nothing else.
+
+    Of noise the mean of decay b has the variance (1 - b) / (1 + b) of a single gradient.
+    """
+    square = (moments.square / (1.0 - betas[1] ** moments.gradients))[trained].sum()
+    expected = square * (1.0 - betas[0]) / (1.0 + betas[0])
+    return float(torch.square(moments.mean)[trained].sum() / expected) if expected > 0 else 1.0
+
+
 def adam(
     moments: Moments, gradient: Tensor, trained: Tensor, betas: tuple[float, float], warmup: int = 0
 ) -> tuple[Moments, Tensor]:

@@ -50,6 +50,7 @@ class Shared(NamedTuple):
 class Result(NamedTuple):
     """What a window of a group of pairs gave."""
 
+    family: str  # of the task: what its name begins with
     deltas: tuple[float, ...]  # of each pair the meta-loss under +eps minus that under -eps, clipped
     meta_loss: float  # mean of all
     divergences: int
@@ -145,7 +146,10 @@ def unroll_group(shared: Shared, item: tuple[int, Carry | None]) -> Result:
         after = Carry(carry.begun, carry.step + window, carry.stop, state, direction if estimator.sums_eps else None)
     divergences = int(objective.diverged(losses).sum())
     seconds = time.process_time() - clock
-    return Result(tuple(deltas), float(means.mean()), divergences, losses.train.numel(), seconds, after)
+    mean = float(means.mean())
+    return Result(
+        run.task.name.partition("-")[0], tuple(deltas), mean, divergences, losses.train.numel(), seconds, after
+    )
 
 
 class Score(NamedTuple):

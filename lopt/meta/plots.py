@@ -28,8 +28,14 @@ def meta_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
 
     training = [m for m in metrics if "meta_loss" in m]
     validation = [m for m in metrics if "validation" in m]
-    figure = Figure(figsize=(7.2, 6.4), dpi=150, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(7.2, 8.0), dpi=150, layout="constrained")
+    noise = [m for m in training if "families" in m]
+    upper: Any = figure
+    if noise:
+        parts: Any = figure.subfigures(2, 1, height_ratios=(3, 1))
+        upper, lower = parts
+        _noise(lower.subplots(), noise)
+    above, below = upper.subplots(2, 1, sharex=True)
     steps, losses = _column(training, "inner_steps") / 1e6, _column(training, "meta_loss")
     above.plot(steps, losses, ".", color=COLOURS[0], alpha=0.4, markersize=4, markeredgewidth=0, label="one iteration")
     width = min(SMOOTHING, len(training))
@@ -54,6 +60,24 @@ def meta_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     save_figure(path, figure)
+
+
+def _noise(axes: Any, metrics: Sequence[dict[str, Any]]) -> None:
+    """What each family adds to the noise of the meta-gradient, and to the time."""
+    squares: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for line in metrics:
+        for family, found in line["families"].items():
+            squares[family] = squares.get(family, 0.0) + found["pairs"] * found["delta"] ** 2
+            seconds[family] = seconds.get(family, 0.0) + line["family_cpu_seconds"][family]
+    names = sorted(squares)
+    for shift, label, values in ((-0.2, "noise of the meta-gradient", squares), (0.2, "CPU time", seconds)):
+        total = sum(values.values()) or 1.0
+        axes.bar([i + shift for i in range(len(names))], [values[n] / total for n in names], 0.4, label=label)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
+    axes.set_title("Shares of the families", loc="left", fontsize=10.5)
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def running_mean(values: Any, width: int) -> Any:

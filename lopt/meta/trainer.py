@@ -13,9 +13,10 @@ Source: arXiv:2009.11243, section 3 and appendix B (Adam, and a clip of every co
 """
 
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,10 +170,12 @@ def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, execut
     gradient = es.es_gradient(torch.cat(chosen), delta, config.sigma) * trained
     clipped = torch.clamp(gradient, -config.gradient_clip, config.gradient_clip)
     meta_loss, lr = sum(result.meta_loss for result in results) / len(results), config.lr_at(state.inner_steps)
+    noise = _by_family(results)
     if config.outer == "adam":
         warmup = config.warmup_from_file if config.from_file else config.warmup
         state.moments, direction = outer.adam(state.moments, clipped, trained, config.betas, warmup)
         state.theta = state.theta - lr * scale * direction
+        noise["signal"] = round(outer.signal(state.moments, trained, config.betas), 4)
     else:
         learned = outer.learned(config.outer, state.learned, spec, state.theta, clipped, scale, meta_loss)
         state.learned, state.theta = learned
@@ -192,7 +195,25 @@ def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, execut
         "gradient_clipped": float((clipped != gradient).sum() / trained.sum()),
         "inner_steps": state.inner_steps,
         "divergences": state.divergences,
+        **noise,
     }
+
+
+def _by_family(results: Sequence[pairs.Result]) -> dict[str, Any]:
+    """Of each family its pairs and the root mean square of their differences of meta-loss; and CPU seconds.
+
+    The noise of the meta-gradient is proportional to these squares, so they say what each family adds to it.
+    """
+    found: dict[str, list[pairs.Result]] = {}
+    for result in results:
+        found.setdefault(result.family, []).append(result)
+    lines, seconds = {}, {}
+    for family, some in sorted(found.items()):
+        deltas = [delta for result in some for delta in result.deltas]
+        size = math.sqrt(sum(delta * delta for delta in deltas) / len(deltas))
+        lines[family] = {"pairs": len(deltas), "delta": round(size, 5)}
+        seconds[family] = round(sum(result.cpu_seconds for result in some), 3)
+    return {"families": lines, "family_cpu_seconds": seconds}
 
 
 def _unroll_pairs(shared: Shared, state: TrainState, executor: Executor) -> list[pairs.Result]:
