@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lopt import LearnedOptimizer
+from lopt.distributed import local_of
 
 STEPS = 12
 
@@ -263,3 +264,52 @@ def nonfinite() -> Any:
     opt.step(loss=1.0)
     after = state_of(model, opt)
     return all(torch.equal(before[name], after[name]) for name in before), int(opt.nonfinite_gradients)
+
+
+def memory() -> Any:
+    """Bytes of state on this rank, for each element of the model."""
+    found = {}
+    for name, make, options in (
+        ("replicated", block, {}),
+        ("fully_shard", lambda: sharded(block()), {}),
+        ("sharded_state", block, {"sharded_state": True}),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            for average in (False, True):
+                model = make()
+                opt = LearnedOptimizer(model, state_dtype=dtype, average=average, **options)
+                gradients(list(model.parameters()), 0)
+                opt.step(loss=1.0)
+                held = [
+                    local_of(value)
+                    for state in opt.state.values()
+                    for key, value in state.items()
+                    if key in ("mom", "rms", "average")
+                ]
+                count = sum(value.numel() * value.element_size() for value in held)
+                elements = sum(param.numel() for param in model.parameters())
+                found[name, dtype == torch.bfloat16, average] = count / elements
+    return found
+
+
+def travelled() -> Any:
+    """Bytes that ranks send in a step for matrices that are treated as wholes, and elements of these matrices."""
+    model = sharded(block())
+    opt = LearnedOptimizer(model)
+    drive(model, opt, range(2), own_loss)
+    sizes = []
+    original = dist.all_to_all_single
+
+    def counting(received: Tensor, sent: Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(sent.numel() * sent.element_size())
+        return original(received, sent, *args, **options)
+
+    gradients(list(model.parameters()), 2)
+    dist.all_to_all_single = counting
+    try:
+        opt.step(loss=1.0)
+    finally:
+        dist.all_to_all_single = original
+    directions = opt._stepper.directions  # type: ignore[union-attr]
+    assert directions is not None
+    return sizes, sum(matrix.rows * matrix.columns for matrix in directions.matrices.values())

@@ -7,7 +7,7 @@ import torch
 from on_ranks import on_ranks
 
 CASES = ["plain", "micro_batches", "uneven", "one_validates", "by_hand", "apart", "errors", "counted"]
-CASES += ["partial_gradients", "changing_gradients", "nonfinite"]
+CASES += ["partial_gradients", "changing_gradients", "nonfinite", "memory", "travelled"]
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,21 @@ def test_changing_sets_of_gradients(found: Any) -> None:
 
 def test_a_gradient_that_is_not_finite_on_one_rank(found: Any) -> None:
     assert found["nonfinite"] == [(True, 1), (True, 1)]
+
+
+def test_memory_is_what_the_docs_count(found: Any) -> None:
+    """Twenty bytes for each parameter, half with bfloat16; an average four more; over two ranks half of all."""
+    for (name, half, average), _ in found["memory"][0].items():
+        of_ranks = [values[name, half, average] for values in found["memory"]]
+        whole = (10 if half else 20) + (4 if average else 0)
+        if name == "replicated":
+            assert of_ranks == [whole, whole]
+        else:
+            assert sum(of_ranks) == pytest.approx(whole, rel=1e-3)  # the single number lies on both
+            assert max(of_ranks) < 0.6 * whole
+
+
+def test_matrices_go_to_one_rank_and_come_back(found: Any) -> None:
+    sizes = [size for sent, _ in found["travelled"] for size in sent]
+    elements = found["travelled"][0][1]
+    assert sum(sizes) == 2 * 4 * elements
