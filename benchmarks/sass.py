@@ -61,6 +61,11 @@ class Instruction:
             self.parts[0] in ("LDG", "STG") and "128" not in self.parts and not self.predicated
         )
 
+    @property
+    def of_halves(self) -> bool:
+        """Whether it widens a parameter or gradient in float16: in the MLP on tensor cores that happens always."""
+        return self.parts[:2] == ("HADD2", "F32") and self.predicated
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -196,7 +201,8 @@ def successors(code: list[Instruction]) -> list[list[int]]:
 def main_path(code: list[Instruction], tiles: int = TILES) -> list[Instruction]:
     """Instructions of one trip through the main loop: that which moves most in 16 bytes, or multiplies most.
 
-    The longest path from the loop's head back to it over as few narrow accesses as may be; loops within are repeated.
+    The longest path from the loop's head back to it over as few narrow accesses as may be, and then conversions of
+    float16; loops within are repeated.
     """
     following = successors(code)
     back: set[tuple[int, int]] = set()
@@ -228,7 +234,7 @@ def main_path(code: list[Instruction], tiles: int = TILES) -> list[Instruction]:
                 most = max(ends)
                 one = code[here]
                 wide = one.parts[0] in ("LDG", "STG") and "128" in one.parts
-                value[here] = (most[0] + 1 + 10**5 * wide - 10**5 * one.narrow, most[1])
+                value[here] = (most[0] + 1 + 10**5 * (wide - one.narrow) - 100 * one.of_halves, most[1])
         path, here = [], head
         while here in value:
             path.append(here)

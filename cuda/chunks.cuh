@@ -2,13 +2,13 @@
 //
 // Note [Quads]
 // A thread handles four consecutive parameters, a quad. Where all addresses of a tensor allow it, a quad moves in one
-// access of 16 bytes (8 for bfloat16), a warp's neighbouring quads in full sectors; otherwise, and at the end of a tensor,
-// value by value. Every load of a quad is issued before the first value is used: `load_raw` and `decode` are two steps
-// because widening a bfloat16 would already wait for it. __ldcg and __stcg pass by the first-level cache, which holds
-// nothing that is used twice, and say that an address out of a table is one of global memory.
+// access of 16 bytes (8 for bfloat16 and float16), a warp's neighbouring quads in full sectors; otherwise, and at the end
+// of a tensor, value by value. Every load of a quad is issued before the first value is used: `load_raw` and `decode` are
+// two steps because widening a value would already wait for it. __ldcg and __stcg pass by the first-level cache, which
+// holds nothing that is used twice, and say that an address out of a table is one of global memory.
 #pragma once
 
-#include "launch.cuh"
+#include "halves.cuh"
 
 namespace lopt {
 
@@ -47,23 +47,23 @@ __device__ __forceinline__ float bits_float(uint32_t bits) {
 // bfloat16 is the upper half of a float32.
 __device__ __forceinline__ float load_value(int64_t address, int32_t dtype, int64_t i) {
   if (dtype == kFloat32) return __ldcg(reinterpret_cast<const float*>(address) + i);
-  FloatBits x;
-  x.bits = uint32_t{__ldcg(reinterpret_cast<const uint16_t*>(address) + i)} << 16;
-  return x.value;
+  const uint32_t bits = __ldcg(reinterpret_cast<const uint16_t*>(address) + i);
+  if (dtype == kBFloat16) return bits_float(bits << 16);
+  float value, zero;
+  unpack_halves(bits, value, zero);
+  return value;
 }
 
-// Rounds to the nearest bfloat16, ties to even; NaN stays NaN.
-__device__ __forceinline__ uint32_t bfloat16_bits(float value) {
-  FloatBits x;
-  x.value = value;
-  return value == value ? (x.bits + 0x7fff + (x.bits >> 16 & 1)) >> 16 : 0x7fc0;
+// Two values rounded to the nearest bfloat16 or float16, ties to even, the second in the upper 16 bits; NaN stays NaN.
+__device__ __forceinline__ uint32_t narrow_pair(int32_t dtype, float x, float y) {
+  return dtype == kBFloat16 ? pack_bfloat16(x, y) : pack_halves<false>(x, y);
 }
 
 __device__ __forceinline__ void store_value(int64_t address, int32_t dtype, int64_t i, float value) {
   if (dtype == kFloat32)
     __stcg(reinterpret_cast<float*>(address) + i, value);
   else
-    __stcg(reinterpret_cast<uint16_t*>(address) + i, static_cast<uint16_t>(bfloat16_bits(value)));
+    __stcg(reinterpret_cast<uint16_t*>(address) + i, static_cast<uint16_t>(narrow_pair(dtype, value, 0.0f)));
 }
 
 // ---- Quads -----------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ __device__ __forceinline__ Quad quad_at(const ChunkRange& chunk, int i, bool ali
   return {chunk.begin + i, count, aligned && count == kQuad};
 }
 
-// A quad as it lies in memory: a float32 in each word, or two bfloat16 in each of the first two.
+// A quad as it lies in memory: a float32 in each word, or two bfloat16 or float16 in each of the first two.
 struct RawQuad {
   uint32_t words[kQuad];
 };
@@ -123,14 +123,20 @@ __device__ __forceinline__ RawQuad load_raw(int64_t address, int32_t dtype, cons
   return quad.wide ? load_wide(address, dtype, quad.at) : load_narrow(address, dtype, quad);
 }
 
+// Of float32 and bfloat16.
 __device__ __forceinline__ void decode(const RawQuad& raw, int32_t dtype, float* values) {
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
-    FloatBits x;
     const uint32_t pair = raw.words[j / 2];
-    x.bits = dtype == kFloat32 ? raw.words[j] : j % 2 ? pair & 0xffff0000u : pair << 16;
-    values[j] = x.value;
+    values[j] = bits_float(dtype == kFloat32 ? raw.words[j] : j % 2 ? pair & 0xffff0000u : pair << 16);
   }
+}
+
+// Of float16; of others nothing.
+__device__ __forceinline__ void decode_halves(const RawQuad& raw, int32_t dtype, float* values) {
+  if (dtype != kFloat16) return;
+  unpack_halves(raw.words[0], values[0], values[1]);
+  unpack_halves(raw.words[1], values[2], values[3]);
 }
 
 __device__ __forceinline__ void store_quad(int64_t address, int32_t dtype, const Quad& quad, const float* values) {
@@ -143,8 +149,8 @@ __device__ __forceinline__ void store_quad(int64_t address, int32_t dtype, const
     __stcg(reinterpret_cast<float4*>(to), {values[0], values[1], values[2], values[3]});
   } else {
     uint16_t* to = reinterpret_cast<uint16_t*>(address) + quad.at;
-    __stcg(reinterpret_cast<uint2*>(to), {bfloat16_bits(values[0]) | bfloat16_bits(values[1]) << 16,
-                                          bfloat16_bits(values[2]) | bfloat16_bits(values[3]) << 16});
+    __stcg(reinterpret_cast<uint2*>(to),
+           {narrow_pair(dtype, values[0], values[1]), narrow_pair(dtype, values[2], values[3])});
   }
 }
 
@@ -223,6 +229,10 @@ __device__ __forceinline__ void load_values(const TensorEntry& tensor, int64_t g
   load_planes<kState>(tensor.rms, tensor.stride, quad, values.rms);
   decode(raw_param, tensor.param_dtype, values.param);
   decode(raw_grad, tensor.grad_dtype, values.grad);
+  if ((tensor.param_dtype | tensor.grad_dtype) & kFloat16) {  // a branch that others jump over
+    decode_halves(raw_param, tensor.param_dtype, values.param);
+    decode_halves(raw_grad, tensor.grad_dtype, values.grad);
+  }
   decode_planes<kState>(values.mom);
   decode_planes<kState>(values.rms);
 }

@@ -17,54 +17,9 @@
 // With bfloat16 the three products keep only 16 bits, which float32 beats by a factor of 100.
 #pragma once
 
-#include "launch.cuh"
+#include "halves.cuh"
 
 namespace lopt {
-
-// ---- Halves ----------------------------------------------------------------------------------------------------------
-
-#ifdef __CUDACC__
-// Two halves in one word, rounded to nearest, x in the lower 16 bits; with kSaturate, values beyond +-65504 become that.
-template <bool kSaturate>
-__device__ __forceinline__ uint32_t pack_halves(float x, float y) {
-  uint32_t pair;
-  if (kSaturate)
-    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
-  return pair;
-}
-__device__ __forceinline__ void unpack_halves(uint32_t pair, float& x, float& y) {
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(x), "=f"(y) : "r"(pair));
-}
-#else
-inline float half_value(uint32_t half) {
-  float magnitude;
-  const uint32_t bits = (half & 0x7fff) << 13 | ((half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);
-  std::memcpy(&magnitude, &bits, sizeof bits);
-  if ((half & 0x7c00) != 0x7c00) magnitude *= 0x1p112f;  // another exponent bias, and subnormals become normal
-  return half & 0x8000 ? -magnitude : magnitude;
-}
-template <bool kSaturate>
-uint32_t half_bits(float x) {
-  const float magnitude = std::fabs(x);
-  const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
-  if (x != x) return 0x7fff;
-  if (magnitude >= 65520.0f) return sign | (kSaturate ? 0x7bff : 0x7c00);
-  if (magnitude < 0x1p-14f) return sign | static_cast<uint32_t>(std::nearbyint(magnitude * 0x1p24f));
-  uint32_t bits;
-  std::memcpy(&bits, &magnitude, sizeof bits);
-  return sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10));
-}
-template <bool kSaturate>
-uint32_t pack_halves(float x, float y) {
-  return half_bits<kSaturate>(x) | half_bits<kSaturate>(y) << 16;
-}
-inline void unpack_halves(uint32_t pair, float& x, float& y) {
-  x = half_value(pair & 0xffff);
-  y = half_value(pair >> 16);
-}
-#endif
 
 // (x, y) -> parts[0] = the high halves, parts[1] = the low ones; with one part only the high ones, saturated.
 template <int kParts>

@@ -16,6 +16,11 @@ from lopt.distributed import is_sharded, local_of
 _SHARDED = "shard with torch.distributed.fsdp.fully_shard, or train whole tensors with DistributedDataParallel"
 
 
+def allowed_dtypes(implementation: str) -> tuple[torch.dtype, ...]:
+    """Dtypes of parameters and gradients."""
+    return (*kernels.DTYPES, *((torch.float64,) if implementation == "reference" else ()))
+
+
 def remedy(dtype: torch.dtype) -> str:
     """What to do about a dtype that kernels do not have."""
     return "use impl='reference'" if dtype == torch.float64 else "convert it"
@@ -106,12 +111,12 @@ def check_params(params: Iterable[Tensor], first: Tensor, allowed: Sequence[torc
             raise TypeError(f"{name}: {param.dtype} beside {first.dtype}; float64 cannot be mixed")
 
 
-def _check_dtype(name: str, tensor: Tensor, allowed: Iterable[torch.dtype]) -> None:
+def _check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in allowed:
-        raise TypeError(f"{name}: expected float32 or bfloat16, got {tensor.dtype}; {remedy(tensor.dtype)}")
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}; {remedy(tensor.dtype)}")
 
 
-def check_gradients(groups: Sequence[dict[str, Any]], device: torch.device, allowed: set[torch.dtype]) -> None:
+def check_gradients(groups: Sequence[dict[str, Any]], device: torch.device, allowed: Sequence[torch.dtype]) -> None:
     """Check the gradients of all parameters, and the parameters that have one.
 
     Args:

@@ -15,10 +15,11 @@ from lopt.hooks import hook, without_grad
 from lopt.implementations import check_arguments, choose_implementation, run_eagerly
 from lopt.kernels import devices
 from lopt.losses import Loss, Losses
-from lopt.operands import as_loss, as_weight, check_gradients, check_params
+from lopt.operands import allowed_dtypes, as_loss, as_weight, check_gradients, check_params
 from lopt.options import Options, check_group, check_total_steps, descending, describe
 from lopt.roles import roles_of_model
 from lopt.rule import Theta
+from lopt.scaling import holds_float16, unscaled
 from lopt.state import SHARED, check_state, holds_shared, open_theta, restore_state, share_state
 from lopt.steppers import KernelStepper, ReferenceStepper, Tensors
 from lopt.warnings import warn
@@ -45,7 +46,9 @@ class LearnedOptimizer(Optimizer):
             place. Groups may have their own ``lr``, ``weight_decay`` and ``maximize``; ``role``, ``"input"``
             (embeddings), ``"hidden"`` or ``"output"`` (heads), and ``transposed``, True where a matrix is stored
             ``[in, out]``, each for all parameters of the group or a list with one for each. Frozen parameters may be
-            anything, until a step meets a gradient of theirs.
+            anything, until a step meets a gradient of theirs. Others and their gradients are float32, bfloat16 or
+            float16, in any mixture; a float16 one that an update takes beyond its range is infinite, as with torch's
+            optimizers.
         theta: a :class:`Theta`, the path of a theta file, or the name of shipped weights.
         total_steps: number of steps planned, an optional hint; a theta without horizon input ignores it. A state dict
             holds it, and loading one without an own ``total_steps`` restores it.
@@ -172,8 +175,7 @@ class LearnedOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group, self._total_steps)
-            allowed = (torch.float32, torch.bfloat16) + ((torch.float64,) if self.impl == "reference" else ())
-            check_params(group["params"], self._first_param(), allowed, position)
+            check_params(group["params"], self._first_param(), allowed_dtypes(self.impl), position)
             if self.impl == "reference" and any(map(is_sharded, group["params"])):
                 raise TypeError("params: impl='reference' steps whole tensors, got DTensors; use impl='auto'")
         except (TypeError, ValueError, RuntimeError):
@@ -445,6 +447,10 @@ class LearnedOptimizer(Optimizer):
             return found
         return -found
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # torch's name: what GradScaler does with gradients is up to it
+        return holds_float16(self.param_groups)
+
     # ---- The step ---------------------------------------------------------------------------------------------------
 
     @overload
@@ -470,6 +476,9 @@ class LearnedOptimizer(Optimizer):
             came = type(closure).__name__
             raise TypeError(f"closure: expected a function or None, got {came}; give a loss as step(loss=...)")
         self._averages.check()
+        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # of GradScaler
+        if found_inf is not None and bool(found_inf):
+            return None
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -482,10 +491,12 @@ class LearnedOptimizer(Optimizer):
         operands = stepper.tensors.operands
         grads, others, unchecked = operands.look()
         if unchecked:
-            allowed = {torch.float32, torch.bfloat16, *([torch.float64] if self.implementation == "reference" else [])}
-            check_gradients(self.param_groups, self._theta_weights()["initial_h"].device, allowed)
+            device = self._theta_weights()["initial_h"].device
+            check_gradients(self.param_groups, device, allowed_dtypes(self.implementation))
             operands.accept()
         options = self._options.read(self.param_groups)
+        if scale is not None:
+            grads = unscaled(grads, scale)
         if grads and self.on_nonfinite != "ignore":
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
             if stepper.tensors.sharded:
@@ -511,7 +522,7 @@ class LearnedOptimizer(Optimizer):
             grads = descending(grads, tensors.selected_groups, self.param_groups)
             operands.replace(grads)
         if isinstance(stepper, KernelStepper):
-            stepper.step(tensors.selected_params, grads, options, shared, steps, observed)
+            stepper.step(tensors.selected_params, grads, options, shared, steps, observed, scale is not None)
             self._finish(tensors)
             return result
         with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast

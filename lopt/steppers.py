@@ -359,6 +359,7 @@ class KernelStepper:
             tensors.stats = plan.stats  # the kernels write there
             tensors.bind()
         self.some_first = False
+        self.converted = False
         self.exchange: Exchange | None = None
         self.directions: ShardedDirections | None = None
         if layout is not None:
@@ -401,15 +402,19 @@ class KernelStepper:
         shared: Mapping[str, Tensor],
         total_steps: int,
         loss: Tensor | float | None,
+        converted: bool = False,
     ) -> None:
         """One step, of the tensors that ``tensors.operands`` saw; ``groups`` have the options as a step uses them,
-        ``shared`` is the state of all tensors, written."""
+        ``shared`` is the state of all tensors, written. ``converted``: the gradients are of another dtype than those
+        that were seen."""
         plan, level, tensors = self.plan, self.level, self.tensors
         if self.exchange is not None:
             self._step_parts(self.exchange, params, grads, groups, shared, total_steps, loss)
             return
         copies = params
-        if tensors.operands.plain:
+        known = not (converted or self.converted)  # whether the plan knows the dtypes of the gradients
+        self.converted = converted
+        if known and tensors.operands.plain:
             plan.point(cast(kernels.Operands, tensors.operands), grads)
         else:
             copies = kernels.contiguous(params)

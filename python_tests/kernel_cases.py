@@ -16,7 +16,7 @@ from lopt.rule import PRESETS, ThetaSpec, reference
 from lopt.rule.features import STATS
 from lopt.rule.tensor_lstm import Conditioning
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 SIZES = ((1,), (31,), (129,), (1134,), (8191,), (8192,), (8193,))
 RANKS = ((), (7,), (5, 4), (3, 3, 2), (3, 3, 2, 4), (2, 3, 5, 4, 3))

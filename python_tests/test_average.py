@@ -40,7 +40,7 @@ def averages_of(iterates: list[list[Tensor]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_is_the_recursion_over_the_iterates(impl: str, dtype: torch.dtype) -> None:
     model, opt = make(dtype, impl=impl)
     expected = averages_of(train(model, opt, 40))

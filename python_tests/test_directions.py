@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BF16, F32, Backend
+from kernel_cases import BF16, F16, F32, Backend
 from optimizer_cases import (
     IMPLS,
     assert_same_bits,
@@ -401,7 +401,7 @@ def test_steps_agree_with_the_float64_reference(
 
 
 @every_impl
-@pytest.mark.parametrize("param_dtype", [F32, BF16])
+@pytest.mark.parametrize("param_dtype", [F32, BF16, F16])
 def test_a_bfloat16_state_is_near_a_float32_one(impl: str, param_dtype: torch.dtype) -> None:
     """Directions are kept in the dtype of the state."""
     results = []
@@ -415,6 +415,22 @@ def test_a_bfloat16_state_is_near_a_float32_one(impl: str, param_dtype: torch.dt
             assert opt._stepper.plan.directions.memory.dtype == dtype  # type: ignore[union-attr]
     found, expected = results[1], results[0]
     assert float((found - expected).norm()) <= (0.03 if param_dtype == F32 else 0.06) * float(expected.norm())
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_parameters_in_16_bits_are_written_as_rounded_float32(impl: str, dtype: torch.dtype) -> None:
+    """Each step from the same start, to the bit."""
+    halves = [Parameter(param.detach().to(dtype)) for param in make_params(SHAPES)]
+    singles = [Parameter(param.detach().float()) for param in halves]
+    opt, other = (LearnedOptimizer(params, spectral(gate=1.0), impl=impl) for params in (halves, singles))
+    for step in range(6):
+        for half, single, grad in zip(halves, singles, make_grads(halves, step), strict=True):
+            single.data, half.grad, single.grad = half.detach().float(), grad.to(dtype), grad.to(dtype).float()
+        opt.step(loss=make_loss(step))
+        other.step(loss=make_loss(step))
+        assert_same_bits([half.detach() for half in halves], [single.detach().to(dtype) for single in singles])
+    assert sum(float(opt.state[param]["lstm"]["rank"]) != 1.0 for param in halves) >= 2  # they were treated as wholes
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from kernel_cases import (
     ALIGNED,
     BF16,
+    F16,
     F32,
     GUARD,
     LONG,
@@ -106,8 +107,9 @@ def check_apply(backend: Backend, *key: object, guard: int = GUARD, precision: s
         check_rule("params", error(run.params, exact.params), single_error)
         return
     for param, x in zip(run.params, exact.params, strict=True):
-        # Rounded once, to nearest: half a bfloat16 ulp beside the float32 error before the rounding.
-        half_ulp = torch.ldexp(torch.full_like(x, 2.0**-9), torch.frexp(x).exponent)
+        # Rounded once, to nearest: half an ulp of 8 or 11 bits beside the float32 error before the rounding.
+        half = 2.0**-9 if param.dtype == BF16 else 2.0**-12
+        half_ulp = torch.ldexp(torch.full_like(x, half), torch.frexp(x).exponent)
         allowed = half_ulp + (2 * single_error + ULP) * x.abs().max()
         assert bool(((flat(param.cpu(), torch.float64) - x).abs() <= allowed).all())
 
@@ -115,7 +117,9 @@ def check_apply(backend: Backend, *key: object, guard: int = GUARD, precision: s
 # ---- Errors against float64 -----------------------------------------------------------------------------------------
 
 HALF = pytest.mark.parametrize(
-    "dtypes", [(F32, BF16), (BF16, F32), (BF16, BF16)], ids=["f32-bf16", "bf16-f32", "bf16-bf16"]
+    "dtypes",
+    [(F32, BF16), (BF16, F32), (BF16, BF16), (F32, F16), (F16, F32), (F16, F16), (F16, BF16), (BF16, F16)],
+    ids=["f32-bf16", "bf16-f32", "bf16-bf16", "f32-f16", "f16-f32", "f16-f16", "f16-bf16", "bf16-f16"],
 )
 
 
@@ -132,14 +136,14 @@ def test_apply_error(backend: Backend, feature_set: str, width: int) -> None:
 
 @HALF
 @SETS
-def test_accumulate_error_bfloat16(backend: Backend, feature_set: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_accumulate_in_16_bits(backend: Backend, feature_set: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check_accumulate(backend, feature_set, 8, SHORT, *dtypes)
 
 
 @HALF
 @WIDTHS
 @SETS
-def test_apply_error_bfloat16(
+def test_apply_in_16_bits(
     backend: Backend, feature_set: str, width: int, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     check_apply(backend, feature_set, width, SHORT, *dtypes)
@@ -172,7 +176,11 @@ GPU_KERNELS = pytest.mark.parametrize(
 
 
 @GPU_KERNELS
-@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (BF16, F32)], ids=["f32-f32", "f32-bf16", "bf16-f32"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(F32, F32), (F32, BF16), (BF16, F32), (F32, F16), (F16, F32), (F16, BF16)],
+    ids=["f32-f32", "f32-bf16", "bf16-f32", "f32-f16", "f16-f32", "f16-bf16"],
+)
 @SETS
 def test_wide_accesses_give_the_same_bits(
     backend: Backend, feature_set: str, dtypes: tuple[torch.dtype, torch.dtype]
@@ -195,9 +203,7 @@ def test_aligned_apply_error(backend: Backend, feature_set: str, width: int, pre
 @GPU_KERNELS
 @HALF
 @SETS
-def test_aligned_apply_error_bfloat16(
-    backend: Backend, feature_set: str, dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
+def test_aligned_apply_in_16_bits(backend: Backend, feature_set: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check_apply(backend, feature_set, 16, WINDOWS, *dtypes, guard=ALIGNED)
 
 
@@ -387,7 +393,7 @@ def test_a_population_is_its_thetas_one_by_one(backend: Backend, feature_set: st
 # ---- Hostile gradients ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grad_dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("grad_dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
 @SETS
 def test_nan_counts_as_zero_and_inf_as_the_limit(backend: Backend, feature_set: str, grad_dtype: torch.dtype) -> None:
     problem = problem_of(feature_set, 16, SHORT, F32, grad_dtype)
@@ -396,7 +402,7 @@ def test_nan_counts_as_zero_and_inf_as_the_limit(backend: Backend, feature_set: 
         bad = torch.zeros(grad.numel(), dtype=torch.int64)
         bad[::3], bad[1::7], bad[2::11] = 1, 2, 3  # NaN, Inf, -Inf; the first element of every tensor is a NaN
         bad = bad.view(grad.shape)
-        # The limit itself is no bfloat16 number, so the clean gradient is a larger one, which is clipped to it.
+        # The limit itself is no 16-bit number, so the clean gradient is a larger one, which is clipped to it.
         large = torch.full_like(grad, 2.0 * float(limit))
         dirty.append(torch.where(bad == 1, math.nan, torch.where(bad == 2, math.inf, grad)))
         dirty[-1] = torch.where(bad == 3, -math.inf, dirty[-1]).to(grad_dtype)

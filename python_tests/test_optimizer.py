@@ -338,8 +338,9 @@ def test_memory_may_move_and_change_its_format_between_steps(impl: str) -> None:
 
 @every_impl
 @every_preset
-def test_bfloat16_parameters_are_computed_in_float32(impl: str, preset: str) -> None:
-    half = [Parameter(param.detach().bfloat16()) for param in make_params()]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_16_bits_are_computed_in_float32(impl: str, preset: str, dtype: torch.dtype) -> None:
+    half = [Parameter(param.detach().to(dtype)) for param in make_params()]
     single = [Parameter(param.detach().float()) for param in half]
     opt, other = make_optimizer(half, impl, preset), make_optimizer(single, impl, preset)
     for step in range(4):
@@ -348,19 +349,20 @@ def test_bfloat16_parameters_are_computed_in_float32(impl: str, preset: str) -> 
             exact.data, exact.grad = param.detach().float(), param.grad.float()
         opt.step(loss=make_loss(step))
         other.step(loss=make_loss(step))
-        assert_same_bits(half, [param.detach().bfloat16() for param in single])
+        assert_same_bits(half, [param.detach().to(dtype) for param in single])
     assert all(opt.state[param]["mom"].dtype == torch.float32 for param in half)
 
 
 @every_impl
-def test_gradient_and_parameter_may_differ_in_dtype_and_between_steps(impl: str) -> None:
-    half = [Parameter(param.detach().bfloat16()) for param in make_params()]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_and_parameter_may_differ_in_dtype_and_between_steps(impl: str, dtype: torch.dtype) -> None:
+    half = [Parameter(param.detach().to(dtype)) for param in make_params()]
     mixed = [Parameter(param.detach().clone()) for param in half]
     single, coarse = make_params(), make_params()
     optimizers = [make_optimizer(params, impl) for params in (half, mixed, single, coarse)]
     for step in range(4):
         for i, grad in enumerate(make_grads(single, step)):
-            rounded = grad.bfloat16()
+            rounded = grad.to(dtype)
             half[i].grad, single[i].grad = rounded, rounded.float()
             mixed[i].grad_dtype = coarse[i].grad_dtype = None  # any
             mixed[i].grad = rounded.float() if step % 2 == 0 else rounded

@@ -298,12 +298,13 @@ def test_compiler_leaves_the_steps_of_every_object_as_they_are(monkeypatch: pyte
 
 
 @every_impl
-def test_model_converted_to_bfloat16_and_back(impl: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_model_converted_to_16_bits_and_back(impl: str, dtype: torch.dtype) -> None:
     """State stays float32 and goes on; the step after a conversion is that of converted parameters."""
     model = make_model()
     opt = make_optimizer(model.parameters(), impl)
     train(model, opt, 3)
-    model.bfloat16()
+    model.to(dtype)
     before = copy.deepcopy((list(model.parameters()), opt))
     for param, twin in zip(model.parameters(), before[0], strict=True):
         param.grad = torch.full_like(param, 0.5)
@@ -311,7 +312,7 @@ def test_model_converted_to_bfloat16_and_back(impl: str) -> None:
         twin.grad = torch.full_like(twin.data, 0.5)
     opt.step(loss=1.0)
     before[1].step(loss=1.0)
-    assert_same_bits(params_of(model), [param.detach().bfloat16() for param in before[0]])
+    assert_same_bits(params_of(model), [param.detach().to(dtype) for param in before[0]])
     assert_same_bits(opt.state_dict()["state"], before[1].state_dict()["state"])
     model.float()
     train(model, opt, 2)

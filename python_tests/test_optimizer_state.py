@@ -294,8 +294,9 @@ def test_memory_format_may_change_between_save_and_load(impl: str) -> None:
     assert_same_bits(snapshot(opt), snapshot(other))
 
 
-def test_float32_state_is_kept_with_bfloat16_parameters() -> None:
-    params = [Parameter(param.detach().bfloat16()) for param in make_params()]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_state_is_kept_with_parameters_in_16_bits(dtype: torch.dtype) -> None:
+    params = [Parameter(param.detach().to(dtype)) for param in make_params()]
     opt = busy(params)
     others = copies(params)
     other = make_optimizer(two_groups(others))

@@ -62,6 +62,25 @@ def test_main_path(sass: ModuleType) -> None:
     assert path == [0x30, 0x40, 0x50, 0x60, 0x80, *inner * 4, 0xD0, 0xE0, 0xF0]
 
 
+def test_main_path_without_float16(sass: ModuleType) -> None:
+    """Around what float16 parameters need, not around what all do."""
+    lines = """
+    Function : toy
+/*0000*/ LDG.E.128 R4, desc[UR4][R2.64] ;
+/*0010*/ @P0 BRA 0x50 ;
+/*0020*/ ISETP.NE.AND P1, PT, R1, 0x2, PT ;
+/*0030*/ @!P1 HADD2.F32 R4, -RZ, R4.H0_H0 ;
+/*0040*/ @!P1 HADD2.F32 R5, -RZ, R5.H0_H0 ;
+/*0050*/ HADD2.F32 R6, -RZ, R4.H0_H0 ;
+/*0060*/ @P2 BRA 0x80 ;
+/*0070*/ FADD R6, R6, R5 ;
+/*0080*/ @P4 BRA 0x0 ;
+/*0090*/ EXIT ;
+"""
+    path = [one.address for one in sass.main_path(sass.parse(lines)["toy"])]
+    assert path == [0x0, 0x10, 0x50, 0x60, 0x70, 0x80]
+
+
 @pytest.fixture(scope="module")
 def arch(request: pytest.FixtureRequest, sass: ModuleType) -> str:
     if not _C.has_cuda:

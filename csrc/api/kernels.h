@@ -57,8 +57,8 @@ struct TensorInputs {
   LOPT_HD bool moves() const { return lopt::moves(step_size, keep); }
 };
 
-// active: Features::active of the parameter. What would not stay finite, also as a bfloat16, is left as it is; a direction
-// that is not finite is 0.
+// active: Features::active of the parameter. What would not stay finite, also as a bfloat16, is left as it is (of float16,
+// where it is stored, what is beyond its range becomes infinite); a direction that is not finite is 0.
 template <class V>
 LOPT_HD V next_param(V param, MlpOutput<V> out, const TensorInputs& inputs, V active, float magnitude_rate) {
   const V step_size = active * inputs.step_size;

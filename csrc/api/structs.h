@@ -12,7 +12,8 @@ namespace lopt {
 constexpr int kMaxDecays = 8;
 using Decays = float[kMaxDecays];
 
-enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+// A state is never float16.
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Of the small MLP in the CUDA kernels: plain float; on tensor cores, as exact as float32 but for two bits; on tensor cores
 // with 11 bits.
@@ -24,19 +25,19 @@ enum Precision : int32_t { kExact = 0, kHigh = 1, kFast = 2 };
 // that have a gradient, and TensorEntry::row says which they are.
 
 // One row of the tensor table. Accumulators are planes of `stride` elements, in row-major order of the parameter.
-#define LOPT_TENSOR_ENTRY(FIELD)                                                                           \
-  FIELD(int64_t, param)       /* address of [numel] values of param_dtype, read and written */             \
-  FIELD(int64_t, mom)         /* address of [num_mom, stride] values of the state's dtype */               \
-  FIELD(int64_t, rms)         /* address of [num_rms, stride] */                                           \
-  FIELD(int64_t, numel)       /* > 0 */                                                                    \
-  FIELD(int64_t, stride)      /* elements between accumulator planes, >= numel */                          \
-  FIELD(int64_t, first_chunk) /* this tensor's first row in the chunk table; its chunks follow in order */ \
-  FIELD(int64_t, theta)       /* row of ApplyParams::weights */                                            \
-  FIELD(int64_t, direction)   /* address of [numel] values of the state's dtype where apply writes the */  \
-                              /* direction where the gate is open, or 0 */                                 \
+#define LOPT_TENSOR_ENTRY(FIELD)                                                                            \
+  FIELD(int64_t, param)       /* address of [numel] values of param_dtype, read and written */              \
+  FIELD(int64_t, mom)         /* address of [num_mom, stride] values of the state's dtype */                \
+  FIELD(int64_t, rms)         /* address of [num_rms, stride] */                                            \
+  FIELD(int64_t, numel)       /* > 0 */                                                                     \
+  FIELD(int64_t, stride)      /* elements between accumulator planes, >= numel */                           \
+  FIELD(int64_t, first_chunk) /* this tensor's first row in the chunk table; its chunks follow in order */  \
+  FIELD(int64_t, theta)       /* row of ApplyParams::weights */                                             \
+  FIELD(int64_t, direction)   /* address of [numel] values of the state's dtype where apply writes the */   \
+                              /* direction where the gate is open, or 0 */                                  \
   FIELD(int64_t, matrix_rows) /* of a tensor with a direction; 0: it is a part, orthogonalised elsewhere */ \
-  FIELD(int64_t, row)         /* of all tables [R, ...] below */                                           \
-  FIELD(int32_t, param_dtype) /* enum Dtype */                                                             \
+  FIELD(int64_t, row)         /* of all tables [R, ...] below */                                            \
+  FIELD(int32_t, param_dtype) /* enum Dtype */                                                              \
   FIELD(int32_t, grad_dtype)  /* enum Dtype */
 struct TensorEntry {
   LOPT_TENSOR_ENTRY(LOPT_MEMBER)

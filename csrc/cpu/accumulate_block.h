@@ -9,8 +9,8 @@
 // tensor in their order. Results therefore do not depend on the number of threads.
 #pragma once
 
-#include "cpu/simd.h"
-// simd.h comes first: see there.
+#include "cpu/numbers.h"
+// It includes simd.h, which comes first: see there.
 #include "api/kernels.h"
 
 namespace lopt {

@@ -11,6 +11,7 @@ namespace {
 template <class Features, bool kRounding>
 void run_chunk(const AccumulateParams& params, int64_t index) {
   using AccumulatorOf = Accumulator<Features, kRounding>;
+  constexpr Dtype kState = kRounding ? kBFloat16 : kFloat32;
   const Chunk chunk = params.chunks[index];
   const TensorEntry& tensor = params.tensors[chunk.tensor];
   const int64_t left = tensor.numel - chunk.begin;
@@ -18,10 +19,10 @@ void run_chunk(const AccumulateParams& params, int64_t index) {
       params.mom_decay,
       params.rms_decay,
       params.clip_limit[tensor.row],
-      Numbers::at(tensor.param, tensor.param_dtype == kBFloat16, chunk.begin),
-      Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype == kBFloat16, chunk.begin),
-      {Numbers::at(tensor.mom, kRounding, chunk.begin), tensor.stride},
-      {Numbers::at(tensor.rms, kRounding, chunk.begin), tensor.stride},
+      Numbers::at(tensor.param, tensor.param_dtype, chunk.begin),
+      Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype, chunk.begin),
+      {Numbers::at(tensor.mom, kState, chunk.begin), tensor.stride},
+      {Numbers::at(tensor.rms, kState, chunk.begin), tensor.stride},
   };
   if (kRounding) {
     const uint64_t key = rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),

@@ -6,8 +6,8 @@
 // and the sum of the last hidden layer h, in the order of Note [Order of summation] (accumulate_block.h).
 #pragma once
 
-#include "cpu/simd.h"
-// simd.h comes first: see there.
+#include "cpu/numbers.h"
+// It includes simd.h, which comes first: see there.
 #include "api/kernels.h"
 
 namespace lopt {

@@ -1,6 +1,10 @@
 // Picks the widest instruction set that was compiled and that this processor has.
 #include "cpu/cpu_dispatch.h"
 
+#ifdef LOPT_X86_LEVELS
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 
 #include "api/backend.h"
@@ -61,11 +65,19 @@ constexpr CpuKernels kKernels[] = {
     LOPT_KERNELS("baseline", baseline),
 };
 
+#ifdef LOPT_X86_LEVELS
+// Not all compilers know __builtin_cpu_supports("f16c").
+bool converts_halves() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool supported([[maybe_unused]] int index) {
 #ifdef LOPT_X86_LEVELS
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-                  __builtin_cpu_supports("bmi");
+                  __builtin_cpu_supports("bmi") && converts_halves();
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--tensors", nargs="*", type=int, default=[1, 1000])
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, required=True)

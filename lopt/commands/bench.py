@@ -44,7 +44,7 @@ class Bench(Command):
     scale: float = 1.0
     """Share of a model's blocks to keep."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of parameters and gradients; accumulators stay float32."""
 
     device: Literal["cpu", "cuda"] = "cpu"

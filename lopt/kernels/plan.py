@@ -27,7 +27,8 @@ from lopt.rule.features import FEATURE_SETS
 from lopt.rule.matrices import Matrix
 from lopt.rule.spec import ThetaSpec
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of parameters and gradients, enum Dtype
+STATE_DTYPES = (torch.float32, torch.bfloat16)  # of accumulators
 PRECISIONS = ("exact", "high", "fast")
 
 
@@ -82,7 +83,7 @@ class Plan:
     Args:
         backend: ``"cpu"``, ``"cuda"``, or ``"sim"`` (the CUDA kernels on the CPU, for tests).
         feature_set: a key of ``FEATURE_SETS``.
-        params: contiguous float32 or bfloat16 tensors on one device, written by :meth:`apply`.
+        params: contiguous tensors on one device, each of one of :data:`DTYPES`, written by :meth:`apply`.
         mom, rms: contiguous ``[num_mom, numel]`` and ``[num_rms, numel]`` for each, all float32 or all bfloat16;
             :meth:`accumulate` writes, and rounds bfloat16 stochastically (csrc/rule/rounding.h). None for a tensor
             that has no state yet: :meth:`hold` gives it one, before it is selected. Without state it may be empty.
@@ -193,7 +194,7 @@ class Plan:
 
     def hold(self, row: int, mom: Tensor, rms: Tensor) -> None:
         """Give tensor ``row`` its accumulators."""
-        dtypes = (self.state_dtype,) if self.state_dtype in DTYPES else tuple(DTYPES)
+        dtypes = (self.state_dtype,) if self.state_dtype in STATE_DTYPES else STATE_DTYPES
         decays = len(self.features.mom_decays), len(self.features.rms_decays)
         for name, tensor, planes in (("mom", mom, decays[0]), ("rms", rms, decays[1])):
             _check(f"{name}[{row}]", tensor, dtypes, planes * self.sizes[row], self.device)

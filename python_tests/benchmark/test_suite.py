@@ -25,7 +25,7 @@ def timer(monkeypatch: pytest.MonkeyPatch) -> Timer:
     return Timer(CPU, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel_rows_add_up(timer: Timer, dtype: torch.dtype) -> None:
     found = kernels.measure("paper", shapes.even(100, 2), dtype, timer, PEAKS)
     assert [row["name"] for row in found] == ["accumulate", "apply"]
