@@ -130,18 +130,26 @@ def check_gradients(groups: Sequence[dict[str, Any]], device: torch.device, allo
     for index, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             grad = param.grad
-            if grad is None or (param.numel() == 0 and grad.numel() == 0):
-                continue
-            name = f"param_groups[{index}]['params'][{i}] of shape {tuple(param.shape)}"
-            if grad.is_sparse or grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"gradient of {name}: expected a dense tensor, got layout {grad.layout}; use sparse=False"
-                )
-            _check_dtype(f"gradient of {name}", grad, allowed)
-            check_gradient(f"gradient of {name}", param, grad)
-            _check_dtype(name, param, allowed)
-            if param.device != device:
-                raise ValueError(f"{name}: on {param.device}, but the optimizer's state is on {device}; move it")
+            if grad is not None and (param.numel() or grad.numel()):
+                check_operands(f"param_groups[{index}]['params'][{i}]", param, grad, device, allowed)
+
+
+def check_operands(
+    place: str, param: Tensor, grad: Tensor, device: torch.device, allowed: Sequence[torch.dtype]
+) -> None:
+    """Check a parameter with its gradient, as :func:`check_gradients`.
+
+    Args:
+        place: of the parameter in the groups.
+    """
+    name = f"{place} of shape {tuple(param.shape)}"
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(f"gradient of {name}: expected a dense tensor, got layout {grad.layout}; use sparse=False")
+    _check_dtype(f"gradient of {name}", grad, allowed)
+    check_gradient(f"gradient of {name}", param, grad)
+    _check_dtype(name, param, allowed)
+    if param.device != device:
+        raise ValueError(f"{name}: on {param.device}, but the optimizer's state is on {device}; move it")
 
 
 def as_loss(name: str, loss: object, like: Tensor) -> float | Tensor | None:

@@ -13,6 +13,7 @@ from lopt.average import Averages
 from lopt.distributed import Ranks, Shares, check_same, is_sharded, refuse_zero
 from lopt.hooks import hook, without_grad
 from lopt.implementations import check_arguments, choose_implementation, run_eagerly
+from lopt.in_backward import InBackward, check_possible
 from lopt.kernels import devices
 from lopt.losses import Loss, Losses
 from lopt.operands import allowed_dtypes, as_loss, as_weight, check_gradients, check_params
@@ -158,6 +159,7 @@ class LearnedOptimizer(Optimizer):
         self._ranks = Ranks(process_group)
         self._shares = Shares(self._ranks) if sharded_state else None
         self._check_ranks, self._until_check = check_ranks, check_ranks
+        self._in_backward: InBackward | None = None
         if sharded_state and impl == "reference":
             raise ValueError("sharded_state: impl='reference' keeps whole states; use impl='auto'")
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None}
@@ -171,6 +173,8 @@ class LearnedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, at any time; the LSTM sees the new tensors from the next step on."""
         position = sum(len(group["params"]) for group in self.param_groups)
+        if self._in_backward is not None:
+            self._in_backward.check_complete()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -189,6 +193,8 @@ class LearnedOptimizer(Optimizer):
             self._globals()
         self._settle()
         self._stepper, self._options = None, Options()
+        if self._in_backward is not None:
+            self._in_backward.watch()
 
     def _first_param(self) -> Tensor:
         """The first parameter that is trained, whose device and precision are those of the state."""
@@ -265,7 +271,13 @@ class LearnedOptimizer(Optimizer):
         return self._stepper
 
     def _settle(self) -> None:
-        """Complete the state of sharded parameters, a collective; otherwise there is nothing to do."""
+        """Complete the state of sharded parameters, a collective; otherwise there is nothing to do.
+
+        Raises:
+            RuntimeError: a backward pass began a step, which ``step()`` completes.
+        """
+        if self._in_backward is not None:
+            self._in_backward.check_complete()
         if isinstance(self._stepper, KernelStepper):
             self._stepper.settle()
 
@@ -286,6 +298,7 @@ class LearnedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._stepper, self._weights = None, {}
+        self.__dict__.setdefault("_in_backward", None)  # load_state_dict comes here too, and ends nothing
         hook(type(self))
         super().__setstate__(state)
         run_eagerly(type(self))
@@ -347,6 +360,8 @@ class LearnedOptimizer(Optimizer):
         for group in self.param_groups:
             group.update(self._identity, total_steps=self._total_steps)
         self._stepper, self._options = None, Options()
+        if self._in_backward is not None:
+            self._in_backward.forget()
         self._losses.follow(self._globals() if holds_shared(self.param_groups) else None)
 
     # ---- Average ----------------------------------------------------------------------------------------------------
@@ -476,6 +491,8 @@ class LearnedOptimizer(Optimizer):
             came = type(closure).__name__
             raise TypeError(f"closure: expected a function or None, got {came}; give a loss as step(loss=...)")
         self._averages.check()
+        if self._in_backward is not None:
+            self._in_backward.check_step(loss)
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # of GradScaler
         if found_inf is not None and bool(found_inf):
             return None
@@ -486,6 +503,15 @@ class LearnedOptimizer(Optimizer):
             if loss is not None and result is not None:
                 raise ValueError("loss: given beside a closure that returns a loss, too; pass only one of them")
             loss = result if loss is None else loss
+        if self._in_backward is None:
+            self._update(loss, scale)
+        elif not self._in_backward.complete():
+            self._update(None)
+            self._in_backward.waited()
+        return result
+
+    def _update(self, loss: Any, scale: Tensor | None = None) -> None:
+        """One step, of the gradients that are there, ``scale`` times too large."""
         observed = None if self._losses.waiting else self._loss("loss", loss)
         stepper = self._ready()
         operands = stepper.tensors.operands
@@ -505,14 +531,14 @@ class LearnedOptimizer(Optimizer):
                 if self.on_nonfinite == "raise":
                     raise FloatingPointError(f"gradients hold {int(bad)} NaN or Inf elements; nothing was changed")
                 self._globals()["nonfinite"][0] += bad
-                return result
+                return
         self._losses.note(observed)
         if not grads:
             self._write(observed)
-            return result
+            return
         told = observed is not None or self._losses.waiting
         self._losses.use()
-        if others:
+        if others or stepper.tensors.foreseen:
             self._check_capture()
             stepper.select()
         if self._ranks.group is not None or self._losses.queued:
@@ -524,12 +550,55 @@ class LearnedOptimizer(Optimizer):
         if isinstance(stepper, KernelStepper):
             stepper.step(tensors.selected_params, grads, options, shared, steps, observed, scale is not None)
             self._finish(tensors)
-            return result
+            return
         with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast
             self._write(observed)
             stepper.step(tensors.selected_params, grads, options, shared, steps)
         self._finish(tensors)
-        return result
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks train these parameters, or hold parts of them."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return self._ranks.group is not None or any(map(is_sharded, params))
+
+    def step_in_backward(self) -> InBackward:
+        """From now on step every parameter in the backward pass, as soon as its gradient is there, and free it.
+
+        So only some gradients are in memory at a time. It needs a theta with ``stats="lagged"``, and is the usual step
+        bit for bit (products of large matrices may round otherwise, where several of one shape are computed together),
+        if every trained parameter gets one gradient in each step. ``step()`` stays in the loop, after ``backward()``:
+        it completes the step. The loss must be known before::
+
+            handle = optimizer.step_in_backward()
+            for x, y in data:
+                loss = loss_function(model(x), y)
+                optimizer.observe(train_loss=loss)
+                loss.backward()
+                optimizer.step()
+
+        As long as some trained parameter had no step yet, gradients wait for ``step()``. One that gets no gradient in
+        a step stays as it is, and counts for the others as in the step before. Parameters are frozen and unfrozen
+        between steps only. ``step()`` frees all gradients. Copies of the optimizer, and what is unpickled, step as
+        usual, until this is called. Nothing can look at all gradients of a step: no clipping by norm, no accumulation
+        over several passes, no ``GradScaler``, no DistributedDataParallel.
+
+        Returns:
+            A handle: ``handle.remove()`` brings back the usual step.
+
+        Raises:
+            ValueError: theta, or an option, needs all gradients of a step before it begins.
+
+        Example:
+            >>> from lopt import Theta
+            >>> model = torch.nn.Linear(4, 1)
+            >>> opt = LearnedOptimizer(model, Theta.init("compact").with_spec(stats="lagged"))
+            >>> handle = opt.step_in_backward()
+        """
+        check_possible(self)
+        if self._in_backward is None:
+            self._in_backward = InBackward(self)
+        return self._in_backward
 
     def _finish(self, tensors: Tensors) -> None:
         """After a step: what was asked for beside it."""

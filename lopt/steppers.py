@@ -111,6 +111,7 @@ class Tensors:
             self.stats = torch.stack([old["stats"] if old else new for old in self.states] or [new])
         self.bind()
         self.selected: list[int] = []
+        self.foreseen = False  # whether they were selected before their gradients were seen
         self.mom: list[Tensor] = []  # of the selected ones
         self.rms: list[Tensor] = []
         self.sharded = any(map(is_sharded, self.parts(self.params)))
@@ -154,9 +155,10 @@ class Tensors:
         for state in selected:
             self._seen_state.items(state, "mom", "rms")
 
-    def select(self) -> None:
-        """Take the tensors that have a gradient now, with state for each."""
-        self.selected = self.operands.select()
+    def select(self, rows: Sequence[int] | None = None) -> None:
+        """Take the tensors that have a gradient now, or those that will have one, with state for each."""
+        self.foreseen = rows is not None
+        self.selected = self.operands.select() if rows is None else list(rows)
         for index in self.selected:
             if self.states[index] is not None:
                 continue
@@ -360,6 +362,7 @@ class KernelStepper:
             tensors.bind()
         self.some_first = False
         self.converted = False
+        self._alone: dict[int, kernels.Selection] = {}  # by row
         self.exchange: Exchange | None = None
         self.directions: ShardedDirections | None = None
         if layout is not None:
@@ -375,11 +378,11 @@ class KernelStepper:
         if self.exchange is not None:
             self.exchange.settle()
 
-    def select(self) -> None:
-        """Take the tensors that have a gradient now."""
+    def select(self, rows: Sequence[int] | None = None) -> None:
+        """Take the tensors that have a gradient now, or those that will have one."""
         tensors = self.tensors
         self.settle()
-        tensors.select()
+        tensors.select(rows)
         for row, mom, rms in zip(tensors.selected, tensors.mom, tensors.rms, strict=True):
             if row not in self.plan.keep_alive:
                 self.plan.hold(row, mom, rms)
@@ -433,6 +436,40 @@ class KernelStepper:
                     param.copy_(copy)
         increment_versions(params)
         plan.grads = []  # zero_grad frees their memory
+
+    # A step with lagged statistics, a tensor at a time (lopt.in_backward).
+
+    def begin(self, rows: list[int], groups: Groups, shared: Mapping[str, Tensor], total_steps: int) -> None:
+        """What comes before the first gradient; ``rows`` will have one, and had one before."""
+        plan, level = self.plan, self.level
+        if rows != self.tensors.selected:
+            self.select(rows)
+        level.set_options(groups, total_steps)
+        level.set_losses(shared, None)
+        plan.set_step(shared["step"])
+        level.start()
+        level.advance(plan.stats)
+
+    def sweep(self, row: int, grad: Tensor) -> None:
+        """One tensor."""
+        plan, param = self.plan, self.tensors.params[row]
+        if row not in self._alone:
+            self._alone[row] = plan.selection([row])
+        copies, together = kernels.contiguous([param]), plan.selected
+        plan.use(self._alone[row])
+        try:
+            plan.set_tensors(copies, kernels.contiguous([grad]))
+            plan.sweep()
+            plan.write()
+        finally:
+            plan.use(together)
+        if copies[0] is not param:
+            param.copy_(copies[0])
+        increment_versions([param])
+
+    def finish(self) -> None:
+        """What comes after the last tensor."""
+        self.level.finish()
 
     def _step_parts(
         self,

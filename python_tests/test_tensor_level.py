@@ -1,7 +1,9 @@
 """The compiled tensor level against lopt/rule/tensor_lstm.py, step by step, and what a step asks of the device."""
 
 import dataclasses
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -351,6 +353,19 @@ def test_words_as_kernel_arguments(count: int) -> None:
     kernels.module_of("sim").write_words("sim", to.data_ptr(), words.tolist(), 0, 0)
     assert torch.equal(to[:-1], words)
     assert int(to[-1]) == 7
+
+
+def test_losses_are_taken_when_the_plan_is_gone() -> None:
+    """Between the end of one stepper and the next step, the level reads tables of the plan that it was bound to."""
+    params = make_params()
+    opt = make_optimizer(params)
+    run(opt, params, 1)
+    table = weakref.ref(opt._stepper.plan.rows)  # type: ignore[union-attr]
+    opt.add_param_group({"params": make_params(((3,),))})
+    gc.collect()
+    assert opt._stepper is None
+    assert table() is not None
+    opt.observe(valid_loss=1.0)
 
 
 def test_capture_needs_a_step_before(monkeypatch: pytest.MonkeyPatch) -> None:

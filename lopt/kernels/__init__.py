@@ -13,7 +13,7 @@ from lopt.kernels.extension import (
     source_sha256,
 )
 from lopt.kernels.gpus import check_gpu
-from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, contiguous, pack_mlp
+from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, Selection, contiguous, pack_mlp
 from lopt.kernels.seen import Operands, Seen, is_number
 from lopt.kernels.tensor_level import SHARED, Levels, TensorLevel, apply_inputs, step
 
@@ -30,6 +30,7 @@ __all__ = [
     "Operands",
     "Plan",
     "Seen",
+    "Selection",
     "TensorLevel",
     "apply_inputs",
     "check_gpu",

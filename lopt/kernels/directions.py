@@ -97,8 +97,12 @@ class Directions:
 
     def select(self, selected: Sequence[int]) -> None:
         """Take those of these rows."""
+        self.batches = self.batches_of(selected)
+
+    def batches_of(self, selected: Sequence[int]) -> list[Batch]:
+        """Those of these rows that torch orthogonalises, by shape."""
         chosen = set(selected)
-        self.batches: list[Batch] = []
+        batches: list[Batch] = []
         for (shape, rows), values in zip(self.shapes.items(), self._all, strict=True):
             if min(shape) <= self.native:
                 continue
@@ -107,13 +111,14 @@ class Directions:
             for first in range(0, len(places), size):
                 part = places[first : first + size]
                 together = part == list(range(part[0], part[0] + len(part)))
-                self.batches.append(
+                batches.append(
                     Batch(
                         torch.tensor([rows[place] for place in part], device=self.device),
                         values[part[0] : part[0] + len(part)] if together else values,
                         None if together else torch.tensor(part, device=self.device),
                     )
                 )
+        return batches
 
     def orthogonalise(self, gate: Tensor, rank: Tensor, step_size: Tensor) -> None:
         """New directions in place of the old ones.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lopt.kernels import devices
 from lopt.kernels.devices import Table, stream_of
-from lopt.kernels.directions import Directions
+from lopt.kernels.directions import Batch, Directions
 from lopt.kernels.extension import FEATURE_SET_INDEX, WIDTHS, module_of, packed_weights
 from lopt.kernels.seen import Operands
 from lopt.kernels.structs import ACCUMULATE, APPLY, APPLY_INPUTS, CHUNK, ENTRY
@@ -75,6 +75,24 @@ def contiguous(tensors: list[Tensor]) -> list[Tensor]:
 def _check_length(name: str, found: int, expected: int) -> None:
     if found != expected:
         raise ValueError(f"{name}: expected {expected} entries, one for each tensor, got {found}")
+
+
+class Selection:
+    """Some of a plan's tensors, in ascending order, with the tables over them that kernels read.
+
+    Args:
+        rows: positions of the tensors.
+        entries, chunks: structs of them and of their chunks.
+        batches: those of their directions that torch orthogonalises.
+        device: of the plan.
+    """
+
+    def __init__(
+        self, rows: np.ndarray, entries: np.ndarray, chunks: np.ndarray, batches: list[Batch], device: torch.device
+    ) -> None:
+        self.num_tensors, self.num_chunks, self.batches = len(rows), len(chunks), batches
+        self.rows, self.chunks, self.tensors = (Table(table, device) for table in (rows, chunks, entries))
+        self.grad_table = Table(np.zeros(len(rows), dtype=np.int64), device)
 
 
 class Plan:
@@ -203,6 +221,10 @@ class Plan:
 
     def select(self, rows: Sequence[int] | None) -> None:
         """Let the operations work on these tensors, in ascending order; None selects all that are not empty."""
+        self.use(self.selection(rows))
+
+    def selection(self, rows: Sequence[int] | None) -> Selection:
+        """What :meth:`select` takes."""
         chosen = np.flatnonzero(self.all_entries["numel"]) if rows is None else np.array(rows, dtype=np.int64)
         chunks_of = self.chunks_of[chosen]
         first = np.concatenate([[0], np.cumsum(chunks_of)]).astype(np.int64)
@@ -211,13 +233,18 @@ class Plan:
         chunks["begin"] = (np.arange(len(chunks)) - first[owner]) * self.module.chunk
         entries = self.all_entries[chosen]
         entries["first_chunk"] = first[:-1]
-        self.num_tensors, self.num_chunks = len(chosen), len(chunks)
-        self.rows, self.chunks = Table(chosen, self.device), Table(chunks, self.device)
-        self.tensors = Table(entries, self.device)
+        batches = [] if self.directions is None else self.directions.batches_of(chosen.tolist())
+        return Selection(chosen, entries, chunks, batches, self.device)
+
+    def use(self, selection: Selection) -> None:
+        """Let the operations work on these tensors."""
+        self.selected = selection
+        self.num_tensors, self.num_chunks = selection.num_tensors, selection.num_chunks
+        self.rows, self.chunks, self.tensors = selection.rows, selection.chunks, selection.tensors
+        self.grad_table = selection.grad_table
         if self.directions is not None:
-            self.directions.select(chosen.tolist())
+            self.directions.batches = selection.batches
         self.grads: Sequence[Tensor] = []
-        self.grad_table = Table(np.zeros(len(chosen), dtype=np.int64), self.device)
         self._sent = False  # whether the device has seen the tables
         for record in (self._accumulate, self._apply):
             record["num_tensors"], record["num_chunks"] = self.num_tensors, self.num_chunks

@@ -179,6 +179,7 @@ class TensorLevel:
             self._record["rows"], self._record["num_tensors"] = self.some_rows.address, len(rows)
         elif part is None:
             self._record["rows"], self._record["num_tensors"] = plan.rows.address, plan.num_tensors
+        self._bound = plan.rows, stats, hidden  # whose addresses the record has, when the plan may be gone
 
     def advance(self, stats: Tensor) -> None:
         """Between accumulate and apply: from ``stats`` and the options the inputs of apply."""
