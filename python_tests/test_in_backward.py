@@ -131,10 +131,11 @@ def test_one_step_moves_each_parameter_before_the_next_gradient() -> None:
         assert param.numel() == 0 or not torch.equal(old, param)
 
 
-def test_bfloat16_parameters_groups_and_schedules() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_half_size_groups_and_schedules(dtype: torch.dtype) -> None:
     found = []
     for in_backward in (False, True):
-        model = net().bfloat16()
+        model = net().to(dtype)
         params = list(model.parameters())
         groups = [{"params": params[:5], "lr": 0.5}, {"params": params[5:], "weight_decay": 0.1}]
         opt = LearnedOptimizer(groups, lagged())
