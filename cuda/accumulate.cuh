@@ -109,7 +109,7 @@ __device__ __forceinline__ WordsOf<Features> words_of(const AccumulateParams& pa
                                                       const ChunkRange& chunk) {
   const uint64_t key = rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),
                                     static_cast<uint64_t>(tensor.row));
-  return WordsOf<Features>::of(key, chunk.begin);
+  return WordsOf<Features>::of(key, tensor.offset + chunk.begin);
 }
 
 // Clips the gradients of a quad, updates and stores its accumulators, and adds it to `row` (of `seen` parameters).
@@ -129,7 +129,7 @@ __device__ __forceinline__ void accumulate_quad(const AccumulateParams& params, 
 #pragma unroll
     for (int k = 0; k < Features::kNumRms; ++k)
       rms[k][j] = next_accumulator(rms[k][j], params.rms_decay[k], grad[j] * grad[j]);
-    if (kState == kBFloat16) round_state(words, static_cast<uint32_t>(quad.at + j), j, mom, rms);
+    if (kState == kBFloat16) round_state(words, static_cast<uint32_t>(tensor.offset + quad.at + j), j, mom, rms);
   }
   store_planes<kState>(tensor.mom, tensor.stride, quad, mom);
   store_planes<kState>(tensor.rms, tensor.stride, quad, rms);

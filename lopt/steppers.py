@@ -345,6 +345,8 @@ class KernelStepper:
             device=tensors.rows.h.device,
         )
         shapes = [tuple(param.shape) for param in tensors.params]
+        if layout is not None:  # a bfloat16 state is rounded by positions in whole tensors
+            plan.all_entries["offset"] = [box.start(shape) for box, shape in zip(layout.mine, shapes, strict=True)]
         self.level = level = kernels.TensorLevel(
             backend, theta, shapes, tensors.rows, tensors.groups, kinds=tensors.kinds, lagged=self.lagged
         )

@@ -37,6 +37,7 @@ enum Precision : int32_t { kExact = 0, kHigh = 1, kFast = 2 };
                               /* direction where the gate is open, or 0 */                                  \
   FIELD(int64_t, matrix_rows) /* of a tensor with a direction; 0: it is a part, orthogonalised elsewhere */ \
   FIELD(int64_t, row)         /* of all tables [R, ...] below */                                            \
+  FIELD(int64_t, offset)      /* of a part of a tensor: elements of the whole before it, for rounding.h */  \
   FIELD(int32_t, param_dtype) /* enum Dtype */                                                              \
   FIELD(int32_t, grad_dtype)  /* enum Dtype */
 struct TensorEntry {

@@ -223,6 +223,18 @@ def half_state() -> Any:
     return run(sharded(block()), state_dtype=torch.bfloat16)[:2]
 
 
+def half_bits() -> Any:
+    """Accumulators after the first step, rounded: how many differ from one process."""
+    expected = alone(steps=1, state_dtype=torch.bfloat16)
+    counts = {}
+    for impl in ("cpu", "sim"):
+        found = run(sharded(block()), steps=1, state_dtype=torch.bfloat16, impl=impl)[1]
+        for name in expected:
+            if name.endswith(("mom", "rms")):
+                counts[f"{impl} {name}"] = int((found[name] != expected[name]).sum())
+    return counts
+
+
 def sim() -> Any:
     return run(sharded(block()), steps=5, impl="sim")[:2]
 

@@ -18,8 +18,10 @@ TWO = [
     "lagged",
     "shared",
     "shared_and_averaged",
+    "half_state",
     "sim",
     "averaged",
+    "half_bits",
 ]
 FOUR = ["fsdp", "without_matrices", "shared", "hybrid", "both"]
 
@@ -34,14 +36,25 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], lis
     return results
 
 
-@pytest.mark.parametrize(("world", "name"), [(2, name) for name in TWO[:-1]] + [(4, name) for name in FOUR])
+@pytest.mark.parametrize(("world", "name"), [(2, name) for name in TWO[:-2]] + [(4, name) for name in FOUR])
 def test_ranks_do_what_one_process_does(found: Any, world: int, name: str) -> None:
     values = found[world, name]
     for value in values:
         assert not isinstance(value, str), value
     differences: dict[str, float] = values[0][0]
     print(name, world, max(differences.values()))
-    assert max(differences.values()) <= 1e-6, differences
+    bound = 1e-3 if name == "half_state" else 1e-6  # a sum that differs in the last bit rounds to another bfloat16
+    assert max(differences.values()) <= bound, differences
     states: list[dict[str, Tensor]] = [value[1] for value in values]
     for other in states[1:]:
         assert all(torch.equal(other[key], value) for key, value in states[0].items())
+
+
+def test_a_bfloat16_state_is_rounded_by_positions_in_whole_tensors(found: Any) -> None:
+    for different in found[2, "half_bits"]:
+        assert len(different) == 64
+        assert not any(different.values()), different
+
+
+def test_averages_of_parts(found: Any) -> None:
+    assert max(found[2, "averaged"]) < 1e-6
