@@ -191,3 +191,16 @@ def test_directions() -> None:
     for name, estimator in es.ESTIMATORS.items():
         assert estimator.direction(eps, None) is eps
         assert estimator.direction(eps, before).tolist() == ([11.0, 22.0] if name == "pes" else [1.0, 2.0])
+
+
+def test_every_family_has_a_say_whatever_the_size_of_its_differences() -> None:
+    """Two families, of which the one pulls to the left by little and the other to the right by much, and noisily."""
+    random = torch.Generator().manual_seed(0)
+    eps = torch.randn(4000, 2, generator=random)
+    small, large = 0.001 * eps[:3000, 0], -0.1 * eps[3000:, 0] * (1 + 100 * (torch.rand(1000, generator=random) < 0.01))
+    delta, families = torch.cat([small, large]), ["a"] * 3000 + ["b"] * 1000
+    plain = es.es_gradient(eps, delta, 0.5)
+    fair = es.es_gradient(eps, es.equalised(delta, families), 0.5)
+    assert plain[0] < 0 < fair[0]
+    assert abs(float(fair[1])) < 0.1 * float(fair[0])
+    assert not es.equalised(torch.zeros(3), ["a", "a", "b"]).any()

@@ -24,7 +24,7 @@ KNOWN: tuple[Family | NetworkFamily, ...] = (*FAMILIES, *NETWORK_FAMILIES)
 
 
 #: Fields that older configurations lack, with what they were before there was a choice.
-ADDED = {"outer": "adam", "pairs_per_task": 1, "valid_rows": 1}
+ADDED = {"outer": "adam", "pairs_per_task": 1, "valid_rows": 1, "equalise": False}
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,10 @@ class MetaTrainConfig:
     """Bound of the difference of meta-loss between the two runs of a pair. The differences have long tails: the median
     is some .01, and with a bound of 1 a few pairs drown the others: the same gradient took 1.4 to 1.8 times as many.
     The price is bias, towards what helps most tasks a little rather than the mean."""
+
+    equalise: bool = False
+    """Differences count in units of their family's median (:func:`lopt.meta.es.equalised`), so that each family has a
+    say in proportion to its share of the tasks."""
 
     tasks: tuple[Family | NetworkFamily, ...] | TaskDistribution = ENGINE_FAMILIES
     """Families of synthetic tasks and of small networks to draw from, each equally often, a family named twice twice as

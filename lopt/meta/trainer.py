@@ -166,6 +166,9 @@ def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, execut
 
     chosen = [pairs.eps_and_direction(shared, group, carry)[1] for group, carry in enumerate(state.carries)]
     delta = torch.tensor([delta for result in results for delta in result.deltas])
+    if config.equalise:
+        families = [result.family for result in results for _ in result.deltas]
+        delta = es.equalised(delta, families)
     trained = scale > 0
     gradient = es.es_gradient(torch.cat(chosen), delta, config.sigma) * trained
     clipped = torch.clamp(gradient, -config.gradient_clip, config.gradient_clip)
