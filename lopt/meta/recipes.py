@@ -103,8 +103,8 @@ MIXTURE: dict[str, Any] = {
 }
 
 #: What people train, as far as the fused engine runs it: language models and convolutions, beside the perceptrons of
-#: before; none of them dominates in the gradient, or in time, of which the last two take ten times as much per step. The
-#: chaos of training makes differences that do not shrink with the perturbation: with a wide one they are less noise.
+#: before; none of them dominates in the gradient, or in time, of which the last two take ten times as much per step.
+#: Chaos of training makes differences that do not shrink with the perturbation: with a wide one they are less noise.
 NETWORKS: dict[str, Any] = {
     "init": "default",
     "tasks": TaskDistribution(
