@@ -25,7 +25,7 @@ TORCH  = $(shell grep -E '^torch==' constraints.txt)
 BUILD  = setuptools pybind11 cmake ninja
 SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh cuda/*.cpp cuda/*.h)
 
-.PHONY: help install demo test integrations lint format sass asan clean existing-environment
+.PHONY: help install demo test test-distributed integrations lint format sass asan clean existing-environment
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
@@ -59,9 +59,13 @@ demo: install
 	$(BIN)/lopt train --out out/demo $(ARGS)
 
 # The tests need lopt._sim, the CUDA kernels on the CPU.
-test integrations asan: export LOPT_SIM = ON
+test test-distributed integrations asan: export LOPT_SIM = ON
 test: $(TOOLS_READY) install
 	$(PY) -m pytest $(ARGS)
+
+# What starts several ranks and takes minutes: checkpoints in every way, a training that is killed.
+test-distributed: $(TOOLS_READY) install
+	$(PY) -m pytest -m distributed $(ARGS)
 
 # Real runs with the trainers of others; what is not installed is skipped.
 integrations: $(TRAINERS_READY) install

@@ -47,6 +47,11 @@ class Averages:
         if self.swapped:
             raise RuntimeError("step: inside averaged(), where parameters are averages; leave it before the next step")
 
+    def initial(self, part: Tensor) -> dict[str, Tensor]:
+        """What the state of a parameter has of it, as it is stepped, if it is the first iterate."""
+        dtype = torch.promote_types(part.dtype, torch.float32)
+        return {"average": part.detach().to(dtype, copy=True)} if self.wanted else {}
+
     def update(
         self, params: Sequence[Tensor], parts: Sequence[Tensor], state: State, groups: Sequence[dict[str, Any]]
     ) -> None:
@@ -63,8 +68,7 @@ class Averages:
             if "average" in state[param]:
                 known.append((local_of(state[param]["average"]), local_of(part)))
             else:
-                dtype = torch.promote_types(param.dtype, torch.float32)
-                state[param]["average"] = part.detach().to(dtype, copy=True)
+                state[param].update(self.initial(part))
         if known:
             averages = [average for average, _ in known]
             values = [part.detach().to(average.dtype) for average, part in known]

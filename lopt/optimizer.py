@@ -1,7 +1,7 @@
 """LearnedOptimizer: a ``torch.optim.Optimizer`` whose update rule is a small neural network."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast, overload
 
@@ -18,10 +18,10 @@ from lopt.kernels import devices
 from lopt.losses import Loss, Losses
 from lopt.operands import allowed_dtypes, as_loss, as_weight, check_gradients, check_params
 from lopt.options import Options, check_group, check_total_steps, descending, describe
-from lopt.roles import roles_of_model
+from lopt.roles import keep_roles, roles_of_model
 from lopt.rule import Theta
 from lopt.scaling import holds_float16, unscaled
-from lopt.state import SHARED, check_state, holds_shared, open_theta, restore_state, share_state
+from lopt.state import SHARED, check_state, holds_shared, init_state, open_theta, restore_state, share_state
 from lopt.steppers import KernelStepper, ReferenceStepper, Tensors
 from lopt.warnings import warn
 
@@ -160,6 +160,7 @@ class LearnedOptimizer(Optimizer):
         self._shares = Shares(self._ranks) if sharded_state else None
         self._check_ranks, self._until_check = check_ranks, check_ranks
         self._in_backward: InBackward | None = None
+        self._probed = False
         if sharded_state and impl == "reference":
             raise ValueError("sharded_state: impl='reference' keeps whole states; use impl='auto'")
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None}
@@ -293,7 +294,7 @@ class LearnedOptimizer(Optimizer):
         state: dict[str, Any] = super().__getstate__()
         kept = ["theta", "on_nonfinite", "precision", "state_dtype", "impl", "implementation"]
         kept += ["_identity", "_total_steps", "_told", "_losses", "_options", "_averages", "_ranks", "_shares"]
-        kept += ["_check_ranks", "_until_check"]
+        kept += ["_check_ranks", "_until_check", "_probed"]
         return {**state, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -310,9 +311,37 @@ class LearnedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer. With sharded parameters it is a collective: all ranks call it, each gets its part,
-        and ``torch.distributed.checkpoint`` saves them."""
+        and ``torch.distributed.checkpoint`` saves them.
+
+        Once some parameter has a state, every trainable one is in it: those that had no gradient yet with the state
+        that they will begin with, as ``torch.distributed.checkpoint`` expects.
+        """
         self._settle()
-        return super().state_dict()
+        if self._ranks.group is not None and any(
+            is_sharded(self._part(p)) for g in self.param_groups for p in g["params"]
+        ):
+            shared = self._globals()
+            self._ranks.average_losses(shared)  # whichever rank's are saved, all get them
+            self._losses.waiting = float(shared["pending_loss"][1]) > 0
+        some = any("mom" in state for state in self.state.values())
+        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        untouched = [param for param in params if some and not self.state.get(param)]
+        self.state.update({param: self._initial(param) for param in untouched})
+        try:
+            return super().state_dict()
+        finally:
+            for param in untouched:
+                del self.state[param]
+
+    def _part(self, param: Tensor) -> Tensor:
+        """A parameter as it is stepped."""
+        return param if self._shares is None else self._shares.part(param)
+
+    def _initial(self, param: Tensor) -> dict[str, Any]:
+        """The state with which a parameter begins."""
+        weights, part = self._theta_weights(), self._part(param)
+        dtype = self._accumulator_dtype(weights["initial_h"])
+        return {**init_state(self.theta.spec, weights, part, dtype), **self._averages.initial(part)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; the state gets this optimizer's dtypes, whatever the dtype of the parameters.
@@ -325,7 +354,8 @@ class LearnedOptimizer(Optimizer):
         source: dict[str, Any] = {}
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:  # after all other pre-hooks
-            check_state(state_dict, self.param_groups, self.theta.spec, self._theta_weights())
+            check_state(state_dict, self.param_groups, self.theta.spec, self._theta_weights(), self._part)
+            state_dict = {**state_dict, "param_groups": keep_roles(state_dict["param_groups"], self.param_groups)}
             source.update(state_dict)
             ours = {index for group in state_dict["param_groups"] for index in group["params"]}
             # torch would cast the state of each tensor to the parameter's dtype, and take its time for it.
@@ -333,8 +363,7 @@ class LearnedOptimizer(Optimizer):
 
         def restore(_: Optimizer) -> None:  # before all other post-hooks
             like = self._theta_weights()["initial_h"]
-            parts = {} if self._shares is None else {"part": self._shares.part}
-            restore_state(source, self.param_groups, self.state, like, self._accumulator_dtype(like), **parts)
+            restore_state(source, self.param_groups, self.state, like, self._accumulator_dtype(like), self._part)
             self._take_up()
 
         handles = (
@@ -359,7 +388,7 @@ class LearnedOptimizer(Optimizer):
             self._total_steps = told
         for group in self.param_groups:
             group.update(self._identity, total_steps=self._total_steps)
-        self._stepper, self._options = None, Options()
+        self._stepper, self._options, self._probed = None, Options(), False
         if self._in_backward is not None:
             self._in_backward.forget()
         self._losses.follow(self._globals() if holds_shared(self.param_groups) else None)
@@ -491,6 +520,9 @@ class LearnedOptimizer(Optimizer):
             came = type(closure).__name__
             raise TypeError(f"closure: expected a function or None, got {came}; give a loss as step(loss=...)")
         self._averages.check()
+        if self._probed:
+            self._probed = False
+            self.state.clear()  # nothing has begun
         if self._in_backward is not None:
             self._in_backward.check_step(loss)
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # of GradScaler
@@ -536,11 +568,16 @@ class LearnedOptimizer(Optimizer):
         if not grads:
             self._write(observed)
             return
-        told = observed is not None or self._losses.waiting
-        self._losses.use()
         if others or stepper.tensors.foreseen:
             self._check_capture()
             stepper.select()
+            self._probed = self._is_probe(grads, stepper.tensors.sharded)
+            if self._probed:
+                for param in stepper.tensors.selected_params:
+                    self.state[param] = self._initial(param)
+                return
+        told = observed is not None or self._losses.waiting
+        self._losses.use()
         if self._ranks.group is not None or self._losses.queued:
             observed = self._meet(stepper, grads, observed, told)
         tensors, shared, steps = stepper.tensors, self._globals(), self.total_steps or 0
@@ -599,6 +636,19 @@ class LearnedOptimizer(Optimizer):
         if self._in_backward is None:
             self._in_backward = InBackward(self)
         return self._in_backward
+
+    def _is_probe(self, grads: Sequence[Tensor], sharded: bool) -> bool:
+        """Whether ``torch.distributed.checkpoint`` takes this step, to see what state there is: the first one, with
+        nothing but zeros for gradients and with ``lr=0``. It must leave nothing behind."""
+        rates = [group["lr"] for group in self.param_groups]
+        if any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in rates):
+            return False
+        if int(self._globals()["step"]) > 0:
+            return False
+        count = torch.stack([torch.count_nonzero(grad) for grad in grads]).sum()
+        if sharded:  # ranks have other parts of them
+            self._ranks.sum(count)
+        return int(count) == 0
 
     def _finish(self, tensors: Tensors) -> None:
         """After a step: what was asked for beside it."""

@@ -73,6 +73,18 @@ def check_roles(group: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}: expected one of {values}, or a list of these, got {value!r}")
 
 
+def keep_roles(theirs: Iterable[Mapping[str, Any]], ours: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of a state dict, with what an optimizer's own groups say of their parameters: where these are in another
+    order, or in other groups, than they were saved in, a list of the state dict belongs to others."""
+    kept = []
+    for found, own in zip(theirs, ours, strict=True):
+        kept.append(dict(found))
+        for name in ("role", "transposed"):
+            if any(of_each(own.get(name), len(own["params"]))):
+                kept[-1][name] = own[name]
+    return kept
+
+
 def kinds_of_groups(groups: Iterable[Mapping[str, Any]]) -> list[Kind]:
     """What the groups say of every parameter: ``role``, else its name; ``transposed`` of matrices ``[in, out]``."""
     kinds = []

@@ -9,12 +9,14 @@ import json
 import numbers
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lopt.distributed import is_sharded, local_of, part_like, place_like
+from lopt.distributed import Box, is_sharded, local_of, part_like, place_like
+from lopt.roles import of_each
 from lopt.rule import Theta, ThetaSpec, tensor_lstm
 from lopt.rule.tensor_lstm import Globals, Rows
 
@@ -93,16 +95,21 @@ def share_state(groups: Groups, spec: ThetaSpec, weights: Mapping[str, Tensor]) 
 
 
 def check_state(
-    state_dict: Mapping[str, Any], param_groups: Groups, spec: ThetaSpec, weights: Mapping[str, Tensor]
+    state_dict: Mapping[str, Any],
+    param_groups: Groups,
+    spec: ThetaSpec,
+    weights: Mapping[str, Tensor],
+    part: Callable[[Tensor], Tensor],
 ) -> None:
-    """Compare theta, names and shapes in a state dict with those of an optimizer.
+    """Compare theta, names and shapes in a state dict with those of an optimizer; ``part``: see :func:`restore_state`.
 
     Raises:
         ValueError: the state belongs to other parameters, another optimizer, or another theta, or its groups disagree.
     """
     groups = state_dict["param_groups"]
-    for i, group in enumerate(groups):
+    for i, (group, own) in enumerate(zip(groups, param_groups, strict=False)):
         _check_theta(f"param_groups[{i}]", group, param_groups[0])
+        _check_roles(f"param_groups[{i}]", group, own)
     expected = {name: tuple(value.shape) for name, value in init_globals(spec, weights).items()}
     del expected["pending_valid"]  # which older state dicts lack
     complete = [i for i, group in enumerate(groups) if any(name in group for name in SHARED)]
@@ -128,7 +135,8 @@ def check_state(
         if state:
             some = True
             own = {"mom": (len(spec.mom_decays), *param.shape), "rms": (len(spec.rms_decays), *param.shape), **stats}
-            _check_shapes(f"state[{index}]", {name: _shaped(param, state.get(name)) for name in own}, own)
+            _check_shapes(f"state[{index}]", {name: _shaped(param, state.get(name)) for name in own}, own, part(param))
+            _check_ranks(f"state[{index}]", state, part(param))
             _check_shapes(f"state[{index}]['lstm']", state.get("lstm"), rows)
     if some and not complete:
         _check_shapes("param_groups[0]", groups[0], expected)
@@ -149,14 +157,53 @@ def _check_theta(place: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
         )
 
 
-def _check_shapes(place: str, found: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_roles(place: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    count = len(ours["params"])
+    for name in ("role", "transposed"):
+        value = theirs.get(name)
+        if isinstance(value, list) and len(value) != count and not any(of_each(ours.get(name), count)):
+            raise ValueError(
+                f"state_dict: {place}[{name!r}] expected one value for each of {count} parameters, found {len(value)}; "
+                "they were in other groups when it was saved: make the optimizer with the model, or with named "
+                f"parameters, or give its groups their {name!r}"
+            )
+
+
+def _check_shapes(place: str, found: Any, expected: Mapping[str, tuple[int, ...]], param: Tensor | None = None) -> None:
     for name, shape in expected.items():
         value = found.get(name) if isinstance(found, Mapping) else None
         came = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
-        if came != shape:
+        if came == shape:
+            continue
+        if param is not None and is_sharded(param) and came == (shape[0], *local_of(param).shape):
             raise ValueError(
-                f"state_dict: {place}[{name!r}] expected shape {shape}, found {came}; it belongs to "
-                "another parameter, another optimizer, or a theta of another architecture"
+                f"state_dict: {place}[{name!r}] expected shape {shape}, found {came}, which is the part of one rank "
+                "alone; save what state_dict() returns, whose tensors know their place, or whole tensors "
+                "(StateDictOptions(full_state_dict=True) of torch.distributed.checkpoint)"
+            )
+        raise ValueError(
+            f"state_dict: {place}[{name!r}] expected shape {shape}, found {came}; it belongs to "
+            "another parameter, another optimizer, or a theta of another architecture"
+        )
+
+
+def _check_ranks(place: str, state: Mapping[str, Any], param: Tensor) -> None:
+    """Refuse a part that is no part of this rank's, or on ranks that do not meet here."""
+    for name, value in state.items():
+        if not is_sharded(value):
+            continue
+        ranks = sorted(value.device_mesh.mesh.flatten().tolist())
+        ours = sorted(param.device_mesh.mesh.flatten().tolist()) if is_sharded(param) else ranks  # type: ignore[attr-defined]
+        if ranks != ours or value.device_mesh.get_coordinate() is None:
+            raise ValueError(
+                f"state_dict: {place}[{name!r}] lies on ranks {ranks}, the parameter on {ours}; to take up what other "
+                "ranks saved, save and load with torch.distributed.checkpoint (docs/guide-distributed.md)"
+            )
+        box, local = Box.of(value), local_of(value)
+        if box.numel != local.numel() or (box.numel and box.size != tuple(local.shape)):
+            raise ValueError(
+                f"state_dict: {place}[{name!r}] expected a part of shape {box.size} on this rank, found "
+                f"{tuple(local.shape)}; it is the part of another rank: every rank loads what it saved itself"
             )
 
 
@@ -179,7 +226,7 @@ def restore_state(
     state: MutableMapping[Tensor, Any],
     like: Tensor,
     dtype: torch.dtype,
-    part: Callable[[Tensor], Tensor] = lambda param: param,
+    part: Callable[[Tensor], Tensor],
 ) -> None:
     """Take copies of the state in ``source``; torch would cast what is floating to the parameters' dtype.
 
@@ -211,6 +258,9 @@ def restore_state(
     params = (param for group in param_groups for param in group["params"])
     pairs = [(source["state"].get(index), param) for index, param in zip(ids, params, strict=True)]
     pairs = [(theirs, param) for theirs, param in pairs if theirs]
+    counts = _stack([theirs["lstm"]["updates"] for theirs, _ in pairs], like)
+    begun = torch.stack(list(counts)).tolist() if pairs else []
+    pairs = list(compress(pairs, begun))  # what never had a gradient begins when it gets one
     # Small tensors are stacked: a copy of each, one by one, takes longer than everything else.
     rows = {name: _stack([theirs["lstm"][name] for theirs, _ in pairs], like) for name in Rows._fields}
     for i, (theirs, param) in enumerate(pairs):

@@ -87,7 +87,7 @@ class Exchange(Seams):
         self._stats.copy_(torch.where(self.here, values * self._weights, self._none))
         self._losses[:2], self._losses[2:] = self.shared["pending_loss"], self.shared["pending_valid"]
         self._sum()
-        put_losses(self.shared, self._losses)
+        put_losses(self.shared, self._losses / self.ranks.size)
         self.deliver()
         for var, mean in VARIANCES:
             self._stats[:, var] = (self._stats[:, var] - self._stats[:, mean].square()).clamp_min(0.0)

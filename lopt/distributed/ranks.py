@@ -68,6 +68,11 @@ class Ranks:
         """This rank in the group."""
         return dist.get_rank(self.group) if self.group is not None else 0
 
+    @property
+    def size(self) -> int:
+        """Number of ranks in the group."""
+        return dist.get_world_size(self.group) if self.group is not None else 1
+
     def sum(self, values: Tensor) -> None:
         """Sum over the ranks, in place."""
         if self.group is not None:
@@ -108,14 +113,16 @@ class Ranks:
         warn(f"{found}. Each rank goes on alone: losses are not averaged")
 
     def average_losses(self, shared: Mapping[str, Tensor]) -> None:
-        """Let training losses that ranks observed be those of all ranks, and validation losses too."""
+        """Let training losses that ranks observed be those of all ranks, and validation losses too; a second time
+        changes nothing."""
         waiting = torch.cat([shared["pending_loss"], shared["pending_valid"]]).double()
         self.sum(waiting)
-        put_losses(shared, waiting)
+        put_losses(shared, waiting / self.size)
 
 
 def put_losses(shared: Mapping[str, Tensor], waiting: Tensor) -> None:
-    """Write sums and numbers of training and validation losses, ``[4]``, where the step finds them."""
+    """Write sums and numbers of training and validation losses, ``[4]``, where the step finds them: the shares of one
+    rank, so that ranks which have met may meet again."""
     shared["pending_loss"].copy_(waiting[:2])
     shared["pending_valid"].copy_(waiting[2:])
 
