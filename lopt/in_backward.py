@@ -186,7 +186,7 @@ class InBackward:
         if grad is None:
             return
         allowed = allowed_dtypes(self.optimizer.implementation)
-        check_operands(place, param, grad, stepper.tensors.rows.h.device, allowed)
+        check_operands(place, param, grad, stepper.tensors.places[row].device, allowed)
         self._order(stepper)
         if self.optimizer.param_groups[stepper.tensors.groups[row]].get("maximize"):
             grad = -grad
@@ -205,13 +205,12 @@ class InBackward:
 
     def _order(self, stepper: KernelStepper) -> None:
         """What comes now comes after what this step did before, on whatever stream a gradient came."""
-        device = stepper.tensors.rows.h.device
-        if device.type != "cuda":
-            return
-        stream, before = torch.cuda.current_stream(device), self._streams.get(device)
-        if before is not None and before != stream:
-            stream.wait_stream(before)
-        self._streams[device] = stream
+        for device in stepper.devices:
+            if device.type == "cuda":
+                stream, before = torch.cuda.current_stream(device), self._streams.get(device)
+                if before is not None and before != stream:
+                    stream.wait_stream(before)
+                self._streams[device] = stream
 
     # ---- In step() --------------------------------------------------------------------------------------------------
 
@@ -259,6 +258,8 @@ class InBackward:
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 param.grad = None
+        if isinstance(self.optimizer._stepper, KernelStepper):
+            self._order(self.optimizer._stepper)
         if self._first and self._stepper is not None and self._stepper is self.optimizer._stepper:
             self._first = self._without_step(self._stepper)
             params = self._stepper.tensors.params

@@ -3,7 +3,7 @@
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def check_params(params: Iterable[Tensor], first: Tensor, allowed: Sequence[torc
 
     Args:
         params: of a new group.
-        first: with whose device and precision they must agree.
+        first: with whose precision they must agree.
         allowed: dtypes.
         position: of the first of ``params`` among those of all groups.
 
@@ -100,11 +100,6 @@ def check_params(params: Iterable[Tensor], first: Tensor, allowed: Sequence[torc
         if not param.requires_grad:
             continue
         name = f"params[{i}] of shape {tuple(param.shape)}"
-        if param.device != first.device:
-            raise ValueError(
-                f"{name}: on {param.device}, but params[0] is on {first.device}; "
-                "all parameters of one LearnedOptimizer must share one device"
-            )
         check_param(name, param)
         _check_dtype(name, param, allowed)
         if (param.dtype == torch.float64) != (first.dtype == torch.float64):
@@ -116,12 +111,14 @@ def _check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> N
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}; {remedy(tensor.dtype)}")
 
 
-def check_gradients(groups: Sequence[dict[str, Any]], device: torch.device, allowed: Sequence[torch.dtype]) -> None:
+def check_gradients(
+    groups: Sequence[dict[str, Any]], device_of: Callable[[Tensor], torch.device], allowed: Sequence[torch.dtype]
+) -> None:
     """Check the gradients of all parameters, and the parameters that have one.
 
     Args:
         groups: the optimizer's.
-        device: of the optimizer's state, where parameters must be.
+        device_of: where a parameter must be, as its state is there.
         allowed: dtypes of parameters and gradients.
 
     Raises:
@@ -131,7 +128,7 @@ def check_gradients(groups: Sequence[dict[str, Any]], device: torch.device, allo
         for i, param in enumerate(group["params"]):
             grad = param.grad
             if grad is not None and (param.numel() or grad.numel()):
-                check_operands(f"param_groups[{index}]['params'][{i}]", param, grad, device, allowed)
+                check_operands(f"param_groups[{index}]['params'][{i}]", param, grad, device_of(param), allowed)
 
 
 def check_operands(

@@ -59,7 +59,7 @@ class LearnedOptimizer(Optimizer):
             and an lr that is a tensor, which is taken as it is.
         weight_decay: decoupled decay, scaled by the learned step of the tensor as AdamW's is by its learning rate:
             customary values (.01 to .1) mean what they mean there.
-        impl: ``"auto"`` picks ``"cuda"`` or ``"cpu"`` by the parameters' device. ``"reference"`` is plain PyTorch, in
+        impl: ``"auto"`` picks ``"cuda"`` or ``"cpu"`` by the device of each parameter. ``"reference"`` is plain PyTorch, in
             float64 if the parameters are; ``"sim"`` runs the CUDA kernels on the CPU, for tests. An explicit choice
             never falls back to another.
         on_nonfinite: what to do about NaN and Inf in gradients. ``"ignore"`` (default): a NaN counts as zero, an Inf as
@@ -104,6 +104,9 @@ class LearnedOptimizer(Optimizer):
     "rank"}}`` (row-major order of the parameter; ``mom`` and ``rms`` in ``state_dtype``, the rest in float32),
     created in the first step. What all tensors share is in every param group, as the same tensors, with theta's name
     and checksum: groups may be removed, added and exchanged. State dicts resume bit for bit.
+
+    Parameters may be on several devices (pipeline stages, ``device_map``): each is stepped where it is, by accumulators
+    there; the tensor level is on the device of the first one, and small tables of numbers for each tensor travel.
 
     On CUDA a step is five launches, with lagged statistics four, and waits for nothing; where matrices are treated as
     wholes one more, and torch's products for each of their shapes. After one step outside, ``torch.cuda.graph`` can
@@ -181,6 +184,7 @@ class LearnedOptimizer(Optimizer):
         try:
             check_group(group, self._total_steps)
             check_params(group["params"], self._first_param(), allowed_dtypes(self.impl), position)
+            self._check_devices(group["params"])
             if self.impl == "reference" and any(map(is_sharded, group["params"])):
                 raise TypeError("params: impl='reference' steps whole tensors, got DTensors; use impl='auto'")
         except (TypeError, ValueError, RuntimeError):
@@ -198,25 +202,55 @@ class LearnedOptimizer(Optimizer):
             self._in_backward.watch()
 
     def _first_param(self) -> Tensor:
-        """The first parameter that is trained, whose device and precision are those of the state."""
+        """The first parameter that is trained, whose device and precision are those of the tensor level."""
         params = [param for group in self.param_groups for param in group["params"]]
         if not params:
             raise ValueError("params: expected at least one parameter, got none")
         return cast(Tensor, next((param for param in params if param.requires_grad), params[0]))
 
+    def _home(self) -> torch.device:
+        """The device of the tensor level: that of the first parameter, and it stays there while others are."""
+        held = next((group["pending_loss"].device for group in self.param_groups if "pending_loss" in group), None)
+        params = (param for group in self.param_groups for param in group["params"])
+        stays = held is not None and any(param.requires_grad and param.device == held for param in params)
+        return held if held is not None and stays else self._first_param().device
+
+    def _check_devices(self, params: Iterable[Tensor]) -> None:
+        for device in {param.device for param in params if param.requires_grad} - {self._home()}:
+            self._backend(device)
+
+    def _backend(self, device: torch.device) -> str:
+        """What computes steps of parameters on a device.
+
+        Raises:
+            ValueError: there are no kernels for it.
+        """
+        if self._home() == device:
+            return self.implementation
+        return choose_implementation(self.impl, device, self.theta.spec)
+
+    def _state_device(self, param: Tensor) -> torch.device:
+        """Where the state of a parameter is, or will be."""
+        held = self.state[param].get("mom") if param in self.state else None
+        if held is not None:
+            return cast(torch.device, held.device)
+        if param.device != self._theta_weights()["initial_h"].device:
+            self._backend(param.device)
+        return param.device
+
     # ---- State ------------------------------------------------------------------------------------------------------
 
     def _theta_weights(self) -> dict[str, Tensor]:
-        """Theta on the parameters' device, float64 for float64 parameters and float32 otherwise."""
+        """Theta where the tensor level is, float64 for float64 parameters and float32 otherwise."""
         if self._stepper is None:  # trainers move models after their optimizers were made
-            first = self._first_param()
-            dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+            home = self._home()
+            dtype = torch.float64 if self._first_param().dtype == torch.float64 else torch.float32
             held = self._weights.get("initial_h")
-            if held is None or (held.device, held.dtype) != (first.device, dtype):
+            if held is None or (held.device, held.dtype) != (home, dtype):
                 made_for = getattr(self, "implementation", "reference")
-                if made_for != "reference" and (made_for == "cuda") != first.is_cuda:
-                    self.implementation = choose_implementation(self.impl, first.device, self.theta.spec)
-                self._weights = self.theta.to(first.device, dtype).tensors
+                if made_for != "reference" and (made_for == "cuda") != (home.type == "cuda"):
+                    self.implementation = choose_implementation(self.impl, home, self.theta.spec)
+                self._weights = self.theta.to(home, dtype).tensors
         return self._weights
 
     def _globals(self) -> dict[str, Any]:
@@ -265,7 +299,7 @@ class LearnedOptimizer(Optimizer):
             if self.implementation == "reference":
                 self._stepper = ReferenceStepper(tensors, self.theta)
             else:
-                self._stepper = KernelStepper(self.implementation, tensors, self.theta, self.precision, self._ranks)
+                self._stepper = KernelStepper(self._backend, tensors, self.theta, self.precision, self._ranks)
                 self._losses.level = self._stepper.level
                 if self._stepper.exchange is not None:
                     self._stepper.exchange.deliver = self._deliver
@@ -549,14 +583,19 @@ class LearnedOptimizer(Optimizer):
         operands = stepper.tensors.operands
         grads, others, unchecked = operands.look()
         if unchecked:
-            device = self._theta_weights()["initial_h"].device
-            check_gradients(self.param_groups, device, allowed_dtypes(self.implementation))
+            if stepper.tensors.moved():
+                self._stepper = None
+                stepper = self._ready()
+                operands = stepper.tensors.operands
+                grads, others, _ = operands.look()
+            check_gradients(self.param_groups, self._state_device, allowed_dtypes(self.implementation))
             operands.accept()
         options = self._options.read(self.param_groups)
         if scale is not None:
             grads = unscaled(grads, scale)
         if grads and self.on_nonfinite != "ignore":
-            bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in grads]).sum()
+            home = stepper.tensors.rows.h.device
+            bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum().to(home) for grad in grads]).sum()
             if stepper.tensors.sharded:
                 self._ranks.sum(bad)
             if int(bad) > 0:
@@ -588,7 +627,7 @@ class LearnedOptimizer(Optimizer):
             stepper.step(tensors.selected_params, grads, options, shared, steps, observed, scale is not None)
             self._finish(tensors)
             return
-        with torch.autocast(grads[0].device.type, enabled=False):  # in case the whole loop runs under autocast
+        with torch.autocast(tensors.rows.h.device.type, enabled=False):  # in case the whole loop runs under autocast
             self._write(observed)
             stepper.step(tensors.selected_params, grads, options, shared, steps)
         self._finish(tensors)

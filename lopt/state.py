@@ -63,9 +63,13 @@ def init_globals(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def init_state(spec: ThetaSpec, weights: Mapping[str, Tensor], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """State of a parameter tensor before its first step; accumulators in ``dtype``, which lie as the parameter does."""
-    like, shape = weights["initial_h"], local_of(param).shape
-    mom, rms = (like.new_zeros(len(decays), *shape, dtype=dtype) for decays in (spec.mom_decays, spec.rms_decays))
+    """State of a parameter tensor before its first step; accumulators in ``dtype``, which lie as the parameter does, on
+    its device, the rest where the tensor level is."""
+    like, local = weights["initial_h"], local_of(param)
+    mom, rms = (
+        like.new_zeros(len(decays), *local.shape, dtype=dtype, device=local.device)
+        for decays in (spec.mom_decays, spec.rms_decays)
+    )
     state: dict[str, Any] = {
         "mom": place_like(param, mom),
         "rms": place_like(param, rms),
@@ -233,19 +237,19 @@ def restore_state(
     Args:
         source: a state dict that :func:`check_state` passed.
         param_groups, state: the optimizer's; written.
-        like: has device and dtype of the state.
+        like: has device and dtype of the state at tensor level; accumulators are on the device of their parameter.
         dtype: of the accumulators.
         part: a parameter as it is stepped, by which the state lies.
     """
 
-    def copy(value: Any, floating: torch.dtype = like.dtype) -> Any:
+    def copy(value: Any, floating: torch.dtype = like.dtype, device: torch.device = like.device) -> Any:
         if isinstance(value, dict):
-            return {name: copy(item) for name, item in value.items()}
+            return {name: copy(item, device=device) for name, item in value.items()}
         if not isinstance(value, Tensor):
             return value
         kept = floating if value.is_floating_point() else value.dtype
         order = torch.contiguous_format
-        return value.detach().to(device=like.device, dtype=kept, copy=True, memory_format=order)
+        return value.detach().to(device=device, dtype=kept, copy=True, memory_format=order)
 
     found = next((group for group in source["param_groups"] if "pending_loss" in group), None)
     shared = {} if found is None else {name: copy(found[name]) for name in SHARED if name in found}
@@ -265,17 +269,18 @@ def restore_state(
     rows = {name: _stack([theirs["lstm"][name] for theirs, _ in pairs], like) for name in Rows._fields}
     for i, (theirs, param) in enumerate(pairs):
         new: dict[str, Any] = {}
+        device = local_of(param).device
         for name in ("mom", "rms"):
             value = _shaped(param, theirs[name])
-            new[name] = place_like(part(param), copy(part_like(part(param), value), dtype))
+            new[name] = place_like(part(param), copy(part_like(part(param), value), dtype, device))
         new["lstm"] = {name: values[i] for name, values in rows.items()}
         for name, value in theirs.items():
             if name not in new:
                 of_param = isinstance(value, Tensor) and is_sharded(part(param)) and value.shape == param.shape
                 if of_param:
-                    new[name] = place_like(part(param), copy(part_like(part(param), value[None]))[0])
-                else:
-                    new[name] = copy(value)
+                    new[name] = place_like(part(param), copy(part_like(part(param), value[None]), device=device)[0])
+                else:  # what belongs to the tensor level is where that is
+                    new[name] = copy(value, device=like.device if name == "stats" else device)
         state[param] = new
 
 

@@ -2,14 +2,15 @@
 
 An optimizer has R tensors; those with a gradient take part in a step, the selected ones. :class:`Tensors` holds their
 state, stacked, and says which are selected. :class:`ReferenceStepper` and :class:`KernelStepper` make the steps, both
-in the order of :mod:`lopt.rule.step`; an unsharded step of the kernels is one call, one of sharded tensors goes phase
-by phase, with :class:`lopt.distributed.Exchange` in the seams.
+in the order of :mod:`lopt.rule.step`; an unsharded step of the kernels on one device is one call, others go phase by
+phase: of sharded tensors with :class:`lopt.distributed.Exchange` in the seams, of tensors on several devices with
+:class:`lopt.kernels.Places` between them.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -62,6 +63,18 @@ def layout_of(tensors: "Tensors", ranks: Ranks) -> Layout:
     return Layout([boxes for _, boxes in found], shapes, ranks.index)
 
 
+class Name(NamedTuple):
+    """Of a place where tensors are stepped together."""
+
+    device: torch.device
+    number: int = 0  # of several on one device, as tests have them
+
+
+def place_of(param: Tensor) -> Name:
+    """Where a parameter is stepped."""
+    return Name(param.device)
+
+
 class Tensors:
     """The non-empty parameters of an optimizer with their state, and which of them are selected.
 
@@ -94,6 +107,7 @@ class Tensors:
         filled = [param.numel() > 0 for param in everything]
         self.params: list[Tensor] = list(compress(everything, filled))
         self.groups: list[int] = list(compress(indices, filled))
+        self.places: list[Name] = [place_of(local_of(part)) for part in self.parts(self.params)]
         self.kinds: list[Kind] = list(compress(kinds_of_groups(groups), filled))
         self.states: list[dict[str, Any] | None] = [
             state[param] if "mom" in state.get(param, {}) else None for param in self.params
@@ -109,6 +123,9 @@ class Tensors:
         if spec.stats == "lagged":
             new = self.rows.h.new_zeros(spec.features.num_stats)
             self.stats = torch.stack([old["stats"] if old else new for old in self.states] or [new])
+        for row, old in enumerate(self.states):
+            if old and local_of(old["mom"]).device != self.places[row].device:  # which a check of gradients refuses
+                self.places[row] = Name(local_of(old["mom"]).device)
         self.bind()
         self.selected: list[int] = []
         self.foreseen = False  # whether they were selected before their gradients were seen
@@ -129,6 +146,11 @@ class Tensors:
     def parts(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The parameters as they are stepped: sharded, where this rank has the state of a part."""
         return list(map(self._part, params))
+
+    def moved(self) -> bool:
+        """Whether a parameter that has no state yet is elsewhere than it was."""
+        rows = (row for row, state in enumerate(self.states) if state is None)
+        return any(local_of(self.params[row]).device != self.places[row].device for row in rows)
 
     def bind(self) -> None:
         """Make the states show rows of the tables."""
@@ -214,14 +236,15 @@ class ReferenceStepper:
         stacked = tensors.rows if everything else Rows(*(value[self.index] for value in tensors.rows))
         before = tensors.stats if tensors.stats is None or everything else tensors.stats[self.index]
         globals_ = Globals(*(shared[name] for name in Globals._fields))
+        here = [[x.to(like.device) for x in some] for some in (tensors.mom, tensors.rms, params, grads)]
         total, count = shared["pending_loss"]
         with one_thread(like.device):
             params_, state, trace = reference.update(
                 spec,
                 tensors.weights,
-                reference.State(globals_, stacked, tensors.mom, tensors.rms),
-                params,
-                grads,
+                reference.State(globals_, stacked, here[0], here[1]),
+                here[2],
+                here[3],
                 torch.where(count > 0, total / count, torch.full_like(total, float("nan"))),
                 lr=self._option("lr", groups),
                 weight_decay=self._option("weight_decay", groups),
@@ -252,21 +275,23 @@ class ReferenceStepper:
 
 
 class KernelPhases:
-    """The phases of :mod:`lopt.rule.step` by kernels, each a call; the tables have R rows, of which the plan's selected
-    ones count."""
+    """The phases of :mod:`lopt.rule.step` by kernels, each a call for each place; the tables have R rows, of which the
+    selected ones count."""
 
-    def __init__(self, plan: kernels.Plan, level: kernels.TensorLevel, step: Tensor, updates: Tensor) -> None:
-        self.plan, self.level, self.number, self.updates = plan, level, step, updates
-        self.kept = plan.stats
+    def __init__(self, stepper: "KernelStepper", shared: Mapping[str, Tensor]) -> None:
+        self.stepper, self.places, self.level = stepper, stepper.places, stepper.level
+        self.number, self.updates = shared["step"], stepper.tensors.rows.updates
+        self.kept = stepper.plan.stats
 
     def begin(self) -> None:
         self.level.start()
 
     def accumulate(self) -> Tensor:
-        self.before = self.plan.stats.clone() if self.level.lagged else self.plan.stats
+        stats = self.stepper.plan.stats
+        self.before = stats.clone() if self.level.lagged else stats
         # In one sweep advance, which counts the step, comes before accumulate.
-        self.plan.set_step(self.number + 1 if self.level.lagged else self.number)
-        return self.plan.run_accumulate()
+        self.places.set_step(self.number + 1 if self.level.lagged else self.number)
+        return self.places.accumulate()
 
     def advance(self, stats: Tensor) -> None:
         seen = stats
@@ -275,50 +300,40 @@ class KernelPhases:
         self.level.advance(seen)
 
     def apply(self) -> Tensor:
-        return self.plan.run_apply()
+        return self.places.apply()
 
     def direction(self) -> None:
-        self.plan.write()
+        self.places.write()
 
     def finish(self, means: Tensor) -> None:
         self.level.finish(means)
         if self.level.lagged:
-            self.plan.stats.copy_(self.kept)
-        self.level.bind(self.plan)
+            self.stepper.plan.stats.copy_(self.kept)
+            self.stepper.bind()
 
 
 class PartPhases(KernelPhases):
     """The same for parts of tensors: the plan works on what is on this rank, the level on all tensors, and the exchange
     finishes."""
 
-    def __init__(self, stepper: "KernelStepper", exchange: Exchange, shared: Mapping[str, Tensor]) -> None:
-        super().__init__(stepper.plan, stepper.level, shared["step"], stepper.tensors.rows.updates)
-        self.exchange, self.directions = exchange, stepper.directions
-
-    def accumulate(self) -> Tensor:
-        if self.plan.num_tensors:
-            return super().accumulate()
-        self.before = self.plan.stats.clone()
-        return self.plan.stats
-
-    def apply(self) -> Tensor:
-        return super().apply() if self.plan.num_tensors else self.plan.hidden
-
     def direction(self) -> None:
-        if self.directions is None:
+        stepper, plan = self.stepper, self.stepper.plan
+        if stepper.directions is None:
             super().direction()
             return
-        if self.plan.num_tensors:
-            self.plan.module.write(self.plan.backend, self.plan.addresses[1], False, *self.plan.place())
-        self.plan.write_large(self._elsewhere)
+        if plan.num_tensors:
+            plan.module.write(plan.backend, plan.addresses[1], False, *plan.place())
+        plan.write_large(self._elsewhere)
 
     def _elsewhere(self, gate: Tensor, step_size: Tensor) -> None:
-        assert self.directions is not None
-        self.directions.orthogonalise(self.exchange, gate, step_size)
+        directions, exchange = self.stepper.directions, self.stepper.exchange
+        assert directions is not None
+        assert exchange is not None
+        directions.orthogonalise(exchange, gate, step_size)
 
     def finish(self, means: Tensor) -> None:
         if self.level.lagged:
-            self.plan.stats.copy_(self.kept)
+            self.stepper.plan.stats.copy_(self.kept)
 
 
 class KernelStepper:
@@ -327,36 +342,45 @@ class KernelStepper:
     products and a launch that writes come before finish.
 
     Parameters that are not contiguous pass through a staging copy.
+
+    Args:
+        backend_of: the back end on a device; the tensor level is on that of the tables of ``tensors``.
+
+    Raises:
+        ValueError: sharded parameters are on several devices, or there are no kernels for one.
     """
 
-    def __init__(self, backend: str, tensors: Tensors, theta: Theta, precision: str, ranks: Ranks) -> None:
-        spec = theta.spec
-        self.tensors, self.lagged = tensors, spec.stats == "lagged"
-        none = [None] * len(tensors.params)
+    def __init__(
+        self,
+        backend_of: Callable[[torch.device], str],
+        tensors: Tensors,
+        theta: Theta,
+        precision: str,
+        ranks: Ranks,
+    ) -> None:
+        spec, home = theta.spec, tensors.rows.h.device
+        self.tensors, self.spec, self.precision, self.backend_of = tensors, spec, precision, backend_of
+        self.lagged = spec.stats == "lagged"
+        others = sorted({str(place.device) for place in tensors.places if place.device != home})
+        if tensors.sharded and others:
+            raise ValueError(
+                f"params: on {home} and {', '.join(others)}, and ranks hold parts of them; shard parameters of one "
+                "device, or train whole ones on several devices in one process"
+            )
         layout = layout_of(tensors, ranks) if tensors.sharded else None
-        self.plan = plan = kernels.Plan(
-            backend,
-            spec.feature_set,
-            [local_of(part) for part in tensors.parts(tensors.params)],
-            none,
-            none,
-            precision=precision,
-            state_dtype=tensors.dtype,
-            device=tensors.rows.h.device,
-        )
         shapes = [tuple(param.shape) for param in tensors.params]
+        self.matrices = matrices_of(shapes, tensors.kinds)
+        self.split = {row: layout.mine[row].numel for row in range(len(shapes)) if layout and layout.split(row)}
+        self.packed = kernels.pack_mlp(spec, tensors.weights)
+        flat, inputs = kernels.flat_inputs(spec, len(shapes), home)
+        kinds, groups = tensors.kinds, tensors.groups
+        self.level = level = kernels.TensorLevel(
+            backend_of(home), theta, shapes, tensors.rows, groups, inputs, kinds, lagged=self.lagged
+        )
+        self.plan = plan = self._plan(Name(home), inputs, tensors.rows.rank)
         if layout is not None:  # a bfloat16 state is rounded by positions in whole tensors
             plan.all_entries["offset"] = [box.start(shape) for box, shape in zip(layout.mine, shapes, strict=True)]
-        self.level = level = kernels.TensorLevel(
-            backend, theta, shapes, tensors.rows, tensors.groups, kinds=tensors.kinds, lagged=self.lagged
-        )
-        matrices = matrices_of(shapes, tensors.kinds)
-        split = {row: layout.mine[row].numel for row in range(len(shapes)) if layout and layout.split(row)}
-        parts = {row: numel for row, numel in split.items() if matrices[row].whole}
-        plan.treat_whole(matrices, spec.newton_schulz, tensors.rows.rank, parts)
-        plan.bind_accumulate(level.inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
-        packed = kernels.pack_mlp(spec, tensors.weights)
-        plan.bind_apply(level.inputs, packed, spec.magnitude_rate, spec.feature_clip)
+        self.places = kernels.Places(Name(home), plan, flat, tensors.rows.rank, self._place)
         self.levels = kernels.Levels([level])
         if tensors.stats is not None:
             plan.stats.copy_(tensors.stats)
@@ -368,12 +392,39 @@ class KernelStepper:
         self.exchange: Exchange | None = None
         self.directions: ShardedDirections | None = None
         if layout is not None:
-            whole = {row: matrices[row] for row in parts}
+            whole = {row: self.matrices[row] for row in self.split if self.matrices[row].whole}
             if whole and plan.directions is not None:
                 memory, large = plan.directions.parts, plan.directions.large
                 self.directions = ShardedDirections(ranks, layout, whole, spec.newton_schulz, memory, large)
             width = spec.mlp_width
             self.exchange = Exchange(ranks, layout, spec.features.num_stats, width, tensors.rows.rank, level.finish)
+
+    def _plan(self, name: Name, inputs: Mapping[str, Tensor], rank: Tensor) -> kernels.Plan:
+        """A plan of what is at this place of every tensor."""
+        tensors, spec = self.tensors, self.spec
+        nothing, none = torch.empty(0), [None] * len(tensors.params)
+        here = [place == name for place in tensors.places]
+        locals_ = [local_of(part) for part in tensors.parts(tensors.params)]
+        plan = kernels.Plan(
+            self.backend_of(name.device),
+            spec.feature_set,
+            [param if present else nothing for param, present in zip(locals_, here, strict=True)],
+            none,
+            none,
+            precision=self.precision,
+            state_dtype=tensors.dtype,
+            device=name.device,
+        )
+        parts = {row: 0 for row, present in enumerate(here) if not present} | self.split
+        parts = {row: numel for row, numel in parts.items() if self.matrices[row].whole}
+        plan.treat_whole(self.matrices, spec.newton_schulz, rank, parts)
+        plan.bind_accumulate(inputs["clip_limit"], spec.mom_decays, spec.rms_decays)
+        plan.bind_apply(inputs, self.packed.to(name.device), spec.magnitude_rate, spec.feature_clip)
+        return plan
+
+    def _place(self, name: Any) -> kernels.Place:
+        flat, inputs = kernels.flat_inputs(self.spec, len(self.tensors.params), name.device)
+        return kernels.Place(self._plan(name, inputs, self.tensors.rows.rank.to(name.device, copy=True)), flat)
 
     def settle(self) -> None:
         """Complete the state, of which the next step would have completed a part: of sharded tensors a collective."""
@@ -386,18 +437,21 @@ class KernelStepper:
         self.settle()
         tensors.select(rows)
         for row, mom, rms in zip(tensors.selected, tensors.mom, tensors.rms, strict=True):
-            if row not in self.plan.keep_alive:
-                self.plan.hold(row, mom, rms)
-        if self.exchange is None:
-            self.plan.select(tensors.selected)
-            self.level.bind(self.plan)
-        else:
-            self.plan.select(self.exchange.select(tensors.selected))
-            self.level.bind(self.plan, rows=tensors.selected)
-            if self.directions is not None:
-                self.directions.select(tensors.selected)
+            plan = self.places.plan_at(tensors.places[row])
+            if row not in plan.keep_alive:
+                plan.hold(row, mom, rms)
+        here = tensors.selected if self.exchange is None else self.exchange.select(tensors.selected)
+        self.places.select(here, [tensors.places[row] for row in here])
+        if self.directions is not None:
+            self.directions.select(tensors.selected)
+        self.bind()
         # With lagged statistics, a tensor's first step sees its own, so accumulate comes before advance.
         self.some_first = self.lagged and bool((tensors.rows.updates[tensors.selected] == 0).any())
+
+    def bind(self) -> None:
+        """Let the level read what the plan at home holds of the selected tensors."""
+        alone = self.exchange is None and not self.places.several
+        self.level.bind(self.plan, rows=None if alone else self.tensors.selected)
 
     def step(
         self,
@@ -412,49 +466,68 @@ class KernelStepper:
         """One step, of the tensors that ``tensors.operands`` saw; ``groups`` have the options as a step uses them,
         ``shared`` is the state of all tensors, written. ``converted``: the gradients are of another dtype than those
         that were seen."""
-        plan, level, tensors = self.plan, self.level, self.tensors
-        if self.exchange is not None:
-            self._step_parts(self.exchange, params, grads, groups, shared, total_steps, loss)
-            return
-        copies = params
-        known = not (converted or self.converted)  # whether the plan knows the dtypes of the gradients
-        self.converted = converted
-        if known and tensors.operands.plain:
-            plan.point(cast(kernels.Operands, tensors.operands), grads)
-        else:
-            copies = kernels.contiguous(params)
-            plan.set_tensors(copies, kernels.contiguous(grads))
+        level, tensors = self.level, self.tensors
+        copied = self._point(params, grads, converted)
         level.set_options(groups, total_steps)
         level.set_losses(shared, loss)
-        if self.some_first:
-            run(KernelPhases(plan, level, shared["step"], tensors.rows.updates))
-            self.some_first = False
+        if self.exchange is not None:
+            self.exchange.shared = shared
+            run(PartPhases(self, shared), self.exchange)
+        elif self.some_first or self.places.several:
+            run(KernelPhases(self, shared))
         else:
-            plan.set_step(shared["step"])
-            kernels.step(plan, self.levels, self.lagged)
-        if copies is not params:
-            for param, copy in zip(params, copies, strict=True):
-                if copy is not param:
-                    param.copy_(copy)
+            self.plan.set_step(shared["step"])
+            kernels.step(self.plan, self.levels, self.lagged)
+        self.some_first = False
+        for param, copy in copied:
+            param.copy_(copy)
+        if tensors.shares is not None:
+            tensors.shares.exchange(params)
         increment_versions(params)
-        plan.grads = []  # zero_grad frees their memory
+        for plan in self.places.plans:
+            plan.grads = []  # zero_grad frees their memory
+
+    def _point(self, params: list[Tensor], grads: list[Tensor], converted: bool) -> list[tuple[Tensor, Tensor]]:
+        """Let the plans see parameters and gradients.
+
+        Returns:
+            Parameters that are not contiguous, with the copies that are stepped in their place.
+        """
+        tensors = self.tensors
+        known = not (converted or self.converted)  # whether the plan knows the dtypes of the gradients
+        self.converted = converted
+        if known and tensors.operands.plain and not self.places.several:
+            self.plan.point(cast(kernels.Operands, tensors.operands), grads)
+            return []
+        copied = []
+        found: dict[Name, list[tuple[Tensor, Tensor]]] = {}
+        for row, part, grad in zip(tensors.selected, tensors.parts(params), grads, strict=True):
+            if local_of(part).numel():
+                found.setdefault(tensors.places[row], []).append((local_of(part), grad))
+        for name, pairs in found.items():
+            here = [param for param, _ in pairs]
+            copies = kernels.contiguous(here)
+            self.places.plan_at(name).set_tensors(copies, kernels.contiguous([grad for _, grad in pairs]))
+            copied += [(param, copy) for param, copy in zip(here, copies, strict=True) if copy is not param]
+        return copied
 
     # A step with lagged statistics, a tensor at a time (lopt.in_backward).
 
     def begin(self, rows: list[int], groups: Groups, shared: Mapping[str, Tensor], total_steps: int) -> None:
         """What comes before the first gradient; ``rows`` will have one, and had one before."""
-        plan, level = self.plan, self.level
+        level = self.level
         if rows != self.tensors.selected:
             self.select(rows)
         level.set_options(groups, total_steps)
         level.set_losses(shared, None)
-        plan.set_step(shared["step"])
         level.start()
-        level.advance(plan.stats)
+        level.advance(self.plan.stats)
+        self.places.set_step(shared["step"])
+        self.places.send()
 
     def sweep(self, row: int, grad: Tensor) -> None:
         """One tensor."""
-        plan, param = self.plan, self.tensors.params[row]
+        plan, param = self.places.plan_at(self.tensors.places[row]), self.tensors.params[row]
         if row not in self._alone:
             self._alone[row] = plan.selection([row])
         copies, together = kernels.contiguous([param]), plan.selected
@@ -471,33 +544,10 @@ class KernelStepper:
 
     def finish(self) -> None:
         """What comes after the last tensor."""
+        self.places.collect()
         self.level.finish()
 
-    def _step_parts(
-        self,
-        exchange: Exchange,
-        params: list[Tensor],
-        grads: list[Tensor],
-        groups: Groups,
-        shared: Mapping[str, Tensor],
-        total_steps: int,
-        loss: Tensor | float | None,
-    ) -> None:
-        """:meth:`step` of parts of tensors."""
-        plan, level = self.plan, self.level
-        pairs = [(local_of(part), grad) for part, grad in zip(self.tensors.parts(params), grads, strict=True)]
-        pairs = [(param, grad) for param, grad in pairs if param.numel()]
-        copies = kernels.contiguous([param for param, _ in pairs])
-        if pairs:
-            plan.set_tensors(copies, kernels.contiguous([grad for _, grad in pairs]))
-        level.set_options(groups, total_steps)
-        level.set_losses(shared, loss)
-        exchange.shared = shared
-        run(PartPhases(self, exchange, shared), exchange)
-        for (param, _), copy in zip(pairs, copies, strict=True):
-            if copy is not param:
-                param.copy_(copy)
-        if self.tensors.shares is not None:
-            self.tensors.shares.exchange(params)
-        increment_versions(params)
-        plan.grads = []
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where something is done in a step."""
+        return {self.plan.device, *(plan.device for plan in self.places.plans)}

@@ -99,10 +99,10 @@ BAD_PARAMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a tensor": (lambda: ones(), TypeError, "iterable of Tensors or dicts"),
     "a module without any": (torch.nn.ReLU, ValueError, "expected at least one parameter, got none"),
     "not a leaf": (lambda: [ones() * 2], ValueError, "non-leaf"),
-    "two devices": (
+    "no memory": (
         lambda: [ones(), ones(device="meta")],
-        ValueError,
-        r"params\[1\].*on meta, but params\[0\] is on cpu",
+        TypeError,
+        r"params\[1\].*on the meta device, which holds no values",
     ),
     "two precisions": (lambda: [ones(), ones(dtype=torch.float64)], TypeError, "float64 cannot be mixed"),
 }

@@ -13,9 +13,10 @@ from lopt.kernels.extension import (
     source_sha256,
 )
 from lopt.kernels.gpus import check_gpu
+from lopt.kernels.places import Place, Places
 from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, Selection, contiguous, pack_mlp
 from lopt.kernels.seen import Operands, Seen, is_number
-from lopt.kernels.tensor_level import SHARED, Levels, TensorLevel, apply_inputs, step
+from lopt.kernels.tensor_level import SHARED, Levels, TensorLevel, apply_inputs, flat_inputs, step
 
 __all__ = [
     "BACKENDS",
@@ -28,6 +29,8 @@ __all__ = [
     "_C",
     "Levels",
     "Operands",
+    "Place",
+    "Places",
     "Plan",
     "Seen",
     "Selection",
@@ -35,6 +38,7 @@ __all__ = [
     "apply_inputs",
     "check_gpu",
     "contiguous",
+    "flat_inputs",
     "has_cuda",
     "is_compiled",
     "is_number",

@@ -19,14 +19,25 @@ from lopt.rule.spec import ThetaSpec
 from lopt.rule.tensor_lstm import Rows
 from lopt.rule.theta import Theta
 
+ALIGNED = 64  # floats: where one input begins in the memory of all
+
 #: State that all tensors share, as AdvanceParams names it.
 SHARED = ("step", "train_loss", "valid_loss", "clip", "from_lstm", "pending_loss", "nonfinite")
 
 
 def apply_inputs(spec: ThetaSpec, num_tensors: int, device: torch.device) -> dict[str, Tensor]:
     """Uninitialised memory for what :class:`TensorLevel` writes and :meth:`Plan.apply` reads, a row for each tensor."""
+    return flat_inputs(spec, num_tensors, device)[1]
+
+
+def flat_inputs(spec: ThetaSpec, num_tensors: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """:func:`apply_inputs`, and all of them as one tensor, by which they can be copied."""
     sizes = {"one": (), "columns": (len(spec.features.columns),), "width": (spec.mlp_width,)}
-    return {name: torch.empty(num_tensors, *sizes[size], device=device) for name, size in APPLY_INPUTS.items()}
+    shapes = {name: (num_tensors, *sizes[size]) for name, size in APPLY_INPUTS.items()}
+    counts = [-(-math.prod(shape) // ALIGNED) * ALIGNED for shape in shapes.values()]
+    flat = torch.zeros(sum(counts), device=device)
+    parts = zip(shapes.items(), torch.split(flat, counts), strict=True)
+    return flat, {name: part[: math.prod(shape)].view(shape) for (name, shape), part in parts}
 
 
 class TensorLevel:
