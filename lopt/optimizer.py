@@ -59,9 +59,9 @@ class LearnedOptimizer(Optimizer):
             and an lr that is a tensor, which is taken as it is.
         weight_decay: decoupled decay, scaled by the learned step of the tensor as AdamW's is by its learning rate:
             customary values (.01 to .1) mean what they mean there.
-        impl: ``"auto"`` picks ``"cuda"`` or ``"cpu"`` by the device of each parameter. ``"reference"`` is plain PyTorch, in
-            float64 if the parameters are; ``"sim"`` runs the CUDA kernels on the CPU, for tests. An explicit choice
-            never falls back to another.
+        impl: ``"auto"`` picks ``"cuda"`` or ``"cpu"`` by the device of each parameter. ``"reference"`` is plain
+            PyTorch, in float64 if the parameters are; ``"sim"`` runs the CUDA kernels on the CPU, for tests. An
+            explicit choice never falls back to another.
         on_nonfinite: what to do about NaN and Inf in gradients. ``"ignore"`` (default): a NaN counts as zero, an Inf as
             the clip limit, both are counted in :attr:`nonfinite_gradients`. ``"skip"`` leaves out the step, ``"raise"``
             raises FloatingPointError before anything changes; both read a value back from the device.

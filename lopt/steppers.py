@@ -51,6 +51,7 @@ def layout_of(tensors: "Tensors", ranks: Ranks) -> Layout:
         ValueError: ranks have different tensors, or not all of one.
     """
     shapes = [tuple(param.shape) for param in tensors.params]
+    ranks.check_device(tensors.rows.h.device)
     if tensors.shares is not None:
         ranks.meet(tensors.params, (), tensors.rows.h.device, required=True)
     found = ranks.gather((shapes, [Box.of(part) for part in tensors.parts(tensors.params)]))

@@ -121,7 +121,7 @@ def test_params(kind: str) -> None:
         ({"lr": -1.0}, "lr: expected"),
         ({"weight_decay": math.nan}, "weight_decay: expected"),
         ({"params": [ones(dtype=torch.complex64)]}, r"params\[6\].*complex64"),
-        ({"params": [ones(device="meta")]}, r"params\[6\].*on meta"),
+        ({"params": [ones(device="meta")]}, r"params\[6\].*on the meta device"),
     ],
 )
 def test_a_refused_group_is_not_added(group: dict[str, Any], message: str) -> None:

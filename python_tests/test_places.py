@@ -1,4 +1,4 @@
-"""Tensors on several devices in one optimizer. Without a GPU, several places are on the CPU: the same plans, copies."""
+"""Tensors on several devices in one optimizer. Without a GPU several places are on the CPU: the same plans, copies."""
 
 import copy
 from collections.abc import Callable, Iterator

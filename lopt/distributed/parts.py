@@ -61,12 +61,22 @@ def place_like(param: Tensor, local: Tensor) -> Tensor:
     """``local`` ``[K, *shape of the part]`` as a tensor ``[K, *shape]`` that lies as ``param`` does; or without K."""
     if not is_sharded(param):
         return local
-    from torch.distributed.tensor import DTensor
+    from torch.distributed import tensor
 
     if local.dim() > param.dim():
-        return DTensor.from_local(local, **_stacked(param, len(local)), run_check=False)
-    mesh, placements = cast(Any, param).device_mesh, cast(Any, param).placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
+        target = _stacked(param, len(local))
+    else:
+        mesh, placements = cast(Any, param).device_mesh, cast(Any, param).placements
+        target = {"device_mesh": mesh, "placements": placements, "shape": param.shape, "stride": param.stride()}
+    dtensor: Any = tensor.DTensor
+    if target["device_mesh"].device_type == local.device.type:
+        return cast(Tensor, dtensor.from_local(local, **target, run_check=False))
+    # With CPU offload parts are on the CPU and the mesh is of GPUs, to which from_local would take them.
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(target["shape"], target["stride"], local.dtype)
+    spec = DTensorSpec(target["device_mesh"], tuple(target["placements"]), tensor_meta=meta)
+    return cast(Tensor, dtensor(local, spec, requires_grad=False))
 
 
 def whole_of(tensor: Tensor) -> Tensor:

@@ -63,6 +63,22 @@ class Ranks:
         group = dist.group.WORLD if self.given == "auto" else self.given
         return group if group is not None and dist.get_world_size(group) > 1 else None
 
+    def check_device(self, device: torch.device) -> None:
+        """Refuse tensors that the group cannot sum.
+
+        Raises:
+            RuntimeError: no backend of the group takes tensors of this device.
+        """
+        if self.group is None:
+            return
+        backends = dist.get_backend_config(self.group)
+        if device.type not in [entry.split(":")[0] for entry in backends.split(",")]:
+            raise RuntimeError(
+                f"process_group: its backend {backends!r} has none for tensors on {device}, where parameters and "
+                "statistics are (as CPU offload keeps them). Write init_process_group('cpu:gloo,cuda:nccl'), or "
+                "process_group=torch.distributed.new_group(backend='gloo')"
+            )
+
     @property
     def index(self) -> int:
         """This rank in the group."""
@@ -99,7 +115,9 @@ class Ranks:
 
         Raises:
             ValueError: they do not, and this is required, or the process group was given.
+            RuntimeError: the group has no backend for the device.
         """
+        self.check_device(device)
         self.met = True
         if self.group is None or self.same(fingerprint([*params, *grads], device)):
             return

@@ -4,6 +4,7 @@ Gradients are made by hand from the whole parameters, so that ranks differ from 
 noise that is the same everywhere, and a pull towards zero, so that errors would come back.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lopt import LearnedOptimizer, Theta
+from lopt.distributed import Box
 
 STEPS = 100
 
@@ -146,12 +148,12 @@ def mesh(*sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
-def sharded(model: nn.Module, where: DeviceMesh | None = None, leave: Sequence[str] = ()) -> nn.Module:
+def sharded(model: nn.Module, where: DeviceMesh | None = None, leave: Sequence[str] = (), **options: Any) -> nn.Module:
     """FSDP2, a group for each module; parameters called ``leave`` stay as they are."""
     left = {param for name, param in model.named_parameters() if name in leave}
     for child in model.children():
-        fully_shard(child, mesh=where, ignored_params=left & set(child.parameters()) or None)
-    return fully_shard(model, mesh=where, ignored_params=left or None)
+        fully_shard(child, mesh=where, ignored_params=left & set(child.parameters()) or None, **options)
+    return fully_shard(model, mesh=where, ignored_params=left or None, **options)
 
 
 def tensor_parallel(model: nn.Module, where: DeviceMesh) -> nn.Module:
@@ -233,6 +235,69 @@ def half_bits() -> Any:
             if name.endswith(("mom", "rms")):
                 counts[f"{impl} {name}"] = int((found[name] != expected[name]).sum())
     return counts
+
+
+def offloaded() -> Any:
+    """Parameters and gradients kept on the CPU between forward and backward passes; here all is there."""
+    return run(sharded(block(), offload_policy=CPUOffloadPolicy(pin_memory=False)), steps=20)[:2]
+
+
+def offload_loop() -> Any:
+    """Forward and backward passes with and without offload: the largest difference."""
+    results = []
+    for options in ({}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
+        torch.manual_seed(dist.get_rank() + 5)
+        data = [torch.randn(6, 12) for _ in range(8)]
+        torch.manual_seed(3)
+        model = sharded(nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 12)), **options)
+        opt = LearnedOptimizer(model)
+        for x in data:
+            loss = (model(x) - x).square().mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step(loss=loss)
+        results.append(torch.cat([whole(param).reshape(-1) for param in model.parameters()]))
+    return float((results[0] - results[1]).abs().max())
+
+
+def away_from_the_mesh() -> Any:
+    """As CPU offload leaves it: parts on the CPU, of a mesh of GPUs. Steps, averages, a state that is loaded."""
+    twins = []
+    for device_type in ("cpu", "cuda"):
+        model, where = block(), mesh(dist.get_world_size())
+        for module in model.modules():
+            for name, param in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, nn.Parameter(distribute_tensor(param.detach(), where, [Shard(0)])))
+        where._device_type = device_type
+        opt = LearnedOptimizer(model, average=True)
+        for step in range(6):
+            random = torch.Generator().manual_seed(step)
+            for param in model.parameters():
+                param.grad = torch.zeros_like(param)
+                value, here = torch.randn(param.shape, generator=random), param.grad.to_local()
+                if here.numel():
+                    here.copy_(value[Box.of(param).slices])
+            opt.step(loss=own_loss(step))
+            if step == 3:
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        devices = {state[name].to_local().device.type for state in opt.state.values() for name in ("mom", "average")}
+        twins.append((state_of(model, opt), devices))
+        where._device_type = "cpu"
+    (expected, _), (found, devices) = twins
+    return all(torch.equal(found[name], value) for name, value in expected.items()), devices
+
+
+def without_a_backend() -> Any:
+    """A group that cannot sum tensors of the CPU is refused, one that can is taken."""
+    model = sharded(block())
+    kept, dist.get_backend_config = dist.get_backend_config, lambda group: "cuda:nccl"
+    try:
+        drive(model, LearnedOptimizer(model), range(1))
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        dist.get_backend_config = kept
+    return ""
 
 
 def sim() -> Any:

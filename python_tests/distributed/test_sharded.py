@@ -19,24 +19,24 @@ TWO = [
     "shared",
     "shared_and_averaged",
     "half_state",
+    "offloaded",
     "sim",
-    "averaged",
-    "half_bits",
 ]
+OTHERS = ["averaged", "half_bits", "offload_loop", "away_from_the_mesh", "without_a_backend"]
 FOUR = ["fsdp", "without_matrices", "shared", "hybrid", "both"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[Any]]:
     results = {}
-    for world, names in ((2, TWO), (4, FOUR)):
+    for world, names in ((2, TWO + OTHERS), (4, FOUR)):
         folder: Path = tmp_path_factory.mktemp(f"ranks{world}")
         for name, values in on_ranks(world, "shard_cases", names, folder).items():
             results[world, name] = values
     return results
 
 
-@pytest.mark.parametrize(("world", "name"), [(2, name) for name in TWO[:-2]] + [(4, name) for name in FOUR])
+@pytest.mark.parametrize(("world", "name"), [(2, name) for name in TWO] + [(4, name) for name in FOUR])
 def test_ranks_do_what_one_process_does(found: Any, world: int, name: str) -> None:
     values = found[world, name]
     for value in values:
@@ -58,3 +58,15 @@ def test_a_bfloat16_state_is_rounded_by_positions_in_whole_tensors(found: Any) -
 
 def test_averages_of_parts(found: Any) -> None:
     assert max(found[2, "averaged"]) < 1e-6
+
+
+def test_cpu_offload(found: Any) -> None:
+    """To the bit what it is without; the state is with the parameters, whatever the mesh says."""
+    assert found[2, "offload_loop"] == [0.0, 0.0]
+    assert found[2, "away_from_the_mesh"] == [(True, {"cpu"})] * 2
+
+
+def test_a_group_without_a_backend_for_the_parameters_is_refused(found: Any) -> None:
+    for message in found[2, "without_a_backend"]:
+        assert "its backend 'cuda:nccl' has none for tensors on cpu" in message
+        assert "init_process_group('cpu:gloo,cuda:nccl')" in message
