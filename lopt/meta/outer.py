@@ -62,9 +62,10 @@ class Moments(NamedTuple):
 def signal(moments: Moments, trained: Tensor, betas: tuple[float, float]) -> float:
     """How much of the mean gradient is no noise: its squares over those of noise alone, 1 where there is nothing else.
 
-    Of noise the mean of decay b has the variance (1 - b) / (1 + b) of a single gradient.
+    Of noise the mean of decay b, after k gradients, has (1 - b) (1 - b^2k) / (1 + b) of the variance of a single one.
     """
-    square = (moments.square / (1.0 - betas[1] ** moments.gradients))[trained].sum()
+    begun = 1.0 - betas[0] ** (2.0 * moments.gradients)
+    square = (begun * moments.square / (1.0 - betas[1] ** moments.gradients))[trained].sum()
     expected = square * (1.0 - betas[0]) / (1.0 + betas[0])
     return float(torch.square(moments.mean)[trained].sum() / expected) if expected > 0 else 1.0
 
