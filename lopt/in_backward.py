@@ -45,7 +45,7 @@ def check_possible(optimizer: LearnedOptimizer) -> None:
         why = "impl='reference' keeps every intermediate of all tensors; use the kernels, impl='auto'"
     elif optimizer.on_nonfinite != "ignore":
         why = f"on_nonfinite={optimizer.on_nonfinite!r} looks at all gradients before anything changes; use 'ignore'"
-    elif optimizer.is_shared:
+    elif optimizer._is_shared():
         why = (
             "gradients of several ranks meet only after the hooks in which it would step (DistributedDataParallel), or "
             "statistics do (fully_shard); use step() alone, or process_group=None where ranks train models of their own"
@@ -84,6 +84,7 @@ class InBackward:
         self._begun: KernelStepper | None = None
         self._stepper: KernelStepper | None = None  # of which the following is known
         self._rows: dict[int, int] = {}  # by id of the parameter
+        self._names: list[str] = []  # of the rows
         self._first: list[int] = []  # rows of tensors without a step
         self._told = False
         self.watch()
@@ -151,9 +152,13 @@ class InBackward:
         params = stepper.tensors.params
         if stepper is not self._stepper:
             self._stepper, self._rows = stepper, {id(param): row for row, param in enumerate(params)}
+            groups = enumerate(optimizer.param_groups)
+            places = [(f"param_groups[{k}]['params'][{i}]", p) for k, g in groups for i, p in enumerate(g["params"])]
+            self._names = [place for place, param in places if id(param) in self._rows]
             self._first = self._without_step(stepper)
-        self._rest = [row for row, param in enumerate(params) if param.requires_grad or param.grad is not None]
-        if set(self._first) & set(self._rest):
+        some = [row for row, param in enumerate(params) if param.requires_grad or param.grad is not None]
+        self._rest = dict.fromkeys(some)
+        if self._rest.keys() & set(self._first):
             self._waiting = True
             return
         if devices.is_capturing(params[0].device):
@@ -165,8 +170,8 @@ class InBackward:
             optimizer._deliver()
         self._order(stepper)
         self._before = [value.clone() for value in stepper.tensors.rows]
-        self._swept: list[int] = []
-        stepper.begin(self._rest, options, shared, optimizer.total_steps or 0)
+        self._swept: set[int] = set()
+        stepper.begin(some, options, shared, optimizer.total_steps or 0)
         self._begun = stepper
 
     def _without_step(self, stepper: KernelStepper) -> list[int]:
@@ -174,7 +179,7 @@ class InBackward:
         return [row for row, state in enumerate(stepper.tensors.states) if state is None or updates[row] == 0]
 
     def _sweep(self, stepper: KernelStepper, row: int, param: Tensor) -> None:
-        place, grad = self._place(row), param.grad
+        place, grad = self._names[row], param.grad
         if row in self._swept:
             raise RuntimeError(
                 f"step_in_backward: {place} got a second gradient before step(). Each parameter gets one gradient in a "
@@ -192,16 +197,7 @@ class InBackward:
             grad = -grad
         stepper.sweep(row, grad)
         param.grad = None
-        self._swept.append(row)
-
-    def _place(self, row: int) -> str:
-        assert self._stepper is not None
-        found = self._stepper.tensors.params[row]
-        for index, group in enumerate(self.optimizer.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param is found:
-                    return f"param_groups[{index}]['params'][{i}]"
-        return f"params[{row}]"
+        self._swept.add(row)
 
     def _order(self, stepper: KernelStepper) -> None:
         """What comes now comes after what this step did before, on whatever stream a gradient came."""
@@ -229,13 +225,21 @@ class InBackward:
             )
 
     def complete(self) -> bool:
-        """Whether a backward pass began this step, which is then complete."""
+        """Whether a backward pass began this step, which is then complete.
+
+        Raises:
+            RuntimeError: groups or states are not those with which it began; it is given up.
+        """
         stepper, groups = self._begun, self.optimizer.param_groups
         if stepper is None:
             return False
         params, state = stepper.tensors.params, self.optimizer.state
         if not stepper.tensors.serve(groups, state):
-            self.check_complete()
+            self.forget()
+            raise RuntimeError(
+                "step_in_backward: groups or states were changed between the backward pass and step(); the step cannot "
+                "be completed. Change them after step()"
+            )
         for row, param in enumerate(params):
             if param.grad is not None and row not in self._swept:
                 self._sweep(stepper, row, param)
@@ -249,21 +253,25 @@ class InBackward:
         swept = [params[row] for row in sorted(self._swept)]
         self.optimizer._averages.update(swept, swept, state, groups)
         self._begun = None
+        self._free()
         self.watch()
         return True
+
+    def _free(self) -> None:
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None
 
     def waited(self) -> None:
         """The usual step was taken, of gradients that waited for it, or came by another way."""
         self._waiting = False
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None
+        self._free()
         if isinstance(self.optimizer._stepper, KernelStepper):
             self._order(self.optimizer._stepper)
         if self._first and self._stepper is not None and self._stepper is self.optimizer._stepper:
             self._first = self._without_step(self._stepper)
             params = self._stepper.tensors.params
-            trained = [self._place(row) for row in self._first if params[row].requires_grad]
+            trained = [self._names[row] for row in self._first if params[row].requires_grad]
             if trained and not self._told:
                 self._told = True
                 warn(

@@ -632,8 +632,7 @@ class LearnedOptimizer(Optimizer):
             stepper.step(tensors.selected_params, grads, options, shared, steps)
         self._finish(tensors)
 
-    @property
-    def is_shared(self) -> bool:
+    def _is_shared(self) -> bool:
         """Whether other ranks train these parameters, or hold parts of them."""
         params = (param for group in self.param_groups for param in group["params"])
         return self._ranks.group is not None or any(map(is_sharded, params))

@@ -475,6 +475,8 @@ class KernelStepper:
             self.exchange.shared = shared
             run(PartPhases(self, shared), self.exchange)
         elif self.some_first or self.places.several:
+            if self.places.several and any(map(kernels.devices.is_capturing, self.devices)):
+                raise RuntimeError("CUDA graph: parameters are on several devices; step them outside of graphs")
             run(KernelPhases(self, shared))
         else:
             self.plan.set_step(shared["step"])

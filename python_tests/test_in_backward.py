@@ -374,6 +374,26 @@ def test_a_tensor_without_a_gradient_stays_as_it_is() -> None:
         assert int(opt.nonfinite_gradients) == 3  # counted once
 
 
+def test_a_state_that_is_changed_before_step() -> None:
+    """The step is given up, and training can go on."""
+    (_, _), (model, opt) = pair()
+    train(model, opt, range(2))
+    loss_of(model, 2).backward()
+    opt.state[next(model.parameters())] = {}
+    with pytest.raises(RuntimeError, match=r"changed between the backward pass and step\(\)"):
+        opt.step()
+    train(model, opt, range(3, 5))
+    assert all(bool(torch.isfinite(param).all()) for param in model.parameters())
+
+
+def test_a_compiled_model() -> None:
+    """Its hooks come, when the compiled part is done."""
+    found = pair()
+    for model, opt in found:
+        train(torch.compile(model, backend="aot_eager"), opt, range(3))  # type: ignore[arg-type]
+    assert_same(found)
+
+
 def test_tensors_that_never_had_a_gradient() -> None:
     """Everything waits for step(), as usual, and a warning says so once."""
     found = []
