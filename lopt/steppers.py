@@ -473,7 +473,7 @@ class KernelStepper:
         level.set_losses(shared, loss)
         if self.exchange is not None:
             self.exchange.shared = shared
-            run(PartPhases(self, shared), self.exchange)
+            self._step_parts(PartPhases(self, shared), self.exchange)
         elif self.some_first or self.places.several:
             if self.places.several and any(map(kernels.devices.is_capturing, self.devices)):
                 raise RuntimeError("CUDA graph: parameters are on several devices; step them outside of graphs")
@@ -489,6 +489,20 @@ class KernelStepper:
         increment_versions(params)
         for plan in self.places.plans:
             plan.grads = []  # zero_grad frees their memory
+
+    def _step_parts(self, phases: PartPhases, exchange: Exchange) -> None:
+        if not self.lagged or self.some_first:
+            run(phases, exchange)
+            return
+        exchange.settle()
+        phases.begin()
+        exchange.sum_losses()
+        self.level.advance(self.plan.stats)
+        self.plan.set_step(phases.number)
+        if self.plan.num_tensors:
+            self.plan.sweep()
+        phases.direction()
+        exchange.depart(self.plan.stats, self.plan.hidden)
 
     def _point(self, params: list[Tensor], grads: list[Tensor], converted: bool) -> list[tuple[Tensor, Tensor]]:
         """Let the plans see parameters and gradients.

@@ -8,9 +8,13 @@ and accumulators. In one buffer of float64 they sum up
 - what the step before left: means of hidden units, and ranks of directions, which each owner of a matrix knows alone.
 
 The last is why the tensor level of a step is only complete with the next one, or with :meth:`Exchange.settle`.
+
+With lagged statistics nothing of this is needed before the next step: the buffer leaves after a step (``depart``) and
+travels while the model computes the next gradients (``arrive``). Then losses are summed by themselves, 32 bytes.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +74,9 @@ class Exchange(Seams):
         #: ``[R]`` whether the next sum brings the rank of a tensor's direction, and those that this rank knows.
         self.asked = torch.zeros(count, dtype=torch.bool, device=device)
         self.owned = torch.zeros(count, dtype=torch.bool, device=device)
+        self.selected = torch.zeros_like(self.here)
         self._waiting: Tensor | None = None
+        self._travelling: tuple[Any, Tensor] | None = None
         self.collectives = 0
 
     def select(self, rows: list[int]) -> list[int]:
@@ -78,17 +84,25 @@ class Exchange(Seams):
         some = [row for row in rows if self.layout.mine[row].numel]
         self.here.zero_()
         self.here[some] = True
+        self.selected.zero_()
+        self.selected[rows] = True
         return some
 
     def merge_stats(self, stats: Tensor) -> Tensor:
-        values = stats.double()
-        for var, mean in VARIANCES:
-            values[:, var] += values[:, mean].square()
-        self._stats.copy_(torch.where(self.here, values * self._weights, self._none))
+        self._pack(stats)
         self._losses[:2], self._losses[2:] = self.shared["pending_loss"], self.shared["pending_valid"]
         self._sum()
         put_losses(self.shared, self._losses / self.ranks.size)
         self.deliver()
+        return self._unpack()
+
+    def _pack(self, stats: Tensor) -> None:
+        values = stats.double()
+        for var, mean in VARIANCES:
+            values[:, var] += values[:, mean].square()
+        self._stats.copy_(torch.where(self.here, values * self._weights, self._none))
+
+    def _unpack(self) -> Tensor:
         for var, mean in VARIANCES:
             self._stats[:, var] = (self._stats[:, var] - self._stats[:, mean].square()).clamp_min(0.0)
         return self.merged.copy_(self._stats)
@@ -98,20 +112,51 @@ class Exchange(Seams):
         return means
 
     def settle(self) -> None:
-        """Complete the last step at tensor level, by a sum of its own."""
-        if self._waiting is not None:
+        """Complete the last step at tensor level: what travels arrives, what waits is summed by itself."""
+        if self._travelling is not None:
+            self.arrive()
+        elif self._waiting is not None:
             self._stats.zero_()
             self._losses.zero_()
             self._sum()
 
+    def sum_losses(self) -> None:
+        """Of all ranks, by themselves."""
+        self.ranks.average_losses(self.shared)
+        self.collectives += 1
+        self.deliver()
+
+    def depart(self, stats: Tensor, means: Tensor) -> None:
+        """Begin to sum up what a step left, of which the next one sees statistics of whole tensors in ``stats``."""
+        self._pack(stats)
+        self._losses.zero_()
+        self._pack_means(means)
+        self._travelling = self.ranks.begin_sum(self.buffer), stats
+        self.collectives += 1
+
+    def arrive(self) -> None:
+        """Wait for what :meth:`depart` began."""
+        assert self._travelling is not None
+        (work, stats), self._travelling = self._travelling, None
+        if work is not None:
+            work.wait()
+        stats.copy_(torch.where(self.selected, self._unpack(), stats))
+        self._unpack_means()
+
     def _sum(self) -> None:
         means = self._waiting
         if means is not None:
-            self._hidden.copy_(torch.where(self.here, means.double() * self.share, self._none))
-            self._directions.copy_(torch.where(self.owned, self.rank.double(), self._none))
+            self._pack_means(means)
         self.ranks.sum(self.buffer)
         self.collectives += 1
         if means is not None:
             self._waiting = None
-            self.rank.copy_(torch.where(self.asked, self._directions.float(), self.rank))
-            self.complete(self._hidden.float())
+            self._unpack_means()
+
+    def _pack_means(self, means: Tensor) -> None:
+        self._hidden.copy_(torch.where(self.here, means.double() * self.share, self._none))
+        self._directions.copy_(torch.where(self.owned, self.rank.double(), self._none))
+
+    def _unpack_means(self) -> None:
+        self.rank.copy_(torch.where(self.asked, self._directions.float(), self.rank))
+        self.complete(self._hidden.float())

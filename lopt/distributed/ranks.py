@@ -94,6 +94,12 @@ class Ranks:
         if self.group is not None:
             dist.all_reduce(values, dist.ReduceOp.SUM, group=self.group)
 
+    def begin_sum(self, values: Tensor) -> Any:
+        """:meth:`sum` while other things are done; the result has ``wait``, or is None where there is one rank."""
+        if self.group is None:
+            return None
+        return dist.all_reduce(values, dist.ReduceOp.SUM, group=self.group, async_op=True)
+
     def same(self, values: Tensor) -> bool:
         """Whether all ranks have the same numbers, int64."""
         both = torch.cat([values.reshape(-1), ~values.reshape(-1)])

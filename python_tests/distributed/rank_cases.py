@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from shard_cases import block, drive, gradients, laid_out, mesh, own_loss, sharded, state_of, whole
+from shard_cases import block, drive, gradients, laid_out, mesh, own_loss, sharded, state_of, whole, with_theta
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -188,9 +188,13 @@ def errors() -> Any:
 
 
 def counted() -> Any:
-    """Collectives of ten steps, and bytes of the sum in one."""
+    """Collectives of ten steps and the bytes of each, with current and lagged statistics; and number of tensors."""
+    return [_counted(theta) for theta in ("compact", "lagged")]
+
+
+def _counted(theta: str) -> Any:
     model = sharded(block())
-    opt = LearnedOptimizer(model, theta="compact")
+    opt = LearnedOptimizer(model, **with_theta({"theta": theta}))
     drive(model, opt, range(2), own_loss)
     exchange = opt._stepper.exchange  # type: ignore[union-attr]
     assert exchange is not None
@@ -198,7 +202,7 @@ def counted() -> Any:
     original = dist.all_reduce
 
     def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        sizes.append(tensor.numel() * tensor.element_size())
+        sizes.append((tensor.numel() * tensor.element_size(), options.get("async_op", False)))
         return original(tensor, *args, **options)
 
     dist.all_reduce = counting
