@@ -117,7 +117,10 @@ NETWORKS: dict[str, Any] = {
         max_seconds=None,
         max_params=6000,
     ),
-    "phases": (Phase(1.0, (100, 4000), "all", lr=0.35),),
+    "phases": (
+        Phase(0.20, (100, 2000), "linear", lr=0.5),
+        Phase(0.80, (100, 4000), "all", lr=0.35),
+    ),
     "sigma": 0.15,
     "equalise": True,
     "delta_clip": 1.0,
