@@ -14,6 +14,8 @@ from lopt.warnings import warn
 #: What a ``process_group`` may be: "auto" is the default group, if it is initialised; None: no group, ranks are alone.
 Group = Any
 
+WORDS = 1 << 20  # that a fingerprint looks at together
+
 
 def check_group(value: Any) -> None:
     """Refuse what is no process group.
@@ -27,13 +29,15 @@ def check_group(value: Any) -> None:
 
 
 def fingerprint(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """``[]`` int64 that tells apart lists of tensors which differ in any bit, almost surely."""
+    """``[]`` int64 that tells apart lists of tensors which differ in any bit, almost surely. It needs little memory."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for tensor in tensors:
         values = local_of(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
-        pad = -values.numel() % 4
-        words = torch.nn.functional.pad(values, (0, pad)).view(torch.int32).to(torch.int64)
-        total = total * 1_000_003 + (words * (torch.arange(len(words), device=words.device) * 2 + 1)).sum().to(device)
+        whole = values.numel() // 4 * 4
+        parts = [*torch.split(values[:whole].view(torch.int32), WORDS), values[whole:]]
+        for part in parts:
+            factors = torch.arange(1, 2 * len(part) + 1, 2, device=part.device)
+            total = total * 1_000_003 + (part.to(torch.int64) * factors).sum().to(device)
         total = total * 1_000_003 + values.numel()
     return total
 

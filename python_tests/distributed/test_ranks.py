@@ -6,6 +6,8 @@ import pytest
 import torch
 from on_ranks import on_ranks
 
+from lopt.distributed.ranks import fingerprint
+
 CASES = ["plain", "micro_batches", "uneven", "one_validates", "by_hand", "apart", "errors", "counted"]
 CASES += ["partial_gradients", "changing_gradients", "nonfinite", "memory", "travelled"]
 
@@ -16,6 +18,20 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     for name, values in results.items():
         assert not any(isinstance(value, str) for value in values), f"{name}: {values}"
     return results
+
+
+def test_fingerprints_see_every_bit() -> None:
+    tensors = [torch.randn(2_300_001), torch.randn(3).bfloat16(), torch.empty(0), torch.tensor(2)]
+    device, found = torch.device("cpu"), set()
+    found.add(int(fingerprint(tensors, device)))
+    for tensor in (tensors[0], tensors[1]):
+        for at in (0, len(tensor) // 2, len(tensor) - 1):
+            tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)[at] ^= 1
+            found.add(int(fingerprint(tensors, device)))
+    found.add(int(fingerprint(tensors[::-1], device)))
+    found.add(int(fingerprint([tensors[0][:-1], *tensors[1:]], device)))
+    assert len(found) == 9
+    assert int(fingerprint([tensor.clone() for tensor in tensors], device)) in found
 
 
 @pytest.mark.parametrize("name", ["plain", "micro_batches", "uneven", "one_validates"])
