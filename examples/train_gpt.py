@@ -1,134 +1,254 @@
-"""A training loop as it is written for AdamW, with one line changed: a warm-up and a cosine of a learning rate that the
-loop writes into the groups, weight decay for matrices, clipped gradients, several minibatches in a step.
+"""Train a small GPT on the text of Python's own help: in one process, or in several with DDP or FSDP2.
 
-python examples/train_gpt.py --steps 300 [--optimizer adamw] [--peak-lr 0 --weight-decay 0]
+Stop it at any time, even with SIGKILL, start it again with the same --out, and it goes on where the last checkpoint is.
+
+python examples/train_gpt.py --steps 300 --out out/gpt
+torchrun --nproc-per-node 2 examples/train_gpt.py --parallel fsdp --out out/gpt
 """
 
 import argparse
 import math
+import os
 import pydoc_data.topics
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from lopt import LearnedOptimizer
 
-LENGTH, ROWS, ACCUMULATED = 64, 6, 2  # characters of a window, windows of a minibatch, minibatches of a step
+LENGTH = 64  # characters of a window
+VALIDATE_EVERY, VALID_WINDOWS = 10, 32
+
+
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
     """Causal attention and a perceptron, each added to its input."""
 
-    def __init__(self, width: int, heads: int = 4) -> None:
+    def __init__(self, width: int, dropout: float, heads: int = 4) -> None:
         super().__init__()
         self.heads = heads
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.attend, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         split = self.attend(self.norms[0](hidden)).unflatten(-1, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4)
         seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        hidden = hidden + self.project(seen.transpose(1, 2).flatten(-2))
-        result: Tensor = hidden + self.down(functional.gelu(self.up(self.norms[1](hidden))))
+        hidden = hidden + self.dropout(self.project(seen.transpose(1, 2).flatten(-2)))
+        result: Tensor = hidden + self.dropout(self.down(functional.gelu(self.up(self.norms[1](hidden)))))
         return result
 
 
 class Gpt(nn.Module):
-    """Characters in, logits of the next one out; the embedding is also the last matrix."""
+    """Characters in, logits of the next one out."""
 
-    def __init__(self, characters: int, width: int, layers: int) -> None:
+    def __init__(self, characters: int, width: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.embedding, self.position = nn.Embedding(characters, width), nn.Embedding(LENGTH, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters, bias=False)
         for name, param in self.named_parameters():
             if param.dim() >= 2:
                 inner = name.endswith(("project.weight", "down.weight"))
                 nn.init.normal_(param, std=0.02 / math.sqrt(2 * layers) if inner else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(param)
 
     def forward(self, text: Tensor) -> Tensor:
-        hidden = self.embedding(text) + self.position.weight[: text.shape[1]]
-        return functional.linear(self.norm(self.blocks(hidden)), self.embedding.weight)
+        hidden = self.embedding(text) + self.position(torch.arange(text.shape[1], device=text.device))
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits
+
+
+# ---- Ranks ----------------------------------------------------------------------------------------------------------
+
+
+def start_ranks() -> torch.device:
+    """Meet the ranks that torchrun started, or be a group of one; the device of this rank."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def parallelised(model: Gpt, parallel: str, bf16: bool) -> nn.Module:
+    """The model on all ranks: copies (ddp), or parts of every parameter (fsdp)."""
+    if parallel == "ddp":
+        return DistributedDataParallel(model)
+    if parallel == "fsdp":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options: dict[str, Any] = {"mp_policy": policy} if bf16 else {}
+        for block in model.blocks:
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+    return model
+
+
+def gradients_stay_here(model: nn.Module, stay: bool) -> AbstractContextManager[None]:
+    """A context for a minibatch; only in the last one of a step do gradients have to meet those of other ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not stay)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and stay else nullcontext()
+
+
+def mean_over_ranks(value: Tensor) -> float:
+    """The mean of a number of each rank."""
+    total = value.detach() / dist.get_world_size()
+    dist.all_reduce(total)
+    return total.item()
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+class Run(Stateful):
+    """What a checkpoint holds; data and dropout follow from the number of the step, and have no state."""
+
+    def __init__(self, model: nn.Module, optimizer: LearnedOptimizer) -> None:
+        self.model, self.optimizer, self.step = model, optimizer, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = {"model_state_dict": state_dict["model"], "optim_state_dict": state_dict["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **saved)
+        self.step = state_dict["step"]
+
+
+def save(run: Run, out: Path) -> None:
+    """A new checkpoint beside the one before, which is given up when the new one is whole: whenever a rank is killed,
+    ``latest`` names a whole one."""
+    new = out / f"step-{run.step}"
+    dcp.save({"run": run}, checkpoint_id=new)  # comes back when all ranks have written
+    if dist.get_rank() == 0:
+        (out / "latest.new").write_text(new.name)
+        os.replace(out / "latest.new", out / "latest")
+        for old in out.glob("step-*"):
+            if old != new:
+                shutil.rmtree(old)
+
+
+def resume(run: Run, out: Path) -> None:
+    """Take up the latest checkpoint, if there is one; this may be done by another number of ranks."""
+    if (out / "latest").exists():
+        dcp.load({"run": run}, checkpoint_id=out / (out / "latest").read_text())
+        say(f"goes on after step {run.step}")
+
+
+def say(text: str) -> None:
+    """Print once, not on every rank."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def windows(text: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Stretches of ``text`` from anywhere in it, and the same one character further, ``[rows, LENGTH]`` each."""
+    """Stretches of ``text``, and the same one character further, ``[rows, LENGTH]`` each."""
     begin = torch.randint(len(text) - LENGTH, (rows, 1))
-    both = text[begin + torch.arange(LENGTH + 1)]
+    both = text[(begin + torch.arange(LENGTH + 1)).to(text.device)]
     return both[:, :-1], both[:, 1:]
 
 
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy of the next character, in nats."""
-    return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-
-def rate(step: int, steps: int, peak: float) -> float:
-    """A learning rate that rises in a tenth of the steps and falls to a tenth of its peak."""
-    warmup = steps // 10
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    return 0.1 * peak + 0.45 * peak * (1.0 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def main(
-    steps: int,
-    optimizer: str = "lopt",
-    peak_lr: float = 1e-3,
-    weight_decay: float = 0.1,
-    width: int = 128,
-    layers: int = 4,
-    seed: int = 0,
-) -> float:
-    """Train, and return the loss on the last tenth of the text; ``peak_lr=0`` leaves ``lr`` alone."""
-    torch.manual_seed(seed)
+def train(options: argparse.Namespace, device: torch.device) -> float:
+    """Train, and return the loss on the last tenth of the text."""
     content = "\n".join(pydoc_data.topics.topics.values())
     characters = {character: i for i, character in enumerate(sorted(set(content)))}
-    text = torch.tensor([characters[character] for character in content])
-    train, valid = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    text = torch.tensor([characters[character] for character in content], device=device)
+    training, validation = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
 
-    model = Gpt(len(characters), width, layers)
-    groups = [
-        {"params": [param for param in model.parameters() if param.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [param for param in model.parameters() if param.dim() < 2], "weight_decay": 0.0},
-    ]
-    if optimizer == "adamw":
-        opt: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.99))
-    else:
-        opt = LearnedOptimizer(groups)  # the line that changes
-    for step in range(steps):
-        for group in opt.param_groups:
-            if peak_lr > 0.0:
-                group["lr"] = rate(step, steps, peak_lr)
-        for _ in range(ACCUMULATED):
-            loss = loss_of(model, windows(train, ROWS))
-            (loss / ACCUMULATED).backward()
-            if isinstance(opt, LearnedOptimizer):
-                opt.observe(train_loss=loss)  # may be left out, too
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        if step % 20 == 0:
-            print(f"step {step}: training loss {loss.item():.3f}")
+    torch.manual_seed(options.seed)  # all ranks begin with the same parameters
+    gpt = Gpt(len(characters), options.width, options.layers, options.dropout).to(device)
+    model = parallelised(gpt, options.parallel, options.bf16)
+    optimizer = LearnedOptimizer(model, total_steps=options.steps)
+    run = Run(model, optimizer)
+    resume(run, options.out)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16 and options.parallel != "fsdp")
 
-    torch.manual_seed(0)
-    with torch.no_grad():
-        final = sum(loss_of(model, windows(valid, 64)).item() for _ in range(4)) / 4
-    print(f"{steps} steps: validation loss {final:.3f} nats")
+    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
+        with autocast:
+            logits = model(batch[0])
+        return functional.cross_entropy(logits.flatten(0, 1).float(), batch[1].flatten())
+
+    def validation_loss(rows: int) -> Tensor:
+        model.eval()
+        with torch.no_grad():
+            loss = loss_of(windows(validation, rows))
+        model.train()
+        return loss
+
+    while run.step < options.steps:
+        # Everything random in a step depends on its number and the rank alone.
+        torch.manual_seed(hash((options.seed, run.step, dist.get_rank())))
+        for part in range(options.accumulate):
+            with gradients_stay_here(model, part + 1 < options.accumulate):
+                loss = loss_of(windows(training, options.batch))
+                (loss / options.accumulate).backward()
+            optimizer.observe(train_loss=loss)  # this rank's; the step takes the mean over minibatches and ranks
+        if run.step % VALIDATE_EVERY == 0:
+            optimizer.observe(valid_loss=validation_loss(VALID_WINDOWS))
+        optimizer.step()
+        optimizer.zero_grad()
+        run.step += 1
+        if run.step % options.print_every == 0:
+            say(f"step {run.step}: training loss {mean_over_ranks(loss):.3f}")
+        if run.step % options.checkpoint_every == 0 or run.step == options.steps:
+            save(run, options.out)
+
+    torch.manual_seed(hash((options.seed, dist.get_rank())))
+    final = mean_over_ranks(validation_loss(256))
+    say(f"{run.step} steps: validation loss {final:.6f} nats")
     return final
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+def main() -> None:
+    """Read the command line, and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parallel", choices=["none", "ddp", "fsdp"], help="default: ddp where there are several ranks"
+    )
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--optimizer", choices=["lopt", "adamw"], default="lopt")
-    parser.add_argument("--peak-lr", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--batch", type=int, default=8, help="windows of a minibatch, on each rank")
+    parser.add_argument("--accumulate", type=int, default=1, help="minibatches of a step")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--checkpoint-every", type=int, default=100)
+    parser.add_argument("--print-every", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    main(given.steps, given.optimizer, given.peak_lr, given.weight_decay, seed=given.seed)
+    parser.add_argument("--out", type=Path, default=Path("out/gpt"), help="folder of the checkpoints")
+    options = parser.parse_args()
+    device = start_ranks()
+    options.parallel = options.parallel or ("ddp" if dist.get_world_size() > 1 else "none")
+    options.out.mkdir(parents=True, exist_ok=True)
+    train(options, device)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

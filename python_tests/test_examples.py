@@ -29,8 +29,8 @@ def put_back(set_num_threads: Callable[[int], None]) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    tested = ["resume", "train_digits", "train_gpt", "train_text"]
-    elsewhere = ["finetune_hf"]  # with what it needs, in integrations
+    tested = ["ported_script", "resume", "train_digits", "train_text"]
+    elsewhere = ["finetune_hf", "train_gpt"]  # in integrations, and in distributed/test_train_gpt.py
     assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == sorted(tested + elsewhere)
 
 
@@ -53,13 +53,13 @@ def test_train_text_learns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_train_gpt_does_not_suffer_from_what_was_written_for_adamw(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_ported_script_does_not_suffer_from_what_was_written_for_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     """The script's schedule of a learning rate and its weight decay, over three seeds.
 
     Decay alone costs nothing. The schedule shortens later steps, which costs up to .1 nats in so short a run. Taken as
     multipliers, such rates leave the loss above 4.
     """
-    example = load("train_gpt")
+    example = load("ported_script")
     sizes = {"steps": 200, "width": 32, "layers": 1}
 
     def losses(seeds: int = 3, **changes: float) -> list[float]:
@@ -85,11 +85,11 @@ def test_resume_is_exact(steps: int, capsys: pytest.CaptureFixture[str]) -> None
     assert "largest difference 0\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["resume", "train_digits", "train_gpt", "train_text"])
+@pytest.mark.parametrize("name", ["ported_script", "resume", "train_digits", "train_text"])
 def test_as_a_script(name: str) -> None:
     script = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "4"]
     done = subprocess.run(script, capture_output=True, text=True, check=True)
-    if name == "train_gpt":
+    if name == "ported_script":
         assert "UserWarning: lr=0.001 in param_groups [0, 1]: LearnedOptimizer has no learning rate" in done.stderr
     else:
         assert done.stderr == ""
