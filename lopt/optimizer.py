@@ -514,7 +514,7 @@ class LearnedOptimizer(Optimizer):
             loss = None
             self._ranks.average_losses(shared)
             self._losses.queued = True
-        if self._losses.queued:
+        if self._losses.queued and (told or self._ranks.group is None):  # one rank's alone wait for those of the others
             self._deliver()
         return loss
 

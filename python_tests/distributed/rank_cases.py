@@ -44,7 +44,12 @@ def data(step: int, rows: int = 16) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 6, generator=random), torch.randint(3, (rows,), generator=random)
 
 
-def train(micro: int = 1, uneven: bool = False, validate: Callable[[], bool] = lambda: True) -> dict[str, Tensor]:
+def train(
+    micro: int = 1,
+    uneven: bool = False,
+    validate: Callable[[], bool] = lambda: True,
+    tell: Callable[[int], bool] = lambda step: True,
+) -> dict[str, Tensor]:
     """Each rank trains on its rows and tells its own losses; some of the last batches are smaller on rank 1."""
     model = DistributedDataParallel(perceptron())
     opt = LearnedOptimizer(model, check_ranks=3)
@@ -59,7 +64,7 @@ def train(micro: int = 1, uneven: bool = False, validate: Callable[[], bool] = l
                 (loss / len(parts)).backward()
             if micro > 1:
                 opt.observe(loss, weight=len(wanted))
-        opt.step(loss=None if micro > 1 else loss)
+        opt.step(loss=loss if micro == 1 and tell(step) else None)
         opt.zero_grad()
         if step % 5 == 4 and validate():
             with torch.no_grad():
@@ -81,6 +86,11 @@ def uneven() -> Any:
 
 def one_validates() -> Any:
     return train(validate=lambda: rank() == 0)
+
+
+def sometimes_told() -> Any:
+    """Steps without a training loss come after validation losses that ranks have not shared."""
+    return train(tell=lambda step: step % 5 != 0)
 
 
 def by_hand() -> Any:

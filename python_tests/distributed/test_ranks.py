@@ -8,7 +8,7 @@ from on_ranks import on_ranks
 
 from lopt.distributed.ranks import fingerprint
 
-CASES = ["plain", "micro_batches", "uneven", "one_validates", "by_hand", "apart", "errors", "counted"]
+CASES = ["plain", "micro_batches", "uneven", "one_validates", "sometimes_told", "by_hand", "apart", "errors", "counted"]
 CASES += ["partial_gradients", "changing_gradients", "nonfinite", "memory", "travelled"]
 
 
@@ -34,7 +34,7 @@ def test_fingerprints_see_every_bit() -> None:
     assert int(fingerprint([tensor.clone() for tensor in tensors], device)) in found
 
 
-@pytest.mark.parametrize("name", ["plain", "micro_batches", "uneven", "one_validates"])
+@pytest.mark.parametrize("name", ["plain", "micro_batches", "uneven", "one_validates", "sometimes_told"])
 def test_replicas_stay_the_same_bit_for_bit(found: Any, name: str) -> None:
     first, second = found[name]
     assert all(torch.equal(second[key], value) for key, value in first.items())
