@@ -173,6 +173,7 @@ def torch_unroll(
     spec, weights = theta.spec, theta.to(dtype=dtype).tensors
     params = separate(problem, init.to(dtype))
     state = reference.init_state(spec, weights, params)
+    kept = params[0].new_zeros(len(params), spec.features.num_stats)
     facts = Shapes.of(spec, [tuple(param.shape) for param in params], params[0], problem.kinds)
     outer, train = [], []
     for step in range(steps):
@@ -181,9 +182,10 @@ def torch_unroll(
             valid = torch.stack([torch_loss(problem, params, 1, first + i) for i in range(VALID_BATCHES)])
             state = reference.observe_valid(spec, state, valid.mean())
         grads, value = torch.func.grad_and_value(lambda p, s=step: torch_loss(problem, p, 0, s))(params)
-        params, state, _ = reference.update(
-            spec, weights, state, params, grads, value, total_steps=float(total_steps), shapes=facts
+        params, state, trace = reference.update(
+            spec, weights, state, params, grads, value, total_steps=float(total_steps), before=kept, shapes=facts
         )
+        kept = trace["kept"] if spec.stats == "lagged" else kept
         train.append(value)
         outer.append(torch_loss(problem, params, 2, step))
     return torch.cat([param.reshape(-1) for param in params]), torch.stack(outer), torch.stack(train)
@@ -270,6 +272,13 @@ def test_networks_equal_the_torch_unroll(start: str, name: str) -> None:
         check_unroll(Theta.load(start), problem, STEPS, slack=3.0)
 
 
+@pytest.mark.parametrize("name", ["perceptron", "rms norm", "two convolutions"])
+def test_lagged_statistics_equal_the_torch_unroll(name: str) -> None:
+    problem = engine.Problem(NETWORKS[name], 8, make_data(NETWORKS[name]))
+    check_unroll(Theta.init_adam("compact").with_spec(stats="lagged"), problem, STEPS, slack=3.0)
+    check_unroll(Theta.load("default").with_spec(stats="lagged"), problem, STEPS, slack=3.0)
+
+
 def test_what_is_known_of_tensors_counts() -> None:
     """The first and the last matrix make other steps where they are known to be hidden ones, in the torch unroll too.
 
@@ -286,9 +295,10 @@ def test_what_is_known_of_tensors_counts() -> None:
     assert min(apart["embedding"], apart["head"]) > 1e-3
 
 
+@pytest.mark.parametrize("stats", ["current", "lagged"])
 @pytest.mark.parametrize("preset", ["compact", "spectral", "paper"])
-def test_windows_of_any_length_give_the_same_bits(preset):
-    theta, problem = Theta.init(preset, seed=1), make_problem("relu", "softmax", (16,))
+def test_windows_of_any_length_give_the_same_bits(preset, stats):
+    theta, problem = Theta.init(preset, seed=1).with_spec(stats=stats), make_problem("relu", "softmax", (16,))
     init = initial_params(problem)
     whole = engine_unroll(theta, problem, init, [60])
     parts = engine_unroll(theta, problem, init, [1, 9, 13, 37])

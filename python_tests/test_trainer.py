@@ -89,6 +89,19 @@ def test_metrics_say_what_families_add_to_the_noise(whole: Path) -> None:
         assert set(line["families"]) <= set(SMALL.tasks)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("init", ["adam", "default"])
+def test_a_theta_is_trained_for_lagged_statistics(init: str, tmp_path: Path) -> None:
+    phases = (Phase(1.0, (10, 20), "linear"),)
+    config = dataclasses.replace(
+        SMALL, init=init, stats="lagged", phases=phases, inner_steps=200, warmup=0, warmup_from_file=0, pairs=1
+    )
+    theta = train(config, tmp_path)
+    assert theta.spec.stats == "lagged"
+    start = Theta.load("default") if init == "default" else Theta.init_adam("compact", stop_early=1.0)
+    assert not torch.equal(theta.flatten(), start.flatten())
+    assert MetaTrainConfig.from_json(json.loads((tmp_path / "config.json").read_text())["config"]) == config
+
+
 def test_the_signal_is_one_for_noise_and_more_for_a_constant_gradient() -> None:
     random = torch.Generator().manual_seed(0)
     trained = torch.ones(2000, dtype=torch.bool)

@@ -31,9 +31,9 @@ def one_thread(set_num_threads: Callable[[int], None]) -> None:
     set_num_threads(1)
 
 
-def population(preset: str, rows: int, spread: float = 0.02) -> tuple[Theta, Tensor]:
+def population(preset: str, rows: int, spread: float = 0.02, stats: str = "current") -> tuple[Theta, Tensor]:
     """A theta, and ``[rows, P]`` thetas around it."""
-    theta = Theta.init_adam(preset)
+    theta = Theta.init_adam(preset).with_spec(stats=stats)
     noise = torch.randn(rows, theta.num_floats, generator=torch.Generator().manual_seed(1))
     return theta, theta.flatten() + spread * noise
 
@@ -63,9 +63,9 @@ class Double(Task):
 
 
 @pytest.mark.parametrize("preset", ["compact", "spectral", "paper"])
-@pytest.mark.parametrize("total_steps", [0, 25])
-def test_unroll_is_the_learned_optimizer_in_a_plain_loop(preset: str, total_steps: int) -> None:
-    theta, thetas = population(preset, rows=3)
+@pytest.mark.parametrize(("stats", "total_steps"), [("current", 0), ("current", 25), ("lagged", 25)])
+def test_unroll_is_the_learned_optimizer_in_a_plain_loop(preset: str, stats: str, total_steps: int) -> None:
+    theta, thetas = population(preset, rows=3, stats=stats)
     theta, thetas, task = theta.to(dtype=torch.float64), thetas.double(), Double(TASK)
     run = Run(task, seed=5, horizon=25, total_steps=total_steps)
     weights = unflatten(theta.spec, thetas)
@@ -149,9 +149,20 @@ def flat(tree: Any) -> Tensor:
     return torch.cat(leaves)
 
 
+@pytest.mark.parametrize("preset", ["compact", "spectral", "paper"])
+def test_kernels_unroll_lagged_statistics_as_the_reference_does(preset: str) -> None:
+    theta, thetas = population(preset, rows=3, stats="lagged")
+    run, weights = Run(TASK, seed=5, horizon=20, total_steps=20), unflatten(theta.spec, thetas)
+    begun = start(theta.spec, weights, run)
+    ends = [unroll(theta.spec, weights, run, begun, 20, impl=impl)[1] for impl in ("cpu", "sim", "reference")]
+    for end in ends[:2]:
+        torch.testing.assert_close(end.outer, ends[2].outer, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stats", ["current", "lagged"])
 @pytest.mark.parametrize("windows", [(7, 18), (10, 10, 5), (1,) * 25])
-def test_windows_make_the_same_run_to_the_bit(windows: tuple[int, ...]) -> None:
-    theta, thetas = population("compact", rows=4)
+def test_windows_make_the_same_run_to_the_bit(windows: tuple[int, ...], stats: str) -> None:
+    theta, thetas = population("compact", rows=4, stats=stats)
     weights = unflatten(theta.spec, thetas)
     run = Run(TASK, seed=2, horizon=25, total_steps=25, valid_batches=2)
     whole, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 25)

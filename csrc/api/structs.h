@@ -125,6 +125,7 @@ struct ApplyParams {
   FIELD(int32_t, step_control)                                                                     \
   FIELD(int32_t, tensor_inputs)                                                                    \
   FIELD(int32_t, newton_schulz)                                                                    \
+  FIELD(int32_t, lagged) /* a step sees the statistics of the step before */                       \
   FIELD(int32_t, horizon_input)                                                                    \
   FIELD(int32_t, valid_advances_step)                                                              \
   FIELD(double, train_loss_decay) /* of these three 1 - decay is formed in double, as in Python */ \

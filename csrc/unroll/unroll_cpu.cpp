@@ -1,7 +1,8 @@
 // The unroll engine on the CPU. One inner step of a run is
 //   every valid_every steps: the optimizer observes the mean loss of some inner_valid minibatches
 //   loss, grad = forward and backward on a train minibatch
-//   accumulate (accumulate_block.h), advance (tensor_lstm.h), apply (apply_block.h) for every tensor
+//   accumulate (accumulate_block.h), advance (tensor_lstm.h), apply (apply_block.h) for every tensor; with lagged
+//   statistics advance comes first, but in the first step
 //   every loss_every steps: the loss of an outer_valid minibatch, after the update
 // exactly as lopt/meta/unroll.py does with torch. Memory is laid out once per call and thread; a step allocates nothing.
 // Compiled once per instruction set; cpu_dispatch.cpp picks.
@@ -25,9 +26,11 @@ struct RunState {
   Globals globals;
   float *param, *mom, *rms;                                  // [P], [num_mom, P], [num_rms, P]
   float *h, *c, *feedback, *initial_scale, *updates, *rank;  // see AdvanceParams
+  float* stats;                                              // of the step before, where they lag
   int64_t size;
 
-  RunState(const Spec& s, int num_mom, int num_rms, int64_t num_params, int tensors, float* base) {
+  template <class Features>
+  RunState(Features, const Spec& s, int64_t num_params, int tensors, float* base) {
     Arena arena{base};
     param = arena.take(num_params);  // first: lopt/meta/engine.py reads it
     globals.step = reinterpret_cast<int64_t*>(arena.take(2));
@@ -41,8 +44,9 @@ struct RunState {
     initial_scale = arena.take(tensors);
     updates = arena.take(tensors);
     rank = arena.take(tensors);
-    mom = arena.take(num_mom * num_params);
-    rms = arena.take(num_rms * num_params);
+    mom = arena.take(Features::kNumMom * num_params);
+    rms = arena.take(Features::kNumRms * num_params);
+    stats = arena.take(s.lagged ? int64_t{tensors} * kNumStats<Features> : 0);
     size = arena.used;
   }
 };
@@ -56,7 +60,7 @@ struct Engine {
   int tensors;
   int64_t params;
   Model model;
-  float *grad, *stats, *packed, *hidden;
+  float *grad, *stats, *scratch_stats, *packed, *hidden;
   const TensorShape* shapes;
   Orthogonal orthogonal;
   float* direction;  // of the largest matrix that is treated as a whole
@@ -74,12 +78,11 @@ struct Engine {
     for (int t = 0; t < tensors; ++t) largest = whole(t) ? std::max(largest, shapes[t].numel) : largest;
     direction = arena.take(largest);
     grad = arena.take(params);
-    stats = arena.take(int64_t{tensors} * kStats);
+    stats = scratch_stats = arena.take(int64_t{tensors} * kStats);
     packed = arena.take(MlpLayout<kColumns, kWidth>::kSize);
     hidden = arena.take(int64_t{tensors} * kWidth);
     level.num_tensors = tensors;
     level.shapes = shapes;
-    level.stats = stats;
 #define LOPT_TAKE(Type, name) level.inputs.name = arena.take(int64_t{tensors} * std::max(kColumns, kWidth));
     LOPT_APPLY_INPUTS(LOPT_TAKE)
 #undef LOPT_TAKE
@@ -171,7 +174,10 @@ struct Engine {
 
     void direction() const {}
 
-    void sweep() const {}  // lagged statistics: the engine refuses them (lopt/meta/engine.py)
+    void sweep() const {
+      accumulate();
+      apply();
+    }
 
     void finish() const {
       for (int t = 0; t < engine.tensors; ++t)
@@ -182,7 +188,8 @@ struct Engine {
 
   void run(const Run& r, const float* theta_row) {
     const ThetaView theta(s, kColumns, theta_row);
-    const RunState state(s, Features::kNumMom, Features::kNumRms, params, tensors, reinterpret_cast<float*>(r.state));
+    const RunState state(Features{}, s, params, tensors, reinterpret_cast<float*>(r.state));
+    level.stats = stats = s.lagged ? state.stats : scratch_stats;
     pack_mlp<Features, kWidth>(s, theta, packed);
     level.h = state.h;
     level.c = state.c;
@@ -211,7 +218,9 @@ struct Engine {
         if (alive) {
           model.backward(grad);
           Step step_phases{*this, theta, state, train[i], static_cast<float>(r.total_steps)};
-          run_step(step_phases);
+          run_step(step_phases, s.lagged && step > 0);
+          if (s.lagged && step == 0)  // seen in the first step already, as there was nothing before it
+            for (int t = 0; t < tensors; ++t) stats[int64_t{t} * kStats + Stat::nonfinite] = 0.0f;
         }
       }
       if ((i + 1) % r.loss_every == 0) {
@@ -261,7 +270,7 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
     using Features = decltype(features);
     const int tensors = num_tensors<Network>(problem);
     const int64_t params = num_params<Network>(problem);
-    const RunState state(spec, Features::kNumMom, Features::kNumRms, params, tensors, base);
+    const RunState state(features, spec, params, tensors, base);
     size = state.size;
     if (!base) return;
     std::memset(base, 0, static_cast<size_t>(size) * sizeof(float));

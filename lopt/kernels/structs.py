@@ -45,8 +45,8 @@ FILLED = {
     "ApplyParams": f"tensors grads chunks num_tensors num_chunks {_INPUTS} weights magnitude_rate feature_clip "
     "precision state_dtype partials finished newton_schulz rank hidden",
     "Spec": "feature_set width lstm_width from_mlp lstm_to_mlp from_lstm linear_skip step_control tensor_inputs "
-    "newton_schulz horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay step_multiplier "
-    "magnitude_rate time_limit clip_multiplier feature_clip mom_decay rms_decay",
+    "newton_schulz lagged horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay "
+    "step_multiplier magnitude_rate time_limit clip_multiplier feature_clip mom_decay rms_decay",
     "TensorShape": "numel log_dims is_scalar is_matrix rows is_input is_output is_table whole natural aspect",
     "AdvanceParams": "spec theta shapes rows num_tensors step train_loss valid_loss clip from_lstm pending_loss "
     "nonfinite h c feedback initial_scale updates rank stats lr decay total_steps hidden new_train new_valid "
@@ -117,6 +117,7 @@ def spec_record(spec: ThetaSpec) -> Record:
         "feature_set": FEATURE_SET_INDEX[spec.feature_set],
         "width": spec.mlp_width,
         "tensor_inputs": list(INPUT_SETS).index(spec.tensor_inputs),
+        "lagged": spec.stats == "lagged",
         "feature_clip": np.inf if spec.feature_clip is None else spec.feature_clip,
     }
     for name in SPEC.names or ():

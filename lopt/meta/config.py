@@ -24,7 +24,7 @@ KNOWN: tuple[Family | NetworkFamily, ...] = (*FAMILIES, *NETWORK_FAMILIES)
 
 
 #: Fields that older configurations lack, with what they were before there was a choice.
-ADDED = {"outer": "adam", "pairs_per_task": 1, "valid_rows": 1, "equalise": False}
+ADDED = {"outer": "adam", "pairs_per_task": 1, "valid_rows": 1, "equalise": False, "stats": None}
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,10 @@ class MetaTrainConfig:
 
     init: str = "adam"
     """Where theta starts: ``adam``, an imitation of Adam; ``random``, as in the paper; or a theta file."""
+
+    stats: Literal["current", "lagged"] | None = None
+    """Which statistics a step sees, whatever the start has; None leaves it as it is. A theta that was trained with
+    current ones is a good start for lagged ones."""
 
     objective: Objective = "held_out"
     """Loss that counts: of outer_valid minibatches after an update, or of train minibatches before it."""
@@ -197,6 +201,7 @@ class MetaTrainConfig:
         object.__setattr__(self, "phases", phases)
         for name, allowed in (
             ("preset", tuple(PRESETS)),
+            ("stats", (None, "current", "lagged")),
             ("objective", get_args(Objective)),
             ("weighting", get_args(Weighting)),
             ("scaling", get_args(Scaling)),

@@ -210,13 +210,6 @@ class EngineRun:
     total_steps: int = 0
 
 
-def _check_stats(spec: ThetaSpec) -> None:
-    if spec.stats != "current":
-        raise ValueError(
-            f"spec: the unroll engine computes with stats='current', got {spec.stats!r}; use another theta"
-        )
-
-
 def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Tensor:
     """State of a run before its first step.
 
@@ -229,7 +222,6 @@ def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Ten
             f"theta, init: expected shapes ({spec.num_floats},) and ({problem.num_params},), "
             f"got {tuple(theta.shape)} and {tuple(init.shape)}"
         )
-    _check_stats(spec)
     theta, init = theta.float().contiguous(), init.float().contiguous()
     record, problem_record = spec_record(spec), problem.record()
     addresses = record.ctypes.data, problem_record.ctypes.data, theta.data_ptr(), init.data_ptr()
@@ -290,7 +282,6 @@ def unroll(
     if steps < 1 or steps % loss_every:
         raise ValueError(f"steps: expected a positive multiple of loss_every={loss_every}, got {steps}")
     theta = theta.float().contiguous()
-    _check_stats(spec)
     if theta.dim() != 2 or theta.shape[1] != spec.num_floats:
         raise ValueError(f"theta: expected shape [n, {spec.num_floats}], got {tuple(theta.shape)}")
     outer, train = torch.empty(len(runs), steps // loss_every), torch.empty(len(runs), steps)

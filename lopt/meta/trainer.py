@@ -149,10 +149,12 @@ def _continue(config: MetaTrainConfig, out: Path) -> tuple[ThetaSpec, TrainState
 def start_theta(config: MetaTrainConfig) -> Theta:
     """theta before the first iteration."""
     if config.from_file:
-        return Theta.load(config.init)
-    if config.init == "random":
-        return Theta.init(config.preset, config.seed)
-    return Theta.init_adam(config.preset, config.seed, stop_early=float(config.objective == "held_out"))
+        theta = Theta.load(config.init)
+    elif config.init == "random":
+        theta = Theta.init(config.preset, config.seed)
+    else:
+        theta = Theta.init_adam(config.preset, config.seed, stop_early=float(config.objective == "held_out"))
+    return theta if config.stats is None else theta.with_spec(stats=config.stats)
 
 
 def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, executor: Executor) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from lopt import kernels
 from lopt.implementations import warn_not_built
 from lopt.meta.objective import Losses, Unit
 from lopt.rule import Theta, ThetaSpec, reference
+from lopt.rule.features import STATS
 from lopt.rule.inputs import Shapes
 from lopt.rule.matrices import matrices_of
 from lopt.rule.tensor_lstm import Globals, Rows
@@ -89,17 +90,20 @@ class RunState(NamedTuple):
     step: int
     params: dict[str, Tensor]
     optimizer: reference.State
+    stats: Tensor  # [runs, T, S] of the step before, for lagged statistics; otherwise [runs, T, 0]
 
     def pack(self) -> dict[str, Any]:
         """Parameters and optimizer state as dicts and lists of tensors."""
         plain = {name: getattr(self.optimizer, name)._asdict() for name in ("globals", "rows")}
-        return {"params": self.params, **plain, "mom": self.optimizer.mom, "rms": self.optimizer.rms}
+        accumulators = {"mom": self.optimizer.mom, "rms": self.optimizer.rms}
+        return {"params": self.params, **plain, **accumulators, "stats": self.stats}
 
     @classmethod
     def unpack(cls, step: int, packed: Mapping[str, Any]) -> "RunState":
         """The inverse of :meth:`pack`."""
         globals_, rows = Globals(**packed["globals"]), Rows(**packed["rows"])
-        return cls(step, packed["params"], reference.State(globals_, rows, packed["mom"], packed["rms"]))
+        state = reference.State(globals_, rows, packed["mom"], packed["rms"])
+        return cls(step, packed["params"], state, packed["stats"])
 
 
 def start(spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
@@ -111,26 +115,33 @@ def start(spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
         for name, value in run.task.init(run.seed).items()
     }
     optimizer = torch.vmap(lambda w, p: reference.init_state(spec, w, list(p.values())))(weights, params)
-    return RunState(0, params, optimizer)
+    kept = spec.features.num_stats if spec.stats == "lagged" else 0
+    return RunState(0, params, optimizer, weights["initial_h"].new_zeros(num_runs, len(params), kept))
 
 
 class _Reference:
     """The optimizer's steps by lopt.rule.reference, vmapped."""
 
     def __init__(self, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState) -> None:
-        self.params, self.optimizer = state.params, state.optimizer
+        self.params, self.optimizer, self.stats = state.params, state.optimizer, state.stats
         names = list(state.params)
         shapes = [tuple(value.shape[1:]) for value in state.params.values()]
         facts = Shapes.of(spec, shapes, weights["initial_h"], run.task.kinds)
 
         def update(
-            weights: Mapping[str, Tensor], params: dict[str, Tensor], state: reference.State, grads: Any, loss: Tensor
-        ) -> tuple[dict[str, Tensor], reference.State]:
+            weights: Mapping[str, Tensor],
+            params: dict[str, Tensor],
+            state: reference.State,
+            before: Tensor,
+            grads: Any,
+            loss: Tensor,
+        ) -> tuple[dict[str, Tensor], reference.State, Tensor]:
             lists = [params[name] for name in names], [grads[name] for name in names]
-            values, state, _ = reference.update(
-                spec, weights, state, *lists, loss, total_steps=float(run.total_steps), shapes=facts
+            values, state, trace = reference.update(
+                spec, weights, state, *lists, loss, total_steps=float(run.total_steps), before=before, shapes=facts
             )
-            return dict(zip(names, values, strict=True)), state
+            kept = trace["kept"] if spec.stats == "lagged" else before
+            return dict(zip(names, values, strict=True)), state, kept
 
         self.weights, self._update = weights, torch.vmap(update)
         self._observe = torch.vmap(lambda state, loss: reference.observe_valid(spec, state, loss))
@@ -139,7 +150,8 @@ class _Reference:
         """One update of all runs; losses ``[runs]``."""
         if valid_loss is not None:
             self.optimizer = self._observe(self.optimizer, valid_loss)
-        self.params, self.optimizer = self._update(self.weights, self.params, self.optimizer, grads, loss)
+        state = self.weights, self.params, self.optimizer, self.stats
+        self.params, self.optimizer, self.stats = self._update(*state, grads, loss)
 
 
 class _Kernels:
@@ -152,6 +164,7 @@ class _Kernels:
         copies = map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), state[1:])
         self.params: dict[str, Tensor] = copies[0]
         self.optimizer: reference.State = copies[1]
+        self.lagged, self.first = spec.stats == "lagged", state.step == 0
         self.grads = {name: torch.empty_like(value) for name, value in self.params.items()}
         shapes, num_runs = [tuple(value.shape[1:]) for value in self.params.values()], len(weights["initial_h"])
         count = len(shapes)
@@ -171,14 +184,21 @@ class _Kernels:
         matrices = matrices_of(shapes, run.task.kinds) * num_runs
         plan.treat_whole(matrices, spec.newton_schulz, self.optimizer.rows.rank.view(-1))
         plan.set_tensors(params, gradients)
+        self.stats: Tensor = copies[2]
+        if self.lagged:
+            plan.stats.copy_(self.stats.reshape(plan.stats.shape))
+            self.stats = plan.stats.view(self.stats.shape)  # the kernels write there
         levels = []
         self.shared = []
+        self.parts: list[slice] = []
         for row in range(num_runs):
             theta = Theta(spec, {name: value[row] for name, value in weights.items()})
             rows = Rows(*(value[row] for value in self.optimizer.rows))
             part = slice(row * count, (row + 1) * count)
             own = {name: value[part] for name, value in inputs.items()}
-            level = kernels.TensorLevel(backend, theta, shapes, rows, inputs=own, kinds=run.task.kinds)
+            level = kernels.TensorLevel(
+                backend, theta, shapes, rows, inputs=own, kinds=run.task.kinds, lagged=self.lagged
+            )
             level.set_options([{"lr": 1.0, "weight_decay": 0.0}], run.total_steps)
             level.bind(plan, part)
             shared = {name: value[row] for name, value in self.optimizer.globals._asdict().items()}
@@ -186,6 +206,7 @@ class _Kernels:
             shared["nonfinite"] = torch.zeros(2, dtype=torch.int64, device=packed.device)
             levels.append(level)
             self.shared.append(shared)
+            self.parts.append(part)
         self.levels = kernels.Levels(levels)
 
     def step(self, grads: dict[str, Tensor], loss: Tensor, valid_loss: Tensor | None) -> None:
@@ -197,7 +218,25 @@ class _Kernels:
         given = zip(self.levels.levels, self.shared, losses[0].unbind(), valid, strict=True)
         for level, shared, train_loss, inner_valid in given:
             level.set_losses(shared, train_loss, inner_valid)
-        kernels.step(self.plan, self.levels)
+        if self.lagged and self.first:
+            self._first_step()
+        else:
+            kernels.step(self.plan, self.levels, self.lagged)
+        self.first = False
+
+    def _first_step(self) -> None:
+        """With lagged statistics: tensors see their own, as there is nothing before them."""
+        pairs = list(zip(self.levels.levels, self.parts, strict=True))
+        for level, _ in pairs:
+            level.start()
+        stats = self.plan.run_accumulate()
+        for level, part in pairs:
+            level.advance(stats[part])
+        hidden = self.plan.run_apply()
+        self.plan.write()
+        for level, part in pairs:
+            level.finish(hidden[part])
+        stats[:, STATS.index("nonfinite")] = 0.0  # seen
 
 
 def _stepper(
@@ -335,4 +374,4 @@ def unroll(
             name: torch.where(ended.reshape(-1, *[1] * (value.dim() - 1)), nan, value) for name, value in params.items()
         }
     losses = Losses(torch.stack(outer_losses, dim=1), torch.stack(train_losses, dim=1))
-    return RunState(state.step + steps, params, optimizer.optimizer), losses
+    return RunState(state.step + steps, params, optimizer.optimizer, optimizer.stats), losses
