@@ -143,3 +143,37 @@ def test_killed_five_times(parallel: str, tmp_path: Path) -> None:
     assert kills == 5
     assert final_loss(text) == final_loss(undisturbed)
     assert unequal(checkpoint(tmp_path / "killed", tmp_path), checkpoint(tmp_path / "undisturbed", tmp_path)) == []
+
+
+DYING = """
+import os, runpy, signal, sys
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+write = FileSystemWriter.write_data
+
+def dying(self, plan, planner):
+    result = write(self, plan, planner)  # its files are there, those of the other rank and what lists them may not be
+    if os.environ["RANK"] == "1" and "step-4" in str(self.path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+FileSystemWriter.write_data = dying
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_rank_that_dies_while_it_writes_a_checkpoint(tmp_path: Path) -> None:
+    """The checkpoint before is whole, and the run goes on from it."""
+    options = ["--parallel", "fsdp", "--steps", "5", "--checkpoint-every", "2"]
+    wrapper = tmp_path / "dying.py"
+    wrapper.write_text(DYING)
+    asked = command(tmp_path / "killed", *options, ranks=2)
+    asked.insert(asked.index(str(SCRIPT)), str(wrapper))
+    done = subprocess.run(asked, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode != 0
+    assert (tmp_path / "killed/latest").read_text() == "step-2"
+    assert (tmp_path / "killed/step-4").exists()
+    text = run(tmp_path / "killed", *options, ranks=2)
+    assert text.startswith("goes on after step 2\n")
+    assert final_loss(text) == final_loss(run(tmp_path / "undisturbed", *options, ranks=2))
