@@ -36,6 +36,15 @@ def commit() -> str | None:
     return head.stdout.strip()
 
 
+def package_sha256() -> str:
+    """SHA-256 of all of lopt: the sources that were compiled, and the modules as they are."""
+    digest = hashlib.sha256(kernels.source_sha256().encode())
+    package = Path(lopt.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
 def file_checksum(path: str | Path) -> str:
     """SHA-256 of a file, or of the shipped theta of that name."""
     named = WEIGHTS / f"{path}.safetensors"

@@ -1,6 +1,7 @@
 """lopt/meta/executors.py: order, shared values, errors, and processes that are killed."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 import lopt
+from lopt.commands.meta_train import MetaTrain
 from lopt.meta import executors
 from lopt.meta.executors import LocalProcesses, Serial
+from lopt.meta.ray_workers import RayWorkers
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,8 @@ def test_a_failing_unit_is_an_error_with_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError, match="float division by zero") as error:
         close_after_the_error()
     trace = str(error.value.__cause__)
-    assert trace.startswith("a unit of work failed in a worker process:\nTraceback (most recent call last):")
+    told = r"unit 2 of 2, divide of 0\.0, failed in worker process \d+:\nTraceback \(most recent call last\):"
+    assert re.match(told, trace)
     assert "return shared / item" in trace
     with pytest.raises(ValueError, match="workers: expected a positive number, got 0"):
         LocalProcesses(0)
@@ -108,7 +112,9 @@ def fail(shared: None, item: int) -> None:
 def test_an_error_that_cannot_travel_is_told() -> None:
     executor = LocalProcesses(1)
     try:
-        with pytest.raises(RuntimeError, match=r"a unit of work failed in a worker process:\n(.|\n)*Local: 3 and 3"):
+        with pytest.raises(
+            RuntimeError, match=r"unit 1 of 1, fail of 3, failed in worker process \d+:\n(.|\n)*Local: 3 and 3"
+        ):
             executor.map(fail, None, [3])
     finally:
         executor.close()
@@ -169,6 +175,21 @@ def group_is_there(group: int) -> bool:
             if int(its_group) == group and state != "Z":
                 return True
     return False
+
+
+def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"executor: ray is missing; pip install 'lopt\[ray\]'"):
+        RayWorkers(1)
+    with pytest.raises(ValueError, match="address, allow_different: expected --executor ray with them, got local"):
+        MetaTrain(address="auto")
+
+
+def test_the_program_imports_ray_and_loggers_of_others_late() -> None:
+    code = "import lopt.cli, sys; print({'ray', 'tensorboard', 'wandb'} & sys.modules.keys())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(lopt.__file__).parents[1])}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
 
 
 def test_processes_that_keep_dying_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from lopt.commands.common import Command, Outcome, OutFolder, Seed, say, show_table
+from lopt.commands.common import Outcome, OutFolder, Seed, say, show_table
 from lopt.commands.progress import progress
 from lopt.commands.report import show_comparisons
 from lopt.commands.weights import describe_theta
+from lopt.commands.workers import Spread
 from lopt.evaluation.adam_grid import LRS
 from lopt.evaluation.compare import ADAM_GRID, Learned, Plan, execute, measure_steps, missing_packages
 from lopt.evaluation.comparison import Runs
@@ -34,7 +35,6 @@ from lopt.evaluation.suites import (
     unavailable,
 )
 from lopt.evaluation.table import Run, RunTable
-from lopt.meta.executors import usable_cores
 from lopt.provenance import commit, versions
 from lopt.tasks.data import catalogue
 from lopt.tasks.task import Task
@@ -81,7 +81,7 @@ LINE_UPS: dict[SuiteName, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Command):
+class Evaluate(Spread):
     """Score a theta against other optimizers on held-out tasks: models on real data, never used for meta-training.
 
     The score of a task is (L + f) / (L_ref + f): final loss on a split, f = 1% of the initial loss, same initial
@@ -127,9 +127,6 @@ class Evaluate(Command):
     impl: Literal["auto", "cpu", "reference", "sim"] = "auto"
     """Implementation of the learned optimizer."""
 
-    workers: int | None = None
-    """Processes; one per processor if not given. Does not change results."""
-
     out: OutFolder = Path("runs/evaluate")
     """Folder for runs.csv."""
 
@@ -141,14 +138,13 @@ class Evaluate(Command):
     """Also show the ratios of every task."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("horizons", "seeds"):
             values, least = getattr(self, name), {"horizons": 1, "seeds": 0}[name]
             if len(set(values)) < len(values) or min(values, default=least) < least:
                 raise ValueError(f"{name}: expected numbers from {least} on, none twice, got {values}")
         if not self.seeds:
             raise ValueError("seeds: expected at least one")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers: expected at least 1, got {self.workers}")
 
     def run(self, console: Console) -> Outcome:
         tasks, skipped = self._tasks()
@@ -272,8 +268,8 @@ class Evaluate(Command):
     def _execute(self, console: Console, plan: Plan, table: RunTable) -> list[Run]:
         missing = len(plan.missing(table))
         say(console, f"{missing} batches of runs, of {len(plan.jobs)}, that {table.path} lacks")
-        with progress(console, "batches of runs") as status:
-            runs = execute(plan, table, self.workers or usable_cores(), status.update, self.data)
+        with progress(console, "batches of runs") as status, self.spread() as workers:
+            runs = execute(plan, table, workers, status.update, self.data)
         if self.step_times:
             with progress(console, "step times, tasks") as status:
                 measure_steps(plan, StepTimes(self.out), status.update)

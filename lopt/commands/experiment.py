@@ -9,15 +9,15 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from lopt.commands.common import Command, Outcome, OutFolder, Seed, check_option, say
+from lopt.commands.common import Outcome, OutFolder, Seed, check_option, say
 from lopt.commands.progress import progress
+from lopt.commands.workers import Spread
 from lopt.evaluation.suites import take_fashion_mnist_from
 from lopt.experiments import EXPERIMENTS
 from lopt.experiments.experiment import execute
 from lopt.experiments.rows import Row, RowTable
 from lopt.experiments.runs import SEEDS, Run, Scale, Setting
 from lopt.figures import require_matplotlib
-from lopt.meta.executors import usable_cores
 
 Name = Literal[
     "implicit-regularization",
@@ -35,7 +35,7 @@ Name = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunExperiment(Command):
+class RunExperiment(Spread):
     """Run one of the paper's experiments: every run is a row of NAME.csv, beside it NAME.png and README.md.
 
     Rows that are there are not run again: an experiment that was stopped goes on where it was, and one that is complete
@@ -58,18 +58,14 @@ class RunExperiment(Command):
     data: Path | None = None
     """Folder with the IDX files of Fashion-MNIST, if they are not where the Debian package puts them."""
 
-    workers: int | None = None
-    """Processes; one per processor if not given. Does not change losses."""
-
     out: OutFolder | None = None
     """Folder for the three files; runs/experiments/NAME-SCALE if not given."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         seeds = self.seeds
         if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
             raise ValueError(f"seeds: expected numbers from 0 on, at least one and none twice, got {seeds}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers: expected at least 1, got {self.workers}")
 
     def run(self, console: Console) -> Outcome:
         require_matplotlib()
@@ -93,5 +89,5 @@ class RunExperiment(Command):
     def _execute(self, console: Console, runs: Sequence[Run], table: RowTable) -> list[Row]:
         missing = sum(run.sha256 not in table.rows for run in runs)
         say(console, f"{len(runs)} runs, {len(runs) - missing} of them in {table.path}")
-        with progress(console, f"{self.name}, runs") as status:
-            return execute(runs, table, self.workers or usable_cores(), status.update, self.data)
+        with progress(console, f"{self.name}, runs") as status, self.spread() as workers:
+            return execute(runs, table, workers, status.update, self.data)

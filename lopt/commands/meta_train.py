@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,11 +11,12 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from lopt.commands.common import Command, Outcome, OutFolder, Seed, say
+from lopt.commands.common import Outcome, OutFolder, Seed, say
 from lopt.commands.weights import describe_theta
+from lopt.commands.workers import Spread
 from lopt.meta import checkpoint, trainer
 from lopt.meta.config import MetaTrainConfig
-from lopt.meta.executors import Executor, LocalProcesses, Serial, usable_cores
+from lopt.meta.executors import Executor, LocalProcesses, Serial
 from lopt.meta.metrics import read_metrics
 from lopt.meta.recipes import recipe
 
@@ -22,7 +24,7 @@ RecipeName = Literal["default", "train-loss", "continue", "paper", "networks", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetaTrain(Command):
+class MetaTrain(Spread):
     """Meta-train theta by evolution strategies on small synthetic tasks, or with --recipe mixture on all families.
 
     Writes theta.safetensors (the best on the validation tasks), theta_last.safetensors, metrics.jsonl, meta_loss.png,
@@ -51,9 +53,6 @@ class MetaTrain(Command):
     seed: Seed | None = None
     """Every random number derives from it; 0 if not given."""
 
-    workers: int | None = None
-    """Processes that make inner runs; as many as there are cores if not given. Results do not depend on it."""
-
     set: tuple[str, ...] = ()
     """More settings, as NAME=VALUE with the value in JSON, for instance pairs=32 weighting="last"."""
 
@@ -61,9 +60,7 @@ class MetaTrain(Command):
         given = self._given()
         if not self.resume:
             trainer.check_new(self.out)
-        workers = usable_cores() if self.workers is None else self.workers
-        executor: Executor = Serial() if workers == 1 else LocalProcesses(workers)
-        try:
+        with self.spread() as workers, closing(_executor(workers)) as executor:
             config = self._resumed(given) if self.resume else self._begun(given, executor, console)
             if not self.resume:
                 say(console, f"First the start is validated on {config.validation_tasks} tasks")
@@ -71,8 +68,6 @@ class MetaTrain(Command):
             theta = trainer.run(
                 config, self.out, resume=self.resume, executor=executor, console=console, command=command
             )
-        finally:
-            executor.close()
         path = self.out / "theta.safetensors"
         before, after = (theta.provenance["validation"][name] for name in ("first", "best"))
         say(console, f"Validation, log of final loss / initial loss: {before:.4f} at the start, {after:.4f} at best")
@@ -119,3 +114,9 @@ class MetaTrain(Command):
                     f"{name}: the run in {str(self.out)!r} was begun with {begun[name]!r}, cannot go on with {value!r}"
                 )
         return config
+
+
+def _executor(workers: int | Executor) -> Executor:
+    if isinstance(workers, Executor):
+        return workers
+    return Serial() if workers == 1 else LocalProcesses(workers)

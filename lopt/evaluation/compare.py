@@ -28,6 +28,7 @@ from lopt.evaluation.runs import Result, result, train_task
 from lopt.evaluation.step_times import StepTime, StepTimes, measure
 from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint
 from lopt.evaluation.table import KEY, LOSSES, Run, RunTable
+from lopt.meta.executors import Executor
 from lopt.optimizer import LearnedOptimizer
 from lopt.provenance import origin
 from lopt.rule import WEIGHTS, Theta, shipped
@@ -190,7 +191,7 @@ class Plan:
 def execute(
     plan: Plan,
     table: RunTable,
-    workers: int,
+    workers: int | Executor,
     on_done: Callable[[int, int], None] | None = None,
     data: Path | None = None,
 ) -> list[Run]:
@@ -200,6 +201,7 @@ def execute(
     Jobs that ended are in the table, whatever becomes of the others; in the end the file is sorted.
 
     Args:
+        workers: number of processes, or what runs the jobs.
         on_done: called with the numbers of jobs done and to do, at the beginning and after every job.
         data: folder with Fashion-MNIST's IDX files, for the processes.
 
@@ -217,7 +219,7 @@ def execute(
     report()
     failures: list[str] = []
     learned = pickle.dumps(plan.learned)  # bytes, since tensors would travel as open files
-    for job, outcome in in_processes(partial(_work, learned), missing, min(workers, len(missing)), data):
+    for job, outcome in in_processes(partial(_work, learned), missing, workers, data):
         if isinstance(outcome, Exception):
             failures.append(f"{job.optimizer} on {job.task.name}: {type(outcome).__name__}: {outcome}")
         else:

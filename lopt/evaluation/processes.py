@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lopt.meta.executors import LocalProcesses
+from lopt.meta.executors import Executor, LocalProcesses
 from lopt.tasks import datasets
 
 Job = TypeVar("Job")
@@ -14,12 +14,13 @@ Result = TypeVar("Result")
 
 
 def in_processes(
-    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, data: Path | None = None
+    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int | Executor, data: Path | None = None
 ) -> Iterator[tuple[Job, Result]]:
-    """``(job, work(job))`` for every job, as they end; in this process, in order, if ``workers`` is at most 1.
+    """``(job, work(job))`` for every job, as they end; in this process, in order, if ``workers`` is 1.
 
     Args:
-        work: can be pickled, if there are several workers.
+        work: can be pickled, if it is not for this process.
+        workers: number of processes, no more than there are jobs, or what runs the jobs, which is not closed.
         data: folder with Fashion-MNIST's IDX files, for the processes.
 
     Raises:
@@ -29,7 +30,7 @@ def in_processes(
         >>> list(in_processes(abs, [-2, 1], workers=1))
         [(-2, 2), (1, 1)]
     """
-    if workers <= 1:
+    if isinstance(workers, int) and min(workers, len(jobs)) <= 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -38,12 +39,13 @@ def in_processes(
         finally:
             torch.set_num_threads(threads)
         return
-    processes = LocalProcesses(workers)
+    executor = LocalProcesses(min(workers, len(jobs))) if isinstance(workers, int) else workers
     try:
-        for index, result in processes.stream(_unit, (work, data), jobs):
+        for index, result in executor.stream(_unit, (work, data), jobs):
             yield jobs[index], result
     finally:
-        processes.close()
+        if executor is not workers:
+            executor.close()
 
 
 def _unit(shared: tuple[Callable[[Any], Any], Path | None], job: Any) -> Any:

@@ -11,6 +11,7 @@ from lopt.evaluation.processes import in_processes
 from lopt.experiments.rows import Row, RowTable
 from lopt.experiments.runs import Result, Run, Setting
 from lopt.files import write_text
+from lopt.meta.executors import Executor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def _origin(name: str, rows: Sequence[Row]) -> str:
 def execute(
     runs: Sequence[Run],
     table: RowTable,
-    workers: int = 1,
+    workers: int | Executor = 1,
     on_done: Callable[[int, int], None] | None = None,
     data: Path | None = None,
 ) -> list[Row]:
@@ -69,6 +70,7 @@ def execute(
     A batch of which any run is missing is measured whole, so that its losses are the same to the bit.
 
     Args:
+        workers: number of processes, or what runs the batches.
         on_done: called with the numbers of runs done and to do, at the beginning and after every run or batch.
         data: folder with Fashion-MNIST's IDX files, for the processes.
     """
@@ -81,7 +83,7 @@ def execute(
     done, total = 0, sum(map(len, missing))
     if on_done is not None:
         on_done(done, total)
-    for batch, results in in_processes(_measure, missing, min(workers, len(missing)), data):
+    for batch, results in in_processes(_measure, missing, workers, data):
         table.append([Row.of(run, result) for run, result in zip(batch, results, strict=True)])
         done += len(batch)
         if on_done is not None:

@@ -1,20 +1,22 @@
-"""Where units of work run: in this process, or in local processes.
+"""Where units of work run: in this process, in local processes, or (:mod:`lopt.meta.ray_workers`) on a cluster.
 
 A unit is a pure function of what it is given, so an executor may run it anywhere and, after losing a process, again;
-the results are the same bits. Another executor (a cluster) needs the two methods of :class:`Executor`.
+the results are the same bits. Another executor needs the two methods that :class:`Executor` leaves open.
 """
 
 import os
 import pickle
+import reprlib
 import signal
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -28,30 +30,41 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 MAX_LOSSES = 5  # processes that may die without finishing a unit in between
 
 
-class Executor(Protocol):
-    """Runs units of work."""
+class Executor(ABC):
+    """Runs units of work; function, shared and items can be pickled, and function is found by its name anywhere."""
 
     def map(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> list[R]:
-        """``[function(shared, item) for item in items]``; function, shared and items can be pickled."""
-        ...
+        """``[function(shared, item) for item in items]``; errors are those of :meth:`stream`."""
+        results = dict(self.stream(function, shared, items))
+        return [results[index] for index in range(len(items))]
 
+    @abstractmethod
+    def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
+        """``(index, function(shared, items[index]))`` of every item, as they end; to be used up, or closed after it.
+
+        Raises:
+            Exception: what a unit raised; elsewhere its cause names the unit and has the traceback.
+            RuntimeError: what runs the units keeps dying.
+        """
+
+    @abstractmethod
     def close(self) -> None:
-        """Give back what the executor holds."""
-        ...
+        """Give back what the executor holds, whatever it is at; a second call does nothing."""
 
 
-class Serial:
+class Serial(Executor):
     """Runs units one after the other in this process."""
 
-    def map(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> list[R]:
+    def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
         """See :class:`Executor`."""
-        return [function(shared, item) for item in items]
+        for index, item in enumerate(items):
+            yield index, function(shared, item)
 
     def close(self) -> None:
         """Nothing to give back."""
 
 
-class LocalProcesses:
+class LocalProcesses(Executor):
     """Runs units in processes of this machine, each on one thread; a process that dies is replaced.
 
     Its unit is computed again by another, so a killed process loses nothing but its unit's work.
@@ -68,18 +81,8 @@ class LocalProcesses:
             raise ValueError(f"workers: expected a positive number, got {workers}")
         self.workers = [_Worker() for _ in range(workers)]
 
-    def map(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> list[R]:
-        """See :class:`Executor`; errors are those of :meth:`stream`."""
-        results = dict(self.stream(function, shared, items))
-        return [results[index] for index in range(len(items))]
-
     def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
-        """``(index, function(shared, items[index]))`` of every item, as they end; to be used up, or closed after it.
-
-        Raises:
-            Exception: what a unit raised; its cause has the traceback of the process.
-            RuntimeError: processes keep dying.
-        """
+        """See :class:`Executor`."""
         common = pickle.dumps((function, shared))
         messages = [pickle.dumps((index, item)) for index, item in enumerate(items)]
         waiting = list(range(len(items)))[::-1]
@@ -107,13 +110,14 @@ class LocalProcesses:
                 if answer is not None:
                     index, result, trace = answer
                     if trace is not None:
+                        where = f"worker process {worker.process.pid}"
                         self.close()
-                        raise result from RuntimeError(f"a unit of work failed in a worker process:\n{trace}")
+                        fail(result, trace, f"{unit_name(function, items, index)} failed in {where}")
                     left, losses = left - 1, 0
                     yield index, result
 
     def close(self) -> None:
-        """End the processes, whatever they are at; a second call does nothing."""
+        """End the processes."""
         for worker in self.workers:
             worker.connection.close()
         while self.workers:
@@ -216,22 +220,39 @@ def _serve(connection: Connection, parent: int) -> None:
             if callable(first):
                 function, shared = first, second
                 continue
-            answer: tuple[int, Any, str | None]  # index; result or error; traceback of an error
-            try:
-                answer = (first, function(shared, second), None)
-            except Exception as error:
-                trace = traceback.format_exc()
-                answer = (first, _sendable(error, trace), trace)
-            connection.send_bytes(pickle.dumps(answer))
+            connection.send_bytes(pickle.dumps((first, *answer(function, shared, second))))
 
 
-def _sendable(error: Exception, trace: str) -> Exception:
-    """The error, or one that says as much, if it does not survive pickling."""
+def answer(function: Any, shared: Any, item: Any) -> tuple[Any, str | None]:
+    """What a unit gave and None; or its error, None in place of one that does not survive pickling, and traceback."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"a unit of work failed in a worker process:\n{trace}")
-    return error
+        return function(shared, item), None
+    except Exception as error:
+        trace = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return None, trace
+        return error, trace
+
+
+def fail(error: Exception | None, trace: str, what: str) -> NoReturn:
+    """Raise the error of a unit, with ``what`` failed and the traceback as its cause."""
+    told = RuntimeError(f"{what}:\n{trace}")
+    if error is None:
+        raise told
+    raise error from told
+
+
+def unit_name(function: Any, items: Sequence[Any], index: int) -> str:
+    """What a unit is called in errors.
+
+    Example:
+        >>> unit_name(divmod, [(1, 2), (3, 4)], 1)
+        'unit 2 of 2, divmod of (3, 4),'
+    """
+    name = getattr(function, "__qualname__", repr(function))
+    return f"unit {index + 1} of {len(items)}, {name} of {reprlib.repr(items[index])},"
 
 
 def _end_with(parent: int) -> None:
