@@ -386,10 +386,14 @@ def test_hours_become_inner_steps(run: Run) -> None:
     assert f" inner steps/s: 1e-06 h are --inner-steps {steps}\n" in numbers["stdout"]
 
 
-def test_meta_train_fails_in_one_line(capsys: pytest.CaptureFixture[str], run: Run) -> None:
+def test_meta_train_fails_in_one_line(
+    capsys: pytest.CaptureFixture[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "pairs: expected a positive number, got 0" in failure(capsys, *META, "pairs=0")
     assert "unknown fields ['pair']" in failure(capsys, *META, "pair=1")
     assert "hours, inner_steps: expected one of them, got both" in failure(capsys, *META, "--hours", "1")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "log: wandb is missing; pip install 'lopt[wandb]'" in failure(capsys, *META, "--log", "wandb")
     assert "metrics: 'absent' holds no metrics.jsonl" in failure(capsys, "plot", "absent")
     run(*META)
     assert "lopt: out: 'runs/meta-train' holds a meta-training run already" in failure(capsys, *META)

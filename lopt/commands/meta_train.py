@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from lopt.commands.workers import Spread
 from lopt.meta import checkpoint, trainer
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.executors import Executor, LocalProcesses, Serial
+from lopt.meta.loggers import LoggerName, make_logger, require
 from lopt.meta.metrics import read_metrics
 from lopt.meta.recipes import recipe
 
@@ -53,6 +54,10 @@ class MetaTrain(Spread):
     seed: Seed | None = None
     """Every random number derives from it; 0 if not given."""
 
+    log: tuple[LoggerName, ...] = ()
+    """Where metrics go beside metrics.jsonl, in folders of --out: tensorboard (tensorboard --logdir), wandb (Weights
+    & Biases; with WANDB_MODE=offline it stays on this machine)."""
+
     set: tuple[str, ...] = ()
     """More settings, as NAME=VALUE with the value in JSON, for instance pairs=32 weighting="last"."""
 
@@ -60,13 +65,24 @@ class MetaTrain(Spread):
         given = self._given()
         if not self.resume:
             trainer.check_new(self.out)
-        with self.spread() as workers, closing(_executor(workers)) as executor:
+        for name in self.log:
+            require(name)
+        with ExitStack() as stack:
+            executor = stack.enter_context(closing(_executor(stack.enter_context(self.spread()))))
             config = self._resumed(given) if self.resume else self._begun(given, executor, console)
             if not self.resume:
                 say(console, f"First the start is validated on {config.validation_tasks} tasks")
-            command = shlex.join(["lopt", *sys.argv[1:]])
+            loggers = [make_logger(name, self.out, config.to_json()) for name in dict.fromkeys(self.log)]
+            for logger in loggers:
+                stack.callback(logger.close)
             theta = trainer.run(
-                config, self.out, resume=self.resume, executor=executor, console=console, command=command
+                config,
+                self.out,
+                resume=self.resume,
+                executor=executor,
+                loggers=loggers,
+                console=console,
+                command=shlex.join(["lopt", *sys.argv[1:]]),
             )
         path = self.out / "theta.safetensors"
         before, after = (theta.provenance["validation"][name] for name in ("first", "best"))

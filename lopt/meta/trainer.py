@@ -30,7 +30,8 @@ from lopt.meta import checkpoint, es, outer, pairs, plots
 from lopt.meta.checkpoint import TrainState
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.executors import Executor, Serial
-from lopt.meta.metrics import append, read_metrics, truncate
+from lopt.meta.loggers import JsonLines, Logger
+from lopt.meta.metrics import read_metrics, truncate
 from lopt.meta.pairs import Shared
 from lopt.meta.progress import Reporter, say
 from lopt.provenance import commit, file_checksum, versions
@@ -45,6 +46,7 @@ def run(
     *,
     resume: bool = False,
     executor: Executor | None = None,
+    loggers: Sequence[Logger] = (),
     console: Console | None = None,
     command: str = "",
 ) -> Theta:
@@ -55,6 +57,7 @@ def run(
             JSON beside it, metrics.jsonl, meta_loss.png, config.json and checkpoint.pt; made if missing.
         resume: go on from the checkpoint in ``out``, whose configuration must be the same.
         executor: where inner runs are made; in this process by default. It is not closed.
+        loggers: where metrics go beside metrics.jsonl; they are not closed.
         console: where progress is shown; standard error by default.
         command: the command line, for the provenance.
 
@@ -76,8 +79,9 @@ def run(
         1
     """
     out, console, executor = Path(out), console or Console(stderr=True), executor or Serial()
+    loggers = [JsonLines(out), *loggers]
     with _alone(out), one_thread():
-        spec, state = _continue(config, out) if resume else _begin(config, out, executor)
+        spec, state = _continue(config, out) if resume else _begin(config, out, executor, loggers)
         with Reporter(console, state.inner_steps, config.inner_steps) as reporter:
             while state.inner_steps < config.inner_steps:
                 clock, begun = time.process_time(), time.monotonic()
@@ -90,7 +94,8 @@ def run(
                 state.cpu_seconds = counted + own if isinstance(executor, Serial) else state.cpu_seconds + own
                 metrics["cpu_seconds"] = round(state.cpu_seconds, 2)
                 metrics["seconds"] = round(time.monotonic() - begun, 3)
-                append(out, metrics)
+                for logger in loggers:
+                    logger.update(metrics)
                 reporter.update(metrics)
                 if done or "validation" in metrics or state.iteration % config.checkpoint_every == 0:
                     _save(config, spec, state, out, command)
@@ -122,14 +127,18 @@ def check_new(out: Path) -> None:
         )
 
 
-def _begin(config: MetaTrainConfig, out: Path, executor: Executor) -> tuple[ThetaSpec, TrainState]:
+def _begin(
+    config: MetaTrainConfig, out: Path, executor: Executor, loggers: Sequence[Logger]
+) -> tuple[ThetaSpec, TrainState]:
     check_new(out)
     theta = start_theta(config)
     checksum = file_checksum(config.init) if config.from_file else None
     state = TrainState.begin(config, theta.flatten(), checksum)
     header = {"config": config.to_json(), "spec": theta.spec.to_json(), "versions": versions(), "commit": commit()}
     write_text(out / "config.json", json.dumps(header, indent=1) + "\n")
-    append(out, {"iteration": 0, "inner_steps": 0, **_validate(config, theta.spec, state, executor)})
+    validation = _validate(config, theta.spec, state, executor)
+    for logger in loggers:
+        logger.update({"iteration": 0, "inner_steps": 0, **validation})
     checkpoint.save(out / "checkpoint.pt", config, theta.spec, state)
     return theta.spec, state
 
