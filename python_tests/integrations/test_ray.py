@@ -1,5 +1,6 @@
 """lopt/meta/ray_workers.py on a small cluster of this machine: same bits, whatever becomes of the workers."""
 
+import csv
 import io
 import os
 import re
@@ -30,6 +31,8 @@ ray = pytest.importorskip("ray", reason="needs the extra ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs Ray's own cluster for tests")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:Tip.*:FutureWarning")]
+
+CLOCKS = ("seconds", "steps_per_second", "times")  # columns of runs.csv
 
 #: Runs begin in the first phase; in the second their states are carried over.
 SMALL = MetaTrainConfig(
@@ -192,6 +195,20 @@ def test_a_cluster_of_this_machine_for_a_command(tmp_path: Path) -> None:
     thetas = [lopt.Theta.load(tmp_path / name / "theta.safetensors").flatten() for name in ("serial", "ray")]
     assert torch.equal(*thetas)
     assert not ray.is_initialized()
+
+
+def test_an_evaluation_gives_the_same_rows(cluster: Any, tmp_path: Path) -> None:
+    command = ["evaluate", "--tasks", "spirals-32-32-3", "--horizons", "10", "--seeds", "0", "1"]
+    command += ["--optimizers", "lopt", "adam"]
+    there = ["--executor", "ray", "--address", cluster.address, "--workers", "2"]
+    for name, options in (("serial", ["--workers", "1"]), ("ray", there)):
+        assert main([*command, "--out", str(tmp_path / name), *options]) == 0
+    rows = []
+    for name in ("serial", "ray"):
+        with (tmp_path / name / "runs.csv").open(newline="") as file:
+            rows.append([{key: row[key] for key in row if key not in CLOCKS} for row in csv.DictReader(file)])
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 4
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs Linux's /proc")
