@@ -11,6 +11,7 @@ import os
 import pickle
 import platform
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ R = TypeVar("R")
 #: Bytes of shared memory of a cluster that is started here: thetas and results are small.
 OBJECT_STORE = 128 << 20
 
+LONGEST_PAUSE = 3.0  # seconds before the next try, after a worker that did not start
 PATIENCE = 30.0  # seconds without any worker after which that is said
 
 #: Of a cluster that is started here. Ray would make workers nice, and keep some for tasks that never come.
@@ -185,6 +187,8 @@ class RayWorkers(Executor):
                 raise RuntimeError(
                     f"workers: {self._failed_starts} did not start; is lopt installed on every node? ({self._why})"
                 ) from error
+            # A cluster in which others have just ended may cancel new actors for a moment.
+            time.sleep(min(0.05 * 2.0**self._failed_starts, LONGEST_PAUSE))
         self._replace(place)
 
     def _replace(self, place: "_Place") -> None:
