@@ -10,7 +10,6 @@ Which tensors take part is settled with the first gradient: those that are train
 own statistics, so as long as one of them had none, all gradients wait for ``step()``, which is then the usual one.
 """
 
-import sys
 import threading
 import weakref
 from typing import Any
@@ -23,7 +22,7 @@ from lopt.kernels import devices
 from lopt.operands import allowed_dtypes, check_operands
 from lopt.rule.features import STATS
 from lopt.steppers import KernelStepper
-from lopt.warnings import warn
+from lopt.warnings import called_from, warn
 
 LearnedOptimizer = Any  # which is above this module
 
@@ -60,16 +59,11 @@ def refuse_scaler() -> None:
     Raises:
         TypeError: it is what calls.
     """
-    frame: Any = sys._getframe(1)
-    for _ in range(16):
-        if frame is None:
-            return
-        if frame.f_code.co_filename.endswith("grad_scaler.py"):
-            raise TypeError(
-                "GradScaler: it unscales gradients after backward, when step_in_backward() has used them; train in "
-                "bfloat16 without a scaler, or remove() the handle of step_in_backward()"
-            )
-        frame = frame.f_back
+    if called_from("grad_scaler.py"):
+        raise TypeError(
+            "GradScaler: it unscales gradients after backward, when step_in_backward() has used them; train in bfloat16"
+            " without a scaler, or remove() the handle of step_in_backward()"
+        )
 
 
 class InBackward:

@@ -100,8 +100,9 @@ class LearnedOptimizer(Optimizer):
 
     Losses reach it through ``step(loss=...)``, ``step(closure)`` or :meth:`observe`; without any it works too.
 
-    ``state[p]`` is ``{"mom": [K, numel], "rms": [K', numel], "lstm": {"h", "c", "feedback", "scale", "updates",
-    "rank"}}`` (row-major order of the parameter; ``mom`` and ``rms`` in ``state_dtype``, the rest in float32),
+    ``state[p]`` is ``{"mom": [K, *shape], "rms": [K', *shape], "lstm": {"h", "c", "feedback", "scale", "updates",
+    "rank"}}`` (``mom`` and ``rms`` in ``state_dtype`` and where the parameter is, as DTensors where it is one; the rest in
+    float32, the same on all ranks),
     created in the first step. What all tensors share is in every param group, as the same tensors, with theta's name
     and checksum: groups may be removed, added and exchanged. State dicts resume bit for bit.
 

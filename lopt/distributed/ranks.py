@@ -1,6 +1,5 @@
 """Ranks: the process group of an optimizer, and losses of ranks that hold the same parameters."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lopt.distributed.parts import is_sharded, local_of
-from lopt.warnings import warn
+from lopt.warnings import called_from, warn
 
 #: What a ``process_group`` may be: "auto" is the default group, if it is initialised; None: no group, ranks are alone.
 Group = Any
@@ -192,14 +191,9 @@ def refuse_zero() -> None:
     Raises:
         TypeError: it is what makes the optimizer.
     """
-    frame = sys._getframe(1)
-    for _ in range(8):
-        if frame.f_code.co_filename.endswith("zero_redundancy_optimizer.py"):
-            raise TypeError(
-                "ZeroRedundancyOptimizer: it gives every rank some of the tensors alone, while the optimizer sees "
-                "statistics of all; shard parameters and state with torch.distributed.fsdp.fully_shard, or state alone "
-                "with sharded_state=True"
-            )
-        if frame.f_back is None:
-            return
-        frame = frame.f_back
+    if called_from("zero_redundancy_optimizer.py"):
+        raise TypeError(
+            "ZeroRedundancyOptimizer: it gives every rank some of the tensors alone, while the optimizer sees statistics"
+            " of all; shard parameters and state with torch.distributed.fsdp.fully_shard, or state alone with "
+            "sharded_state=True"
+        )

@@ -118,24 +118,22 @@ def by_hand() -> Any:
 
 def apart() -> Any:
     """Every rank trains a model of its own: the same start, other data."""
-    model = perceptron()
-    opt = LearnedOptimizer(model)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+
+    def trained(**options: Any) -> nn.Module:
+        model = perceptron()
+        opt = LearnedOptimizer(model, **options)
         for step in range(3):
             inputs, targets = data(100 * rank() + step)
             loss = nn.functional.cross_entropy(model(inputs), targets)
             loss.backward()
             opt.step(loss=loss)
             opt.zero_grad()
-    other = perceptron()
-    twin = LearnedOptimizer(other, process_group=None)
-    for step in range(3):
-        inputs, targets = data(100 * rank() + step)
-        loss = nn.functional.cross_entropy(other(inputs), targets)
-        loss.backward()
-        twin.step(loss=loss)
-        twin.zero_grad()
+        return model
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = trained()
+    other = trained(process_group=None)
     same = all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     return same, [str(warning.message) for warning in said]
 
