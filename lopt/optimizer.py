@@ -101,9 +101,9 @@ class LearnedOptimizer(Optimizer):
     Losses reach it through ``step(loss=...)``, ``step(closure)`` or :meth:`observe`; without any it works too.
 
     ``state[p]`` is ``{"mom": [K, *shape], "rms": [K', *shape], "lstm": {"h", "c", "feedback", "scale", "updates",
-    "rank"}}`` (``mom`` and ``rms`` in ``state_dtype`` and where the parameter is, as DTensors where it is one; the rest in
-    float32, the same on all ranks),
-    created in the first step. What all tensors share is in every param group, as the same tensors, with theta's name
+    "rank"}}`` (``mom`` and ``rms`` in ``state_dtype`` and where the parameter is, as DTensors where it is one; the rest
+    in float32, the same on all ranks), created in the first step. What all tensors share is in every param group, as
+    the same tensors, with theta's name
     and checksum: groups may be removed, added and exchanged. State dicts resume bit for bit.
 
     Parameters may be on several devices (pipeline stages, ``device_map``): each is stepped where it is, by accumulators

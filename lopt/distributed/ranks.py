@@ -193,7 +193,7 @@ def refuse_zero() -> None:
     """
     if called_from("zero_redundancy_optimizer.py"):
         raise TypeError(
-            "ZeroRedundancyOptimizer: it gives every rank some of the tensors alone, while the optimizer sees statistics"
-            " of all; shard parameters and state with torch.distributed.fsdp.fully_shard, or state alone with "
-            "sharded_state=True"
+            "ZeroRedundancyOptimizer: it gives every rank some of the tensors alone, while the optimizer sees "
+            "statistics of all; shard parameters and state with torch.distributed.fsdp.fully_shard, or state alone "
+            "with sharded_state=True"
         )
