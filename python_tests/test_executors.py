@@ -1,12 +1,14 @@
 """lopt/meta/executors.py: order, shared values, errors, and processes that are killed."""
 
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -118,6 +120,33 @@ def test_an_error_that_cannot_travel_is_told() -> None:
             executor.map(fail, None, [3])
     finally:
         executor.close()
+
+
+def test_what_cannot_travel_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First by who sends it, then by who cannot find it."""
+    here = types.ModuleType("only_here")
+    exec("def twice(shared, item):\n    return 2 * item", here.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", here)
+    executor = LocalProcesses(1)
+    try:
+        with pytest.raises(pickle.PicklingError, match=r"units: cannot be sent to .*lambda.*top level"):
+            executor.map(lambda shared, item: item, None, [1])
+        with pytest.raises(
+            ImportError, match=r"a worker cannot import what it was sent: No module named 'only_here'\. Put"
+        ) as error:
+            executor.map(here.twice, None, [1])
+        assert "unit 1 of 1, twice of 1, failed in worker process" in str(error.value.__cause__)
+    finally:
+        executor.close()
+
+
+def test_a_script_that_its_workers_run_again_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from lopt.meta.executors import LocalProcesses\nLocalProcesses(1).map(divmod, 7, [2])\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(lopt.__file__).parents[1])}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    told = 'workers: one ended with exit code 1, before it had finished a unit; .*if __name__ == "__main__":'
+    assert re.search(f"RuntimeError: {told}", done.stderr)
 
 
 def test_results_come_as_they_end(two: LocalProcesses) -> None:

@@ -29,6 +29,11 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 MAX_LOSSES = 5  # processes that may die without finishing a unit in between
 
+GUARD = (
+    "before it had finished a unit; its error is printed above. Where that is about the bootstrapping phase: processes "
+    'import the script anew, so what it does belongs under `if __name__ == "__main__":`'
+)
+
 
 class Executor(ABC):
     """Runs units of work; function, shared and items can be pickled, and function is found by its name anywhere."""
@@ -83,8 +88,8 @@ class LocalProcesses(Executor):
 
     def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
         """See :class:`Executor`."""
-        common = pickle.dumps((function, shared))
-        messages = [pickle.dumps((index, item)) for index, item in enumerate(items)]
+        common = pack((function, shared))
+        messages = [pack(item) for item in items]
         waiting = list(range(len(items)))[::-1]
         left, losses = len(items), 0
         for worker in self.workers:
@@ -92,6 +97,10 @@ class LocalProcesses(Executor):
         while left:
             for place, worker in enumerate(self.workers):
                 if worker.lost:
+                    code = worker.failed()
+                    if code is not None:
+                        self.close()
+                        raise RuntimeError(f"workers: one ended with exit code {code}, {GUARD}")
                     losses += 1
                     if losses > MAX_LOSSES:
                         raise RuntimeError(
@@ -136,11 +145,13 @@ class _Worker:
         theirs.close()  # so that the death of the process is the end of the file
         self.unit: int | None = None
         self.lost = False
+        self.answered = False
 
     def assign(self, message: bytes, unit: int | None) -> None:
-        """Send a message; ``unit`` is what must be given to another if the process dies."""
+        """Send a message; ``unit`` is what must be given to another if the process dies, None for what all share."""
         self.unit = unit
         try:
+            self.connection.send_bytes(pickle.dumps(unit))
             self.connection.send_bytes(message)
         except OSError:
             self.lost = True
@@ -152,8 +163,15 @@ class _Worker:
         except (EOFError, OSError):
             self.lost = True
             return None
-        self.unit = None
+        self.unit, self.answered = None, True
         return answer
+
+    def failed(self) -> int | None:
+        """Exit code of a process that is lost by an error of its own, before it had answered, as another would be; None
+        if it was killed, or has answered."""
+        self.process.join(timeout=1.0)
+        code = self.process.exitcode or 0
+        return code if code > 0 and not self.answered else None
 
     def end(self) -> None:
         """Close the connection, on which a process without work ends; kill it if it does not."""
@@ -209,18 +227,62 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _serve(connection: Connection, parent: int) -> None:
-    """What a process does: ``(function, shared)``, then ``(index, item)`` until the next of the former."""
+    """What a process does: None and what units share, then numbers and units until the next of the former."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
-    function: Any = None
-    shared: Any = None
+    units = Units(b"")
     with suppress(EOFError, OSError):
         while True:
-            first, second = pickle.loads(connection.recv_bytes())
-            if callable(first):
-                function, shared = first, second
+            unit, message = pickle.loads(connection.recv_bytes()), connection.recv_bytes()
+            if unit is None:
+                units = Units(message)
                 continue
-            connection.send_bytes(pickle.dumps((first, *answer(function, shared, second))))
+            connection.send_bytes(pickle.dumps((unit, *answer(Units.run, units, message))))
+
+
+class Units:
+    """Units of one stream in a worker: ``(function, shared)`` as :func:`pack` sent it is read for the first of them."""
+
+    def __init__(self, common: bytes) -> None:
+        self._bytes = common
+        self._common: tuple[Any, Any] | None = None
+
+    def run(self, message: bytes) -> Any:
+        """The result of one, ``message`` being its item."""
+        if self._common is None:
+            self._common, self._bytes = unpack(self._bytes), b""
+        function, shared = self._common
+        return function(shared, unpack(message))
+
+
+def pack(value: Any, dumps: Callable[[Any], bytes] = pickle.dumps) -> bytes:
+    """``value``, for another process.
+
+    Raises:
+        pickle.PicklingError: it cannot be pickled; with what to do.
+    """
+    try:
+        return dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise pickle.PicklingError(
+            f"units: cannot be sent to another process: {error}. Define tasks, losses and models by class and def at "
+            "the top level of a module, and give data as tensors or by a function that loads them; or stay in this one"
+        ) from error
+
+
+def unpack(message: bytes) -> Any:
+    """What :func:`pack` was given.
+
+    Raises:
+        ImportError: a class or function of it is not found here; with what to do.
+    """
+    try:
+        return pickle.loads(message)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"units: a worker cannot import what it was sent: {error}. Put tasks, losses and models into a module that "
+            "workers find: a file beside the script, or a package that is installed on every machine"
+        ) from error
 
 
 def answer(function: Any, shared: Any, item: Any) -> tuple[Any, str | None]:

@@ -20,7 +20,17 @@ from typing import Any, TypeVar
 import torch
 
 from lopt import kernels
-from lopt.meta.executors import MAX_LOSSES, ONE_THREAD, Executor, answer, fail, unit_name, usable_cores
+from lopt.meta.executors import (
+    MAX_LOSSES,
+    ONE_THREAD,
+    Executor,
+    Units,
+    answer,
+    fail,
+    pack,
+    unit_name,
+    usable_cores,
+)
 from lopt.provenance import cpu_info, package_sha256, versions
 
 S = TypeVar("S")
@@ -84,8 +94,8 @@ class RayWorkers(Executor):
     def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
         """See :class:`lopt.meta.executors.Executor`."""
         dumps = self._ray.cloudpickle.dumps  # which takes along what a script or notebook defines
-        common = self._ray.put(dumps((function, shared)))
-        messages = [dumps(item) for item in items]
+        common = self._ray.put(pack((function, shared), dumps))
+        messages = [pack(item, dumps) for item in items]
         waiting = list(range(len(items)))[::-1]
         losses = [0] * len(items)
         left = len(items)
@@ -232,8 +242,7 @@ class _Worker:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self._bytes = b""
-        self._common: tuple[Any, Any] | None = None
+        self._units = Units(b"")
 
     def identity(self, path: list[str]) -> tuple[str, str, dict[str, str]]:
         """Its node, its name, and what its results depend on. From now on it also finds modules where ``path`` says."""
@@ -245,17 +254,11 @@ class _Worker:
 
     def share(self, common: bytes) -> None:
         """Function and shared value of the units to come."""
-        self._bytes, self._common = common, None
+        self._units = Units(common)
 
     def work(self, message: bytes) -> bytes:
         """The answer of a unit, see :func:`lopt.meta.executors.answer`."""
-        return pickle.dumps(answer(_Worker._run, self, message))
-
-    def _run(self, message: bytes) -> Any:
-        if self._common is None:
-            self._common = pickle.loads(self._bytes)
-        function, shared = self._common
-        return function(shared, pickle.loads(message))
+        return pickle.dumps(answer(Units.run, self._units, message))
 
 
 def fingerprint() -> dict[str, str]:
