@@ -22,7 +22,7 @@ from lopt.roles import keep_roles, roles_of_model
 from lopt.rule import Theta
 from lopt.scaling import holds_float16, unscaled
 from lopt.state import SHARED, check_state, holds_shared, init_state, open_theta, restore_state, share_state
-from lopt.steppers import KernelStepper, ReferenceStepper, Tensors
+from lopt.steppers import Control, KernelStepper, ReferenceStepper, Tensors
 from lopt.warnings import warn
 
 
@@ -427,6 +427,33 @@ class LearnedOptimizer(Optimizer):
         if self._in_backward is not None:
             self._in_backward.forget()
         self._losses.follow(self._globals() if holds_shared(self.param_groups) else None)
+
+    # ---- What it does ----------------------------------------------------------------------------------------------
+
+    def controls(self) -> dict[Tensor, Control]:
+        """What the last step did to every parameter tensor that took part; :class:`lopt.History` keeps it over a run.
+
+        ``step_size`` is what AdamW's learning rate would be for the tensor in this step, NaN where it rested; ``gate``
+        the share of its direction that was orthogonalised, None where it is not treated as a matrix; ``matrix`` what
+        the tensor is to the model. Tensors on the device, copies; nothing is waited for. Empty before the first step
+        and after :meth:`load_state_dict`.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 2)
+            >>> opt = LearnedOptimizer(model)
+            >>> model(torch.ones(8, 4)).square().mean().backward()
+            >>> opt.step()
+            >>> 0 < float(opt.controls()[model.weight].step_size) < 0.1
+            True
+        """
+        stepper = self._stepper
+        if stepper is None:
+            return {}
+        tensors, found = stepper.tensors, {}
+        for param, row, size, gate in zip(tensors.selected_params, tensors.selected, *stepper.decided, strict=True):
+            matrix = stepper.matrices[row]
+            found[param] = Control(size, gate if matrix.whole and self.theta.spec.newton_schulz else None, matrix)
+        return found
 
     # ---- Average ----------------------------------------------------------------------------------------------------
 

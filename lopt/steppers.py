@@ -22,7 +22,7 @@ from lopt.roles import kinds_of_groups
 from lopt.rule import Theta, ThetaSpec, reference, tensor_lstm
 from lopt.rule.features import STATS
 from lopt.rule.inputs import Shapes
-from lopt.rule.matrices import Kind, matrices_of
+from lopt.rule.matrices import Kind, Matrix, matrices_of
 from lopt.rule.step import run
 from lopt.rule.tensor_lstm import Globals, Rows
 from lopt.state import init_state
@@ -74,6 +74,18 @@ class Name(NamedTuple):
 def place_of(param: Tensor) -> Name:
     """Where a parameter is stepped."""
     return Name(param.device)
+
+
+class Control(NamedTuple):
+    """What the tensor level decided about a tensor in a step, on the device."""
+
+    step_size: Tensor  # [], NaN where it rests
+    gate: Tensor | None  # [] share of the direction that is orthogonalised; None where it is not treated as a whole
+    matrix: Matrix
+
+
+#: Step sizes and gates of the selected tensors.
+Decided = tuple[list[Tensor], list[Tensor]]
 
 
 class Tensors:
@@ -221,6 +233,8 @@ class ReferenceStepper:
         self.index = torch.zeros(0, dtype=torch.int64)
         like, shapes = tensors.weights["initial_h"], [tuple(param.shape) for param in tensors.params]
         self.shapes = Shapes.of(theta.spec, shapes, like, tensors.kinds)
+        self.matrices = list(self.shapes.matrices)
+        self.decided: Decided = [], []
 
     def select(self) -> None:
         """Take the tensors that have a gradient now."""
@@ -254,6 +268,7 @@ class ReferenceStepper:
                 positions=tensors.selected,
                 shapes=self.shapes if everything else self.shapes.of_rows(tensors.selected),
             )
+        self.decided = list(trace["step_size"].unbind()), list(trace["conditioning"].gate.unbind())
         for param, new in zip(params, params_, strict=True):
             param.copy_(new)
         for old, new in zip([*tensors.mom, *tensors.rms], [*state.mom, *state.rms], strict=True):
@@ -426,6 +441,13 @@ class KernelStepper:
     def _place(self, name: Any) -> kernels.Place:
         flat, inputs = kernels.flat_inputs(self.spec, len(self.tensors.params), name.device)
         return kernels.Place(self._plan(name, inputs, self.tensors.rows.rank.to(name.device, copy=True)), flat)
+
+    @property
+    def decided(self) -> Decided:
+        """What the last step was, copied."""
+        tables = [self.level.inputs[name].clone().unbind() for name in ("step_size", "gate")]
+        sizes, gates = ([table[row] for row in self.tensors.selected] for table in tables)
+        return sizes, gates
 
     def settle(self) -> None:
         """Complete the state, of which the next step would have completed a part: of sharded tensors a collective."""
