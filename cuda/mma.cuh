@@ -53,12 +53,12 @@ struct MmaOperands {
   const uint32_t *a, *b;
 };
 
-// D of all lanes. Products are exact, their sum with D is rounded toward zero, as Fasi et al. (2021) measured of tensor
-// cores.
+// D of all lanes, added up as csrc/sim/tensor_cores.h says.
 template <int kInputs>
 void mma_of_warp(void* const* lanes) {
   const auto operands = [&](int lane) -> const MmaOperands& { return *static_cast<MmaOperands*>(lanes[lane]); };
-  float a[16][kInputs], b[kInputs][8];
+  const auto element = [&](int row, int n) -> float& { return operands(row % 8 * 4 + n / 2).d[row / 8 * 2 + n % 2]; };
+  float a[16][kInputs], b[kInputs][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane)
     for (int q = 0; q < kInputs / 8; ++q) {
       const int g = lane / 4, k = 8 * q + lane % 4 * 2;
@@ -66,17 +66,11 @@ void mma_of_warp(void* const* lanes) {
         unpack_halves(operands(lane).a[2 * q + half], a[g + 8 * half][k], a[g + 8 * half][k + 1]);
       unpack_halves(operands(lane).b[q], b[k][g], b[k + 1][g]);
     }
-  for (int row = 0; row < 16; ++row) {
-    const auto d = [&](int n) -> float& { return operands(row % 8 * 4 + n / 2).d[row / 8 * 2 + n % 2]; };
-    double sums[8];
-    for (int n = 0; n < 8; ++n) sums[n] = d(n);
-    for (int k = 0; k < kInputs; ++k)
-      for (int n = 0; n < 8; ++n) sums[n] += double{a[row][k]} * double{b[k][n]};
-    for (int n = 0; n < 8; ++n) {
-      const float sum = static_cast<float>(sums[n]);
-      d(n) = std::fabs(double{sum}) > std::fabs(sums[n]) ? std::nextafter(sum, 0.0f) : sum;
-    }
-  }
+  for (int row = 0; row < 16; ++row)
+    for (int n = 0; n < 8; ++n) d[row][n] = element(row, n);
+  sim::multiply_add(a, b, d);
+  for (int row = 0; row < 16; ++row)
+    for (int n = 0; n < 8; ++n) element(row, n) = d[row][n];
 }
 inline void mma_16(float (&d)[4], const uint32_t* a, const uint32_t* b) {
   MmaOperands operands{d, a, b};

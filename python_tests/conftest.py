@@ -32,6 +32,8 @@ Arrays = dict[str, np.ndarray]
 
 
 SIMD = [] if kernels.NOT_BUILT else kernels._C.simd_available()
+#: Tests may ask for ``sim-ampere`` and ``sim-hopper``: ``sim`` with the rounding of their tensor cores.
+TENSOR_CORES = ("ampere", "hopper")
 VARIANTS = [*(f"cpu-{simd}" for simd in SIMD), "sim", "sim-reverse", "cuda"]
 
 
@@ -67,9 +69,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         assert kernels._C.simd_select(variant)
     if name == "sim":
         kernels.module_of("sim").reverse_order(variant == "reverse")
+        kernels.module_of("sim").use_tensor_cores(variant if variant in TENSOR_CORES else "ideal")
     yield Backend(name, torch.device("cuda", 0) if name == "cuda" else torch.device("cpu"))
     if name == "sim":
         kernels.module_of("sim").reverse_order(False)
+        kernels.module_of("sim").use_tensor_cores("ideal")
     kernels._C.simd_select(selected)
 
 

@@ -7,8 +7,10 @@
 // Threads that wait for each other forever, and warp operations with exited lanes, lanes outside the mask or beyond the
 // block, are errors that name kernel, block, thread and line.
 //
-// Not here: memory-model races between blocks, device rounding (contraction, approximate functions), alignment faults,
-// grid-wide barriers. ASAN sees global and dynamic shared memory, but no `__shared__` array.
+// Tensor cores add up as those of a chosen architecture do (tensor_cores.h).
+//
+// Not here: memory-model races between blocks, other device rounding (contraction, approximate functions), alignment
+// faults, grid-wide barriers. ASAN sees global and dynamic shared memory, but no `__shared__` array.
 #pragma once
 
 #if !defined(__x86_64__) && !defined(LOPT_SIM_UCONTEXT)
@@ -35,6 +37,7 @@
 #include <vector>
 
 #include "cpu/threads.h"
+#include "sim/tensor_cores.h"
 
 #define __global__
 #define __device__

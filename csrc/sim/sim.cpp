@@ -19,5 +19,26 @@ PYBIND11_MODULE(_sim, m) {
   m.def(
       "reverse_order", [](bool reverse) { lopt::sim::reverse_order = reverse; }, "reverse"_a,
       "Run threads and blocks in descending order, to reveal missing barriers.");
+  m.def(
+      "use_tensor_cores",
+      [](const std::string& of) {
+        using lopt::sim::TensorCores;
+        if (of != "ideal" && of != "ampere" && of != "hopper")
+          throw std::invalid_argument("of: expected ideal, ampere or hopper, got " + of);
+        lopt::sim::tensor_cores = of == "ampere"   ? TensorCores::ampere
+                                  : of == "hopper" ? TensorCores::hopper
+                                                   : TensorCores::ideal;
+      },
+      "of"_a, "From now on add up products as the tensor cores of ampere or hopper do; ideal: exactly.");
+  m.def(
+      "tensor_core_sum",
+      [](const std::vector<float>& a, const std::vector<float>& b, float d) {
+        float rows[16][16] = {}, columns[16][8] = {}, sums[16][8] = {};
+        for (size_t k = 0; k < 16; ++k) rows[0][k] = a.at(k), columns[k][0] = b.at(k);
+        sums[0][0] = d;
+        lopt::sim::multiply_add(rows, columns, sums);
+        return sums[0][0];
+      },
+      "a"_a, "b"_a, "d"_a, "d + a[0] b[0] + .. + a[15] b[15] as they add it up, of halves.");
   m.def("launches", [] { return lopt::sim::launches.load(); }, "Kernels run so far.");
 }
