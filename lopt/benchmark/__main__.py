@@ -7,6 +7,7 @@ import torch
 
 from lopt.benchmark import rows, shapes, suite
 from lopt.benchmark.rows import Row
+from lopt.benchmark.variants import PRECISIONS, STATE_DTYPES, STATS, variants
 
 
 def main() -> None:
@@ -14,6 +15,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lopt.benchmark", description=__doc__)
     parser.add_argument("what", choices=("kernel", "step"))
     parser.add_argument("--presets", nargs="*", default=["compact", "paper"])
+    parser.add_argument("--stats", nargs="*", choices=STATS, default=["current"])
+    parser.add_argument("--state-dtypes", nargs="*", choices=STATE_DTYPES, default=["float32"])
+    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=["high"])
     parser.add_argument("--sizes", nargs="*", type=int, default=[])
     parser.add_argument("--tensors", nargs="*", type=int, default=[1, 1000])
     parser.add_argument("--models", nargs="*", default=[])
@@ -21,15 +25,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     layouts = [shapes.even(size, tensors) for size in options.sizes for tensors in options.tensors]
     layouts += [shapes.model(name, options.scale) for name in options.models]
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
     show(suite.traffic_table(options.presets, dtype))
-    chosen = suite.Suite(
-        options.what, tuple(options.presets), tuple(layouts), dtype, device, options.repeats, peers=True
-    )
+    ways = variants(options.presets, options.stats, options.state_dtypes, options.precisions)
+    chosen = suite.Suite(options.what, ways, tuple(layouts), dtype, device, options.repeats, not options.no_peers)
     found: list[Row] = []
     for some in chosen.run(say):
         rows.append_csv(options.out, some)

@@ -1,5 +1,7 @@
 """The two operations by themselves: time per parameter, bytes and operations per second, share of the peaks."""
 
+from collections.abc import Callable
+
 import torch
 
 from lopt import kernels
@@ -8,22 +10,27 @@ from lopt.benchmark.peaks import Peaks
 from lopt.benchmark.rows import Row
 from lopt.benchmark.shapes import Layout
 from lopt.benchmark.timing import Timer, Timing
-from lopt.rule import Theta
+from lopt.benchmark.traffic import Traffic
+from lopt.benchmark.variants import Variant
 
 STEP_SIZE = 1e-6  # parameters move, and stay where they are
 
 
-def bytes_needed(preset: str, layout: Layout, dtype: torch.dtype) -> int:
+def counted(variant: Variant, dtype: torch.dtype) -> Traffic:
+    """What a step of it moves and holds, for parameters and gradients of ``dtype``."""
+    return traffic.learned(variant.name, variant.spec, dtype.itemsize, dtype.itemsize, variant.state.itemsize)
+
+
+def bytes_needed(variant: Variant, layout: Layout, dtype: torch.dtype) -> int:
     """Memory that :func:`measure` takes."""
-    size = dtype.itemsize
-    return layout.parameters * traffic.learned(preset, Theta.init_adam(preset).spec, size, size).held
+    return layout.parameters * counted(variant, dtype).held
 
 
-def measure(preset: str, layout: Layout, dtype: torch.dtype, timer: Timer, peaks: Peaks) -> list[Row]:
-    """One row for ``accumulate``, one for ``apply``, on random operands."""
+def measure(variant: Variant, layout: Layout, dtype: torch.dtype, timer: Timer, peaks: Peaks) -> list[Row]:
+    """One row for ``accumulate``, one for ``apply``; one for ``sweep`` where statistics lag. On random operands."""
     device = timer.device
     generator = torch.Generator(device=device).manual_seed(0)
-    theta = Theta.init(preset, seed=0).to(device)
+    theta = variant.theta().to(device)
     spec, tensors = theta.spec, len(layout.shapes)
     columns = len(spec.features.columns)
 
@@ -32,9 +39,9 @@ def measure(preset: str, layout: Layout, dtype: torch.dtype, timer: Timer, peaks
 
     params = [normal(*shape).to(dtype) for shape in layout.shapes]
     grads = [normal(*shape).to(dtype) for shape in layout.shapes]
-    mom = [normal(len(spec.mom_decays), param.numel()) for param in params]
-    rms = [normal(len(spec.rms_decays), param.numel()).square_() for param in params]
-    plan = kernels.Plan(device.type, spec.feature_set, params, mom, rms)
+    mom = [normal(len(spec.mom_decays), param.numel()).to(variant.state) for param in params]
+    rms = [normal(len(spec.rms_decays), param.numel()).square_().to(variant.state) for param in params]
+    plan = kernels.Plan(device.type, spec.feature_set, params, mom, rms, precision=variant.precision)
     plan.set_tensors(params, grads)
     limit, scale = torch.full((tensors,), 10.0, device=device), normal(tensors, columns).exp()
     shift, bias = 0.1 * normal(tensors, columns), normal(tensors, spec.mlp_width)
@@ -43,23 +50,27 @@ def measure(preset: str, layout: Layout, dtype: torch.dtype, timer: Timer, peaks
     inputs["gate"] = torch.zeros(tensors, device=device)
     weights = kernels.pack_mlp(spec, theta.tensors)[None]
 
-    def accumulate() -> None:
-        plan.accumulate(limit, spec.mom_decays, spec.rms_decays)
+    plan.bind_accumulate(limit, spec.mom_decays, spec.rms_decays)
+    plan.bind_apply(inputs, weights, spec.magnitude_rate, spec.feature_clip)
+    plan.set_step(torch.zeros((), dtype=torch.int64, device=device))
 
-    def apply() -> None:
-        plan.apply(inputs, weights, spec.magnitude_rate, spec.feature_clip)
-
-    counted = traffic.learned(preset, spec, dtype.itemsize, dtype.itemsize)
+    moved = counted(variant, dtype)
+    operations: list[tuple[str, Callable[[], object], int, int | None]]
+    if spec.stats == "lagged":
+        operations = [("sweep", plan.sweep, moved.apply, moved.flops)]
+    else:
+        operations = [("accumulate", plan.run_accumulate, moved.accumulate, None)]
+        operations += [("apply", plan.run_apply, moved.apply, moved.flops)]
     return [
-        row("kernel", "accumulate", preset, layout, dtype, timer, timer.measure(accumulate), peaks, counted.accumulate),
-        row("kernel", "apply", preset, layout, dtype, timer, timer.measure(apply), peaks, counted.apply, counted.flops),
+        row("kernel", name, variant, layout, dtype, timer, timer.measure(operation), peaks, size, flops)
+        for name, operation, size, flops in operations
     ]
 
 
 def row(
     benchmark: str,
     name: str,
-    preset: str,
+    variant: Variant | None,
     layout: Layout,
     dtype: torch.dtype,
     timer: Timer,
@@ -69,7 +80,7 @@ def row(
     flops_per_param: int | None = None,
     adamw: Timing | None = None,
 ) -> Row:
-    """Times and shares, without the environment. What was not counted is None."""
+    """Times and shares, without the environment. What was not counted is None; other optimizers have no variant."""
     on_cuda = timer.device.type == "cuda"
     moved = None if bytes_per_param is None else bytes_per_param * layout.parameters / timing.median
     done = None if not flops_per_param else flops_per_param * layout.parameters / timing.median
@@ -77,7 +88,10 @@ def row(
     return {
         "benchmark": benchmark,
         "name": name,
-        "preset": preset,
+        "preset": variant.preset if variant else "",
+        "stats": variant.stats if variant else "",
+        "state_dtype": variant.state_dtype if variant else "",
+        "precision": variant.precision if variant else "",
         "layout": layout.name,
         "tensors": len(layout.shapes),
         "parameters": layout.parameters,
@@ -89,6 +103,8 @@ def row(
         "ns_per_param": timing.median * per_param,
         "ns_per_param_20": timing.low * per_param,
         "ns_per_param_80": timing.high * per_param,
+        "host_seconds": timing.host,
+        "device_alone": timing.alone if on_cuda else None,
         "times_adamw": None if adamw is None else timing.median / adamw.median,
         "bytes_per_param": bytes_per_param,
         "gb_per_s": None if moved is None else moved * 1e-9,

@@ -15,7 +15,12 @@ from lopt.provenance import commit, cpu_info, cpu_name, versions
 Row = dict[str, Any]
 
 #: Columns that say what a row measured; rows that agree in them can be compared.
-IDENTITY = ("benchmark", "name", "preset", "layout", "problem", "dtype", "device", "threads", "machine", "simd")
+IDENTITY = (
+    *("benchmark", "name", "preset", "stats", "state_dtype", "precision", "layout", "problem"),
+    *("dtype", "device", "threads", "machine", "simd"),
+)
+#: What rows without such a column measured.
+USUAL = {"stats": "current", "state_dtype": "float32", "precision": "high"}
 
 
 def environment(device: torch.device) -> Row:
@@ -24,12 +29,20 @@ def environment(device: torch.device) -> Row:
     return {
         "machine": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
         "simd": "" if on_cuda else kernels.simd_selected(),
-        "clock_mhz": round(torch.cuda.clock_rate(device)) if on_cuda else cpu_clock(),
+        "clock_mhz": gpu_clock(device) if on_cuda else cpu_clock(),
         "load": round(_load(), 2),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         **{f"version_{name}": version for name, version in versions().items()},
     }
+
+
+def gpu_clock(device: torch.device) -> int | None:
+    """Clock in MHz as NVML reports it now; None where it or its Python package, nvidia-ml-py, is missing or refuses."""
+    try:
+        return round(torch.cuda.clock_rate(device))
+    except Exception:  # of a package that is no requirement
+        return None
 
 
 def cpu_clock() -> int | None:
@@ -116,12 +129,14 @@ def compare(rows: Sequence[Row], old: Sequence[Mapping[str, Any]]) -> list[Compa
 
 def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
     """What the row measured, the same for numbers and for text from a file."""
-    return tuple(str(row.get(name) or "") for name in IDENTITY)
+    return tuple(str(row.get(name) or USUAL.get(name, "")) for name in IDENTITY)
 
 
 def describe(row: Mapping[str, Any]) -> str:
     """What the row measured, for people."""
-    return " ".join(str(row[name]) for name in ("preset", "name", "layout", "problem") if row.get(name))
+    unusual = [row[name] for name, usual in USUAL.items() if row.get(name) not in (None, "", usual)]
+    words = [row.get("preset"), *unusual, *(row.get(name) for name in ("name", "layout", "problem"))]
+    return " ".join(str(word) for word in words if word)
 
 
 def seconds_of(row: Mapping[str, Any]) -> float:

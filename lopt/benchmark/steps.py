@@ -5,18 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lopt import LearnedOptimizer, Theta
+from lopt import LearnedOptimizer
 from lopt.benchmark import kernels, peers, traffic
 from lopt.benchmark.peaks import Peaks
 from lopt.benchmark.rows import Row
 from lopt.benchmark.shapes import Layout
 from lopt.benchmark.timing import Timer
+from lopt.benchmark.variants import Variant
 
 LEARNING_RATE = 1e-6  # parameters move, and stay where they are
 
 
 def measure(
-    presets: Sequence[str],
+    variants: Sequence[Variant],
     layout: Layout,
     dtype: torch.dtype,
     timer: Timer,
@@ -32,16 +33,15 @@ def measure(
 
     fused = timer.measure(torch.optim.AdamW(params, LEARNING_RATE, fused=True).step)
     moved = counted.step
-    rows = [kernels.row("step", "AdamW fused", "", layout, dtype, timer, fused, peaks, moved, adamw=fused)]
+    rows = [kernels.row("step", "AdamW fused", None, layout, dtype, timer, fused, peaks, moved, adamw=fused)]
     foreach = timer.measure(torch.optim.AdamW(params, LEARNING_RATE, foreach=True).step)
-    rows.append(kernels.row("step", "AdamW foreach", "", layout, dtype, timer, foreach, peaks, None, adamw=fused))
-    for preset in presets:
-        theta = Theta.init(preset, seed=0)
-        optimizer = LearnedOptimizer(params, theta)
+    rows.append(kernels.row("step", "AdamW foreach", None, layout, dtype, timer, foreach, peaks, None, adamw=fused))
+    for variant in variants:
+        optimizer = LearnedOptimizer(params, variant.theta(), precision=variant.precision, state_dtype=variant.state)
         loss = torch.ones((), device=timer.device)
         timing = timer.measure(lambda opt=optimizer, loss=loss: opt.step(loss=loss))  # type: ignore[misc]
-        bytes_moved = traffic.learned(preset, theta.spec, dtype.itemsize, dtype.itemsize).step
-        rows.append(kernels.row("step", "lopt", preset, layout, dtype, timer, timing, peaks, bytes_moved, adamw=fused))
+        moved = kernels.counted(variant, dtype).step
+        rows.append(kernels.row("step", "lopt", variant, layout, dtype, timer, timing, peaks, moved, adamw=fused))
         del optimizer
     notes = []
     for name in peers.PEERS if with_peers else ():
@@ -49,7 +49,9 @@ def measure(
         if isinstance(step, str):
             notes.append(f"{name}: left out, {step}")
             continue
-        rows.append(kernels.row("step", name, "", layout, dtype, timer, timer.measure(step), peaks, None, adamw=fused))
+        rows.append(
+            kernels.row("step", name, None, layout, dtype, timer, timer.measure(step), peaks, None, adamw=fused)
+        )
         del step
     return rows, notes
 

@@ -1,6 +1,5 @@
 """``kernel`` and ``step`` over many layouts, with the peaks of the same run; shared by ``lopt bench`` and gpu.sh."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from lopt.benchmark.peaks import Peaks, measure_peaks
 from lopt.benchmark.rows import Row
 from lopt.benchmark.shapes import Layout
 from lopt.benchmark.timing import Timer, available_bytes
-from lopt.rule import PRESETS
+from lopt.benchmark.variants import Variant, variants
 
 Say = Callable[[str], None]
 Table = tuple[list[str], list[list[str]]]  # names of the columns, cells
@@ -27,7 +26,7 @@ class Suite:
     """
 
     what: str
-    presets: tuple[str, ...]
+    variants: tuple[Variant, ...]
     layouts: tuple[Layout, ...]
     dtype: torch.dtype
     device: torch.device
@@ -38,12 +37,9 @@ class Suite:
         """The rows of each layout that fits into memory, as soon as they are measured.
 
         Raises:
-            ValueError: an unknown preset, or no layout fits.
+            ValueError: no layout fits.
             RuntimeError: there is no such device.
         """
-        for preset in self.presets:
-            if preset not in PRESETS:
-                raise ValueError(f"presets: expected some of {', '.join(PRESETS)}, got {preset!r}")
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("device: expected a CUDA device, torch finds none; use --device cpu")
         timer = Timer(self.device, self.repeats)
@@ -51,7 +47,7 @@ class Suite:
         say(f"peaks: {peaks.copy / 1e9:.1f} GB/s copied, {peaks.flops / 1e9:,.0f} GFLOP/s")
         environment, said, measured = rows.environment(self.device), set[str](), 0
         for layout in self.layouts:
-            needed = max(kernels.bytes_needed(preset, layout, self.dtype) for preset in self.presets)
+            needed = max(kernels.bytes_needed(variant, layout, self.dtype) for variant in self.variants)
             if needed > 0.9 * available_bytes(self.device):
                 say(f"{layout.name}: left out, needs {needed / 2**30:.1f} GiB")
                 continue
@@ -67,19 +63,16 @@ class Suite:
 
     def _measure(self, layout: Layout, timer: Timer, peaks: Peaks) -> tuple[list[Row], list[str]]:
         if self.what == "step":
-            return steps.measure(self.presets, layout, self.dtype, timer, peaks, self.peers)
-        measured = [kernels.measure(preset, layout, self.dtype, timer, peaks) for preset in self.presets]
+            return steps.measure(self.variants, layout, self.dtype, timer, peaks, self.peers)
+        measured = [kernels.measure(variant, layout, self.dtype, timer, peaks) for variant in self.variants]
         return [row for some in measured for row in some], []
 
 
 def traffic_table(presets: Sequence[str], dtype: torch.dtype) -> Table:
     """Bytes moved and held per parameter: presets, with a state of half the size, with lagged statistics; AdamW."""
-    size = dtype.itemsize
-    counted = [traffic.learned(name, PRESETS[name], size, size) for name in presets]
-    counted += [traffic.learned(f"{name}, bfloat16 state", PRESETS[name], size, size, 2) for name in presets]
-    lagged = {name: dataclasses.replace(PRESETS[name], stats="lagged") for name in presets}
-    counted += [traffic.learned(f"{name}, lagged stats", spec, size, size) for name, spec in lagged.items()]
-    counted.append(traffic.adamw(size, size))
+    chosen = variants(presets) + variants(presets, state_dtypes=("bfloat16",)) + variants(presets, ("lagged",))
+    counted = [kernels.counted(variant, dtype) for variant in chosen]
+    counted.append(traffic.adamw(dtype.itemsize, dtype.itemsize))
     columns = ["bytes per parameter", "accumulate", "apply", "step", "single sweep", "state", "held", "MLP flop"]
     names = ("accumulate", "apply", "step", "single_sweep", "state", "held", "flops")
     return columns, [[t.name, *(str(getattr(t, name)) for name in names)] for t in counted]
@@ -89,6 +82,7 @@ def result_table(found: Sequence[Row]) -> Table:
     """What :class:`Suite` measured, for people."""
     kernel = found[0]["benchmark"] == "kernel"
     columns = ["", "ns/parameter", "20% to 80%", "GB/s", "of copy", "of peak" if kernel else "x AdamW"]
+    columns += ["host us"] * any(row["host_seconds"] is not None for row in found)
     cells = [
         [
             rows.describe(row),
@@ -97,6 +91,8 @@ def result_table(found: Sequence[Row]) -> Table:
             _number(row["gb_per_s"], ".1f"),
             _number(row["copy_share"], ".0%"),
             _number(row["peak_share"], ".0%") if kernel else _number(row["times_adamw"], ".2f"),
+            # A mark where the device waited for the host.
+            *([_host(row)] if "host us" in columns else []),
         ]
         for row in found
     ]
@@ -106,22 +102,30 @@ def result_table(found: Sequence[Row]) -> Table:
 def remarks(found: Sequence[Row]) -> list[str]:
     """What the rows of our own code say about many tensors against one, and about small sizes against large ones."""
     said = []
-    for preset, name in dict.fromkeys((row["preset"], row["name"]) for row in found if row["preset"]):
-        mine = [row for row in found if (row["preset"], row["name"]) == (preset, name)]
+    own = [row for row in found if row["preset"]]
+    for title in dict.fromkeys(map(_title, own)):
+        mine = [row for row in own if _title(row) == title]
         single = {row["parameters"]: row["ns_per_param"] for row in mine if row["tensors"] == 1}
         for row in mine:
             alone = single.get(row["parameters"])
             if alone and row["tensors"] > 1:
                 ratio = row["ns_per_param"] / alone
-                said.append(f"{preset} {name}: {row['layout']} takes {ratio:.2f} times as long as one tensor")
+                said.append(f"{title}: {row['layout']} takes {ratio:.2f} times as long as one tensor")
         sizes = {size: time for size, time in single.items() if size >= 100_000}
         if len(sizes) > 1:
             spread = max(sizes.values()) / min(sizes.values())
             span = f"{min(sizes):,} to {max(sizes):,}"
-            said.append(
-                f"{preset} {name}: time per parameter varies by a factor of {spread:.2f} from {span} parameters"
-            )
+            said.append(f"{title}: time per parameter varies by a factor of {spread:.2f} from {span} parameters")
     return said
+
+
+def _title(row: Row) -> str:
+    return rows.describe({**row, "layout": "", "problem": ""})
+
+
+def _host(row: Row) -> str:
+    seconds = row["host_seconds"]
+    return _number(None if seconds is None else 1e6 * seconds, ".0f") + ("" if row["device_alone"] else " waits")
 
 
 def _number(value: float | None, form: str) -> str:

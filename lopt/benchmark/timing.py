@@ -9,28 +9,40 @@ from pathlib import Path
 import torch
 
 WARM_UP = 2  # repetitions that are not counted
+HEAD_START = 2.0  # of the host before the GPU begins, in its own time for the operation
+LONGEST_HEAD_START = 0.1  # seconds
+HIGHEST_CLOCK = 3e9  # cycles per second; no GPU has more
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of an operation over the repetitions."""
+    """Seconds of an operation over the repetitions.
+
+    Args:
+        median, low, high: of the device; 20% of the repetitions are quicker than ``low``, 80% quicker than ``high``.
+        host: median of what the host took to start the operation on a GPU; None on the CPU, which is the device.
+        alone: whether the device never waited for the host.
+    """
 
     median: float
-    low: float  # 20% of the repetitions are quicker
-    high: float  # 80% of them are quicker
+    low: float
+    high: float
+    host: float | None = None
+    alone: bool = True
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Timing":
+    def of(cls, seconds: Sequence[float], host: float | None = None, alone: bool = True) -> "Timing":
         """From the seconds of every repetition."""
         cuts = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else list(seconds) * 4
-        return cls(statistics.median(seconds), cuts[0], cuts[-1])
+        return cls(statistics.median(seconds), cuts[0], cuts[-1], host, alone)
 
 
 class Timer:
     """Times operations on one device.
 
     Args:
-        device: on CUDA, time is taken between events of the current stream.
+        device: on CUDA, time is taken between events of the current stream, and the device pauses before the first of
+            them until the host has started the whole operation: no time of the host lies between them.
         repeats: counted repetitions.
     """
 
@@ -44,8 +56,9 @@ class Timer:
 
     def measure(self, operation: Callable[[], object]) -> Timing:
         """Time ``operation``; what it returns is dropped."""
-        seconds = self._on_cuda(operation) if self.device.type == "cuda" else self._on_cpu(operation)
-        return Timing.of(seconds[WARM_UP:])
+        if self.device.type == "cuda":
+            return self._on_cuda(operation)
+        return Timing.of(self._on_cpu(operation)[WARM_UP:])
 
     def _on_cpu(self, operation: Callable[[], object]) -> list[float]:
         seconds = []
@@ -56,17 +69,38 @@ class Timer:
             seconds.append(time.perf_counter() - start)
         return seconds
 
-    def _on_cuda(self, operation: Callable[[], object]) -> list[float]:
-        events = []
+    def _on_cuda(self, operation: Callable[[], object]) -> Timing:
+        host = statistics.median(self._on_host(operation)[WARM_UP:])
+        pause = min(HEAD_START * host + 1e-4, LONGEST_HEAD_START)
+        while True:
+            seconds, alone = self._behind_pauses(operation, pause)
+            if alone or pause == LONGEST_HEAD_START:  # or one that waits for the device itself
+                return Timing.of(seconds, host, alone)
+            pause = min(10 * pause, LONGEST_HEAD_START)
+
+    def _on_host(self, operation: Callable[[], object]) -> list[float]:
+        seconds = []
         for _ in range(WARM_UP + self.repeats):
-            self.flush()
-            pair = _event(), _event()
-            pair[0].record()
+            torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
             operation()
-            pair[1].record()
-            events.append(pair)
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) * 1e-3 for start, end in events]
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def _behind_pauses(self, operation: Callable[[], object], pause: float) -> tuple[list[float], bool]:
+        """Seconds between events, and whether each operation was started before the first of its events came."""
+        seconds, alone = [], True
+        for _ in range(self.repeats):
+            self.flush()
+            torch.cuda._sleep(round(pause * HIGHEST_CLOCK))  # type: ignore[no-untyped-call]
+            start, end = _event(), _event()
+            start.record()
+            operation()
+            end.record()
+            alone = alone and not start.query()  # type: ignore[no-untyped-call]
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) * 1e-3)
+        return seconds, alone
 
 
 def _event() -> torch.cuda.Event:

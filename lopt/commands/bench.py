@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lopt.benchmark import plots, rows, shapes, suite, unroll
 from lopt.benchmark.rows import Row
+from lopt.benchmark.variants import variants
 from lopt.commands.common import Command, Outcome, OutFile, say, show_table
 
 
@@ -32,6 +33,15 @@ class Bench(Command):
     presets: tuple[str, ...] = ("compact", "paper")
     """Architectures of the learned optimizer."""
 
+    stats: tuple[Literal["current", "lagged"], ...] = ("current",)
+    """Of this step, in two sweeps over the parameters, or of the step before, in one; for kernel and step."""
+
+    state_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Of accumulators, for kernel and step."""
+
+    precisions: tuple[Literal["high", "fast"], ...] = ("high",)
+    """Of the small MLP on a GPU, for kernel and step."""
+
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
     """Numbers of parameters, for kernel and step."""
 
@@ -45,7 +55,7 @@ class Bench(Command):
     """Share of a model's blocks to keep."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of parameters and gradients; accumulators stay float32."""
+    """Of parameters and gradients."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where; sim is for tests and not timed."""
@@ -98,7 +108,8 @@ class Bench(Command):
         layouts = [shapes.even(size, tensors) for size in self.sizes for tensors in self.tensors]
         layouts += [shapes.model(name, self.scale) for name in self.models]
         device, dtype = torch.device(self.device), getattr(torch, self.dtype)
-        chosen = suite.Suite(self.what, self.presets, tuple(layouts), dtype, device, self.repeats, self.peers)
+        ways = variants(self.presets, self.stats, self.state_dtypes, self.precisions)
+        chosen = suite.Suite(self.what, ways, tuple(layouts), dtype, device, self.repeats, self.peers)
         found: list[Row] = []
         for some in chosen.run(lambda text: say(console, text)):
             if self.out is not None:

@@ -38,6 +38,30 @@ def test_comparison_takes_the_latest_row_of_the_same_thing() -> None:
     assert found == rows.Comparison("paper apply 1 x 10", 1.25, "today at 0123456789")
 
 
+def test_variants_are_compared_with_their_like() -> None:
+    """A row of before there were variants measured the usual one."""
+    usual = {"stats": "current", "state_dtype": "float32", "precision": "high"}
+    (found,) = rows.compare([timed(5.0, **usual), timed(5.0, **usual | {"stats": "lagged"})], [timed(4.0)])
+    assert found.ratio == 1.25
+    changed = timed(1.0, stats="lagged", state_dtype="bfloat16", precision="high")
+    assert rows.describe(changed) == "paper lagged bfloat16 apply 1 x 10"
+    assert rows.describe(timed(1.0, preset="", stats="", state_dtype="", precision="")) == "apply 1 x 10"
+
+
+def test_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, where nvidia-ml-py is missing."""
+
+    def missing(_: object) -> int:
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed or it can't be imported.")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda _: 1980)
+    assert rows.environment(torch.device("cuda", 0))["clock_mhz"] == 1980
+    monkeypatch.setattr(torch.cuda, "clock_rate", missing)
+    found = rows.environment(torch.device("cuda", 0))
+    assert (found["machine"], found["clock_mhz"]) == ("a GPU", None)
+
+
 def test_comparison_of_throughput_is_a_ratio_of_times_too() -> None:
     def row(rate: float) -> rows.Row:
         return {"benchmark": "unroll", "preset": "paper", "problem": "4-3 batch 2", "steps_per_second": rate}

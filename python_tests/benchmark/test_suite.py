@@ -7,6 +7,7 @@ import torch
 
 from lopt.benchmark import __main__, kernels, peaks, peers, plots, shapes, steps, suite
 from lopt.benchmark.timing import Timer, Timing
+from lopt.benchmark.variants import Variant, variants
 
 CPU = torch.device("cpu")
 PEAKS = peaks.Peaks(copy=1e11, flops=1e12)
@@ -27,7 +28,7 @@ def timer(monkeypatch: pytest.MonkeyPatch) -> Timer:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel_rows_add_up(timer: Timer, dtype: torch.dtype) -> None:
-    found = kernels.measure("paper", shapes.even(100, 2), dtype, timer, PEAKS)
+    found = kernels.measure(Variant("paper"), shapes.even(100, 2), dtype, timer, PEAKS)
     assert [row["name"] for row in found] == ["accumulate", "apply"]
     for row, moved, flops in zip(found, (88, 52), (None, 3648), strict=True):
         moved -= 0 if dtype == torch.float32 else 4 + 2 * (row["name"] == "apply")
@@ -39,8 +40,46 @@ def test_kernel_rows_add_up(timer: Timer, dtype: torch.dtype) -> None:
         assert row["peak_share"] == (None if flops is None else pytest.approx(flops * 100 / 2e-6 / 1e12))
 
 
+def test_kernel_rows_of_variants(timer: Timer) -> None:
+    """Bytes by hand: the accumulators of compact are 20, in bfloat16 10; one sweep reads all and writes all."""
+    for variant, names, moved in (
+        (Variant("compact", state_dtype="bfloat16"), ["accumulate", "apply"], [8 + 2 * 10, 8 + 10 + 4]),
+        (Variant("compact", "lagged"), ["sweep"], [52]),
+        (Variant("compact", "lagged", "bfloat16", "fast"), ["sweep"], [32]),
+    ):
+        found = kernels.measure(variant, shapes.even(100, 2), torch.float32, timer, PEAKS)
+        assert [row["name"] for row in found] == names
+        assert [row["bytes_per_param"] for row in found] == moved
+        for row in found:
+            for name in ("preset", "stats", "state_dtype", "precision"):
+                assert row[name] == getattr(variant, name)
+
+
+def test_step_rows_of_variants(timer: Timer) -> None:
+    ways = variants(("compact",), ("current", "lagged"), ("float32", "bfloat16"))
+    found, _ = steps.measure(ways, shapes.even(12, 3), torch.float32, timer, PEAKS, False)
+    assert [row["name"] for row in found] == ["AdamW fused", "AdamW foreach", *["lopt"] * 4]
+    assert [row["bytes_per_param"] for row in found[2:]] == [80, 50, 52, 32]
+    assert [row["stats"] for row in found] == ["", "", *["current"] * 2, *["lagged"] * 2]
+    with pytest.raises(ValueError, match="precisions: expected some of high, fast, got 'exact'"):
+        variants(("compact",), precisions=("exact",))
+
+
+def test_host_time_is_a_column_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = Timer(CPU, 1)
+    timer.device = torch.device("cuda", 0)
+    found = [
+        kernels.row("kernel", "apply", Variant("paper"), shapes.even(100, 1), torch.float32, timer, timing, PEAKS, 52)
+        for timing in (Timing(2e-6, 1e-6, 3e-6, 4e-5), Timing(2e-6, 1e-6, 3e-6, 4e-5, alone=False))
+    ]
+    assert [row["seconds"] for row in found] == [2e-6] * 2
+    assert [row["host_seconds"] for row in found] == [4e-5] * 2
+    columns, cells = suite.result_table(found)
+    assert (columns[-1], [line[-1] for line in cells]) == ("host us", ["40", "40 waits"])
+
+
 def test_step_rows_have_adamw_first(timer: Timer) -> None:
-    found, notes = steps.measure(("compact", "paper"), shapes.even(12, 3), torch.float32, timer, PEAKS, True)
+    found, notes = steps.measure(variants(("compact", "paper")), shapes.even(12, 3), torch.float32, timer, PEAKS, True)
     assert [row["name"] for row in found][:4] == ["AdamW fused", "AdamW foreach", "lopt", "lopt"]
     assert [row["bytes_per_param"] for row in found][:4] == [28, None, 80, 140]
     assert all(row["times_adamw"] == 1.0 for row in found)
@@ -85,13 +124,17 @@ def test_layouts_that_do_not_fit_are_left_out(timer: Timer, monkeypatch: pytest.
     monkeypatch.setattr(suite, "measure_peaks", lambda *_: PEAKS)
     monkeypatch.setattr(suite, "available_bytes", lambda _: 10_000)
     layouts = (shapes.even(100, 1), shapes.even(1000, 1))
-    chosen = suite.Suite("kernel", ("paper",), layouts, torch.float32, CPU, 1, peers=False)
+    chosen = suite.Suite("kernel", variants(("paper",)), layouts, torch.float32, CPU, 1, peers=False)
     said: list[str] = []
     found = list(chosen.run(said.append))
     assert [[row["layout"] for row in some] for some in found] == [["1 x 100", "1 x 100"]]
     assert "1 x 1,000: left out, needs 0.0 GiB" in said
     with pytest.raises(ValueError, match="at least one layout"):
-        list(suite.Suite("kernel", ("paper",), layouts[1:], torch.float32, CPU, 1, peers=False).run(said.append))
+        list(
+            suite.Suite("kernel", variants(("paper",)), layouts[1:], torch.float32, CPU, 1, peers=False).run(
+                said.append
+            )
+        )
 
 
 def test_peaks_are_finite() -> None:
@@ -118,7 +161,7 @@ def test_plot_draws_evenly_cut_parameters(timer: Timer, tmp_path: Path) -> None:
         row
         for size in (100, 1000)
         for tensors in (1, 10)
-        for row in kernels.measure("compact", shapes.even(size, tensors), torch.float32, timer, PEAKS)
+        for row in kernels.measure(Variant("compact"), shapes.even(size, tensors), torch.float32, timer, PEAKS)
     ]
     path = tmp_path / "sub" / "time.png"
     plots.time_per_parameter(found, path)
