@@ -48,7 +48,7 @@ def make_grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
 
 def set_grads(params: Sequence[Tensor], step: int) -> None:
     for param, grad in zip(params, make_grads(params, step), strict=True):
-        param.grad = grad.to(param.dtype)
+        param.grad = grad.to(param.device, param.dtype)
 
 
 def make_loss(step: int) -> float:

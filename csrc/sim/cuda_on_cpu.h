@@ -54,7 +54,9 @@
 namespace lopt::sim {
 
 inline bool reverse_order = false;
-inline std::atomic<int64_t> launches{0};  // kernels run so far
+inline std::atomic<int64_t> launches{0};     // kernels run so far
+inline thread_local int current_device = 0;  // of which there are as many as one likes, all alike
+inline std::atomic<int> launched_on{0};      // where the last kernel ran
 
 struct dim3 {
   unsigned x, y, z;
@@ -292,6 +294,7 @@ void launch(const char* name, Kernel* kernel, dim3 grid, dim3 block_dim, size_t 
   if (blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || threads < 1 || threads > 1024)
     throw std::runtime_error(where + "invalid launch: grid " + to_string(grid) + ", block " + to_string(block_dim));
   ++launches;
+  launched_on = current_device;
   const std::function<void()> body = [&] { kernel(args...); };
   std::atomic<bool> failed{false};
   std::string error;
@@ -370,8 +373,8 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return current_device = device, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 
 }  // namespace lopt::sim

@@ -41,4 +41,7 @@ PYBIND11_MODULE(_sim, m) {
       },
       "a"_a, "b"_a, "d"_a, "d + a[0] b[0] + .. + a[15] b[15] as they add it up, of halves.");
   m.def("launches", [] { return lopt::sim::launches.load(); }, "Kernels run so far.");
+  m.def(
+      "devices", [] { return std::make_pair(lopt::sim::current_device, lopt::sim::launched_on.load()); },
+      "The current device, and that on which the last kernel ran.");
 }

@@ -42,7 +42,10 @@ class Table:
 
 
 def _upload(table: np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(table.reshape(-1).view(np.int64))
+    if table.nbytes % 8:
+        came = f"{table.nbytes} bytes of {table.dtype}"
+        raise TypeError(f"table: expected whole words of 8 bytes, got {came}; pad it to a multiple of 8")
+    host = torch.from_numpy(table.reshape(-1).view(np.uint8).view(np.int64))  # bits, of whatever dtype
     if host.numel() == 0:
         return host.to(device)
     if is_capturing(device):  # what the host holds now must be part of the graph: kernel arguments are
