@@ -39,9 +39,10 @@ def pes_window(
     pes = es.ESTIMATORS["pes"]
     fresh = torch.cumsum(done, dim=0) > 0
     delta = (plus - minus) * mask / mask.sum(dim=0)
-    direction = pes.direction(eps, xi)
+    assert [sum(pes.directions(windows)) for windows in ((1,), (1, 10))] == [1, 11]
+    direction = eps + xi
     gradient = es.es_gradient(direction, (delta * ~fresh).sum(dim=0), sigma)
-    gradient = gradient + es.es_gradient(pes.direction(eps, None), (delta * fresh).sum(dim=0), sigma)
+    gradient = gradient + es.es_gradient(eps, (delta * fresh).sum(dim=0), sigma)
     return gradient, torch.where(fresh[-1][:, None], eps, direction)
 
 
@@ -166,7 +167,7 @@ def test_which_estimators_are_unbiased_under_truncation(name: es.EstimatorName, 
     whole, first = slope * memory.mean(), slope * memory[:steps].mean()
     total, state = torch.zeros(repeats, 2), torch.zeros(repeats, 2 * pairs, 2)
     eps = torch.randn(repeats, pairs, 2, generator=generator)
-    direction = None
+    seen: list[torch.Tensor] = []
     for window in range(windows):
         if window and not estimator.one_eps_per_run:
             eps = torch.randn(repeats, pairs, 2, generator=generator)
@@ -176,7 +177,8 @@ def test_which_estimators_are_unbiased_under_truncation(name: es.EstimatorName, 
             state = decay * state + thetas
             losses += state @ slope / steps
         plus, minus = losses.chunk(2, dim=1)
-        direction = estimator.direction(eps, direction)
+        seen.append(eps)
+        direction = torch.stack(estimator.directions(tuple(seen))).sum(dim=0)
         total += torch.vmap(es.es_gradient, in_dims=(0, 0, None))(direction, plus - minus, sigma)
         if estimator.shares_state:
             state = state[:, :pairs].repeat(1, 2, 1)
@@ -187,10 +189,10 @@ def test_which_estimators_are_unbiased_under_truncation(name: es.EstimatorName, 
 
 
 def test_directions() -> None:
-    eps, before = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
-    for name, estimator in es.ESTIMATORS.items():
-        assert estimator.direction(eps, None) is eps
-        assert estimator.direction(eps, before).tolist() == ([11.0, 22.0] if name == "pes" else [1.0, 2.0])
+    """Of the third window of a run, whose last entry is the one that it is perturbed by."""
+    found = {name: estimator.directions((1, 2, 3)) for name, estimator in es.ESTIMATORS.items()}
+    assert found == {"es": (3,), "truncated_es": (3,), "pes": (1, 2, 3), "nres": (1,)}
+    assert all(estimator.directions((1,)) == (1,) for estimator in es.ESTIMATORS.values())
 
 
 def test_every_family_has_a_say_whatever_the_size_of_its_differences() -> None:

@@ -21,6 +21,7 @@ from lopt.commands.meta_train import MetaTrain
 from lopt.meta import executors
 from lopt.meta.executors import LocalProcesses, Serial
 from lopt.meta.ray_workers import RayWorkers
+from lopt.meta.simulated import Simulated
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_a_failing_unit_is_an_error_with_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError, match="float division by zero") as error:
         close_after_the_error()
     trace = str(error.value.__cause__)
-    told = r"unit 2 of 2, divide of 0\.0, failed in worker process \d+:\nTraceback \(most recent call last\):"
+    told = r"unit 2, divide of 0\.0, failed in worker process \d+:\nTraceback \(most recent call last\):"
     assert re.match(told, trace)
     assert "return shared / item" in trace
     with pytest.raises(ValueError, match="workers: expected a positive number, got 0"):
@@ -115,7 +116,7 @@ def test_an_error_that_cannot_travel_is_told() -> None:
     executor = LocalProcesses(1)
     try:
         with pytest.raises(
-            RuntimeError, match=r"unit 1 of 1, fail of 3, failed in worker process \d+:\n(.|\n)*Local: 3 and 3"
+            RuntimeError, match=r"unit 1, fail of 3, failed in worker process \d+:\n(.|\n)*Local: 3 and 3"
         ):
             executor.map(fail, None, [3])
     finally:
@@ -135,7 +136,7 @@ def test_what_cannot_travel_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPa
             ImportError, match=r"a worker cannot import what it was sent: No module named 'only_here'\. Put"
         ) as error:
             executor.map(here.twice, None, [1])
-        assert "unit 1 of 1, twice of 1, failed in worker process" in str(error.value.__cause__)
+        assert "unit 1, twice of 1, failed in worker process" in str(error.value.__cause__)
     finally:
         executor.close()
 
@@ -229,3 +230,61 @@ def test_processes_that_keep_dying_are_given_up(monkeypatch: pytest.MonkeyPatch)
             executor.map(die_always, None, [0])
     finally:
         executor.close()
+
+
+def wait_then_square(shared: Path, item: int) -> int:
+    wait_for(shared, item == 0)
+    return item * item
+
+
+def test_a_unit_may_follow_from_results_and_what_is_not_wanted_any_more_has_no_effect(tmp_path: Path) -> None:
+    """Units of results, here and in two processes; then one of two is at a unit that ends only after its flow."""
+    for executor in (Serial(), LocalProcesses(2)):
+        found: list[int] = []
+
+        def units(found: list[int] = found) -> Iterator[tuple[int, int]]:
+            while len(found) < 4:
+                yield len(found), len(found) + 1  # shared value and item
+
+        got = []
+        flow = executor.flow(add, units())
+        for index, result in flow:
+            got.append(index)
+            found.append(result)
+        assert sorted(got) == list(range(len(got)))
+        assert found[0] == 1
+        assert set(found) <= {1, 3, 5, 7, 9}
+        executor.close()
+    two = LocalProcesses(2)
+    flow = two.flow(wait_then_square, iter([(tmp_path, 0), (tmp_path, 3), (tmp_path, 4)]))
+    assert [next(flow), next(flow)] == [(1, 9), (2, 16)]
+    flow.close()
+    before = [worker.process.pid for worker in two.workers]
+    assert two.map(wait_then_square, tmp_path, [5, 6]) == [25, 36]  # by the other one
+    (tmp_path / "come").touch()
+    assert two.map(wait_then_square, tmp_path, [0, 1, 7]) == [0, 1, 49]
+    assert [worker.process.pid for worker in two.workers] == before
+    two.close()
+
+
+def add(shared: int, item: int) -> int:
+    return shared + item
+
+
+def test_simulated_workers_end_units_in_the_order_of_their_times() -> None:
+    """Three workers of 1, 2 and 5 seconds; each has what it keeps; a slow user keeps workers waiting."""
+    executor = Simulated(3, lambda worker, index: [1.0, 2.0, 5.0][worker])
+    found = list(executor.stream(count_own, None, range(9)))
+    assert [index for index, _ in found] == [0, 1, 3, 5, 4, 6, 2, 8, 7]
+    assert [own for _, own in found] == [1, 1, 2, 3, 2, 4, 1, 5, 3]
+    assert (executor.now, executor.waited) == (6.0, 0.0)
+    times = iter([0.0, 0.5, 0.5, 0.5, 10.5, 10.5, 10.5])  # of the clock, before and after what its user does
+    slow = Simulated(1, lambda worker, index: 1.0, lambda: next(times))
+    assert [index for index, _ in slow.stream(count_own, None, range(2))] == [0, 1]
+    assert (slow.now, slow.waited) == (12.5, 10.5)
+
+
+def count_own(shared: None, item: int) -> int:
+    here = executors.kept()
+    here.value = (here.value or 0) + 1
+    return int(here.value)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lopt import Theta
 from lopt.meta import es, inner, objective, outer, pairs
+from lopt.meta.checkpoint import TrainState
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.es import EstimatorName
+from lopt.meta.learner import Learner
 from lopt.meta.pairs import Carry, Shared
 from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.families import NETWORK_FAMILIES
@@ -93,20 +95,30 @@ def drive(config: MetaTrainConfig, count: int, pair: int = 3) -> list[tuple[Shar
 def test_windows_of_a_pair(estimator: EstimatorName) -> None:
     """Runs of three windows; the last pair is not cut short at first. Directions and states as the table says."""
     config = windows(estimator, 4, 12)
+    learner = Learner(config, THETA.spec, TrainState.begin(config, THETA.flatten()))
     total = torch.zeros(THETA.num_floats)
     for iteration, (common, carry, result) in enumerate(drive(config, 5)):
-        eps, direction = pairs.eps_and_direction(common, 3, carry)
         begun = iteration - iteration % 3
         of = begun if estimator == "nres" else iteration
-        assert torch.equal(eps, pairs.perturbation(config, of, 3, THETA.num_floats)[None])
+        eps = pairs.perturbation(config, of, 3, THETA.num_floats)[None]
         total = eps if iteration == begun else total + eps
-        assert torch.equal(direction, total if estimator == "pes" else eps)
+        assert result.keys == tuple((i, 3) for i in (range(begun, iteration + 1) if estimator == "pes" else (of,)))
+        anew = Learner(config, THETA.spec, TrainState.begin(config, THETA.flatten()))  # after --resume
+        for one in (learner, anew):
+            assert torch.equal(one.direction(result), total if estimator == "pes" else eps)
+        run = pairs.sample_run(config, 0, begun, 3)
+        thetas = es.antithetic(common.theta, eps, config.sigma * common.scale)
+        before = inner.start(THETA.spec, thetas, run) if carry is None else carry.state
+        _, losses = inner.unroll(THETA.spec, thetas, run, before, 4 * (iteration % 3), 4)
+        points = objective.per_point(losses, "held_out", run.unit, config.loss_limit).double()
+        means = (points * objective.weights(config.weighting, 12)[4 * (iteration % 3) :][:4]).mean(dim=1)
+        assert result.deltas[0] == pytest.approx(float(means[0] - means[1]), abs=1e-6)
         assert result.inner_steps == 8
         if iteration % 3 == 2:
             assert result.carry is None
         else:
             assert result.carry is not None
-            assert (result.carry.begun, result.carry.step) == (begun, 4 * (iteration % 3 + 1))
+            assert (result.carry.keys[0], result.carry.step) == ((begun, 3), 4 * (iteration % 3 + 1))
             plus, minus = result.carry.state
             assert torch.equal(plus, minus) == (estimator == "truncated_es")
 
@@ -167,14 +179,14 @@ def test_pairs_that_share_a_task_are_those_pairs_by_themselves(estimator: Estima
     alone: list[Any] = [None, None]
     for iteration in range(2):
         common = shared(config, iteration, begun=0)
-        eps, direction = pairs.eps_and_direction(common, 1, carry)
         result = pairs.unroll_group(common, (1, carry))
         assert result.inner_steps == 2 * 2 * 5
         run = pairs.sample_run(config, 0, 0, 1)
         for place in range(2):
             of = 0 if estimator == "nres" else iteration
-            assert torch.equal(eps[place], pairs.perturbation(config, of, 2 + place, THETA.num_floats))
-            thetas = es.antithetic(common.theta, eps[place : place + 1], config.sigma * common.scale)
+            eps = pairs.perturbation(config, of, 2 + place, THETA.num_floats)[None]
+            assert torch.equal(pairs.perturbations(config, (of, 1), THETA.num_floats)[place], eps[0])
+            thetas = es.antithetic(common.theta, eps, config.sigma * common.scale)
             before = inner.start(THETA.spec, thetas, run) if iteration == 0 else alone[place]
             after, losses = inner.unroll(THETA.spec, thetas, run, before, 5 * iteration, 5)
             points = objective.per_point(losses, "held_out", run.unit, config.loss_limit)
@@ -184,9 +196,6 @@ def test_pairs_that_share_a_task_are_those_pairs_by_themselves(estimator: Estima
             alone[place] = inner.select(after, [0, 0]) if estimator == "truncated_es" else after
         carry = result.carry
         assert (carry is None) == (iteration == 1)
-        if carry is not None:
-            assert (carry.direction is not None) == (estimator == "pes")
-    assert direction.shape == eps.shape
 
 
 def test_groups_have_tasks_of_their_own() -> None:

@@ -347,7 +347,12 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
     torch.save({**content, "version": 1}, path)
-    with pytest.raises(ValueError, match="has version 1, this version of lopt reads version 3"):
+    with pytest.raises(ValueError, match="has version 1, this version of lopt reads version 4"):
+        checkpoint.load(path)
+    torch.save({**content, "version": 3}, path)
+    assert checkpoint.load(path)[2].iteration == 1
+    torch.save({**content, "version": 3, "carries": [{"begun": 1, "step": 10}]}, path)
+    with pytest.raises(ValueError, match="has version 3, this version of lopt reads version 4"):
         checkpoint.load(path)
     torch.save({name: value for name, value in content.items() if name != "moments"}, path)
     with pytest.raises(ValueError, match=r"has no entries \['moments'\]"):

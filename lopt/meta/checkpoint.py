@@ -23,7 +23,7 @@ from lopt.rule import ThetaSpec
 #: What torch.load raises for files that were cut short or are something else.
 _DAMAGE = (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, pickle.UnpicklingError)
 
-VERSION = 3  # raised when old checkpoints cannot be continued as they are
+VERSION = 4  # raised when old checkpoints cannot be continued as they are
 
 
 @dataclass
@@ -34,7 +34,7 @@ class TrainState:
     average: Tensor  # [P] running mean of theta
     moments: Moments
     best: Tensor  # [P] mean with the lowest validation score
-    carries: list[Carry | None]  # of each group of pairs
+    carries: list[Carry | None]  # of each group of pairs; of those that workers sent where these do not wait
     start_sha256: str | None  # of the file that theta started from
     iteration: int = 0
     phase: int = 0
@@ -84,6 +84,8 @@ def load(path: Path) -> tuple[MetaTrainConfig, ThetaSpec, TrainState]:
         raise ValueError(
             f"checkpoint: {path} is damaged or no checkpoint of meta-training ({text}); {damaged}"
         ) from error
+    if version == 3 and not any(content.get("carries", ())):  # which was otherwise the same
+        version = VERSION
     if version != VERSION:
         raise ValueError(f"checkpoint: {path} has version {version}, this version of lopt reads version {VERSION}")
     missing = sorted({"config", "spec", *(entry.name for entry in fields(TrainState))} - content.keys())

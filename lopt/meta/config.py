@@ -24,7 +24,15 @@ KNOWN: tuple[Family | NetworkFamily, ...] = (*FAMILIES, *NETWORK_FAMILIES)
 
 
 #: Fields that older configurations lack, with what they were before there was a choice.
-ADDED = {"outer": "adam", "pairs_per_task": 1, "valid_rows": 1, "equalise": False, "stats": None}
+ADDED = {
+    "outer": "adam",
+    "pairs_per_task": 1,
+    "valid_rows": 1,
+    "equalise": False,
+    "stats": None,
+    "staleness": None,
+    "keep_runs": False,
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class MetaTrainConfig:
-    """Settings of a meta-training run. With its seed they determine theta to the last bit.
+    """Settings of a meta-training run. Without ``staleness`` they determine theta to the last bit.
 
     Raises:
         ValueError: a field is out of range, with the bad value.
@@ -184,6 +192,16 @@ class MetaTrainConfig:
     checkpoint_every: int = 20
     """Iterations between checkpoints."""
 
+    staleness: int | None = None
+    """Iterations that an estimate may be old. None: an iteration waits for all its pairs. Otherwise workers never wait,
+    see :mod:`lopt.meta.asynchronous`: it takes the first ``pairs`` that come, and results are not the same bits again.
+
+    While a worker is at an estimate there are about workers / groups of pairs iterations, so have groups enough."""
+
+    keep_runs: bool = False
+    """Where workers do not wait: whether checkpoints hold the inner runs between two windows, which then travel once
+    between two checkpoints. Otherwise, as where a worker dies, new runs take their place after ``--resume``."""
+
     seed: int = 0
     """Every random number derives from it."""
 
@@ -230,6 +248,10 @@ class MetaTrainConfig:
         for name in ("seed", "warmup", "warmup_from_file"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a non-negative integer, got {getattr(self, name)}")
+        if self.staleness is not None and (isinstance(self.staleness, bool) or self.staleness < 0):
+            raise ValueError(f"staleness: expected None or a number of iterations, got {self.staleness}")
+        if self.keep_runs and self.staleness is None:
+            raise ValueError("keep_runs: expected staleness with it; where workers wait, checkpoints hold all runs")
         if self.seed >= SEEDS:
             raise ValueError(f"seed: expected a whole number from 0 to {SEEDS - 1}, got {self.seed}")
 

@@ -27,11 +27,12 @@ Source: Salimans et al. 2017 (arXiv:1703.03864); Vicol et al. 2021 (arXiv:2112.1
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+W = TypeVar("W")
 EstimatorName = Literal["es", "truncated_es", "pes", "nres"]
 
 
@@ -42,14 +43,19 @@ class Estimator(NamedTuple):
     sums_eps: bool = False
     shares_state: bool = False
 
-    def direction(self, eps: Tensor, before: Tensor | None) -> Tensor:
-        """What a window's delta is multiplied by.
+    def directions(self, windows: tuple[W, ...]) -> tuple[W, ...]:
+        """The windows of a run whose eps add up to what the delta of its last one is multiplied by.
+
+        The last of these has the eps by which that window is perturbed.
 
         Args:
-            eps: ``[..., P]`` perturbation of this window.
-            before: direction of the window before it in the same run, None in the first.
+            windows: of the run, up to now.
+
+        Example:
+            >>> [ESTIMATORS[name].directions((5, 6, 7)) for name in ("truncated_es", "pes", "nres")]
+            [(7,), (5, 6, 7), (5,)]
         """
-        return eps + before if self.sums_eps and before is not None else eps
+        return windows if self.sums_eps else windows[:1] if self.one_eps_per_run else windows[-1:]
 
 
 ESTIMATORS: dict[EstimatorName, Estimator] = {

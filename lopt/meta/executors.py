@@ -1,19 +1,22 @@
 """Where units of work run: in this process, in local processes, or (:mod:`lopt.meta.ray_workers`) on a cluster.
 
 A unit is a pure function of what it is given, so an executor may run it anywhere and, after losing a process, again;
-the results are the same bits. Another executor needs the two methods that :class:`Executor` leaves open.
+the results are the same bits. Only units that say so use what earlier ones left with the same worker (:func:`kept`).
+Another executor needs the two methods that :class:`Executor` leaves open.
 """
 
 import os
 import pickle
+import platform
 import reprlib
 import signal
 import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, TypeVar
@@ -26,6 +29,8 @@ R = TypeVar("R")
 
 #: What NumPy's matrix products read when they are loaded; more threads than cores cost time.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+SHARED, UNIT = b"shared", b"unit"  # kinds of messages to a process
 
 MAX_LOSSES = 5  # processes that may die without finishing a unit in between
 
@@ -43,9 +48,18 @@ class Executor(ABC):
         results = dict(self.stream(function, shared, items))
         return [results[index] for index in range(len(items))]
 
+    def stream(
+        self, function: Callable[[S, T], R], shared: S, items: Sequence[T]
+    ) -> Generator[tuple[int, R], None, None]:
+        """``(index, function(shared, items[index]))`` of every item, as they end; errors are those of :meth:`flow`."""
+        return self.flow(function, ((shared, item) for item in items))
+
     @abstractmethod
-    def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
-        """``(index, function(shared, items[index]))`` of every item, as they end; to be used up, or closed after it.
+    def flow(self, function: Callable[[S, T], R], units: Iterator[tuple[S, T]]) -> Generator[tuple[int, R], None, None]:
+        """``(index, function(shared, item))`` of every unit ``(shared, item)``, as they end.
+
+        The next unit is asked for when a worker has nothing to do, so it may depend on what was yielded before. When
+        this is closed early, what workers are at is not waited for: it ends without effect.
 
         Raises:
             Exception: what a unit raised; elsewhere its cause names the unit and has the traceback.
@@ -57,16 +71,115 @@ class Executor(ABC):
         """Give back what the executor holds, whatever it is at; a second call does nothing."""
 
 
+@dataclass
+class Kept:
+    """What units leave for later ones of the same worker."""
+
+    worker: str  # its name
+    value: Any = None
+
+
+_kept = Kept(f"{platform.node()} {os.getpid()}")
+
+
+def kept() -> Kept:
+    """That of the worker by which the caller is run: this process, where an executor does not say otherwise."""
+    return _kept
+
+
+@contextmanager
+def keeping(other: Kept) -> Iterator[None]:
+    """Inside, units are run by another worker in the same process."""
+    global _kept
+    before, _kept = _kept, other
+    try:
+        yield
+    finally:
+        _kept = before
+
+
 class Serial(Executor):
     """Runs units one after the other in this process."""
 
-    def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
+    def flow(self, function: Callable[[S, T], R], units: Iterator[tuple[S, T]]) -> Generator[tuple[int, R], None, None]:
         """See :class:`Executor`."""
-        for index, item in enumerate(items):
+        for index, (shared, item) in enumerate(units):
             yield index, function(shared, item)
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+@dataclass
+class Unit:
+    """A unit on its way to workers."""
+
+    feed: "Feed"
+    index: int
+    item: Any
+    common: Any  # function and shared value, for workers
+    message: bytes  # the item, for workers
+    losses: int = 0  # workers that were lost with it
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for its result."""
+        return self.feed.open
+
+    @property
+    def name(self) -> str:
+        """What it is called in errors."""
+        return unit_name(self.feed.function, self.item, self.index)
+
+
+class Feed:
+    """The units of a flow, for an executor whose workers are elsewhere; those that were lost come first.
+
+    Args:
+        dumps: pickles.
+        publish: makes of a pickled function and shared value what workers are told.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[S, T], R],
+        units: Iterator[tuple[S, T]],
+        dumps: Callable[[Any], bytes],
+        publish: Callable[[bytes], Any] = bytes,
+    ) -> None:
+        self.function, self.open, self.out = function, True, 0
+        self._units, self._dumps, self._publish = units, dumps, publish
+        self._count = 0
+        self._shared: Any = self  # which no unit has
+        self._common: Any = None
+        self._waiting: list[Unit] = []
+
+    def left(self) -> bool:
+        """Whether there are units with workers, or to come; only where there are none with workers it looks."""
+        if not self.out and not self._waiting:
+            self._waiting += [] if (unit := self._new()) is None else [unit]
+        return bool(self.out or self._waiting)
+
+    def next(self) -> Unit | None:
+        """For a worker; None where there are no more for now."""
+        unit = self._waiting.pop() if self._waiting else self._new()
+        self.out += unit is not None
+        return unit
+
+    def back(self, unit: Unit, lost: bool = False) -> None:
+        """A worker has no more to do with it."""
+        self.out -= 1
+        if lost:
+            unit.losses += 1
+            self._waiting.append(unit)
+
+    def _new(self) -> Unit | None:
+        for shared, item in self._units:
+            if shared is not self._shared:
+                self._shared, self._common = shared, self._publish(pack((self.function, shared), self._dumps))
+            self._count += 1
+            return Unit(self, self._count - 1, item, self._common, pack(item, self._dumps))
+        return None
 
 
 class LocalProcesses(Executor):
@@ -86,44 +199,48 @@ class LocalProcesses(Executor):
             raise ValueError(f"workers: expected a positive number, got {workers}")
         self.workers = [_Worker() for _ in range(workers)]
 
-    def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
+    def flow(self, function: Callable[[S, T], R], units: Iterator[tuple[S, T]]) -> Generator[tuple[int, R], None, None]:
         """See :class:`Executor`."""
-        common = pack((function, shared))
-        messages = [pack(item) for item in items]
-        waiting = list(range(len(items)))[::-1]
-        left, losses = len(items), 0
-        for worker in self.workers:
-            worker.assign(common, None)
-        while left:
-            for place, worker in enumerate(self.workers):
-                if worker.lost:
-                    code = worker.failed()
-                    if code is not None:
-                        self.close()
-                        raise RuntimeError(f"workers: one ended with exit code {code}, {GUARD}")
-                    losses += 1
-                    if losses > MAX_LOSSES:
-                        raise RuntimeError(
-                            f"workers: {losses} processes died and no unit was finished in between; "
-                            "is there enough memory for so many?"
-                        )
-                    waiting += [] if worker.unit is None else [worker.unit]
-                    worker = self.workers[place] = worker.replace()
-                    worker.assign(common, None)
-                if worker.unit is None and waiting:
-                    worker.assign(messages[waiting[-1]], waiting.pop())
-            busy = {worker.connection: worker for worker in self.workers if worker.unit is not None and not worker.lost}
-            for connection in wait(list(busy)) if busy else ():
-                worker = busy[connection]  # type: ignore[index]
-                answer = worker.receive()
-                if answer is not None:
-                    index, result, trace = answer
-                    if trace is not None:
-                        where = f"worker process {worker.process.pid}"
-                        self.close()
-                        fail(result, trace, f"{unit_name(function, items, index)} failed in {where}")
-                    left, losses = left - 1, 0
-                    yield index, result
+        feed = Feed(function, units, pickle.dumps)
+        losses = 0
+        try:
+            while feed.left():
+                for place, worker in enumerate(self.workers):
+                    if worker.lost:
+                        code = worker.failed()
+                        if code is not None:
+                            self.close()
+                            raise RuntimeError(f"workers: one ended with exit code {code}, {GUARD}")
+                        losses += 1
+                        if losses > MAX_LOSSES:
+                            raise RuntimeError(
+                                f"workers: {losses} processes died and no unit was finished in between; "
+                                "is there enough memory for so many?"
+                            )
+                        if worker.unit is not None:
+                            worker.unit.feed.back(worker.unit, lost=True)
+                        worker = self.workers[place] = worker.replace()
+                    worker.take(feed)
+                if any(worker.lost for worker in self.workers):
+                    continue
+                busy = {worker.connection: worker for worker in self.workers if worker.unit is not None}
+                for connection in wait(list(busy)):
+                    worker = busy[connection]  # type: ignore[index]
+                    unit, found = worker.unit, worker.receive()
+                    if found is None or unit is None:
+                        continue
+                    unit.feed.back(unit)
+                    losses = 0
+                    if unit.wanted:
+                        result, trace = found
+                        if trace is not None:
+                            where = f"worker process {worker.process.pid}"
+                            self.close()
+                            fail(result, trace, f"{unit.name} failed in {where}")
+                        yield unit.index, result
+                    worker.take(feed)
+        finally:
+            feed.open = False
 
     def close(self) -> None:
         """End the processes."""
@@ -143,28 +260,39 @@ class _Worker:
         with _environment(ONE_THREAD), _without_interrupts():
             self.process.start()
         theirs.close()  # so that the death of the process is the end of the file
-        self.unit: int | None = None
+        self.unit: Unit | None = None
+        self.told: Any = None  # function and shared value of its units
         self.lost = False
         self.answered = False
 
-    def assign(self, message: bytes, unit: int | None) -> None:
-        """Send a message; ``unit`` is what must be given to another if the process dies, None for what all share."""
-        self.unit = unit
+    def take(self, feed: Feed) -> None:
+        """The next unit, if it has none."""
+        if self.unit is not None or self.lost:
+            return
+        self.unit = feed.next()
+        if self.unit is None:
+            return
         try:
-            self.connection.send_bytes(pickle.dumps(unit))
-            self.connection.send_bytes(message)
+            if self.told is not self.unit.common:
+                self._send(SHARED, self.unit.common)
+                self.told = self.unit.common
+            self._send(UNIT, self.unit.message)
         except OSError:
             self.lost = True
 
     def receive(self) -> Any:
-        """The next answer, or None if the process has died."""
+        """The answer to its unit, or None if the process has died."""
         try:
-            answer = pickle.loads(self.connection.recv_bytes())
+            found = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             self.lost = True
             return None
         self.unit, self.answered = None, True
-        return answer
+        return found
+
+    def _send(self, kind: bytes, message: bytes) -> None:
+        self.connection.send_bytes(kind)
+        self.connection.send_bytes(message)
 
     def failed(self) -> int | None:
         """Exit code of a process that is lost by an error of its own, before it had answered, as another would be; None
@@ -227,21 +355,21 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _serve(connection: Connection, parent: int) -> None:
-    """What a process does: None and what units share, then numbers and units until the next of the former."""
+    """What a process does: what units share, then units until the next of the former."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     units = Units(b"")
     with suppress(EOFError, OSError):
         while True:
-            unit, message = pickle.loads(connection.recv_bytes()), connection.recv_bytes()
-            if unit is None:
+            kind, message = connection.recv_bytes(), connection.recv_bytes()
+            if kind == SHARED:
                 units = Units(message)
                 continue
-            connection.send_bytes(pickle.dumps((unit, *answer(Units.run, units, message))))
+            connection.send_bytes(pickle.dumps(answer(Units.run, units, message)))
 
 
 class Units:
-    """Units of one stream in a worker: ``(function, shared)`` as :func:`pack` sent it is read for the first of them."""
+    """Units in a worker: ``(function, shared)``, as :func:`pack` sent it, is read for the first of them."""
 
     def __init__(self, common: bytes) -> None:
         self._bytes = common
@@ -306,15 +434,14 @@ def fail(error: Exception | None, trace: str, what: str) -> NoReturn:
     raise error from told
 
 
-def unit_name(function: Any, items: Sequence[Any], index: int) -> str:
+def unit_name(function: Any, item: Any, index: int) -> str:
     """What a unit is called in errors.
 
     Example:
-        >>> unit_name(divmod, [(1, 2), (3, 4)], 1)
-        'unit 2 of 2, divmod of (3, 4),'
+        >>> unit_name(divmod, (3, 4), 1)
+        'unit 2, divmod of (3, 4),'
     """
-    name = getattr(function, "__qualname__", repr(function))
-    return f"unit {index + 1} of {len(items)}, {name} of {reprlib.repr(items[index])},"
+    return f"unit {index + 1}, {getattr(function, '__qualname__', repr(function))} of {reprlib.repr(item)},"
 
 
 def _end_with(parent: int) -> None:

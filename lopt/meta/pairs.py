@@ -2,7 +2,8 @@
 
 Both are pure functions of what they are given, so they can run anywhere, in any order, and twice. Perturbations, tasks
 and lengths follow from ``(config.seed, iteration, pair)``: a unit needs theta and a few integers, and gives a few
-numbers. Only where an estimator continues runs from window to window does their state travel too, as a :class:`Carry`.
+numbers. Only where an estimator continues runs from window to window does their state travel too, as a :class:`Carry`;
+with asynchronous workers it stays where it is.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 from lopt.meta import es, inner, objective
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.es import ESTIMATORS
+from lopt.meta.executors import kept
 from lopt.meta.unroll import Run
 from lopt.rule import ThetaSpec
 from lopt.tasks.seeds import derive, generator
@@ -25,14 +27,16 @@ from lopt.tasks.task import Task
 DRAWS = 1000  # of a task, until one is small enough
 
 
+Key = tuple[int, int]  # iteration and group, which determine perturbations, and the runs that begin
+
+
 class Carry(NamedTuple):
     """The inner runs of a group of pairs between two windows."""
 
-    begun: int  # iteration in which they began, which determines the runs
+    keys: tuple[Key, ...]  # of the windows so far; the first determines the runs
     step: int
     stop: int  # steps after which they are replaced
     state: inner.State  # of the runs under +eps of all pairs, then under -eps
-    direction: Tensor | None  # [pairs, P] of the last window, where the next one needs it
 
 
 class Shared(NamedTuple):
@@ -50,6 +54,9 @@ class Shared(NamedTuple):
 class Result(NamedTuple):
     """What a window of a group of pairs gave."""
 
+    iteration: int
+    group: int
+    keys: tuple[Key, ...]  # whose perturbations add up to what the differences are multiplied by
     family: str  # of the task: what its name begins with
     deltas: tuple[float, ...]  # of each pair the meta-loss under +eps minus that under -eps, clipped
     meta_loss: float  # mean of all
@@ -57,12 +64,20 @@ class Result(NamedTuple):
     inner_steps: int
     cpu_seconds: float
     carry: Carry | None  # None when the runs have ended
+    worker: str  # by which it was computed
 
 
 def perturbation(config: MetaTrainConfig, iteration: int, pair: int, num_floats: int) -> Tensor:
     """``[P]`` unit normal."""
     random = generator(config.seed, "perturbation", iteration, pair)
     return torch.from_numpy(random.standard_normal(num_floats, dtype="float32"))
+
+
+def perturbations(config: MetaTrainConfig, key: Key, num_floats: int) -> Tensor:
+    """``[pairs, P]`` of the pairs of a group that share a task."""
+    iteration, group = key
+    pairs = range(group * config.pairs_per_task, (group + 1) * config.pairs_per_task)
+    return torch.stack([perturbation(config, iteration, pair, num_floats) for pair in pairs])
 
 
 def horizon_of(config: MetaTrainConfig, phase: int, iteration: int, group: int) -> int:
@@ -95,22 +110,12 @@ def _task(config: MetaTrainConfig, random: np.random.Generator, max_params: int 
     raise ValueError(f"max_params: {DRAWS} tasks of {list(families)} all have more than {max_params} parameters")
 
 
-def eps_and_direction(shared: Shared, group: int, carry: Carry | None) -> tuple[Tensor, Tensor]:
-    """Perturbations ``[pairs, P]`` of this window, and what their deltas are multiplied by."""
-    config = shared.config
-    estimator = ESTIMATORS[config.phases[shared.phase].estimator]
-    begun = carry.begun if carry is not None and estimator.one_eps_per_run else shared.iteration
-    pairs = range(group * config.pairs_per_task, (group + 1) * config.pairs_per_task)
-    eps = torch.stack([perturbation(config, begun, pair, len(shared.theta)) for pair in pairs])
-    return eps, estimator.direction(eps, carry.direction if carry is not None else None)
-
-
 def first_stop(shared: Shared, horizon: int, window: int, group: int) -> int:
     """Where the first runs of a group in a phase are cut short: spread over their windows, so that groups are not all
     at one stage."""
     if shared.iteration != shared.phase_begun:
         return horizon
-    return window * math.ceil(horizon // window * (group + 1) / shared.config.groups)
+    return window * math.ceil(horizon // window * (group % shared.config.groups + 1) / shared.config.groups)
 
 
 def unroll_group(shared: Shared, item: tuple[int, Carry | None]) -> Result:
@@ -123,13 +128,16 @@ def unroll_group(shared: Shared, item: tuple[int, Carry | None]) -> Result:
     config, spec, (group, carry) = shared.config, shared.spec, item
     phase = config.phases[shared.phase]
     estimator = ESTIMATORS[phase.estimator]
-    eps, direction = eps_and_direction(shared, group, carry)
+    key = shared.iteration, group
+    keys = (*(() if carry is None else carry.keys), key)
+    used = estimator.directions(keys)
+    eps = perturbations(config, used[-1], len(shared.theta))
     thetas = es.antithetic(shared.theta, eps, config.sigma * shared.scale)
-    run = sample_run(config, shared.phase, shared.iteration if carry is None else carry.begun, group)
+    run = sample_run(config, shared.phase, *keys[0])
     window = phase.window or run.horizon
     if carry is None:
         stop = first_stop(shared, run.horizon, window, group)
-        carry = Carry(shared.iteration, 0, stop, inner.start(spec, thetas, run), None)
+        carry = Carry((), 0, stop, inner.start(spec, thetas, run))
     state, losses = inner.unroll(spec, thetas, run, carry.state, carry.step, window)
 
     points = objective.per_point(losses, config.objective, run.unit, config.loss_limit)
@@ -143,12 +151,19 @@ def unroll_group(shared: Shared, item: tuple[int, Carry | None]) -> Result:
     if carry.step + window < carry.stop:
         if estimator.shares_state:
             state = inner.select(state, [*range(len(eps)), *range(len(eps))])
-        after = Carry(carry.begun, carry.step + window, carry.stop, state, direction if estimator.sums_eps else None)
-    divergences = int(objective.diverged(losses).sum())
-    seconds = time.process_time() - clock
-    mean = float(means.mean())
+        after = Carry(keys, carry.step + window, carry.stop, state)
     return Result(
-        run.task.name.partition("-")[0], tuple(deltas), mean, divergences, losses.train.numel(), seconds, after
+        shared.iteration,
+        group,
+        used,
+        family=run.task.name.partition("-")[0],
+        deltas=tuple(deltas),
+        meta_loss=float(means.mean()),
+        divergences=int(objective.diverged(losses).sum()),
+        inner_steps=losses.train.numel(),
+        cpu_seconds=time.process_time() - clock,
+        carry=after,
+        worker=kept().worker,
     )
 
 

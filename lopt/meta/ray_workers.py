@@ -1,9 +1,9 @@
 """Where units run: workers of a Ray cluster, which may join, leave and die at any time (extra ``ray``).
 
-What units share (theta among it) is put into the cluster's object store once for each :meth:`RayWorkers.stream`, an
-item travels with its unit. A worker is an actor on one thread; it lives on between iterations, and with it the tasks
-and data that it has made. A unit whose worker is lost is computed again by another. A worker that would compute other
-bits, with other code or another instruction set, is refused with its name.
+What units share (theta among it) is put into the cluster's object store once, an item travels with its unit. A worker
+is an actor on one thread; it lives on between iterations, and with it the tasks and data that it has made. A unit whose
+worker is lost is computed again by another. A worker that would compute other bits, with other code or another
+instruction set, is refused with its name.
 """
 
 import logging
@@ -13,24 +13,14 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
 
 from lopt import kernels
-from lopt.meta.executors import (
-    MAX_LOSSES,
-    ONE_THREAD,
-    Executor,
-    Units,
-    answer,
-    fail,
-    pack,
-    unit_name,
-    usable_cores,
-)
+from lopt.meta.executors import MAX_LOSSES, ONE_THREAD, Executor, Feed, Unit, Units, answer, fail, kept, usable_cores
 from lopt.provenance import cpu_info, package_sha256, versions
 
 S = TypeVar("S")
@@ -91,47 +81,46 @@ class RayWorkers(Executor):
         local = {"num_cpus": cores, "num_gpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         self._ray.init(address="local", _node_ip_address="127.0.0.1", _system_config=_SYSTEM, **local, **quiet)
 
-    def stream(self, function: Callable[[S, T], R], shared: S, items: Sequence[T]) -> Iterator[tuple[int, R]]:
+    def flow(self, function: Callable[[S, T], R], units: Iterator[tuple[S, T]]) -> Generator[tuple[int, R], None, None]:
         """See :class:`lopt.meta.executors.Executor`."""
-        dumps = self._ray.cloudpickle.dumps  # which takes along what a script or notebook defines
-        common = self._ray.put(pack((function, shared), dumps))
-        messages = [pack(item, dumps) for item in items]
-        waiting = list(range(len(items)))[::-1]
-        losses = [0] * len(items)
-        left = len(items)
-        for place in self._places:
-            place.told = False
-        while left:
-            for place in self._places:
-                if waiting and place.name and place.unit is None:
-                    place.assign(common, waiting[-1], messages[waiting.pop()])
-            for place in self._ended():
-                unit, place.unit = place.unit, None
-                try:
-                    found = self._ray.get(place.ref)
-                except self._ray.exceptions.RayError as error:
-                    self._lost(place, error)
-                    if unit is not None:
-                        losses[unit] += 1
-                        if losses[unit] > MAX_LOSSES:
+        # cloudpickle takes along what a script or notebook defines
+        feed = Feed(function, units, self._ray.cloudpickle.dumps, self._ray.put)
+        try:
+            while feed.left():
+                for place in self._places:
+                    place.take(feed)
+                for place in self._ended():
+                    unit, place.unit = place.unit, None
+                    try:
+                        found = self._ray.get(place.ref)
+                    except self._ray.exceptions.RayError as error:
+                        self._lost(place, error)
+                        if unit is not None:
+                            self._again(unit, place, error)
+                        continue
+                    place.ref, self._failed_starts = None, 0
+                    if unit is None:
+                        self._greet(place, *found)
+                        continue
+                    unit.feed.back(unit)
+                    if unit.wanted:
+                        result, trace = pickle.loads(found)
+                        if trace is not None:
                             self.close()
-                            raise RuntimeError(
-                                f"{unit_name(function, items, unit)} was lost with {losses[unit]} workers, the last "
-                                f"one {place.name}; is there enough memory? ({self._why})"
-                            ) from error
-                        waiting.append(unit)
-                    continue
-                if unit is None:
-                    self._greet(place, *found)
-                    continue
-                place.ref, self._failed_starts = None, 0
-                result, trace = pickle.loads(found)
-                if trace is not None:
-                    name = place.name
-                    self.close()
-                    fail(result, trace, f"{unit_name(function, items, unit)} failed in worker {name}")
-                left -= 1
-                yield unit, result
+                            fail(result, trace, f"{unit.name} failed in worker {place.name}")
+                        yield unit.index, result
+                    place.take(feed)
+        finally:
+            feed.open = False
+
+    def _again(self, unit: Unit, place: "_Place", error: Exception) -> None:
+        unit.feed.back(unit, lost=True)
+        if unit.wanted and unit.losses > MAX_LOSSES:
+            self.close()
+            raise RuntimeError(
+                f"{unit.name} was lost with {unit.losses} workers, the last one {place.name}; is there enough memory? "
+                f"({self._why})"
+            ) from error
 
     def close(self) -> None:
         """End the workers, and the cluster if it was started here."""
@@ -173,11 +162,10 @@ class RayWorkers(Executor):
 
     def _greet(self, place: "_Place", node: str, name: str, theirs: dict[str, str]) -> None:
         """A worker has started: take it, or refuse it and wait for one elsewhere."""
-        self._failed_starts = 0
         here = theirs if self._here is None else self._here
         different = [f"{key} {theirs[key]} (here {here[key]})" for key in here if theirs[key] != here[key]]
         if not different:
-            place.name, place.ref = name, None
+            place.name = name
             return
         if node not in self.refused:
             self.refused[node] = f"{name}: {', '.join(different)}"
@@ -226,15 +214,20 @@ class _Place:
         self.actor = actor
         self.ref = ref  # of what it will say next: who it is, then results; None while it has nothing to do
         self.name = ""  # as soon as it is accepted
-        self.unit: int | None = None
-        self.told = False  # what the units have in common
+        self.unit: Unit | None = None
+        self.told: Any = None  # function and shared value of its units
 
-    def assign(self, common: Any, unit: int, message: bytes) -> None:
-        """Give it a unit."""
-        if not self.told:
-            self.actor.share.remote(common)
-            self.told = True
-        self.unit, self.ref = unit, self.actor.work.remote(message)
+    def take(self, feed: Feed) -> None:
+        """The next unit, if it is here and has none."""
+        if not self.name or self.unit is not None:
+            return
+        self.unit = feed.next()
+        if self.unit is None:
+            return
+        if self.told is not self.unit.common:
+            self.told = self.unit.common
+            self.actor.share.remote(self.told)
+        self.ref = self.actor.work.remote(self.unit.message)
 
 
 class _Worker:
@@ -249,8 +242,8 @@ class _Worker:
         import ray
 
         sys.path += [folder for folder in path if folder not in sys.path]
-        node = ray.get_runtime_context().get_node_id()
-        return node, f"{ray.util.get_node_ip_address()} ({platform.node()}), process {os.getpid()}", fingerprint()
+        kept().worker = f"{ray.util.get_node_ip_address()} ({platform.node()}), process {os.getpid()}"
+        return ray.get_runtime_context().get_node_id(), kept().worker, fingerprint()
 
     def share(self, common: bytes) -> None:
         """Function and shared value of the units to come."""

@@ -3,21 +3,21 @@
 One iteration::
 
     delta_i  = difference of meta-loss between the runs of pair i          (lopt.meta.pairs, anywhere)
-    gradient = mean over pairs of direction_i delta_i / (2 sigma)          (lopt.meta.es, here)
+    gradient = mean over pairs of direction_i delta_i / (2 sigma)          (lopt.meta.es, lopt.meta.learner)
     theta   -= lr scale Adam(clamp(gradient, -gradient_clip, gradient_clip))   (lopt.meta.outer; or a learned one)
 
 Everything runs on one thread per process: the tensors are so small that more threads cost time, and sums are then the
-same whatever the number of cores. Results depend on the configuration alone, not on the executor.
+same whatever the number of cores. Results depend on the configuration alone, not on the executor, unless it lets
+workers go on without waiting for each other (:mod:`lopt.meta.asynchronous`).
 
 Source: arXiv:2009.11243, section 3 and appendix B (Adam, and a clip of every component of the meta-gradient).
 """
 
 import json
-import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from lopt.files import write_text
-from lopt.meta import checkpoint, es, outer, pairs, plots
+from lopt.meta import asynchronous, checkpoint, outer, pairs, plots
 from lopt.meta.checkpoint import TrainState
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.executors import Executor, Serial
+from lopt.meta.learner import Learner
 from lopt.meta.loggers import JsonLines, Logger
 from lopt.meta.metrics import read_metrics, truncate
 from lopt.meta.pairs import Shared
@@ -82,14 +83,14 @@ def run(
     loggers = [JsonLines(out), *loggers]
     with _alone(out), one_thread():
         spec, state = _continue(config, out) if resume else _begin(config, out, executor, loggers)
-        with Reporter(console, state.inner_steps, config.inner_steps) as reporter:
-            while state.inner_steps < config.inner_steps:
-                clock, begun = time.process_time(), time.monotonic()
-                before, counted = state.inner_steps, state.cpu_seconds
-                metrics = _iterate(config, spec, state, executor)
-                done = state.inner_steps >= config.inner_steps
-                if done or state.inner_steps // config.validate_every > before // config.validate_every:
-                    metrics |= _validate(config, spec, state, executor)
+        learner = Learner(config, spec, state)
+        iterations = _synchronous if config.staleness is None else asynchronous.iterations
+        with (
+            Reporter(console, state.inner_steps, config.inner_steps) as reporter,
+            closing(iterations(learner, executor)) as lines,
+        ):
+            clock, begun, counted = time.process_time(), time.monotonic(), state.cpu_seconds
+            for metrics in lines:
                 own = time.process_time() - clock  # of this process; units have counted theirs
                 state.cpu_seconds = counted + own if isinstance(executor, Serial) else state.cpu_seconds + own
                 metrics["cpu_seconds"] = round(state.cpu_seconds, 2)
@@ -97,8 +98,10 @@ def run(
                 for logger in loggers:
                     logger.update(metrics)
                 reporter.update(metrics)
-                if done or "validation" in metrics or state.iteration % config.checkpoint_every == 0:
+                due = state.iteration % config.checkpoint_every == 0 or state.inner_steps >= config.inner_steps
+                if due or "validation" in metrics:
                     _save(config, spec, state, out, command)
+                clock, begun, counted = time.process_time(), time.monotonic(), state.cpu_seconds
     draw(out, console)
     return _theta(config, spec, state, best=True, command=command)
 
@@ -136,7 +139,8 @@ def _begin(
     state = TrainState.begin(config, theta.flatten(), checksum)
     header = {"config": config.to_json(), "spec": theta.spec.to_json(), "versions": versions(), "commit": commit()}
     write_text(out / "config.json", json.dumps(header, indent=1) + "\n")
-    validation = _validate(config, theta.spec, state, executor)
+    learner = Learner(config, theta.spec, state)
+    validation = learner.validate(executor)
     for logger in loggers:
         logger.update({"iteration": 0, "inner_steps": 0, **validation})
     checkpoint.save(out / "checkpoint.pt", config, theta.spec, state)
@@ -166,68 +170,15 @@ def start_theta(config: MetaTrainConfig) -> Theta:
     return theta if config.stats is None else theta.with_spec(stats=config.stats)
 
 
-def _iterate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, executor: Executor) -> dict[str, Any]:
-    """One outer iteration: advances ``state`` and returns its line of metrics."""
-    number = config.phase_at(state.inner_steps)
-    if number != state.phase:  # runs of another kind begin
-        state.phase, state.phase_begun, state.carries = number, state.iteration, [None] * config.groups
-    scale = outer.scales(spec, config.scaling, config.phases[number].groups)
-    shared = Shared(config, spec, state.theta, scale, number, state.phase_begun, state.iteration)
-    results = _unroll_pairs(shared, state, executor)
-
-    chosen = [pairs.eps_and_direction(shared, group, carry)[1] for group, carry in enumerate(state.carries)]
-    delta = torch.tensor([delta for result in results for delta in result.deltas])
-    if config.equalise:
-        families = [result.family for result in results for _ in result.deltas]
-        delta = es.equalised(delta, families)
-    trained = scale > 0
-    gradient = es.es_gradient(torch.cat(chosen), delta, config.sigma) * trained
-    clipped = torch.clamp(gradient, -config.gradient_clip, config.gradient_clip)
-    meta_loss, lr = sum(result.meta_loss for result in results) / len(results), config.lr_at(state.inner_steps)
-    noise = _by_family(results)
-    if config.outer == "adam":
-        warmup = config.warmup_from_file if config.from_file else config.warmup
-        state.moments, direction = outer.adam(state.moments, clipped, trained, config.betas, warmup)
-        state.theta = state.theta - lr * scale * direction
-        noise["signal"] = round(outer.signal(state.moments, trained, config.betas), 4)
-    else:
-        learned = outer.learned(config.outer, state.learned, spec, state.theta, clipped, scale, meta_loss)
-        state.learned, state.theta = learned
-    state.average = torch.lerp(state.average, state.theta, 1.0 - config.average)
-
-    state.carries = [result.carry for result in results]
-    state.iteration += 1
-    state.inner_steps += sum(result.inner_steps for result in results)
-    state.divergences += sum(result.divergences for result in results)
-    state.cpu_seconds += sum(result.cpu_seconds for result in results)
-    return {
-        "iteration": state.iteration,
-        "phase": number,
-        "lr": lr,
-        "meta_loss": meta_loss,
-        "gradient_norm": float(gradient.norm()),
-        "gradient_clipped": float((clipped != gradient).sum() / trained.sum()),
-        "inner_steps": state.inner_steps,
-        "divergences": state.divergences,
-        **noise,
-    }
-
-
-def _by_family(results: Sequence[pairs.Result]) -> dict[str, Any]:
-    """Of each family its pairs and the root mean square of their differences of meta-loss; and CPU seconds.
-
-    The noise of the meta-gradient is proportional to these squares, so they say what each family adds to it.
-    """
-    found: dict[str, list[pairs.Result]] = {}
-    for result in results:
-        found.setdefault(result.family, []).append(result)
-    lines, seconds = {}, {}
-    for family, some in sorted(found.items()):
-        deltas = [delta for result in some for delta in result.deltas]
-        size = math.sqrt(sum(delta * delta for delta in deltas) / len(deltas))
-        lines[family] = {"pairs": len(deltas), "delta": round(size, 5)}
-        seconds[family] = round(sum(result.cpu_seconds for result in some), 3)
-    return {"families": lines, "family_cpu_seconds": seconds}
+def _synchronous(learner: Learner, executor: Executor) -> Generator[dict[str, Any], None, None]:
+    """Iterations that wait for all their pairs, as metrics."""
+    config, state = learner.config, learner.state
+    while state.inner_steps < config.inner_steps:
+        learner.begin()
+        results = _unroll_pairs(learner.shared, state, executor)
+        metrics, due = learner.update(results, results)
+        state.carries = [result.carry for result in results]
+        yield metrics | (learner.validate(executor) if due else {})
 
 
 def _unroll_pairs(shared: Shared, state: TrainState, executor: Executor) -> list[pairs.Result]:
@@ -237,28 +188,7 @@ def _unroll_pairs(shared: Shared, state: TrainState, executor: Executor) -> list
         lengths = [pairs.horizon_of(shared.config, shared.phase, shared.iteration, group) for group in order]
         order.sort(key=lambda group: -lengths[group])
     results = executor.map(pairs.unroll_group, shared, [(group, state.carries[group]) for group in order])
-    return [result for _, result in sorted(zip(order, results, strict=True), key=lambda entry: entry[0])]
-
-
-def _validate(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, executor: Executor) -> dict[str, Any]:
-    """Scores of the mean theta on the validation runs, as metrics; keeps it where it is the best so far.
-
-    ``validation`` is the mean over all runs of the meta-loss over the last tenth of a run, ``validation_mean`` that
-    over the whole run.
-    """
-    shared = Shared(config, spec, state.average, torch.zeros(0), 0, 0, state.iteration)
-    found = executor.map(pairs.validate_task, shared, range(config.validation_tasks))
-    state.cpu_seconds += sum(seconds for _, seconds in found)
-    metrics: dict[str, Any] = {}
-    for position, (horizon, told) in enumerate(pairs.settings(config)):
-        finals = [scores[position].final for scores, _ in found]
-        metrics[f"final_{horizon}_{'told' if told else 'untold'}"] = sum(finals) / len(finals)
-    score = sum(metrics.values()) / len(metrics)
-    state.validation[state.iteration] = score
-    if state.best_iteration == state.iteration:
-        state.best = state.average
-    means = [entry.mean for scores, _ in found for entry in scores]
-    return {"validation": score, "validation_mean": sum(means) / len(means), **metrics}
+    return sorted(results, key=lambda result: result.group)
 
 
 def _save(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, out: Path, command: str) -> None:

@@ -122,7 +122,7 @@ def test_units(cluster: Any, tmp_path: Path) -> None:
         assert {path.name for path in tmp_path.iterdir()} == {"2", "5"}
         assert set(executor.workers) != before
         assert dict(in_processes(abs, [-2, 1], executor)) == {-2: 2, 1: 1}
-        with pytest.raises(RuntimeError, match=r"unit 1 of 1, die_always of 0, was lost with 6 workers, the last one"):
+        with pytest.raises(RuntimeError, match=r"unit 1, die_always of 0, was lost with 6 workers, the last one"):
             executor.map(die_always, None, [0])
 
 
@@ -133,11 +133,11 @@ def test_an_error_names_the_unit_and_the_worker_and_has_the_traceback(cluster: A
     ):
         executor.map(divide, 1.0, [2.0, 0.0])
     trace = str(error.value.__cause__)
-    assert re.match(r"unit 2 of 2, divide of 0\.0, failed in worker .*process \d+:\nTraceback \(most recent", trace)
+    assert re.match(r"unit 2, divide of 0\.0, failed in worker .*process \d+:\nTraceback \(most recent", trace)
     assert "return shared / item" in trace
     with (
         closing(RayWorkers(1, cluster.address)) as executor,
-        pytest.raises(RuntimeError, match=r"unit 1 of 1, fail of 3, failed in worker (.|\n)*Local: 3 and 3"),
+        pytest.raises(RuntimeError, match=r"unit 1, fail of 3, failed in worker (.|\n)*Local: 3 and 3"),
     ):
         executor.map(fail, None, [3])
     assert issubclass(Local, Exception)
