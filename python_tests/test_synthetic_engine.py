@@ -66,23 +66,28 @@ class Double(Task):
             yield map_tensors(lambda part: part.double() if part.is_floating_point() else part, batch)
 
 
-def by_torch(theta: Theta, thetas: Tensor, task: Task, total_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def by_torch(
+    theta: Theta, thetas: Tensor, task: Task, total_steps: int, valid_every: int = 10
+) -> tuple[Tensor, Tensor, Tensor]:
     """Parameters ``[2, num_params]``, outer_valid and train losses ``[2, steps]``."""
     weights = unflatten(theta.spec, thetas)
-    run = Run(task, SEED, STEPS, total_steps, valid_batches=2)
+    run = Run(task, SEED, STEPS, total_steps, valid_every, valid_batches=2)
     state, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), STEPS)
     params = torch.cat([value.reshape(2, -1) for value in state.params.values()], dim=1)
     return params, losses.outer, losses.train
 
 
-def by_engine(theta: Theta, thetas: Tensor, task: Task, total_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def by_engine(
+    theta: Theta, thetas: Tensor, task: Task, total_steps: int, valid_every: int = 10
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same."""
     problem, keys = engine.problem_of(task), engine.minibatch_keys(SEED)
     assert problem is not None
     init = engine.initial_params(task, SEED)
     states = [engine.start(theta.spec, problem, row, init) for row in thetas]
     runs = [engine.EngineRun(0, row, state, keys, total_steps) for row, state in enumerate(states)]
-    outer, train = engine.unroll(theta.spec, thetas, [problem], runs, STEPS, valid_every=10, valid_batches=2)
+    valid = {"valid_every": valid_every, "valid_batches": 2}
+    outer, train = engine.unroll(theta.spec, thetas, [problem], runs, STEPS, **valid)
     return torch.stack([engine.params_of(theta.spec, problem, state) for state in states]), outer, train
 
 
@@ -114,6 +119,16 @@ def test_compact_runs_are_the_same_in_both_engines(family: Family) -> None:
     assert len(tasks) >= 3
     for index, task in enumerate(tasks[:3]):
         assert_same(theta, thetas, task, STEPS * (index % 2))
+
+
+def test_runs_without_validation_losses_see_none() -> None:
+    """Not even one before the first step."""
+    theta, thetas = population("compact")
+    task = Perceptron(seed=0, data="teacher", regression=True, inputs=6, hidden=(9,), outputs=3, activation="tanh")
+    ours, theirs = by_engine(theta, thetas, task, 0, 0), by_torch(theta, thetas, task, 0, 0)
+    assert all(apart(a, b).max() <= 1e-5 for a, b in zip(ours, theirs, strict=True))
+    seen = by_engine(theta, thetas, task, 0, STEPS)  # one, before the first step
+    assert all(apart(a, b).max() > 1e-4 for a, b in zip(ours, seen, strict=True))
 
 
 def test_compact_runs_with_relu_are_the_same_in_both_engines() -> None:

@@ -63,7 +63,7 @@ struct Problem {
   FIELD(int64_t, state)         /* address of state_floats(...) floats */                                       \
   FIELD(Keys, keys)             /* of the minibatch streams */                                                  \
   FIELD(int64_t, steps)         /* how many to run now */                                                       \
-  FIELD(int64_t, valid_every)   /* steps between validation losses for the optimizer */                         \
+  FIELD(int64_t, valid_every)   /* steps between validation losses for the optimizer; 0 for none */             \
   FIELD(int64_t, valid_batches) /* minibatches that a validation loss is the mean over */                       \
   FIELD(int64_t, loss_every)    /* steps between outer_valid losses */                                          \
   FIELD(double, total_steps)    /* told to the optimizer; 0: unknown */                                         \

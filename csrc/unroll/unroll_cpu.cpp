@@ -204,7 +204,7 @@ struct Engine {
       const int64_t step = static_cast<int64_t>(state.updates[0]);  // training steps so far
       train[i] = NAN;
       if (alive) {
-        if (step % r.valid_every == 0) {
+        if (r.valid_every > 0 && step % r.valid_every == 0) {
           double sum = 0.0;
           for (int64_t j = 0; j < r.valid_batches; ++j) {
             model.gather(kInnerValid, r.keys[kInnerValid], step / r.valid_every * r.valid_batches + j);

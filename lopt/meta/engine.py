@@ -269,7 +269,7 @@ def unroll(
 
     Args:
         theta: ``[n, P]`` float32, one row per perturbation.
-        valid_every: steps between the validation losses the optimizer sees.
+        valid_every: steps between the validation losses the optimizer sees, the first before step 0; 0 for none.
         valid_batches: ``inner_valid`` minibatches that such a loss is the mean over.
         loss_every: steps between ``outer_valid`` losses; a divisor of ``steps``.
 
@@ -277,8 +277,10 @@ def unroll(
         ``outer_valid`` losses after the update ``[runs, steps / loss_every]`` and train losses before the update
         ``[runs, steps]``; NaN from where a run diverged.
     """
-    if min(valid_every, valid_batches) < 1:
-        raise ValueError(f"valid_every, valid_batches: expected positive numbers, got {valid_every}, {valid_batches}")
+    if valid_every < 0 or valid_batches < 1:
+        raise ValueError(
+            f"valid_every, valid_batches: expected at least 0 and 1, got {valid_every} and {valid_batches}"
+        )
     if steps < 1 or steps % loss_every:
         raise ValueError(f"steps: expected a positive multiple of loss_every={loss_every}, got {steps}")
     theta = theta.float().contiguous()

@@ -20,7 +20,6 @@ from lopt.tasks.families import Family, sample_task
 from lopt.tasks.task import Task, map_tensors
 
 State = Any
-NEVER = 2**62  # steps between validation losses when there are none
 
 #: Bytes that the runs of a torch unroll may need at once; more runs go in groups. Fixed, as groups of another size
 #: give other roundings.
@@ -58,7 +57,7 @@ def unroll(spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, s
     state = state.clone()
     keys = engine.minibatch_keys(run.seed)
     runs = [engine.EngineRun(0, row, state[row], keys, run.total_steps) for row in range(len(thetas))]
-    valid = {"valid_every": run.valid_every or NEVER, "valid_batches": run.valid_batches}
+    valid = {"valid_every": run.valid_every, "valid_batches": run.valid_batches}
     outer, train = engine.unroll(spec, thetas, [problem], runs, steps, **valid, loss_every=run.loss_every)
     return state, Losses(outer, train)
 
