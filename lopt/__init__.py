@@ -1,10 +1,24 @@
 """A hierarchical learned optimizer for PyTorch."""
 
+from typing import TYPE_CHECKING, Any
+
 import lopt.kernels.registration  # noqa: F401  torch.ops.lopt
 from lopt.history import History
 from lopt.optimizer import LearnedOptimizer
 from lopt.rule import PRESETS, Theta, ThetaSpec
 
+if TYPE_CHECKING:
+    from lopt.meta.train import meta_train
+
 __version__ = "0.1.0"
 
-__all__ = ["PRESETS", "History", "LearnedOptimizer", "Theta", "ThetaSpec", "__version__"]
+__all__ = ["PRESETS", "History", "LearnedOptimizer", "Theta", "ThetaSpec", "__version__", "meta_train"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is asked for: training with the optimizer needs none of it."""
+    if name == "meta_train":
+        from lopt.meta.train import meta_train
+
+        return meta_train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,12 +13,10 @@ from rich.console import Console
 from lopt.commands.common import Outcome, OutFolder, Seed, say
 from lopt.commands.weights import describe_theta
 from lopt.commands.workers import Spread
-from lopt.meta import checkpoint, trainer
-from lopt.meta.config import MetaTrainConfig
-from lopt.meta.executors import Executor, LocalProcesses, Serial
-from lopt.meta.loggers import LoggerName, make_logger, require
+from lopt.meta.loggers import LoggerName
 from lopt.meta.metrics import read_metrics
-from lopt.meta.recipes import recipe
+from lopt.meta.recipes import check_fields
+from lopt.meta.train import meta_train
 
 RecipeName = Literal["default", "train-loss", "continue", "paper", "networks", "mixture", "tiny"]
 
@@ -62,27 +59,17 @@ class MetaTrain(Spread):
     """More settings, as NAME=VALUE with the value in JSON, for instance pairs=32 weighting="last"."""
 
     def run(self, console: Console) -> Outcome:
-        given = self._given()
-        if not self.resume:
-            trainer.check_new(self.out)
-        for name in self.log:
-            require(name)
-        with ExitStack() as stack:
-            executor = stack.enter_context(closing(_executor(stack.enter_context(self.spread()))))
-            config = self._resumed(given) if self.resume else self._begun(given, executor, console)
-            if not self.resume:
-                say(console, f"First the start is validated on {config.validation_tasks} tasks")
-            loggers = [make_logger(name, self.out, config.to_json()) for name in dict.fromkeys(self.log)]
-            for logger in loggers:
-                stack.callback(logger.close)
-            theta = trainer.run(
-                config,
+        with self.spread() as executor:
+            theta = meta_train(
+                self.recipe,
                 self.out,
-                resume=self.resume,
+                hours=self.hours,
                 executor=executor,
-                loggers=loggers,
+                callbacks=self.log,
+                resume=self.resume,
                 console=console,
                 command=shlex.join(["lopt", *sys.argv[1:]]),
+                **self._given(),
             )
         path = self.out / "theta.safetensors"
         before, after = (theta.provenance["validation"][name] for name in ("first", "best"))
@@ -93,11 +80,7 @@ class MetaTrain(Spread):
 
     def _given(self) -> dict[str, Any]:
         """Fields of the configuration that the command line names."""
-        if self.hours is not None and self.inner_steps is not None:
-            raise ValueError("hours, inner_steps: expected one of them, got both")
-        if self.hours is not None and not self.hours > 0:
-            raise ValueError(f"hours: expected a positive number, got {self.hours}")
-        named = {"recipe": self.recipe, "inner_steps": self.inner_steps, "init": self.from_, "seed": self.seed}
+        named = {"inner_steps": self.inner_steps, "init": self.from_, "seed": self.seed}
         given = {name: value for name, value in named.items() if value is not None}
         for setting in self.set:
             name, _, text = setting.partition("=")
@@ -105,34 +88,5 @@ class MetaTrain(Spread):
                 given[name] = json.loads(text)
             except json.JSONDecodeError:
                 given[name] = text
+        check_fields(given)
         return given
-
-    def _begun(self, given: dict[str, Any], executor: Executor, console: Console) -> MetaTrainConfig:
-        name = given.pop("recipe", "default")
-        if "inner_steps" in given or (name == "tiny" and self.hours is None):
-            return recipe(name, **given)
-        hours = self.hours or 1.0
-        seconds = min(10.0, 36.0 * hours)  # at most a hundredth of the budget
-        say(console, f"Measuring the speed, for {seconds:g} s")
-        speed = trainer.measure_speed(recipe(name, **given, inner_steps=1), executor, seconds)
-        steps = max(1, round(speed * hours * 3600.0))
-        say(console, f"{speed:,.0f} inner steps/s: {hours:g} h are --inner-steps {steps}")
-        return recipe(name, **given, inner_steps=steps)
-
-    def _resumed(self, given: dict[str, Any]) -> MetaTrainConfig:
-        config = checkpoint.load(self.out / "checkpoint.pt")[0]
-        begun = config.to_json()
-        for name, value in given.items():
-            if name not in begun:
-                raise ValueError(f"set: unknown setting {name!r}, expected some of {sorted(begun)}")
-            if value != begun[name]:
-                raise ValueError(
-                    f"{name}: the run in {str(self.out)!r} was begun with {begun[name]!r}, cannot go on with {value!r}"
-                )
-        return config
-
-
-def _executor(workers: int | Executor) -> Executor:
-    if isinstance(workers, Executor):
-        return workers
-    return Serial() if workers == 1 else LocalProcesses(workers)

@@ -10,6 +10,7 @@ from lopt.meta.es import ESTIMATORS, EstimatorName
 from lopt.rule.spec import PRESETS
 from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.families import NETWORK_FAMILIES, NetworkFamily
+from lopt.tasks.own import OwnTasks
 from lopt.tasks.seeds import SEEDS
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 from lopt.tasks.task import VALID_ROWS
@@ -127,9 +128,10 @@ class MetaTrainConfig:
     """Differences count in units of their family's median (:func:`lopt.meta.es.equalised`), so that each family has a
     say in proportion to its share of the tasks."""
 
-    tasks: tuple[Family | NetworkFamily, ...] | TaskDistribution = ENGINE_FAMILIES
+    tasks: tuple[Family | NetworkFamily, ...] | TaskDistribution | OwnTasks = ENGINE_FAMILIES
     """Families of synthetic tasks and of small networks to draw from, each equally often, a family named twice twice as
-    often; or any mixture. Tasks that the unroll engine cannot run are some hundred times as slow."""
+    often; or any mixture; or tasks of your own. Those that the unroll engine cannot run are some hundred times as
+    slow."""
 
     tell_horizon: float = 0.6
     """Share of the inner runs in which the optimizer is told the length of the run (total_steps)."""
@@ -210,9 +212,10 @@ class MetaTrainConfig:
             if field.type in (int, float) and not isinstance(getattr(self, field.name), (int, float)):
                 raise ValueError(f"{field.name}: expected a number, as in 3 or 0.5, got {getattr(self, field.name)!r}")
         if isinstance(self.tasks, Mapping):  # from JSON
-            object.__setattr__(self, "tasks", TaskDistribution.from_json(self.tasks))
+            kind: Any = OwnTasks if "own" in self.tasks else TaskDistribution
+            object.__setattr__(self, "tasks", kind.from_json(self.tasks))
         names = ("betas", "validation_horizons", "phases")
-        for name in names if isinstance(self.tasks, TaskDistribution) else ("tasks", *names):
+        for name in names if isinstance(self.tasks, (TaskDistribution, OwnTasks)) else ("tasks", *names):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         given: tuple[Any, ...] = self.phases  # mappings when they come from JSON
         phases = tuple(phase if isinstance(phase, Phase) else Phase(**phase) for phase in given)
@@ -281,10 +284,11 @@ class MetaTrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        values = dataclasses.asdict(self)
-        if isinstance(self.tasks, TaskDistribution):
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.tasks, (TaskDistribution, OwnTasks)):
             values["tasks"] = self.tasks.to_json()
-        values["phases"] = [{**phase, "horizon": list(phase["horizon"])} for phase in values["phases"]]
+        phases = [dataclasses.asdict(phase) for phase in self.phases]
+        values["phases"] = [{**phase, "horizon": list(phase["horizon"])} for phase in phases]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod

@@ -17,6 +17,7 @@ from lopt.meta.unroll import Run, RunState
 from lopt.rule import ThetaSpec, unflatten
 from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.families import Family, sample_task
+from lopt.tasks.own import OwnTasks
 from lopt.tasks.task import Task, map_tensors
 
 State = Any
@@ -30,9 +31,9 @@ _bytes_per_run = lru_cache(maxsize=256)(torch_unroll.bytes_per_run)
 
 
 @lru_cache(maxsize=256)
-def cached_task(seed: int, tasks: tuple[Family, ...] | TaskDistribution) -> Task:
+def cached_task(seed: int, tasks: tuple[Family, ...] | TaskDistribution | OwnTasks) -> Task:
     """The task called ``seed`` of a mixture."""
-    return tasks.sample(seed) if isinstance(tasks, TaskDistribution) else sample_task(seed, tasks)
+    return sample_task(seed, tasks) if isinstance(tasks, tuple) else tasks.sample(seed)
 
 
 def uses_engine(task: Task) -> bool:

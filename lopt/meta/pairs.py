@@ -106,8 +106,8 @@ def _task(config: MetaTrainConfig, random: np.random.Generator, max_params: int 
         task = inner.cached_task(int(random.integers(2**63)), config.tasks)
         if max_params is None or task.num_params <= max_params:
             return task
-    families = config.tasks if isinstance(config.tasks, tuple) else [name for name, _ in config.tasks.families]
-    raise ValueError(f"max_params: {DRAWS} tasks of {list(families)} all have more than {max_params} parameters")
+    names = list(config.tasks) if isinstance(config.tasks, tuple) else config.tasks.names
+    raise ValueError(f"max_params: {DRAWS} tasks of {names} all have more than {max_params} parameters")
 
 
 def first_stop(shared: Shared, horizon: int, window: int, group: int) -> int:

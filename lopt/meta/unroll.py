@@ -74,7 +74,7 @@ class Run:
         params, batch = self.task.init(self.seed), next(self.task.batches(self.seed, "train"))
         pair = {name: value.expand(2, *value.shape) for name, value in params.items()}
         try:
-            torch.vmap(self.task.loss, in_dims=(0, None))(pair, batch)
+            _of_runs(self.task)(pair, batch)
         except RuntimeError as error:
             self.task.loss(params, batch)  # an error of its own is not about vmap
             warnings.warn(
@@ -256,11 +256,16 @@ def _stepper(
 LossOfRuns = Callable[[dict[str, Tensor], Any], Tensor]
 
 
+def _of_runs(task: Task) -> LossOfRuns:
+    """The loss of all runs at once; what it draws by a seed of the minibatch, all draw alike."""
+    vmapped: LossOfRuns = torch.vmap(task.loss, in_dims=(0, None), randomness="same")
+    return vmapped
+
+
 def _loss_of_runs(task: Task, vectorised: bool) -> LossOfRuns:
     """Losses ``[runs]`` of parameters ``[runs, ...]`` on one minibatch."""
     if vectorised:
-        vmapped: LossOfRuns = torch.vmap(task.loss, in_dims=(0, None))
-        return vmapped
+        return _of_runs(task)
 
     def one_by_one(params: dict[str, Tensor], batch: Any) -> Tensor:
         rows = zip(*(value.unbind() for value in params.values()), strict=True)

@@ -88,6 +88,11 @@ class TaskDistribution:
         if others:
             raise ValueError(f"data: {others} are not for meta-training; expected some of {catalogue.META_TRAIN}")
 
+    @property
+    def names(self) -> list[str]:
+        """Of the families."""
+        return [name for name, _ in self.families]
+
     def sample(self, seed: int) -> Task:
         """The task called ``seed``: a family by the weights, then the first of its tasks that fits.
 

@@ -57,7 +57,7 @@ class NoisyBatch(NamedTuple):
 
 
 class Task(ABC):
-    """An inner problem.
+    """An inner problem; one of yours needs :meth:`init`, :meth:`loss` and :meth:`batches`.
 
     A minibatch is a named tuple of tensors, made by ``batches`` and understood by ``loss`` of the same task: a
     :class:`Batch`, or a :class:`NoisyBatch` where the loss is stochastic. Losses can be vmapped over parameters, over
@@ -72,14 +72,16 @@ class Task(ABC):
     """
 
     @property
-    @abstractmethod
     def name(self) -> str:
-        """A short name, for tables."""
+        """A short name, for tables; what stands before its first hyphen is the family. By default that of the class."""
+        return type(self).__name__
 
     @property
-    @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Plain JSON values from which :func:`lopt.tasks.task_from_config` rebuilds the task."""
+        """Plain JSON values from which :func:`lopt.tasks.task_from_config` rebuilds a task of lopt's own; of others, by
+        default, what they are called."""
+        kind = type(self)
+        return {"type": f"{kind.__module__}.{kind.__qualname__}", "name": self.name}
 
     @abstractmethod
     def init(self, seed: int) -> dict[str, Tensor]:
@@ -208,8 +210,8 @@ class Task(ABC):
             >>> task.batch_size, task.num_batches(100)
             (32, 4)
         """
-        inputs, targets = next(self.batches(0, "inner_valid"))[:2]
-        return -(-rows // len(inputs)) if inputs.numel() + targets.numel() else 1
+        tensors = next(self.batches(0, "inner_valid"))[:2]
+        return -(-rows // len(tensors[0])) if sum(tensor.numel() for tensor in tensors) else 1
 
     def initial_loss(self, seed: int, num_batches: int = 8) -> float:
         """Mean ``outer_valid`` loss of ``init(seed)`` over the first minibatches of ``seed``."""
