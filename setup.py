@@ -15,7 +15,7 @@ import setuptools
 
 SOURCE = Path(__file__).resolve().parent
 # Environment variables, explained in CMakeLists.txt.
-OPTIONS = ("LOPT_CUDA", "LOPT_CUDA_ARCHS", "LOPT_SANITIZE", "LOPT_WERROR")
+OPTIONS = ("LOPT_CUDA", "LOPT_CUDA_ARCHS", "LOPT_SANITIZE", "LOPT_WERROR", "LOPT_PREBUILT")
 # Those that CMake reads when a folder is configured for the first time, and never again.
 READ_ONCE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "CMAKE_BUILD_TYPE")
 READ_ONCE += ("CMAKE_CXX_COMPILER_LAUNCHER", "CMAKE_CUDA_COMPILER_LAUNCHER")

@@ -30,6 +30,7 @@ def configure(tmp_path: Path) -> Configure:
             environment["CUDACXX"] = str(script)
         options = {
             "LOPT_CUDA": cuda,
+            "LOPT_PREBUILT": environment.pop("LOPT_PREBUILT", ""),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(tmp_path / "out"),
@@ -87,6 +88,31 @@ def test_a_cuda_compiler_that_is_named_but_not_there(configure: Configure) -> No
     done = configure("ON", CUDACXX="/absent/nvcc")
     assert done.returncode != 0
     assert "LOPT_CUDA=ON, but /absent/nvcc was not found (looked at CUDACXX" in said(done)
+
+
+@needs_cmake
+def test_prebuilt_kernels_must_be_there_and_of_these_sources(configure: Configure, tmp_path: Path) -> None:
+    done = configure("ON", LOPT_PREBUILT=str(tmp_path / "none"))
+    assert done.returncode != 0
+    assert f"LOPT_PREBUILT: no kernels in {tmp_path}/none; `python benchmarks/gpu.py build` makes them." in said(done)
+    (tmp_path / "facts.cmake").write_text(
+        'set(with_cuda "1")\nset(archs_string "90-real")\nset(prebuilt_sha256 0123)\n'
+    )
+    done = configure("ON", LOPT_PREBUILT=str(tmp_path))
+    assert done.returncode != 0
+    assert f"the kernels in {tmp_path} are of other sources (csrc, cuda, CMakeLists.txt) than these" in said(done)
+
+
+@needs_cmake
+def test_prebuilt_kernels_need_no_compiler_for_cuda(configure: Configure, tmp_path: Path) -> None:
+    """Of these sources, whose hash a build without them tells; what was built elsewhere is said here."""
+    assert configure("OFF").returncode == 0
+    facts = (tmp_path / "build/facts.cmake").read_text()
+    assert 'set(with_cuda "0")' in facts
+    (tmp_path / "facts.cmake").write_text(facts.replace('with_cuda "0"', 'with_cuda "1"'))
+    done = configure("ON", "exit 1", LOPT_PREBUILT=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"lopt: kernels of {tmp_path}" in said(done)
 
 
 def setup_py(tmp_path: Path, *arguments: str, **versions: str) -> "subprocess.CompletedProcess[str]":

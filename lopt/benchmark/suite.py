@@ -1,4 +1,4 @@
-"""``kernel`` and ``step`` over many layouts, with the peaks of the same run; shared by ``lopt bench`` and gpu.sh."""
+"""``kernel`` and ``step`` over many layouts, with the peaks of the same run; shared by ``lopt bench`` and gpu.py."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
