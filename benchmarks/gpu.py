@@ -36,6 +36,9 @@ SOURCE = Path(__file__).resolve().parents[1]
 PREBUILT = {"cuda": Path("build/gpu/prebuilt"), "cpu": Path("build/gpu-dry/prebuilt")}
 LIMITS = {"build": 3600.0, "check": 150.0, "measure": 240.0}  # seconds
 SHORTEST = 5.0  # what is left must be more, or a step is left out
+#: What benchmarks/sass.py wrote, and the MLP widths of the presets in it.
+PREDICTED = SOURCE / "benchmarks/results/cuda_predicted.csv"
+WIDTHS = {"compact": 8, "paper": 32}
 #: Test files with the kernels by themselves come first; of others those that mention a GPU.
 FIRST = ("test_ops", "test_lagged", "test_tensor_level", "test_devices", "test_state_dtype")
 VISIBLE = """
@@ -288,7 +291,7 @@ class Script:
         bench("steps, small", "step", 40, *many, "--tensors", "1", *(["10"] if small else ["1000"]))
         self.sanitizer("racecheck", "small step", 60, self.small_step())
         for what in ("step", "kernel"):
-            for line in shortened(self.out / f"{what}.csv"):
+            for line in shortened(self.out / f"{what}.csv", predictions(PREDICTED)):
                 self.note(line)
 
 
@@ -299,17 +302,49 @@ def gpu_tests(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: FIRST.index(file.stem) if file.stem in FIRST else len(FIRST))
 
 
-def shortened(path: Path) -> list[str]:
-    """The rows that :mod:`lopt.benchmark` left, in columns."""
+def predictions(path: Path) -> dict[str, dict[str, float]]:
+    """Kernel -> name of a GPU in lower case, "" where none is said -> predicted picoseconds per parameter."""
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            times = {
+                re.fullmatch(r"predicted_(?:(\w+)_)?memory_ps", name): value for name, value in row.items() if value
+            }
+            others = [float(row.get(f"predicted_{name}_ps") or 0) for name in ("issue", "tensor")]
+            memory = {(match[1] or ""): float(value) for match, value in times.items() if match}
+            if row["arch"] == "sm_90" and memory:
+                found[row["kernel"]] = {device: max(value, *others) for device, value in memory.items()}
+    return found
+
+
+def predicted(row: Mapping[str, str], of: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Picoseconds per parameter of what a row measured on this GPU; None where nothing was predicted."""
+    if row["benchmark"] != "kernel" or row["dtype"] != "float32" or row["preset"] not in WIDTHS:
+        return None
+    state = "bfloat16, " * (row["state_dtype"] == "bfloat16")
+    arguments = f"{state}{row['preset'].title()}Features"
+    name = "accumulate_kernel"
+    if row["name"] != "accumulate":
+        name = f"{row['name']}_mma_kernel"
+        arguments += f", {WIDTHS[row['preset']]}, {2 if row['precision'] == 'high' else 1}"
+    times = of.get(f"{name}<{arguments}>", {})
+    return next((time for device, time in times.items() if device and device in row["machine"].lower()), None)
+
+
+def shortened(path: Path, of: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The rows that :mod:`lopt.benchmark` left, in columns, with what was predicted of kernels."""
     if not path.is_file():
         return [f"{path.name}: no rows"]
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = [["", "layout", "ms", "GB/s", "of copy", "x AdamW", "host us", ""]]
+    lines = [["", "layout", "ms", "GB/s", "of copy", "x AdamW", "host us", "predicted ms", ""]]
     for row in rows:
         usual = {"stats": "current", "state_dtype": "float32", "precision": "high"}
         words = [row["preset"], *(row[name] for name in usual if row[name] != usual[name]), row["name"]]
         words += [row["dtype"]] * (row["dtype"] != "float32")
+        ahead = predicted(row, of)
         lines.append(
             [
                 " ".join(word for word in words if word),
@@ -319,6 +354,7 @@ def shortened(path: Path) -> list[str]:
                 _number(row, "copy_share", ".0%"),
                 _number(row, "times_adamw", ".2f"),
                 _number(row, "host_seconds", ".0f", 1e6),
+                "" if ahead is None else f"{1e-9 * ahead * float(row['parameters']):.3f}",
                 "waits for the host" if row["device_alone"] == "False" else "",
             ]
         )

@@ -323,8 +323,9 @@ def test_channels_last(place: Backend) -> None:
 
 @pytest.fixture
 def one_rank(place: Backend, tmp_path: Path) -> Iterator[None]:
-    backend = "nccl" if place.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    on_gpu = place.device.type == "cuda"
+    options: dict[str, Any] = {"backend": "nccl", "device_id": place.device} if on_gpu else {"backend": "gloo"}
+    dist.init_process_group(init_method=f"file://{tmp_path}/meet", rank=0, world_size=1, **options)
     yield
     dist.destroy_process_group()
 
@@ -395,7 +396,7 @@ def test_directions_of_matrices(place: Backend, precision: Any) -> None:
         ranks = [float(opt.state[param]["lstm"]["rank"]) for param in params]
         assert sum(rank != 1.0 for rank in ranks) >= 3, ranks
     for a, b in zip(*results, strict=True):
-        assert float((a - b).norm()) <= 0.03 * float(b.norm())
+        assert float((a - b).norm()) <= (0.03 if precision == "high" else 0.06) * float(b.norm())
 
 
 def test_a_stepped_model_is_that_of_the_reference(place: Backend) -> None:

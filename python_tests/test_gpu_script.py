@@ -18,6 +18,7 @@ from lopt.benchmark import kernels, rows, shapes
 from lopt.benchmark.peaks import Peaks
 from lopt.benchmark.timing import Timer, Timing
 from lopt.benchmark.variants import Variant
+from lopt.rule import PRESETS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -246,6 +247,49 @@ def test_measure_goes_on_and_shows_what_was_measured(make: Make, tmp_path: Path)
     order = [step for step in ran(tmp_path) if "lopt.benchmark" in step or step.startswith("sanitizer")]
     assert "vit-b16 gpt2-355m --sizes 100000000" in order[0]
     assert order[-1].startswith("sanitizer --tool racecheck")
+
+
+def test_predictions_are_those_of_the_kernel_and_the_gpu(gpu: ModuleType, tmp_path: Path) -> None:
+    """The longest of memory, instructions and tensor cores, of 1e8 parameters."""
+    table = tmp_path / "predicted.csv"
+    names = ("arch", "kernel", *(f"predicted_{name}_ps" for name in ("h100_memory", "h200_memory", "issue", "tensor")))
+    lines = [
+        names,
+        ("sm_80", "accumulate_kernel<CompactFeatures>", 1, 1, 1, 1),
+        ("sm_90", "accumulate_kernel<CompactFeatures>", 18, 12, 3.5, 0),
+        ("sm_90", "apply_mma_kernel<CompactFeatures, 8, 2>", 12, 8, 9, 2),
+        ("sm_90", "sweep_mma_kernel<bfloat16, PaperFeatures, 32, 1>", 14, 10, 6, 11),
+        ("sm_90", "begin_kernel", "", "", "", ""),
+    ]
+    table.write_text("".join(",".join(f'"{cell}"' for cell in line) + "\n" for line in lines))
+    of = gpu.predictions(table)
+
+    def ask(machine: str, name: str, variant: Variant, dtype: torch.dtype = torch.float32) -> float | None:
+        timer = Timer(torch.device("cpu"), 1)
+        what = "kernel" if name != "lopt" else "step"
+        row = kernels.row(
+            what, name, variant, shapes.even(100, 1), dtype, timer, Timing(1.0, 1.0, 1.0), Peaks(1e11, 1e12), 52
+        )
+        return gpu.predicted({key: str(value) for key, value in {**row, "machine": machine}.items()}, of)
+
+    compact, other = Variant("compact"), Variant("paper", "lagged", "bfloat16", "fast")
+    assert ask("NVIDIA H100 80GB HBM3", "accumulate", compact) == 18.0
+    assert ask("NVIDIA H200", "accumulate", compact) == 12.0
+    assert ask("NVIDIA H200", "apply", compact) == 9.0
+    assert ask("NVIDIA H200", "sweep", other) == 11.0
+    for machine, name, variant, dtype in (
+        ("NVIDIA A100", "apply", compact, torch.float32),
+        ("NVIDIA H200", "apply", other, torch.float32),
+        ("NVIDIA H200", "apply", compact, torch.bfloat16),
+        ("NVIDIA H200", "lopt", compact, torch.float32),
+        ("NVIDIA H200", "apply", Variant("spectral"), torch.float32),
+    ):
+        assert ask(machine, name, variant, dtype) is None
+    assert gpu.predictions(tmp_path / "none.csv") == {}
+
+
+def test_widths_of_presets(gpu: ModuleType) -> None:
+    assert {name: PRESETS[name].mlp_width for name in gpu.WIDTHS} == gpu.WIDTHS
 
 
 def test_main_counts_what_failed(make: Make, gpu: ModuleType, tmp_path: Path) -> None:
