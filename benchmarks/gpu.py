@@ -34,6 +34,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1]
 PREBUILT = {"cuda": Path("build/gpu/prebuilt"), "cpu": Path("build/gpu-dry/prebuilt")}
+LINES = "-lineinfo"  # for compute-sanitizer to name lines; the code is the same
 LIMITS = {"build": 3600.0, "check": 150.0, "measure": 240.0}  # seconds
 SHORTEST = 5.0  # what is left must be more, or a step is left out
 #: What benchmarks/sass.py wrote, and the MLP widths of the presets in it.
@@ -174,7 +175,7 @@ class Script:
                 return True
         else:
             self.note(f"link: no kernels in {self.prebuilt}, which `gpu.py build` makes; all are compiled here")
-        return self.run("compile", 140, build, LOPT_CUDA=cuda, LOPT_PREBUILT="").ok
+        return self.run("compile", 140, build, LOPT_CUDA=cuda, LOPT_PREBUILT="", CUDAFLAGS=LINES).ok
 
     def visible(self) -> bool:
         """Whether there is a GPU that the kernels run on."""
@@ -236,7 +237,8 @@ class Script:
 
     def build(self) -> None:
         """Kernels for the machine with the GPU."""
-        cuda = ["-DLOPT_CUDA=ON", "-DLOPT_CUDA_ARCHS=90-real"] if self.device == "cuda" else ["-DLOPT_CUDA=OFF"]
+        cuda = ["-DLOPT_CUDA=ON", "-DLOPT_CUDA_ARCHS=90-real", f"-DCMAKE_CUDA_FLAGS={LINES}"]
+        cuda = cuda if self.device == "cuda" else ["-DLOPT_CUDA=OFF"]
         where = [self.python, "-m", "pybind11", "--cmakedir"]
         pybind11 = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
         folder = self.prebuilt.parent

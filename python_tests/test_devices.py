@@ -137,6 +137,55 @@ def test_kernels_run_on_the_device_they_are_told_and_leave_the_current_one(monke
     assert sim.devices()[0] == 0
 
 
+class Cuda:
+    """Current devices as CUDA and torch know them: torch goes back to a device only if that is in use."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, used: set[int]) -> None:
+        self.current = self.remembered = 0  # CUDA's, torch's
+        self.used = used
+        cuda = self
+
+        class Guard:
+            def __init__(self, index: int) -> None:
+                self.index = index
+
+            def __enter__(self) -> None:
+                self.before, cuda.current, cuda.remembered = cuda.remembered, self.index, self.index
+
+            def __exit__(self, *_: object) -> None:
+                cuda.remembered = self.before
+                if self.before in cuda.used:
+                    cuda.current = self.before
+
+        class Stream:
+            cuda_stream = 77
+
+        monkeypatch.setattr(torch.cuda, "device", Guard)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.remembered)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream)
+
+    def kernel(self, index: int) -> None:
+        """What DeviceGuard of cuda/launch.cuh does."""
+        before = self.current
+        for device in (index, before):
+            if device != self.current:
+                self.current = device
+                self.used.add(device)
+
+
+@pytest.mark.parametrize("used", [{0, 1}, {1}])
+def test_a_device_that_is_not_in_use_stays_so(used: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels on a second one make no context on the first, and torch's current device stays."""
+    cuda = Cuda(monkeypatch, set(used))
+    for _ in range(3):
+        assert devices.stream_of(torch.device("cuda", 1)) == (1, 77)
+        cuda.kernel(1)
+        assert cuda.used == used
+        assert cuda.remembered == 0
+    assert devices.stream_of(torch.device("cuda", 0)) == (0, 77)
+    assert devices.stream_of(CPU) == (0, 0)
+
+
 @pytest.mark.gpu
 def test_a_second_device_alone() -> None:
     """Its parameters are stepped there to the bits of the first, whatever the current device, and that stays."""
@@ -154,13 +203,16 @@ def test_a_second_device_alone() -> None:
 
 
 NO_CONTEXT = """
+import threading
 import torch
 from lopt import LearnedOptimizer
 param = torch.nn.Parameter(torch.ones(300, device="cuda:1"))
+param.grad = torch.ones_like(param)
 opt = LearnedOptimizer([param], impl="cuda")
-for _ in range(3):
-    param.grad = torch.ones_like(param)
-    opt.step()
+opt.step()
+thread = threading.Thread(target=opt.step)  # which has not used a device before
+thread.start()
+thread.join()
 torch.cuda.synchronize(1)
 assert torch.cuda.current_device() == 0
 print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))

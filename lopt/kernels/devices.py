@@ -11,7 +11,13 @@ def stream_of(device: torch.device) -> tuple[int, int]:
     """Where kernels run: the device's index and its current stream."""
     if device.type != "cuda":
         return 0, 0
-    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
+    index = device.index or 0
+    if torch.cuda.current_device() != index:
+        # Kernels make their device the current one for a while. Going back to a device that is not in use yet would
+        # make a context there, of hundreds of megabytes; torch then only remembers it, and leaves the other current.
+        with torch.cuda.device(index):
+            pass
+    return index, torch.cuda.current_stream(device).cuda_stream
 
 
 def is_capturing(device: torch.device) -> bool:
