@@ -38,7 +38,7 @@ struct Rule {
     for (int c = 0; c < kColumns; ++c) x[c] = x[c] * scale[c] + shift[c];
     if (feature_clip <= 3.402823466e38f) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) x[c] = clamp_of(x[c], -feature_clip, feature_clip);
+      for (int c = 0; c < kColumns; ++c) x[c] = clamp_of(x[c], feature_clip);
     }
   }
 

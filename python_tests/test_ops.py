@@ -276,11 +276,11 @@ def transparent(problem: Problem) -> Problem:
 
 @SETS
 def test_every_column(backend: Backend, feature_set: str) -> None:
-    """Element by element, over many orders of magnitude, through a skip that is one on one column; 0 where a parameter
-    rests.
+    """Element by element, from the smallest to the largest numbers, through a skip that is one on one column; 0 where a
+    parameter rests.
 
-    Two ulp of the value are allowed. A logarithm may be off by those of 1, a difference of logarithms by those of its
-    largest term.
+    Two ulp of the value are allowed, three of a GPU's logarithm (csrc/rule/maths.h). A logarithm may be off by those of
+    1, a difference of logarithms by those of its largest term.
     """
     problem = transparent(problem_of(feature_set, 8, SHORT))
     generator = torch.Generator().manual_seed(7)
@@ -288,7 +288,11 @@ def test_every_column(backend: Backend, feature_set: str) -> None:
     def spread(x: Tensor, low: float, high: float) -> Tensor:
         return x.sign() * 10 ** (low + (high - low) * torch.rand(x.shape, generator=generator))
 
-    params, rms = [spread(x, -12, 6) for x in problem.params], [spread(x, -20, 2) for x in problem.rms]
+    params, rms = [spread(x, -45, 38) for x in problem.params], [spread(x, -45, 38) for x in problem.rms]
+    edges = torch.tensor([0.0, 2.0**-149, 2.0**-126, 1e-24, 1e-8, 1e-6, 0.5, 1.0, 2.0, 3.3e38])  # of what is taken of them
+    for x in (*params, *rms):
+        for edge in torch.stack([edges, edges * (1 - ULP / 2), edges * (1 + ULP)]) if x.numel() > 100 else ():
+            x.view(-1)[torch.randperm(x.numel(), generator=generator)[: len(edges)]] = edge
     problem = dataclasses.replace(problem, params=params, rms=rms)
     exact = [
         reference.raw_columns(
@@ -313,11 +317,15 @@ def test_every_column(backend: Backend, feature_set: str) -> None:
         )
         for param, columns, moves in zip(run.params, exact, active, strict=True):
             off = (flat(param.cpu(), torch.float64) - moves * columns[i]).abs() / columns[i].abs().clamp(min=least)
-            assert float(off.max()) <= 2 * ULP, f"{column.name}: {float(off.max()) / ULP:.1f} ulp"
+            allowed = 3 if column.name.startswith("log") and backend.name != "cpu" else 2
+            assert float(off.max()) <= allowed * ULP, f"{column.name}: {float(off.max()) / ULP:.1f} ulp"
 
 
 def test_exponential(backend: Backend) -> None:
-    """Of the magnitude, through a population of thetas with one magnitude each: two ulp, or no step if it overflows."""
+    """Of the magnitude, through a population of thetas with one magnitude each, or no step if it overflows.
+
+    Two ulp, on a GPU (csrc/rule/maths.h) .62 |magnitude| more.
+    """
     magnitudes = [*torch.linspace(-87.0, 88.0, 71).tolist(), -500.0, 500.0]
     shapes = tuple((t % 5 + 1,) for t in range(len(magnitudes)))
     problem = transparent(problem_of("compact", 8, shapes))
@@ -326,7 +334,8 @@ def test_exponential(backend: Backend) -> None:
     run = Run(problem, backend, range(len(magnitudes)))
     run.apply(kernels.pack_mlp(problem.spec, {**weights, "mlp.b3": bias}))
     for param, magnitude in zip(run.params[:-2], magnitudes, strict=False):
-        assert param.tolist() == pytest.approx([math.exp(magnitude)] * len(param), rel=2 * ULP), magnitude
+        ulps = 2 if backend.name == "cpu" else 2 + 0.62 * abs(magnitude)
+        assert param.tolist() == pytest.approx([math.exp(magnitude)] * len(param), rel=ulps * ULP), magnitude
     assert all(0.0 <= value <= 1e-37 for value in run.params[-2].tolist())
     assert torch.equal(run.params[-1].cpu(), problem.params[-1].cpu())  # e^500: no step
 

@@ -72,7 +72,7 @@ struct Applier {
       active[v] = Features::active(r);
       LOPT_UNROLL
       for (int c = 0; c < kColumns; ++c)
-        x[c * kVectors + v] = clamp_of(raw[c] * inputs.scale[c] + inputs.shift[c], -feature_clip, feature_clip);
+        x[c * kVectors + v] = clamp_of(raw[c] * inputs.scale[c] + inputs.shift[c], feature_clip);
     }
     MlpOutput<Vec> out[kVectors];
     small_mlp_rows<kColumns, kWidth, kVectors, kSums / kVectors>(x, weights, inputs.bias, hidden, out);

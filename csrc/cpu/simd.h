@@ -60,7 +60,8 @@ LOPT_HD Vec rsqrt_of(Vec x) {
 }
 LOPT_HD Vec abs_of(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
 LOPT_HD Vec clamp_of(Vec x, float low, float high) { return min_of(max_of(x, splat(low)), splat(high)); }
-LOPT_HD Vec clip_gradient(Vec grad, float limit) { return clamp_of(grad != grad ? Vec{} : grad, -limit, limit); }
+LOPT_HD Vec clamp_of(Vec x, float bound) { return clamp_of(x, -bound, bound); }
+LOPT_HD Vec clip_gradient(Vec grad, float limit) { return clamp_of(grad != grad ? Vec{} : grad, limit); }
 
 // ln(x) for normal x > 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)), ln(1 + f) by a polynomial in f = m - 1.
 LOPT_HD Vec log_of(Vec x) {

@@ -64,7 +64,7 @@ struct PaperFeatures {
   // Scale and shift of every column from the means of its moments; corrections[k] = 1 - decay_k^updates of mom, then rms.
   LOPT_HD static void column_map(const float* means, const float*, float* scale, float* shift) {
     for (int c = 0; c < kNumColumns; ++c) {
-      scale[c] = rsqrt_of(means[c] + kEpsilon);
+      scale[c] = 1.0f / ::sqrtf(means[c] + kEpsilon);
       shift[c] = 0.0f;
     }
   }
@@ -119,12 +119,12 @@ struct CompactFeatures {
     for (int c = 0; c < kNumColumns; ++c) shift[c] = 0.0f;
     for (int k = 0; k < kNumMom; ++k) {
       scale[Column::mom0_over_slow + k] = ::sqrtf(rms[1]) / mom[k];
-      scale[Column::mom0 + k] = rsqrt_of(means[Moment::mom0_squared + k] + kEpsilon);
+      scale[Column::mom0 + k] = 1.0f / ::sqrtf(means[Moment::mom0_squared + k] + kEpsilon);
     }
     scale[Column::grad_over_slow] = ::sqrtf(rms[1]);
     scale[Column::mom0_over_quick] = ::sqrtf(rms[0]) / mom[0];
-    scale[Column::param] = rsqrt_of(means[Moment::param_squared] + kEpsilon);
-    scale[Column::grad] = rsqrt_of(means[Moment::grad_squared] + kEpsilon);
+    scale[Column::param] = 1.0f / ::sqrtf(means[Moment::param_squared] + kEpsilon);
+    scale[Column::grad] = 1.0f / ::sqrtf(means[Moment::grad_squared] + kEpsilon);
     scale[Column::log_slow] = scale[Column::log_ratio] = 1.0f;
     shift[Column::log_slow] = -0.5f * ::logf(means[Moment::rms1] + kEpsilon);
     shift[Column::log_ratio] = 0.5f * ::logf(rms[1] / rms[0]);

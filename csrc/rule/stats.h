@@ -32,7 +32,7 @@ constexpr int kNumStats = kMoments + Features::kNumMoments;
 // the statistics of its tensor are not.
 template <class V>
 LOPT_HD V bounded(V param) {
-  return clamp_of(param, -kLargest, kLargest) + (param - param);
+  return clamp_of(param, kLargest) + (param - param);
 }
 
 // mean and sum of squared deviations of n values, merged with those of m further values.

@@ -144,8 +144,8 @@ LOPT_HD void lstm_input(const Team& team, const Spec& s, const Globals& g, const
 
 // One unit of the LSTM from its four sums (lopt.rule.tensor_lstm.lstm_cell): updates c, returns h.
 LOPT_HD float lstm_unit(float i, float g, float f, float o, float& c) {
-  c = c / (1.0f + exp_of(-1.0f - f)) + ::tanhf(g) / (1.0f + exp_of(-i));
-  return ::tanhf(c) / (1.0f + exp_of(-o));
+  c = c / (1.0f + ::expf(-1.0f - f)) + ::tanhf(g) / (1.0f + ::expf(-i));
+  return ::tanhf(c) / (1.0f + ::expf(-o));
 }
 
 // The sums over the tensors that a step needs; from kSumFinite on numbers of tensors, the last four of each scale_class.
@@ -273,7 +273,7 @@ LOPT_HD void advance_row(const Team& team, const Spec& s, const ThetaView& theta
   level.inputs.gate[t] = gate;
   if (whole_direction) log_step += theta.gate_step[0] * gate;
   const float whole = stats[Stat::grad_square] > 0 ? ::fminf(updates / kWarmup, 1.0f) : 0.0f;  // no gradient, no step
-  const float control = whole * exp_of(clamp_of(log_step, -kMaxLogStep, kMaxLogStep));
+  const float control = whole * ::expf(clamp_of(log_step, -kMaxLogStep, kMaxLogStep));
   const float lr = level.lr ? level.lr[t] : 1.0f, decay = level.decay ? level.decay[t] : 0.0f;
   step_size = s.step_multiplier * (s.step_control ? step_size * control : 1.0f);
   step_size = lr > 0 ? step_size * lr : 0.0f;  // lr = 0 wins over infinity

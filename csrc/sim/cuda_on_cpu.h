@@ -39,6 +39,8 @@
 #include "cpu/threads.h"
 #include "sim/tensor_cores.h"
 
+#define LOPT_ESTIMATES  // rule/maths.h
+
 #define __global__
 #define __device__
 #define __host__
