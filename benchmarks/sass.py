@@ -7,9 +7,10 @@ and `sweep_mma_kernel` runs on tensor cores (HMMA), nothing lives in local memor
 multiprocessor.
 cuobjdump and nvdisasm come with the CUDA toolkit or from lopt's extra `sass`.
 
-The times are PREDICTED, for float32 on an H100 SXM and a tensor that fills it: the largest of what memory, instruction
-issue and tensor cores need for one parameter, if each did nothing else. Instructions are those on the longest path
-through the main loop that moves 16 bytes at a time and calls nothing.
+The times are PREDICTED, for float32 parameters and gradients on an H100 SXM or H200 and a tensor that fills it: the
+largest of what memory, instruction issue and tensor cores need for one parameter, if each did nothing else.
+Instructions are those on the longest path through the main loop that moves 16 bytes at a time, 8 of a bfloat16 state,
+and calls nothing.
 """
 
 import collections
@@ -28,19 +29,25 @@ from lopt.rule.features import FEATURE_SETS
 
 COLUMNS = ["LDG", "LDG.128", "STG", "STG.128", "LDS", "HMMA", "FFMA", "MUFU", "LDL", "STL", "all"]
 FACTS = ["registers", "shared", "warps"]
-PREDICTED = ["instructions", "bytes", "memory_ps", "issue_ps", "tensor_ps"]  # per parameter
+
+# At most so many instructions per parameter on sm_90: what is reached, and a little more.
+INSTRUCTIONS = {
+    "apply_mma_kernel<CompactFeatures, 8, 2>": 260,
+    "apply_mma_kernel<PaperFeatures, 32, 2>": 640,
+}
 
 SWEEPS = "sweep", "sweep_mma"  # accumulate and apply in one
 THREADS = 128  # per block, of accumulate and apply: kThreads in cuda/launch.cuh
-TILES = 4  # trips of a loop within the main loop: 16-row tiles of the 64 rows that a warp stages, parameters of a quad
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # bytes of a multiprocessor
 
-# An H100 SXM: memory at four fifths of its peak; multiprocessors times a sustained clock, and per cycle four warp
-# instructions, or 2048 multiply-adds of halves, of which mma.sync reaches about 62% (arXiv:2402.13499).
-MEMORY = 0.8 * 3.35e12
+# Memory at four fifths of its peak; multiprocessors times a sustained clock, and per cycle four warp instructions, or
+# 2048 multiply-adds of halves, of which mma.sync reaches about 62% (arXiv:2402.13499). The processors are the same.
+MEMORY = {"h100": 0.8 * 3.35e12, "h200": 0.8 * 4.8e12}
 CLOCK = 132 * 1.755e9
 ISSUE = 4 * CLOCK
 TENSOR = 0.62 * 2048 * CLOCK
+
+PREDICTED = ["instructions", "bytes", *(f"{device}_memory_ps" for device in MEMORY), "issue_ps", "tensor_ps"]
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
@@ -54,12 +61,14 @@ class Instruction:
     parts: tuple[str, ...]  # such as ("LDG", "E", "128")
     operands: str
 
-    @property
-    def narrow(self) -> bool:
-        """A global access that always happens and moves less than 16 bytes, or a call: what the main path avoids."""
-        return self.parts[0] in ("CALL", "WARPSYNC") or (
-            self.parts[0] in ("LDG", "STG") and "128" not in self.parts and not self.predicated
-        )
+    def width(self, narrowest: int) -> int:
+        """What the main path is chosen by: 1 for a global access of ``narrowest`` bits or more; -1 for one that always
+        happens and moves less, or a call; 0 for the rest.
+        """
+        if self.parts[0] in ("LDG", "STG"):
+            moved = next((int(part) for part in self.parts if part in ("64", "128")), 32)
+            return 1 if moved >= narrowest else 0 if self.predicated else -1
+        return -(self.parts[0] in ("CALL", "WARPSYNC"))
 
     @property
     def of_halves(self) -> bool:
@@ -108,21 +117,30 @@ class Kernel:
         """Of a quad: two parameters at a time, or one where shared memory is short (cuda/sweep_mma.cu)."""
         return 4 if self.operation == "sweep_mma" and self.template == ("paper", (32, 2)) else 2
 
+    @property
+    def trips(self) -> int:
+        """Of a loop within the main loop: the parameters of a quad, or those of the rows that a warp stages."""
+        if not self.operation.endswith("_mma"):
+            return 4
+        return 4 * 32 // self.stagings // {8: 32, 16: 32, 32: 16}[self.template[1][0]]
+
     def predict(self) -> dict[str, float]:
-        """See the docstring of this file; empty for kernels of the tensor level and for a bfloat16 state."""
-        if not self.predictable or "bfloat16" in self.name:
+        """See the docstring of this file, per parameter; empty for kernels of the tensor level."""
+        if not self.predictable:
             return {}
+        state = 2 if "bfloat16" in self.name else 4  # bytes
         features = FEATURE_SETS[self.template[0]]
         planes = len(features.mom_decays) + len(features.rms_decays)
-        path = main_path(self.code, TILES if self.stagings == 2 else TILES // 2)
+        path = main_path(self.code, self.trips, 32 * state)
         per_trip = 1 if self.operation == "apply" else 4  # parameters per thread
         flops = {"16816": 2048, "1688": 1024}  # multiply-adds of one HMMA
         mma = sum(flops[part] for one in path for part in one.parts if one.parts[0] == "HMMA" and part in flops)
-        moved = 8 * planes + 8 if self.operation == "accumulate" else (4 + 4 * (self.operation in SWEEPS)) * planes + 12
+        moved = (1 if self.operation.startswith("apply") else 2) * state * planes
+        moved += 8 if self.operation == "accumulate" else 12
         return {
             "instructions": len(path) / per_trip,
             "bytes": moved,
-            "memory_ps": moved / MEMORY * 1e12,
+            **{f"{device}_memory_ps": moved / rate * 1e12 for device, rate in MEMORY.items()},
             "issue_ps": len(path) / (32 * per_trip) / ISSUE * 1e12,
             "tensor_ps": mma / (32 * per_trip) / TENSOR * 1e12,
         }
@@ -148,8 +166,10 @@ class Kernel:
         if self.operation.endswith("_mma"):
             width, parts = numbers
             blocks, tiles = len(features.columns) // 8 + 1, width // 8
-            # A loop over tiles per staging; of both layers, two blocks of 8 inputs at a time; three products or one.
-            products = self.stagings * ((blocks + 1) // 2 + (tiles + 1) // 2) * tiles * (3 if parts == 2 else 1)
+            # A loop over rows per staging; of both layers, two blocks of 8 inputs at a time, of three products or one.
+            together = 1 if tiles == 4 else 2  # times 16 rows in one trip
+            of_layers = sum((2 * parts - 1) * (inputs // 2) + parts * (inputs % 2) for inputs in (blocks, tiles))
+            products = self.stagings * together * of_layers * tiles
             warps = 8 if (name, width, parts) == ("paper", 32, 2) else 12
         if self.operation in SWEEPS and name == "paper":
             warps = 8
@@ -157,6 +177,10 @@ class Kernel:
         found += [f"{n} {word}, expected accesses of global memory" for word in ("LD", "ST") if (n := counts[word])]
         if counts["HMMA"] != products:
             found.append(f"{counts['HMMA']} HMMA, expected {products}")
+        if self.arch == "sm_90" and self.name in INSTRUCTIONS:
+            instructions, most = self.predict()["instructions"], INSTRUCTIONS[self.name]
+            if instructions > most:
+                found.append(f"{instructions} instructions per parameter, expected at most {most}")
         if self.warps < warps:
             found.append(f"{self.warps} warps on a multiprocessor, expected at least {warps}")
         return found
@@ -198,11 +222,11 @@ def successors(code: list[Instruction]) -> list[list[int]]:
     return following
 
 
-def main_path(code: list[Instruction], tiles: int = TILES) -> list[Instruction]:
-    """Instructions of one trip through the main loop: that which moves most in 16 bytes, or multiplies most.
+def main_path(code: list[Instruction], trips: int, narrowest: int = 128) -> list[Instruction]:
+    """Instructions of one trip through the main loop: that which moves most in wide accesses, or multiplies most.
 
-    The longest path from the loop's head back to it over as few narrow accesses as may be, and then conversions of
-    float16; loops within are repeated.
+    The longest path from the loop's head back to it over as few accesses of less than ``narrowest`` bits as may be, of
+    others as many of 16 bytes as may be, and over few conversions of float16; loops within are repeated.
     """
     following = successors(code)
     back: set[tuple[int, int]] = set()
@@ -233,8 +257,9 @@ def main_path(code: list[Instruction], tiles: int = TILES) -> list[Instruction]:
             if ends:
                 most = max(ends)
                 one = code[here]
-                wide = one.parts[0] in ("LDG", "STG") and "128" in one.parts
-                value[here] = (most[0] + 1 + 10**5 * (wide - one.narrow) - 100 * one.of_halves, most[1])
+                widest = one.parts[0] in ("LDG", "STG") and "128" in one.parts
+                worth = 10**6 * one.width(narrowest) + 10**4 * widest - 100 * one.of_halves
+                value[here] = (most[0] + 1 + worth, most[1])
         path, here = [], head
         while here in value:
             path.append(here)
@@ -242,7 +267,7 @@ def main_path(code: list[Instruction], tiles: int = TILES) -> list[Instruction]:
         for tail, inner in sorted(back):
             if inner != head and inner in path and tail in path:
                 first, last = path.index(inner), path.index(tail)
-                path[first : last + 1] = path[first : last + 1] * tiles
+                path[first : last + 1] = path[first : last + 1] * trips
         trip = [code[i] for i in path]
         counts = count(trip)
         best = max(best, ((counts["LDG.128"], counts["FFMA"]), trip), key=lambda item: item[0])
@@ -301,11 +326,11 @@ def main() -> int:
             problems += kernel.problems()
         print()
     if "sm_90" in archs:
-        print("PREDICTED for an H100, not measured; per parameter")
-        print(f"{'sm_90':44}" + "".join(f"{column:>13}" for column in PREDICTED))
+        print("PREDICTED, not measured; per parameter")
+        print(f"{'sm_90':44}" + "".join(f"{column:>16}" for column in PREDICTED))
         for row in rows:
             if row[0] == "sm_90" and row[-1] != "":
-                print(f"{row[1]:44}" + "".join(f"{number:13.1f}" for number in row[-len(PREDICTED) :]))
+                print(f"{row[1]:44}" + "".join(f"{number:16.1f}" for number in row[-len(PREDICTED) :]))
     if len(sys.argv) > 2:
         with open(sys.argv[2], "w", newline="") as file:
             predicted = [f"predicted_{column}" for column in PREDICTED]

@@ -35,7 +35,8 @@ struct Rule {
                                           float feature_clip, float* x) const {
     Features::columns(grad, param, mom, rms, x);
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) x[c] = x[c] * scale[c] + shift[c];
+    for (int c = 0; c < kColumns; ++c)
+      x[c] = c < Features::kFirstShifted ? x[c] * scale[c] : x[c] * scale[c] + shift[c];
     if (feature_clip <= 3.402823466e38f) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) x[c] = clamp_of(x[c], feature_clip);

@@ -78,7 +78,7 @@ struct Stage {
   __device__ __forceinline__ void read(int row, int lane, Inputs<kParts, kBlocks>& inputs) const {
     const uint4* from = &columns[lane / 16][row + lane % 16];
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int q = 0; q + 1 < kBlocks; q += 2) {
         uint32_t a[4];
@@ -86,11 +86,11 @@ struct Stage {
 #pragma unroll
         for (int i = 0; i < 4; ++i) inputs.a[part][2 * q + i] = a[i];
       }
-      if (kBlocks % 2) {  // the addresses of lanes 16 .. 31 are not used
-        uint32_t a[2];
-        load_matrices(&columns[part * kBlocks + kBlocks - 1][row + lane % 16], a);
-        inputs.a[part][2 * kBlocks - 2] = a[0], inputs.a[part][2 * kBlocks - 1] = a[1];
-      }
+    if (kBlocks % 2) {  // of all parts; with one, the addresses of lanes 16 .. 31 are not used
+      uint32_t a[2 * kParts];
+      load_matrices(&columns[(lane / 16 % kParts + 1) * kBlocks - 1][row + lane % 16], a);
+#pragma unroll
+      for (int i = 0; i < 2 * kParts; ++i) inputs.a[i / 2][2 * kBlocks - 2 + i % 2] = a[i];
     }
   }
 
@@ -138,8 +138,14 @@ template <int kWidth>
 using HiddenRows = float[kWidth][kThreads / 4];  // sums of hidden units: eight lanes of each warp hold one
 template <int kWidth>
 struct alignas(16) LastLayer {
-  float of[kWidth / 8][4][8];  // for every lane t and two units: bias, direction, magnitude
+  float bias[kWidth / 8][4][4];     // of the second layer, for every lane t: of its two units, for rows g and g + 8
+  float weights[kWidth / 8][4][4];  // of the last one: direction and magnitude, of two units each
 };
+
+__device__ __forceinline__ void load_four(const float (&from)[4], float (&to)[4]) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
 
 // Updates the parameters of a chunk and adds up their hidden units, by all threads of the block. read(quad, values) gives
 // a lane its four parameters, with clipped gradients; with kAllQuads it also changes their state, and is called for every
@@ -152,6 +158,8 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
   using Shape = MmaShape<Features, kWidth, kParts>;
   constexpr int kColumns = Features::kNumColumns, kTiles = Shape::kTiles, kStaged = kRows / 32;
   constexpr float kLoss = Shape::kLoss, kHiddenScale = Shape::kHiddenScale;
+  // Products of few tiles wait for each other: two times 16 rows at once then.
+  constexpr int kTogether = kTiles < 4 ? 2 : 1, kRowUnroll = 1;
   const TensorEntry& tensor = operands.tensor;
   const bool aligned = aligned_quads<kState>(tensor, operands.grads);
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
@@ -159,11 +167,11 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
   rule.load(params, tensor);
   __syncthreads();
   for (int unit = static_cast<int>(threadIdx.x); unit < kWidth; unit += kThreads) {
-    float* to = last_layer.of[unit / 8][unit % 8 / 2] + unit % 2;
-    to[0] = rule.weights[Layout::kB2 + unit] * kHiddenScale;
+    const int n = unit / 8, pair = unit % 8 / 2, e = unit % 2;
+    last_layer.bias[n][pair][e] = last_layer.bias[n][pair][2 + e] = rule.weights[Layout::kB2 + unit] * kHiddenScale;
     const float direction = rule.weights[Layout::kW3 + unit], magnitude = rule.weights[Layout::kW3 + kWidth + unit];
-    to[2] = (direction + direction * kLoss) * (1.0f / kHiddenScale);
-    to[4] = (magnitude + magnitude * kLoss) * (1.0f / kHiddenScale);
+    last_layer.weights[n][pair][e] = (direction + direction * kLoss) * (1.0f / kHiddenScale);
+    last_layer.weights[n][pair][2 + e] = (magnitude + magnitude * kLoss) * (1.0f / kHiddenScale);
   }
   __syncthreads();
 
@@ -213,46 +221,50 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
         stage.write(lane + 32 * s, x);
       }
       __syncwarp();
-#pragma unroll 1
-      for (int row = 0; row < kRows; row += 16) {
-        Inputs<kParts, kBlocks> inputs;
-        Inputs<kParts, kTiles> hidden;
-        float d[kTiles][4], out[2][2] = {};  // row g or g + 8; direction, magnitude
-        stage.read(row, lane, inputs);
+#pragma unroll kRowUnroll
+      for (int row = 0; row < kRows; row += 16 * kTogether) {
+        Inputs<kParts, kBlocks> inputs[kTogether];
+        Inputs<kParts, kTiles> hidden[kTogether];
+        float d[kTogether][kTiles][4] = {};
+#pragma unroll
+        for (int m = 0; m < kTogether; ++m) stage.read(row + 16 * m, lane, inputs[m]);
         multiply(inputs, first, d);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
+        for (int m = 0; m < kTogether; ++m)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            uint32_t parts[kParts];
-            split(max_of(d[n][2 * half], 0.0f), max_of(d[n][2 * half + 1], 0.0f), parts);
+          for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) hidden.a[part][2 * n + half] = parts[part];
+            for (int half = 0; half < 2; ++half) {
+              uint32_t parts[kParts];
+              split_positive(d[m][n][2 * half], d[m][n][2 * half + 1], parts);
+#pragma unroll
+              for (int part = 0; part < kParts; ++part) hidden[m].a[part][2 * n + half] = parts[part];
+            }
+            load_four(last_layer.bias[n][t], d[m][n]);
           }
         multiply(hidden, second, d);
-        float last[kTiles][6];
+        float last[kTiles][4];
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const float4 a = *reinterpret_cast<const float4*>(last_layer.of[n][t]);
-          const uint2 b = *reinterpret_cast<const uint2*>(last_layer.of[n][t] + 4);
-          last[n][0] = a.x, last[n][1] = a.y, last[n][2] = a.z, last[n][3] = a.w;
-          last[n][4] = bits_float(b.x), last[n][5] = bits_float(b.y);
-        }
+        for (int n = 0; n < kTiles; ++n) load_four(last_layer.weights[n][t], last[n]);
+        float out[kTogether][2][2] = {};  // row g or g + 8; direction, magnitude
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int m = 0; m < kTogether; ++m)
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n)
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const float h = max_of(d[n][2 * half + e] + last[n][e], 0.0f);
-              sum[n][e] += h;
-              out[half][0] += h * last[n][2 + e];
-              out[half][1] += h * last[n][4 + e];
-            }
-        }
+            for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const float h = max_of(d[m][n][2 * half + e], 0.0f);
+                sum[n][e] += h;
+                out[m][half][0] += h * last[n][e];
+                out[m][half][1] += h * last[n][2 + e];
+              }
         __syncwarp();  // all lanes have read the rows
 #pragma unroll
-        for (int half = 0; half < 2; ++half) stage.write_outputs(row + g + 8 * half, t, out[half]);
+        for (int m = 0; m < kTogether; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) stage.write_outputs(row + 16 * m + g + 8 * half, t, out[m][half]);
       }
       __syncwarp();
 #pragma unroll

@@ -223,15 +223,21 @@ struct QuadValues {
 template <Dtype kState, class Features>
 __device__ __forceinline__ void load_values(const TensorEntry& tensor, int64_t grads, const Quad& quad,
                                             QuadValues<Features>& values) {
-  const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad);
-  const RawQuad raw_grad = load_raw(grads, tensor.grad_dtype, quad);
   load_planes<kState>(tensor.mom, tensor.stride, quad, values.mom);
   load_planes<kState>(tensor.rms, tensor.stride, quad, values.rms);
-  decode(raw_param, tensor.param_dtype, values.param);
-  decode(raw_grad, tensor.grad_dtype, values.grad);
-  if ((tensor.param_dtype | tensor.grad_dtype) & kFloat16) {  // a branch that others jump over
-    decode_halves(raw_param, tensor.param_dtype, values.param);
-    decode_halves(raw_grad, tensor.grad_dtype, values.grad);
+  if ((tensor.param_dtype | tensor.grad_dtype) == kFloat32) {
+    const RawQuad raw_param = load_raw(tensor.param, kFloat32, quad), raw_grad = load_raw(grads, kFloat32, quad);
+    decode(raw_param, kFloat32, values.param);
+    decode(raw_grad, kFloat32, values.grad);
+  } else {
+    const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad);
+    const RawQuad raw_grad = load_raw(grads, tensor.grad_dtype, quad);
+    decode(raw_param, tensor.param_dtype, values.param);
+    decode(raw_grad, tensor.grad_dtype, values.grad);
+    if ((tensor.param_dtype | tensor.grad_dtype) & kFloat16) {  // a branch that others jump over
+      decode_halves(raw_param, tensor.param_dtype, values.param);
+      decode_halves(raw_grad, tensor.grad_dtype, values.grad);
+    }
   }
   decode_planes<kState>(values.mom);
   decode_planes<kState>(values.rms);

@@ -31,11 +31,22 @@ __device__ __forceinline__ void split(float x, float y, uint32_t (&parts)[kParts
   parts[kParts - 1] = pack_halves<false>(x - high_x, y - high_y);
 }
 
+// Of max(x, 0) and max(y, 0). The low half of a number below 0 is that number, and below minus the high half, which is 0;
+// of others it is not.
+template <int kParts>
+__device__ __forceinline__ void split_positive(float x, float y, uint32_t (&parts)[kParts]) {
+  parts[0] = pack_halves<kParts == 1>(max_of(x, 0.0f), max_of(y, 0.0f));
+  if (kParts == 1) return;
+  float high_x, high_y;
+  unpack_halves(parts[0], high_x, high_y);
+  parts[kParts - 1] = max_of_negative(pack_halves<false>(x - high_x, y - high_y), parts[0]);
+}
+
 // ---- Products --------------------------------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
-// Over 16 inputs, two blocks.
-__device__ __forceinline__ void mma_16(float (&d)[4], const uint32_t* a, const uint32_t* b) {
+// Over 16 inputs, two blocks, which need not be neighbours: a[0], a[1] and b[0] are of the first.
+__device__ __forceinline__ void mma_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -72,7 +83,7 @@ void mma_of_warp(void* const* lanes) {
   for (int row = 0; row < 16; ++row)
     for (int n = 0; n < 8; ++n) element(row, n) = d[row][n];
 }
-inline void mma_16(float (&d)[4], const uint32_t* a, const uint32_t* b) {
+inline void mma_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   MmaOperands operands{d, a, b};
   sim::warp_collective(&operands, mma_of_warp<16>);
 }
@@ -118,24 +129,38 @@ struct Weights {
   uint32_t b[kParts][kTiles][kBlocks];
 };
 
-// d[n] = inputs times columns 8 n .. 8 n + 7 of the weights.
-template <int kParts, int kBlocks, int kTiles>
-__device__ __forceinline__ void multiply(const Inputs<kParts, kBlocks>& inputs,
-                                         const Weights<kParts, kBlocks, kTiles>& weights, float (&d)[kTiles][4]) {
+// d[m][n] += inputs[m] times columns 8 n .. 8 n + 7 of the weights. With two parts the small products come first; of an odd
+// last block, both of them are one product over 16 inputs. Sums that do not wait for each other follow each other.
+template <int kParts, int kBlocks, int kTiles, int kMatrices>
+__device__ __forceinline__ void multiply(const Inputs<kParts, kBlocks> (&inputs)[kMatrices],
+                                         const Weights<kParts, kBlocks, kTiles>& weights,
+                                         float (&d)[kMatrices][kTiles][4]) {
+  constexpr int kLow = kParts - 1;
+  // Block q of part_q and block r of part_r of the inputs, with those of weights_q and weights_r.
+  const auto pair = [&](int q, int part_q, int weights_q, int r, int part_r, int weights_r) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0.0f;
+    for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-  for (int product = kParts == 1 ? 2 : 0; product < 3; ++product) {  // low high, high low, high high
-    const auto& a = inputs.a[product == 0 ? kParts - 1 : 0];
-    const auto& b = weights.b[product == 1 ? kParts - 1 : 0];
+      for (int m = 0; m < kMatrices; ++m) {
+        const uint32_t *x = inputs[m].a[part_q] + 2 * q, *y = inputs[m].a[part_r] + 2 * r;
+        mma_16(d[m][n], {x[0], x[1], y[0], y[1]}, {weights.b[weights_q][n][q], weights.b[weights_r][n][r]});
+      }
+  };
+  if (kParts > 1) {
 #pragma unroll
-    for (int q = 0; q + 1 < kBlocks; q += 2)
+    for (int q = 0; q + 1 < kBlocks; q += 2) pair(q, kLow, 0, q + 1, kLow, 0);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) mma_16(d[n], a + 2 * q, b[n] + q);
-    if (kBlocks % 2) {
+    for (int q = 0; q + 1 < kBlocks; q += 2) pair(q, 0, kLow, q + 1, 0, kLow);
+    if (kBlocks % 2) pair(kBlocks - 1, 0, kLow, kBlocks - 1, kLow, 0);
+  }
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) mma_8(d[n], a + 2 * (kBlocks - 1), b[n] + kBlocks - 1);
-    }
+  for (int q = 0; q + 1 < kBlocks; q += 2) pair(q, 0, 0, q + 1, 0, 0);
+  if (kBlocks % 2) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int m = 0; m < kMatrices; ++m)
+        mma_8(d[m][n], inputs[m].a[0] + 2 * (kBlocks - 1), weights.b[0][n] + kBlocks - 1);
   }
 }
 

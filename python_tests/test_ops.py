@@ -289,7 +289,7 @@ def test_every_column(backend: Backend, feature_set: str) -> None:
         return x.sign() * 10 ** (low + (high - low) * torch.rand(x.shape, generator=generator))
 
     params, rms = [spread(x, -45, 38) for x in problem.params], [spread(x, -45, 38) for x in problem.rms]
-    edges = torch.tensor([0.0, 2.0**-149, 2.0**-126, 1e-24, 1e-8, 1e-6, 0.5, 1.0, 2.0, 3.3e38])  # of what is taken of them
+    edges = torch.tensor([0.0, 2.0**-149, 2.0**-126, 1e-24, 1e-8, 1e-6, 0.5, 1.0, 2.0, 3.3e38])
     for x in (*params, *rms):
         for edge in torch.stack([edges, edges * (1 - ULP / 2), edges * (1 + ULP)]) if x.numel() > 100 else ():
             x.view(-1)[torch.randperm(x.numel(), generator=generator)[: len(edges)]] = edge

@@ -57,7 +57,7 @@ def test_counts(sass: ModuleType) -> None:
 
 def test_main_path(sass: ModuleType) -> None:
     """Without the narrow load, the call and the prologue; four times the inner loop."""
-    path = [one.address for one in sass.main_path(sass.parse(LINES)["toy"])]
+    path = [one.address for one in sass.main_path(sass.parse(LINES)["toy"], 4)]
     inner = [0xA0, 0xB0, 0xC0]
     assert path == [0x30, 0x40, 0x50, 0x60, 0x80, *inner * 4, 0xD0, 0xE0, 0xF0]
 
@@ -77,7 +77,7 @@ def test_main_path_without_float16(sass: ModuleType) -> None:
 /*0080*/ @P4 BRA 0x0 ;
 /*0090*/ EXIT ;
 """
-    path = [one.address for one in sass.main_path(sass.parse(lines)["toy"])]
+    path = [one.address for one in sass.main_path(sass.parse(lines)["toy"], 4)]
     assert path == [0x0, 0x10, 0x50, 0x60, 0x70, 0x80]
 
 
@@ -109,7 +109,8 @@ def test_predicted_time(sass: ModuleType, arch: str) -> None:
     for name, accumulated, applied in (("Paper", 88, 52), ("Compact", 48, 32)):
         accumulate = predicted[f"accumulate_kernel<{name}Features>"]
         assert accumulate["bytes"] == accumulated
-        assert accumulate["issue_ps"] < accumulate["memory_ps"] == accumulated / (0.8 * 3.35e12) * 1e12
+        for device, rate in (("h100", 3.35e12), ("h200", 4.8e12)):
+            assert accumulate["issue_ps"] < accumulate[f"{device}_memory_ps"] == accumulated / (0.8 * rate) * 1e12
         for width in (8, 16, 32):
             plain = predicted[f"apply_kernel<{name}Features, {width}>"]
             high = predicted[f"apply_mma_kernel<{name}Features, {width}, 2>"]
@@ -121,5 +122,34 @@ def test_predicted_time(sass: ModuleType, arch: str) -> None:
             assert sweep["bytes"] == predicted[f"sweep_kernel<{name}Features, {width}>"]["bytes"] == accumulated + 4
             assert sweep["tensor_ps"] == pytest.approx(high["tensor_ps"])
             assert sweep["instructions"] > high["instructions"]
-    assert predicted["apply_mma_kernel<PaperFeatures, 32, 2>"]["instructions"] < 850
-    assert predicted["apply_mma_kernel<CompactFeatures, 8, 2>"]["instructions"] < 400
+            narrow = predicted[f"sweep_mma_kernel<bfloat16, {name}Features, {width}, 2>"]
+            assert narrow["bytes"] == (accumulated - 8) / 2 + 12
+            assert narrow["instructions"] > sweep["instructions"]  # unpacks and rounds
+
+
+def test_main_path_of_a_narrow_state(sass: ModuleType) -> None:
+    """Over accesses of 8 bytes, but of 16 where there is a choice."""
+    lines = """
+    Function : toy
+/*0000*/ @P0 BRA 0x30 ;
+/*0010*/ LDG.E.128 R4, desc[UR4][R2.64] ;
+/*0020*/ BRA 0x50 ;
+/*0030*/ LDG.E.64 R4, desc[UR4][R2.64] ;
+/*0040*/ FADD R6, R6, R5 ;
+/*0050*/ @P1 BRA 0x80 ;
+/*0060*/ LDG.E.64 R8, desc[UR4][R2.64] ;
+/*0070*/ BRA 0xa0 ;
+/*0080*/ LDG.E.U16 R8, desc[UR4][R2.64] ;
+/*0090*/ FADD R6, R6, R5 ;
+/*00a0*/ @P4 BRA 0x0 ;
+/*00b0*/ EXIT ;
+"""
+    path = [one.address for one in sass.main_path(sass.parse(lines)["toy"], 1, 64)]
+    assert path == [0x0, 0x10, 0x20, 0x50, 0x60, 0x70, 0xA0]
+
+
+def test_widths(sass: ModuleType) -> None:
+    """Of what the path is chosen by."""
+    code = sass.parse(LINES)["toy"]
+    of = {one.address: (one.width(128), one.width(32)) for one in code if one.width(128)}
+    assert of == {0x10: (-1, 1), 0x50: (1, 1), 0x70: (-1, 1), 0x90: (-1, -1), 0xE0: (1, 1)}

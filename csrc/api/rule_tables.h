@@ -30,6 +30,7 @@ void add_feature_set(py::dict& tables) {
   add("columns", split(Features::ColumnNames));
   add("moments", split(Features::MomentNames));
   add("accumulators", std::vector<int>{Features::kNumMom, Features::kNumRms});
+  add("first_shifted", int{Features::kFirstShifted});
   add("slow", int{Features::kSlow});
   add("epsilon", float{Features::kEpsilon});
 }

@@ -26,6 +26,7 @@ struct PaperFeatures {
   LOPT_ENUM(Column, kNumColumns, grad, param, log_param, mom0, mom1, mom2, mom3, mom4, rms0, rms1, rms2, rms3, rms4,
             mom0_over_rms0, mom1_over_rms1, mom2_over_rms2, mom3_over_rms3, mom4_over_rms4, rsqrt_rms0, rsqrt_rms1,
             rsqrt_rms2, rsqrt_rms3, rsqrt_rms4);
+  static constexpr int kFirstShifted = kNumColumns;  // columns before it have no shift
   // mean(x^2) of every column
   LOPT_ENUM(Moment, kNumMoments, grad_squared, param_squared, log_param_squared, mom0_squared, mom1_squared,
             mom2_squared, mom3_squared, mom4_squared, rms0_squared, rms1_squared, rms2_squared, rms3_squared,
@@ -79,6 +80,7 @@ struct CompactFeatures {
   static constexpr int kSlow = 1;    // the second moment whose mean is a Moment
   LOPT_ENUM(Column, kNumColumns, mom0_over_slow, mom1_over_slow, mom2_over_slow, grad_over_slow, mom0_over_quick, param,
             grad, mom0, mom1, mom2, log_slow, log_ratio);
+  static constexpr int kFirstShifted = Column::log_slow;  // columns before it have no shift
   LOPT_ENUM(Moment, kNumMoments, param_squared, grad_squared, mom0_squared, mom1_squared, mom2_squared, rms1);
   static constexpr float kEpsilon = 1e-24f;  // small enough to keep every column independent of the gradient's scale
 

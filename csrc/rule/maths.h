@@ -120,7 +120,7 @@ LOPT_HD float clamp_of(float x, float low, float high) { return x < low ? low : 
 
 // To +-bound, which is not negative.
 LOPT_HD float clamp_of(float x, float bound) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860  // the sign of x and the smaller of the magnitudes, in one instruction
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860  // the sign of x and the smaller of the magnitudes, at once
   float clamped;
   asm("min.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(clamped) : "f"(x), "f"(bound));
   return clamped;

@@ -24,6 +24,7 @@ def rule_tables() -> dict[str, Any]:
         tables[f"feature set {name}: columns"] = [column.name for column in features.columns]
         tables[f"feature set {name}: moments"] = list(features.moments)
         tables[f"feature set {name}: accumulators"] = [len(features.mom_decays), len(features.rms_decays)]
+        tables[f"feature set {name}: first_shifted"] = features.first_shifted
         tables[f"feature set {name}: slow"] = -1 if features.slow is None else features.slow
         tables[f"feature set {name}: epsilon"] = float(np.float32(features.epsilon))
     for name, inputs in INPUT_SETS.items():

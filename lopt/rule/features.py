@@ -64,6 +64,11 @@ class FeatureSet:
         return len(STATS) + len(self.moments)
 
     @property
+    def first_shifted(self) -> int:
+        """Position of the first logarithmic column, of which kernels know that those before it have no shift."""
+        return next((i for i, column in enumerate(self.columns) if column.log), len(self.columns))
+
+    @property
     def slow(self) -> int | None:
         """Position among the second moments of the one whose tensor mean is a moment, None where there is none."""
         return next((k for k in range(len(self.rms_decays)) if f"rms{k}" in self.moments), None)
