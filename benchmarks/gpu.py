@@ -230,7 +230,7 @@ class Script:
         for result in results:
             found = re.search(r"^(?:FAILED|ERROR) (\S+\.py::\S+)", result.output, re.MULTILINE)
             if found and self.device == "cuda":
-                self.sanitizer("memcheck", found[1], 45, [*pytest, found[1]])
+                self.sanitizer("memcheck", found[1], 45, [*command, found[1]])
                 return
 
     # ---- The two calls, and what comes before ------------------------------------------------------------------------

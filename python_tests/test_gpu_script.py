@@ -206,7 +206,7 @@ def test_a_test_file_that_fails_leaves_the_others_and_its_first_test(make: Make,
     assert "test_ops: FAILED, exit code 1 after 0 s; 1 failed" in said
     assert "test_b: FAILED, exit code 2 after 0 s; ModuleNotFoundError: No module named 'tyro'" in said
     again = next(step for step in ran(tmp_path) if step.startswith("sanitizer"))
-    assert again.endswith("python_tests/test_ops.py::test_x[cuda-8]")
+    assert again.endswith("-m gpu python_tests/test_ops.py::test_x[cuda-8]")  # as before: without sim, for one
 
 
 def test_without_compute_sanitizer(make: Make, tmp_path: Path) -> None:
