@@ -83,6 +83,7 @@ def launch(kernel: Kernel, backend: str, device: torch.device) -> list[Tensor]:
         "keep": torch.ones(rows),
         "gate": torch.zeros(rows),
     }
+    inputs["shift"][:, : spec.features.first_shifted] = 0.0  # which kernels rely on
     inputs = {name: value.to(device) for name, value in inputs.items()}
     plan.bind_accumulate(inputs["clip_limit"])
     plan.bind_apply(inputs, random_mlp(spec, generator).to(device), spec.magnitude_rate, spec.feature_clip)

@@ -47,6 +47,7 @@ def measure(variant: Variant, layout: Layout, dtype: torch.dtype, timer: Timer, 
     shift, bias = 0.1 * normal(tensors, columns), normal(tensors, spec.mlp_width)
     step_size, keep = torch.full((tensors,), STEP_SIZE, device=device), torch.ones(tensors, device=device)
     inputs = {"clip_limit": limit, "scale": scale, "shift": shift, "bias": bias, "step_size": step_size, "keep": keep}
+    shift[:, : spec.features.first_shifted] = 0.0  # which kernels rely on
     inputs["gate"] = torch.zeros(tensors, device=device)
     weights = kernels.pack_mlp(spec, theta.tensors)[None]
 
