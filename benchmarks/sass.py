@@ -32,6 +32,8 @@ FACTS = ["registers", "shared", "warps"]
 
 # At most so many instructions per parameter on sm_90: what is reached, and a little more.
 INSTRUCTIONS = {
+    "accumulate_kernel<CompactFeatures>": 75,
+    "accumulate_kernel<PaperFeatures>": 150,
     "apply_mma_kernel<CompactFeatures, 8, 2>": 260,
     "apply_mma_kernel<PaperFeatures, 32, 2>": 640,
 }
@@ -62,18 +64,21 @@ class Instruction:
     operands: str
 
     def width(self, narrowest: int) -> int:
-        """What the main path is chosen by: 1 for a global access of ``narrowest`` bits or more; -1 for one that always
-        happens and moves less, or a call; 0 for the rest.
+        """What the main path is chosen by: 1 for a global access of 16 bytes, or that always happens and moves
+        ``narrowest`` bits or more; -1 for one that always happens and moves less, or a call; 0 for the rest.
         """
         if self.parts[0] in ("LDG", "STG"):
             moved = next((int(part) for part in self.parts if part in ("64", "128")), 32)
-            return 1 if moved >= narrowest else 0 if self.predicated else -1
+            if moved == 128:
+                return 1
+            return 0 if self.predicated else 1 if moved >= narrowest else -1
         return -(self.parts[0] in ("CALL", "WARPSYNC"))
 
     @property
     def of_halves(self) -> bool:
-        """Whether it widens a parameter or gradient in float16: in the MLP on tensor cores that happens always."""
-        return self.parts[:2] == ("HADD2", "F32") and self.predicated
+        """Whether it is for parameters or gradients of 16 bits: widens them (the MLP does so always) or moves them."""
+        in_case = self.parts[:2] == ("HADD2", "F32") or (self.parts[0] in ("LDG", "STG") and "128" not in self.parts)
+        return in_case and self.predicated
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,9 @@ class Kernel:
             of_layers = sum((2 * parts - 1) * (inputs // 2) + parts * (inputs % 2) for inputs in (blocks, tiles))
             products = self.stagings * together * of_layers * tiles
             warps = 8 if (name, width, parts) == ("paper", 32, 2) else 12
-        if self.operation in SWEEPS and name == "paper":
+        if self.operation in SWEEPS and (name == "paper" or (self.operation == "sweep" and numbers[0] == 32)):
+            warps = 8
+        if self.operation == "apply" and (name, numbers[0]) == ("paper", 32):
             warps = 8
         found = [f"{counts[word]} {word}, expected at least {n}" for word, n in least.items() if counts[word] < n]
         found += [f"{n} {word}, expected accesses of global memory" for word in ("LD", "ST") if (n := counts[word])]
@@ -226,7 +233,7 @@ def main_path(code: list[Instruction], trips: int, narrowest: int = 128) -> list
     """Instructions of one trip through the main loop: that which moves most in wide accesses, or multiplies most.
 
     The longest path from the loop's head back to it over as few accesses of less than ``narrowest`` bits as may be, of
-    others as many of 16 bytes as may be, and over few conversions of float16; loops within are repeated.
+    others as many of 16 bytes as may be, and of what is for 16-bit operands as little; loops within are repeated.
     """
     following = successors(code)
     back: set[tuple[int, int]] = set()

@@ -26,20 +26,22 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
     __syncthreads();
   }
 
-  const bool aligned = aligned_quads<kState>(tensor, grads);
+  const Wide wide = wide_operands<kState>(tensor, grads, 0, kFloat32);
   float row[kStats] = {};
-  float seen = 0.0f;
-  for (int i = kQuad * static_cast<int>(threadIdx.x); i < chunk.count; i += kQuad * kThreads) {
-    const Quad quad = quad_at(chunk, i, aligned);
+  Pivots pivots{};
+  const int begin = kQuad * static_cast<int>(threadIdx.x);
+  for (int i = begin; i < chunk.count; i += kQuad * kThreads) {
+    const Quad quad = quad_at(chunk, i, wide);
     QuadValues<Features> values;
     load_values<kState>(tensor, grads, quad, values);
-    accumulate_quad<kState>(params, tensor, limit, words, quad, values, row, seen);
+    accumulate_quad<kState>(params, tensor, limit, words, quad, i == begin, values, pivots, row);
   }
+  finish_row<Features>(parameters_of_thread(chunk.count, static_cast<int>(threadIdx.x)), pivots, row);
 
 #pragma unroll
   for (int c = 0; c < kStats; ++c) rows[c][threadIdx.x] = row[c];
   __syncthreads();
-  stats_of_chunk<Features>(params, chunk, rows);
+  stats_of_chunk<Features>(params, chunk, tensor, rows);
   if (last_of_tensor(params.finished + chunk.tensor, chunk.of_tensor)) stats_of_tensor<Features>(params, chunk, tensor);
 }
 

@@ -7,51 +7,67 @@
 
 namespace lopt {
 
-// Mean and sum of squared deviations of few values.
+// Note [Pivots]
+// Until finish_row, means and sums of squared deviations in a thread's row of partials are sums of differences from a pivot
+// and of their squares (Chan, Golub and LeVeque 1983 on shifted data). The pivots are values of its first parameter, one of
+// 64 at most: however it lies to the others, the sums of squares are at most 64 times those of deviations from the mean,
+// and hardly ever more than a few times.
+struct Pivots {
+  float param, mom, rms;
+};
+
 template <int kCount>
-__device__ __forceinline__ void moments_of(const float* values, float& mean, float& squares) {
+__device__ __forceinline__ float mean_of_first(const float (&values)[kCount][kQuad]) {
   float sum = 0.0f;
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) sum += values[k];
-  mean = sum * (1.0f / kCount);
-  squares = 0.0f;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) squares += (values[k] - mean) * (values[k] - mean);
+  for (int k = 0; k < kCount; ++k) sum += values[k][0];
+  return sum * (1.0f / kCount);
 }
 
-// One parameter as a row of partials.
 template <class Features>
-__device__ __forceinline__ void partials_of_one(float raw_grad, float grad, float param, const float* mom,
-                                                const float* rms, float* one) {
+__device__ __forceinline__ Pivots pivots_of(const QuadValues<Features>& values) {
+  return {bounded(values.param[0]), mean_of_first(values.mom), mean_of_first(values.rms)};
+}
+
+__device__ __forceinline__ void add_difference(float* row, float difference) {
+  row[0] += difference;
+  row[1] += difference * difference;
+}
+
+// row += one parameter, whose gradient was raw_grad before it was clipped.
+template <class Features>
+__device__ __forceinline__ void add_one(float raw_grad, float grad, float param, const float* mom, const float* rms,
+                                        const Pivots& pivots, float* row) {
   param = bounded(param);
-  one[Stat::grad_square] = grad * grad;
-  one[Stat::param_square] = param * param;
-  one[Stat::nonfinite] = raw_grad - raw_grad == 0.0f ? 0.0f : 1.0f;
-  one[Stat::param_mean] = param;
-  one[Stat::param_var] = 0.0f;
-  moments_of<Features::kNumMom>(mom, one[Stat::mom_mean], one[Stat::mom_var]);
-  moments_of<Features::kNumRms>(rms, one[Stat::rms_mean], one[Stat::rms_var]);
-  Features::moments(grad, param, mom, rms, one + kMoments);
+  row[Stat::grad_square] += grad * grad;
+  row[Stat::param_square] += param * param;
+  row[Stat::nonfinite] += abs_of(raw_grad) <= kLargestFloat ? 0.0f : 1.0f;
+  add_difference(row + Stat::param_mean, param - pivots.param);
+#pragma unroll
+  for (int k = 0; k < Features::kNumMom; ++k) add_difference(row + Stat::mom_mean, mom[k] - pivots.mom);
+#pragma unroll
+  for (int k = 0; k < Features::kNumRms; ++k) add_difference(row + Stat::rms_mean, rms[k] - pivots.rms);
+  float moments[Features::kNumMoments];
+  Features::moments(grad, param, mom, rms, moments);
+#pragma unroll
+  for (int i = 0; i < Features::kNumMoments; ++i)
+    if (stat_of<Features>(i) < 0) row[kMoments + i] += moments[i];
 }
 
-// row (of `seen` parameters) += one (of one parameter), as merge_partials does, with one division in place of three.
+// Of `count` parameters: the row as merge_column wants it.
 template <class Features>
-__device__ __forceinline__ void add_partials(float* row, float seen, const float* one) {
-  const float share = 1.0f / (seen + 1.0f);
+__device__ __forceinline__ void finish_row(int count, const Pivots& pivots, float* row) {
+  const auto finish = [&](int mean, int values, float pivot) {
+    const float difference = count > 0 ? row[mean] / static_cast<float>(count * values) : 0.0f;
+    row[mean + 1] = max_of(row[mean + 1] - row[mean] * difference, 0.0f);
+    row[mean] = pivot + difference;
+  };
+  finish(Stat::param_mean, 1, pivots.param);
+  finish(Stat::mom_mean, Features::kNumMom, pivots.mom);
+  finish(Stat::rms_mean, Features::kNumRms, pivots.rms);
 #pragma unroll
-  for (int c = 0; c < kNumStats<Features>; ++c) {
-    if (c == Stat::param_var || c == Stat::mom_var || c == Stat::rms_var) continue;
-    if (c != Stat::param_mean && c != Stat::mom_mean && c != Stat::rms_mean) {
-      row[c] += one[c];
-      continue;
-    }
-    const int values = c == Stat::mom_mean   ? Features::kNumMom
-                       : c == Stat::rms_mean ? Features::kNumRms
-                                             : 1;  // per parameter
-    const float delta = one[c] - row[c];
-    row[c] += delta * share;
-    row[c + 1] += one[c + 1] + delta * delta * (seen * share * values);
-  }
+  for (int i = 0; i < Features::kNumMoments; ++i)
+    if (stat_of<Features>(i) >= 0) row[kMoments + i] = row[stat_of<Features>(i)];
 }
 
 // Column c of many rows merged into one, by one warp: row r covers weight(r) parameters and holds value(r, c).
@@ -76,16 +92,14 @@ __device__ __forceinline__ double merge_column(int c, int64_t rows, double numel
 }
 
 // Accumulators of parameter j of a quad -> the bfloat16 numbers that are stored (rounding.h).
-template <int kPairs, int kMom, int kRms>
-__device__ __forceinline__ void round_state(const RoundingWords<kPairs>& words, uint32_t element, int j,
+template <int kMom, int kRms>
+__device__ __forceinline__ void round_state(const RoundingWords<kMom + kRms>& words, uint32_t element, int j,
                                             float (&mom)[kMom][kQuad], float (&rms)[kRms][kQuad]) {
-  uint32_t random[kPairs];
-#pragma unroll
-  for (int pair = 0; pair < kPairs; ++pair) random[pair] = words.bits(pair, element);
+  const uint32_t hash = words.hash(element);
 #pragma unroll
   for (int k = 0; k < kMom + kRms; ++k) {
     float& value = k < kMom ? mom[k][j] : rms[k - kMom][j];
-    if (value == value) value = bits_float(rounded_bits(float_bits(value), random[k / 2], k));
+    if (value == value) value = bits_float(rounded_bits(float_bits(value), words.bits(k, hash)));
   }
 }
 
@@ -101,7 +115,7 @@ using StatRows = float[kNumStats<Features>][kThreads];
 
 // Rounding words of the accumulators of one parameter, for a bfloat16 state.
 template <class Features>
-using WordsOf = RoundingWords<(Features::kNumMom + Features::kNumRms + 1) / 2>;
+using WordsOf = RoundingWords<Features::kNumMom + Features::kNumRms>;
 
 // By one thread of the block.
 template <class Features>
@@ -112,12 +126,12 @@ __device__ __forceinline__ WordsOf<Features> words_of(const AccumulateParams& pa
   return WordsOf<Features>::of(key, tensor.offset + chunk.begin);
 }
 
-// Clips the gradients of a quad, updates and stores its accumulators, and adds it to `row` (of `seen` parameters).
+// Clips the gradients of a quad, updates and stores its accumulators, and adds it to `row`, the first one with new pivots.
 template <Dtype kState, class Features>
 __device__ __forceinline__ void accumulate_quad(const AccumulateParams& params, const TensorEntry& tensor, float limit,
-                                                const WordsOf<Features>& words, const Quad& quad,
-                                                QuadValues<Features>& values, float (&row)[kNumStats<Features>],
-                                                float& seen) {
+                                                const WordsOf<Features>& words, const Quad& quad, bool first,
+                                                QuadValues<Features>& values, Pivots& pivots,
+                                                float (&row)[kNumStats<Features>]) {
   auto& [param, grad, mom, rms] = values;
   float unclipped[kQuad];
 #pragma unroll
@@ -134,31 +148,31 @@ __device__ __forceinline__ void accumulate_quad(const AccumulateParams& params, 
   store_planes<kState>(tensor.mom, tensor.stride, quad, mom);
   store_planes<kState>(tensor.rms, tensor.stride, quad, rms);
 
+  if (first) pivots = pivots_of(values);
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     if (j >= quad.count) break;
-    float mom_of_one[Features::kNumMom], rms_of_one[Features::kNumRms], one[kNumStats<Features>];
+    float mom_of_one[Features::kNumMom], rms_of_one[Features::kNumRms];
 #pragma unroll
     for (int k = 0; k < Features::kNumMom; ++k) mom_of_one[k] = mom[k][j];
 #pragma unroll
     for (int k = 0; k < Features::kNumRms; ++k) rms_of_one[k] = rms[k][j];
-    partials_of_one<Features>(unclipped[j], grad[j], param[j], mom_of_one, rms_of_one, one);
-    add_partials<Features>(row, seen, one);
-    seen += 1.0f;
+    add_one<Features>(unclipped[j], grad[j], param[j], mom_of_one, rms_of_one, pivots, row);
   }
 }
 
 // Rows of partials -> the chunk's. After a barrier.
 template <class Features>
 __device__ __forceinline__ void stats_of_chunk(const AccumulateParams& params, const ChunkRange& chunk,
-                                               const StatRows<Features>& rows) {
+                                               const TensorEntry& tensor, const StatRows<Features>& rows) {
   constexpr int kStats = kNumStats<Features>;
+  const Partials<kStats> partials(params.partials, tensor, chunk);
   for (int c = warp_index(); c < kStats; c += kWarps) {
     const double merged = merge_column<Features>(
         c, kThreads, chunk.count,
         [&](int64_t thread) -> double { return parameters_of_thread(chunk.count, static_cast<int>(thread)); },
         [&](int64_t thread, int column) -> double { return rows[column][thread]; });
-    if (lane_index() == 0) params.partials[int64_t{blockIdx.x} * kStats + c] = merged;
+    if (lane_index() == 0) partials.own(c) = merged;
   }
 }
 
@@ -168,13 +182,13 @@ __device__ __forceinline__ void stats_of_tensor(const AccumulateParams& params, 
                                                 const TensorEntry& tensor) {
   constexpr int kStats = kNumStats<Features>;
   __shared__ double total[kStats];
-  const double* partials = params.partials + tensor.first_chunk * kStats;  // [chunks of the tensor, kStats]
+  const Partials<kStats> partials(params.partials, tensor, chunk);
   const double numel = static_cast<double>(tensor.numel);
   for (int c = warp_index(); c < kStats; c += kWarps) {
     const double merged = merge_column<Features>(
         c, chunk.of_tensor, numel,
         [&](int64_t r) -> double { return static_cast<double>(min_of(tensor.numel - r * kChunk, kChunk)); },
-        [&](int64_t r, int column) { return partials[r * kStats + column]; });
+        [&](int64_t r, int column) { return partials.at(column, r); });
     if (lane_index() == 0) total[c] = merged;
   }
   __syncthreads();

@@ -10,9 +10,10 @@
 namespace lopt {
 namespace {
 
-// Three blocks per multiprocessor leave 168 registers: with less, some compilers spill.
+// Two or three blocks per multiprocessor leave 255 or 168 registers: with less, some compilers spill.
 template <Dtype kState, class Features, int kWidth>
-__global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) {
+__global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 && kWidth >= 32 ? 2 : 3)
+    apply_kernel(ApplyParams params) {
   __shared__ Rule<Features, kWidth> rule;
   __shared__ float rows[kWidth][kThreads];  // one row of hidden sums per thread, transposed: registers are dearer
 
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 3) apply_kernel(ApplyParams params) 
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) rows[j][threadIdx.x] += hidden[j];
   }
-  reduce_hidden(params, chunk, rows);
+  reduce_hidden(params, chunk, operands.tensor, rows);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ struct Rule {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
       x[c] = c < Features::kFirstShifted ? x[c] * scale[c] : x[c] * scale[c] + shift[c];
-    if (feature_clip <= 3.402823466e38f) {
+    if (feature_clip <= kLargestFloat) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) x[c] = clamp_of(x[c], feature_clip);
     }
@@ -59,6 +59,11 @@ struct Operands {
   TensorInputs inputs;
   int64_t written;
   int32_t written_dtype;
+
+  template <Dtype kState>
+  __device__ __forceinline__ Wide wide() const {
+    return wide_operands<kState>(tensor, grads, written, written_dtype);
+  }
 };
 
 __device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64_t t) {
@@ -99,20 +104,22 @@ __device__ __forceinline__ void apply_one(const ApplyParams& params, const Rule<
 
 // Sums of hidden units, kRows per unit in shared memory -> the chunk's partials. After a barrier.
 template <int kWidth, int kRows>
-__device__ __forceinline__ void hidden_of_chunk(const ApplyParams& params, const float (&rows)[kWidth][kRows]) {
+__device__ __forceinline__ void hidden_of_chunk(const ApplyParams& params, const ChunkRange& chunk,
+                                                const TensorEntry& tensor, const float (&rows)[kWidth][kRows]) {
+  const Partials<kWidth> partials(params.partials, tensor, chunk);
   for (int j = warp_index(); j < kWidth; j += kWarps) {
     const double sum = sum_rows(kRows, [&](int64_t row) -> double { return rows[j][row]; });
-    if (lane_index() == 0) params.partials[int64_t{blockIdx.x} * kWidth + j] = sum;
+    if (lane_index() == 0) partials.own(j) = sum;
   }
 }
 
 // Partials of its chunks -> the tensor's mean, by the last of its blocks.
 template <int kWidth>
-__device__ __forceinline__ void hidden_of_tensor(const ApplyParams& params, const ChunkRange& chunk) {
-  const TensorEntry& tensor = params.tensors[chunk.tensor];
-  const double* partials = params.partials + tensor.first_chunk * kWidth;  // [chunks of the tensor, kWidth]
+__device__ __forceinline__ void hidden_of_tensor(const ApplyParams& params, const ChunkRange& chunk,
+                                                 const TensorEntry& tensor) {
+  const Partials<kWidth> partials(params.partials, tensor, chunk);
   for (int j = warp_index(); j < kWidth; j += kWarps) {
-    const double sum = sum_rows(chunk.of_tensor, [&](int64_t r) { return partials[r * kWidth + j]; });
+    const double sum = sum_rows(chunk.of_tensor, [&](int64_t r) { return partials.at(j, r); });
     if (lane_index() == 0)
       params.hidden[tensor.row * kWidth + j] = static_cast<float>(sum / static_cast<double>(tensor.numel));
   }
@@ -120,10 +127,10 @@ __device__ __forceinline__ void hidden_of_tensor(const ApplyParams& params, cons
 
 template <int kWidth, int kRows>
 __device__ __forceinline__ void reduce_hidden(const ApplyParams& params, const ChunkRange& chunk,
-                                              const float (&rows)[kWidth][kRows]) {
+                                              const TensorEntry& tensor, const float (&rows)[kWidth][kRows]) {
   __syncthreads();
-  hidden_of_chunk(params, rows);
-  if (last_of_tensor(params.finished + chunk.tensor, chunk.of_tensor)) hidden_of_tensor<kWidth>(params, chunk);
+  hidden_of_chunk(params, chunk, tensor, rows);
+  if (last_of_tensor(params.finished + chunk.tensor, chunk.of_tensor)) hidden_of_tensor<kWidth>(params, chunk, tensor);
 }
 
 }  // namespace lopt

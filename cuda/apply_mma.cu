@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumn
     for (int j = 0; j < kQuad; ++j) values.grad[j] = clip_gradient(values.grad[j], operands.inputs.clip_limit);
   };
   apply_mma<kState, false, kParts>(params, chunk, operands, rule, stages, last_layer, rows, read);
-  reduce_hidden(params, chunk, rows);
+  reduce_hidden(params, chunk, operands.tensor, rows);
 }
 
 }  // namespace

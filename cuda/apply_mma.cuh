@@ -31,7 +31,7 @@
 // by their root mean square do not exceed the square root of the number of parameters, and ratios of accumulators not
 // some 30, so next to nothing goes beyond; but where something does, with precision `high` it shows as a NaN in every
 // unit of the last hidden layer, and the warp leaves the window for later, when it is computed in plain float. So are
-// windows that are not whole or not aligned. With `fast`, which keeps only the high halves, columns and hidden units
+// windows that are not whole. With `fast`, which keeps only the high halves, columns and hidden units
 // saturate at 65504.
 //
 // Note [Truncation]
@@ -161,7 +161,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
   // Products of few tiles wait for each other: two times 16 rows at once then.
   constexpr int kTogether = kTiles < 4 ? 2 : 1, kRowUnroll = 1;
   const TensorEntry& tensor = operands.tensor;
-  const bool aligned = aligned_quads<kState>(tensor, operands.grads);
+  const Wide wide = operands.wide<kState>();
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
   auto& stage = stages[warp_index()];
   rule.load(params, tensor);
@@ -190,16 +190,16 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
 #pragma unroll
     for (int e = 0; e < 2; ++e) rows[8 * n + 2 * t + e][8 * warp_index() + g] = 0.0f;
 
-  // Whole windows of 128 aligned parameters; what is left is computed without tensor cores.
+  // Whole windows of 128 parameters; what is left is computed without tensor cores.
   uint32_t left = 0;  // bit i: window i of this warp
   for (int window = 0, base = kWindow * warp_index(); base < chunk.count; ++window, base += kWindow * kWarps) {
     QuadValues<Features> values;
-    if (!aligned || base + kWindow > chunk.count) {
-      if constexpr (kAllQuads) read(quad_at(chunk, base + kQuad * lane, aligned), values);
+    if (base + kWindow > chunk.count) {
+      if constexpr (kAllQuads) read(quad_at(chunk, base + kQuad * lane, wide), values);
       left |= 1u << window;
       continue;
     }
-    const Quad quad{chunk.begin + base + kQuad * lane, kQuad, true};
+    const Quad quad{chunk.begin + base + kQuad * lane, kQuad, wide};
     read(quad, values);
     const auto& [param, grad, mom, rms] = values;
 

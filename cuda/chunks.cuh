@@ -1,9 +1,9 @@
 // Many tensors, one launch: which chunk a block works on, and a thread's four parameters in and out of registers.
 //
 // Note [Quads]
-// A thread handles four consecutive parameters, a quad. Where all addresses of a tensor allow it, a quad moves in one
-// access of 16 bytes (8 for bfloat16 and float16), a warp's neighbouring quads in full sectors; otherwise, and at the end
-// of a tensor, value by value. Every load of a quad is issued before the first value is used: `load_raw` and `decode` are
+// A thread handles four consecutive parameters, a quad. Of operands whose addresses allow it, a quad moves in one access of
+// 16 bytes (8 for bfloat16 and float16), a warp's neighbouring quads in full sectors; of others, and at the end of a
+// tensor, value by value. Every load of a quad is issued before the first value is used: `load_raw` and `decode` are
 // two steps because widening a value would already wait for it. __ldcg and __stcg pass by the first-level cache, which
 // holds nothing that is used twice, and say that an address out of a table is one of global memory.
 #pragma once
@@ -27,6 +27,18 @@ __device__ __forceinline__ ChunkRange chunk_of_block(const TensorEntry* tensors,
   return {chunk.tensor, chunk.begin, static_cast<int>(min_of(numel - chunk.begin, kChunk)),
           static_cast<uint32_t>((numel + kChunk - 1) / kChunk)};
 }
+
+// Partials of a tensor, [kColumns, chunks of the tensor]: its last block reads those of a column at neighbouring addresses.
+template <int kColumns>
+struct Partials {
+  double* of;
+  int64_t chunks, chunk;  // of the tensor, and this block's
+
+  __device__ __forceinline__ Partials(double* partials, const TensorEntry& tensor, const ChunkRange& range)
+      : of(partials + tensor.first_chunk * kColumns), chunks(range.of_tensor), chunk(range.begin / kChunk) {}
+  __device__ __forceinline__ double& own(int column) const { return of[column * chunks + chunk]; }
+  __device__ __forceinline__ double at(int column, int64_t r) const { return of[column * chunks + r]; }
+};
 
 union FloatBits {
   float value;
@@ -70,26 +82,32 @@ __device__ __forceinline__ void store_value(int64_t address, int32_t dtype, int6
 
 constexpr int kQuad = 4;
 
+// Which operands of a tensor move in whole quads, those with aligned addresses, as chunks begin at multiples of a quad; and
+// whether all do, of float32 parameters and gradients.
+enum Wide : int { kNoneWide = 0, kWideParam = 1, kWideGrad = 2, kWideState = 4, kWideWritten = 8, kWidePlain = 16 };
+
+// Written is what apply writes, or 0.
+template <Dtype kState>
+__device__ __forceinline__ Wide wide_operands(const TensorEntry& tensor, int64_t grads, int64_t written,
+                                              int32_t written_dtype) {
+  const auto aligned = [](int64_t address, int32_t dtype) { return address % (dtype == kFloat32 ? 16 : 8) == 0; };
+  const int wide = kWideParam * aligned(tensor.param, tensor.param_dtype) |
+                   kWideGrad * aligned(grads, tensor.grad_dtype) |
+                   kWideState * (aligned(tensor.mom | tensor.rms, kState) && tensor.stride % kQuad == 0) |
+                   kWideWritten * aligned(written, written_dtype);
+  const bool plain = wide == kWidePlain - 1 && (tensor.param_dtype | tensor.grad_dtype) == kFloat32;
+  return static_cast<Wide>(wide | kWidePlain * plain);
+}
+
 struct Quad {
   int64_t at;  // first parameter
   int count;   // 4, fewer at the end of a chunk, or none
-  bool wide;   // moves in one access
+  Wide wide;   // none, if it is not whole
 };
 
-// Whether the quads of a tensor are aligned; chunks begin at multiples of a quad.
-template <Dtype kState>
-__device__ __forceinline__ bool aligned_quads(const TensorEntry& tensor, int64_t grads) {
-  const int64_t state = tensor.mom | tensor.rms;
-  const int64_t floats = (kState == kFloat32 ? state : state * 2) | tensor.stride * 4 |
-                         (tensor.param_dtype == kFloat32 ? tensor.param : tensor.param * 2) |
-                         (tensor.grad_dtype == kFloat32 ? grads : grads * 2) |
-                         (kState == kFloat32 ? tensor.direction : tensor.direction * 2);
-  return floats % 16 == 0;
-}
-
-__device__ __forceinline__ Quad quad_at(const ChunkRange& chunk, int i, bool aligned) {
+__device__ __forceinline__ Quad quad_at(const ChunkRange& chunk, int i, Wide wide) {
   const int left = chunk.count - i, count = left < 0 ? 0 : left < kQuad ? left : kQuad;
-  return {chunk.begin + i, count, aligned && count == kQuad};
+  return {chunk.begin + i, count, count == kQuad ? wide : kNoneWide};
 }
 
 // A quad as it lies in memory: a float32 in each word, or two bfloat16 or float16 in each of the first two.
@@ -119,8 +137,8 @@ __device__ __forceinline__ RawQuad load_narrow(int64_t address, int32_t dtype, c
   return raw;
 }
 
-__device__ __forceinline__ RawQuad load_raw(int64_t address, int32_t dtype, const Quad& quad) {
-  return quad.wide ? load_wide(address, dtype, quad.at) : load_narrow(address, dtype, quad);
+__device__ __forceinline__ RawQuad load_raw(int64_t address, int32_t dtype, const Quad& quad, bool wide) {
+  return wide ? load_wide(address, dtype, quad.at) : load_narrow(address, dtype, quad);
 }
 
 // Of float32 and bfloat16.
@@ -140,7 +158,7 @@ __device__ __forceinline__ void decode_halves(const RawQuad& raw, int32_t dtype,
 }
 
 __device__ __forceinline__ void store_quad(int64_t address, int32_t dtype, const Quad& quad, const float* values) {
-  if (!quad.wide) {
+  if (!(quad.wide & kWideWritten)) {
 #pragma unroll
     for (int j = 0; j < kQuad; ++j)
       if (j < quad.count) store_value(address, dtype, quad.at + j, values[j]);
@@ -163,11 +181,11 @@ __device__ __forceinline__ int64_t plane_at(int64_t address, int64_t stride, int
 
 // The quad of every accumulator plane; zero where it has no parameter.
 template <Dtype kState, int kPlanes>
-__device__ __forceinline__ void load_planes(int64_t address, int64_t stride, const Quad& quad,
+__device__ __forceinline__ void load_planes(int64_t address, int64_t stride, const Quad& quad, bool wide,
                                             float (&values)[kPlanes][kQuad]) {
   if constexpr (kState == kFloat32) {
     const float* from = reinterpret_cast<const float*>(address) + quad.at;
-    if (quad.wide) {
+    if (wide) {
 #pragma unroll
       for (int k = 0; k < kPlanes; ++k) {
         const float4 four = __ldcg(reinterpret_cast<const float4*>(from + k * stride));
@@ -181,7 +199,7 @@ __device__ __forceinline__ void load_planes(int64_t address, int64_t stride, con
       for (int j = 0; j < kQuad; ++j) values[k][j] = j < quad.count ? __ldcg(from + k * stride + j) : 0.0f;
   } else {  // two in a word, until decode_planes
     const uint16_t* from = reinterpret_cast<const uint16_t*>(address) + quad.at;
-    if (quad.wide) {
+    if (wide) {
 #pragma unroll
       for (int k = 0; k < kPlanes; ++k) {
         const uint2 four = __ldcg(reinterpret_cast<const uint2*>(from + k * stride));
@@ -223,15 +241,18 @@ struct QuadValues {
 template <Dtype kState, class Features>
 __device__ __forceinline__ void load_values(const TensorEntry& tensor, int64_t grads, const Quad& quad,
                                             QuadValues<Features>& values) {
-  load_planes<kState>(tensor.mom, tensor.stride, quad, values.mom);
-  load_planes<kState>(tensor.rms, tensor.stride, quad, values.rms);
-  if ((tensor.param_dtype | tensor.grad_dtype) == kFloat32) {
-    const RawQuad raw_param = load_raw(tensor.param, kFloat32, quad), raw_grad = load_raw(grads, kFloat32, quad);
+  if (quad.wide & kWidePlain) {  // most often: one branch for all
+    load_planes<kState>(tensor.mom, tensor.stride, quad, true, values.mom);
+    load_planes<kState>(tensor.rms, tensor.stride, quad, true, values.rms);
+    const RawQuad raw_param = load_wide(tensor.param, kFloat32, quad.at),
+                  raw_grad = load_wide(grads, kFloat32, quad.at);
     decode(raw_param, kFloat32, values.param);
     decode(raw_grad, kFloat32, values.grad);
   } else {
-    const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad);
-    const RawQuad raw_grad = load_raw(grads, tensor.grad_dtype, quad);
+    load_planes<kState>(tensor.mom, tensor.stride, quad, quad.wide & kWideState, values.mom);
+    load_planes<kState>(tensor.rms, tensor.stride, quad, quad.wide & kWideState, values.rms);
+    const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad, quad.wide & kWideParam);
+    const RawQuad raw_grad = load_raw(grads, tensor.grad_dtype, quad, quad.wide & kWideGrad);
     decode(raw_param, tensor.param_dtype, values.param);
     decode(raw_grad, tensor.grad_dtype, values.grad);
     if ((tensor.param_dtype | tensor.grad_dtype) & kFloat16) {  // a branch that others jump over
@@ -249,7 +270,7 @@ __device__ __forceinline__ void store_planes(int64_t address, int64_t stride, co
                                              const float (&values)[kPlanes][kQuad]) {
   if constexpr (kState == kFloat32) {
     float* to = reinterpret_cast<float*>(address) + quad.at;
-    if (quad.wide) {
+    if (quad.wide & kWideState) {
 #pragma unroll
       for (int k = 0; k < kPlanes; ++k)
         __stcg(reinterpret_cast<float4*>(to + k * stride), {values[k][0], values[k][1], values[k][2], values[k][3]});
@@ -262,7 +283,7 @@ __device__ __forceinline__ void store_planes(int64_t address, int64_t stride, co
         if (j < quad.count) __stcg(to + k * stride + j, values[k][j]);
   } else {
     uint16_t* to = reinterpret_cast<uint16_t*>(address) + quad.at;
-    if (quad.wide) {
+    if (quad.wide & kWideState) {
 #pragma unroll
       for (int k = 0; k < kPlanes; ++k)
         __stcg(reinterpret_cast<uint2*>(to + k * stride), {float_bits(values[k][0]) >> 16 | float_bits(values[k][1]),

@@ -15,7 +15,8 @@ __device__ __forceinline__ float pass(float (&values)[kQuad]) {
 
 // Two or three blocks per multiprocessor leave 255 or 168 registers.
 template <Dtype kState, class Features, int kWidth>
-__global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3) sweep_kernel(SweepParams params) {
+__global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 || kWidth >= 32 ? 2 : 3)
+    sweep_kernel(SweepParams params) {
   __shared__ Rule<Features, kWidth> rule;
   __shared__ StatRows<Features> stat_rows;
   __shared__ float hidden_rows[kWidth][kThreads];
@@ -32,9 +33,9 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
   for (int j = 0; j < kWidth; ++j) hidden_rows[j][threadIdx.x] = 0.0f;
   __syncthreads();
 
-  const bool aligned = aligned_quads<kState>(tensor, operands.grads);
+  const Wide wide = operands.wide<kState>();
   for (int i = kQuad * static_cast<int>(threadIdx.x); i < chunk.count; i += kQuad * kThreads) {
-    const Quad quad = quad_at(chunk, i, aligned);
+    const Quad quad = quad_at(chunk, i, wide);
     QuadValues<Features> values;
     accumulator.read(quad, values);
     float next[kQuad] = {};
@@ -57,6 +58,7 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
     }
     if (operands.inputs.moves()) store_quad(operands.written, operands.written_dtype, quad, next);
   }
+  accumulator.end(chunk);
   reduce_sweep<Features>(params, chunk, tensor, stat_rows, hidden_rows);
 }
 

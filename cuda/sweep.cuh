@@ -25,7 +25,8 @@ struct Accumulator {
   const Operands& operands;
   WordsOf<Features>& words;  // in shared memory, as
   StatRows<Features>& rows;
-  float seen = 0.0f;
+  Pivots pivots{};
+  bool first = true;
 
   // By all threads of the block, which meet afterwards.
   __device__ __forceinline__ void begin(const ChunkRange& chunk) {
@@ -39,7 +40,19 @@ struct Accumulator {
     float row[kNumStats<Features>];
 #pragma unroll
     for (int c = 0; c < kNumStats<Features>; ++c) row[c] = rows[c][threadIdx.x];
-    accumulate_quad<kState>(params, operands.tensor, operands.inputs.clip_limit, words, quad, values, row, seen);
+    accumulate_quad<kState>(params, operands.tensor, operands.inputs.clip_limit, words, quad, first, values, pivots,
+                            row);
+    first = false;
+#pragma unroll
+    for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = row[c];
+  }
+
+  // After the last quad.
+  __device__ __forceinline__ void end(const ChunkRange& chunk) {
+    float row[kNumStats<Features>];
+#pragma unroll
+    for (int c = 0; c < kNumStats<Features>; ++c) row[c] = rows[c][threadIdx.x];
+    finish_row<Features>(parameters_of_thread(chunk.count, static_cast<int>(threadIdx.x)), pivots, row);
 #pragma unroll
     for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = row[c];
   }
@@ -51,11 +64,11 @@ __device__ __forceinline__ void reduce_sweep(const SweepParams& params, const Ch
                                              const TensorEntry& tensor, const StatRows<Features>& stat_rows,
                                              const float (&hidden_rows)[kWidth][kRows]) {
   __syncthreads();
-  stats_of_chunk<Features>(params.accumulating, chunk, stat_rows);
-  hidden_of_chunk(params.applying, hidden_rows);
+  stats_of_chunk<Features>(params.accumulating, chunk, tensor, stat_rows);
+  hidden_of_chunk(params.applying, chunk, tensor, hidden_rows);
   if (!last_of_tensor(params.accumulating.finished + chunk.tensor, chunk.of_tensor)) return;
   stats_of_tensor<Features>(params.accumulating, chunk, tensor);
-  hidden_of_tensor<kWidth>(params.applying, chunk);
+  hidden_of_tensor<kWidth>(params.applying, chunk, tensor);
 }
 
 }  // namespace lopt

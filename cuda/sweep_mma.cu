@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
   accumulator.begin(chunk);
   const auto read = [&](const Quad& quad, QuadValues<Features>& values) { accumulator.read(quad, values); };
   apply_mma<kState, true, kParts>(params.applying, chunk, operands, rule, stages, last_layer, rows, read);
+  accumulator.end(chunk);
   reduce_sweep<Features>(params, chunk, operands.tensor, stat_rows, rows);
 }
 

@@ -237,31 +237,35 @@ SENTINEL = -77.0
 
 @dataclass
 class Run:
-    """One plan over guarded copies of a problem's tensors."""
+    """One plan over guarded copies of a problem's tensors; those called ``unaligned`` lie as with ``guard=GUARD``."""
 
     problem: Problem
     backend: Backend
     theta_index: Sequence[int] | None = None
     guard: int = GUARD
     precision: str = "high"
+    unaligned: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         problem = self.problem
-        self.buffers: list[Tensor] = []
-        self.params = [self._guarded(x) for x in problem.params]
-        self.grads = [self._guarded(x) for x in problem.grads]
-        self.mom = [self._guarded(x) for x in problem.mom]
-        self.rms = [self._guarded(x) for x in problem.rms]
+        self.buffers: list[tuple[Tensor, int]] = []
+        self.params = self._guarded("params")
+        self.grads = self._guarded("grads")
+        self.mom = self._guarded("mom")
+        self.rms = self._guarded("rms")
         name, spec = self.backend.name, problem.spec
         state = self.params, self.mom, self.rms
         self.plan = kernels.Plan(name, spec.feature_set, *state, self.theta_index, self.precision)
         self.plan.set_tensors(self.params, self.grads)
 
-    def _guarded(self, x: Tensor) -> Tensor:
-        buffer = torch.full((x.numel() + 2 * self.guard,), SENTINEL, dtype=x.dtype)
-        buffer[self.guard : -self.guard] = x.reshape(-1)
-        self.buffers.append(buffer.to(self.backend.device))
-        return self.buffers[-1][self.guard : -self.guard].view(x.shape)
+    def _guarded(self, name: str) -> list[Tensor]:
+        guard, tensors = GUARD if name in self.unaligned else self.guard, []
+        for x in getattr(self.problem, name):
+            buffer = torch.full((x.numel() + 2 * guard,), SENTINEL, dtype=x.dtype)
+            buffer[guard:-guard] = x.reshape(-1)
+            self.buffers.append((buffer.to(self.backend.device), guard))
+            tensors.append(self.buffers[-1][0][guard:-guard].view(x.shape))
+        return tensors
 
     def accumulate(self) -> Tensor:
         return self.plan.accumulate(self.problem.clip_limit.to(self.backend.device)).cpu()
@@ -279,8 +283,8 @@ class Run:
         return self.plan.apply(*self.operands(weights)).cpu()
 
     def check_guards(self) -> None:
-        for buffer in self.buffers:
-            edges = torch.cat([buffer[: self.guard], buffer[-self.guard :]]).float().cpu()
+        for buffer, guard in self.buffers:
+            edges = torch.cat([buffer[:guard], buffer[-guard:]]).float().cpu()
             assert torch.equal(edges, torch.full_like(edges, SENTINEL)), "written outside of a tensor"
 
 

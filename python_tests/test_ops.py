@@ -37,6 +37,8 @@ from kernel_cases import (
     problem_of,
     random_weights,
     same,
+    solve_accumulate,
+    stats_scale,
     stats_scale_of,
 )
 from torch import Tensor
@@ -168,6 +170,29 @@ def test_extreme_values(backend: Backend, feature_set: str) -> None:
     assert all(bool(x.isfinite().all()) for x in outputs(Run(problem_of(*key), backend)))
 
 
+@pytest.mark.parametrize("outliers", [False, True])
+@SETS
+def test_statistics_around_a_pivot(backend: Backend, feature_set: str, outliers: bool) -> None:
+    """Of values far from zero but near each other, and where the first parameter of every thread of a GPU, the pivot of
+    what it adds up (Note [Pivots]), is 30 times as large as all others: then its sum of squares may be 64 times the
+    result, and so may be its error.
+    """
+    size = 20_000
+    problem = problem_of(feature_set, 8, ((size,),))
+    first = (torch.arange(size) % 8192 < 512) & (torch.arange(size) % 4 == 0)
+    values = {
+        name: [torch.where(first, 30.0 * x.abs(), 1.0 + 0.01 * x) if outliers else 1000.0 + x for x in of]
+        for name, of in (("params", problem.params), ("mom", problem.mom), ("rms", problem.rms))
+    }
+    problem = dataclasses.replace(problem, grads=[0.01 * x for x in problem.grads], **values)
+    exact = solve_accumulate(problem, torch.float64)
+    stats = Run(problem, backend).accumulate().double()
+    errors = ((stats - exact.stats).abs() / stats_scale(problem, exact))[0]
+    allowed = 64 * ULP if outliers else 8 * ULP
+    for name, off in zip(STATS, errors.tolist(), strict=False):
+        assert name == "nonfinite" or off <= allowed, f"{name}: {off / ULP:.1f} ulp"
+
+
 # ---- Wide accesses and tensor cores ---------------------------------------------------------------------------------
 
 GPU_KERNELS = pytest.mark.parametrize(
@@ -189,6 +214,22 @@ def test_wide_accesses_give_the_same_bits(
     narrow, wide = (Run(problem, backend, guard=guard, precision="exact") for guard in (GUARD, ALIGNED))
     assert same(outputs(narrow), outputs(wide))
     wide.check_guards()
+
+
+@GPU_KERNELS
+@pytest.mark.parametrize("unaligned", [("grads",), ("params",), ("mom",), ("rms", "grads")], ids="-".join)
+@SETS
+def test_an_unaligned_operand_changes_no_bit(backend: Backend, feature_set: str, unaligned: tuple[str, ...]) -> None:
+    """Each operand is as wide as its address allows, and tensor cores are used whatever the addresses are."""
+    problem = problem_of(feature_set, 8, ((1152,), (20, 100)))
+    one, all_aligned, exact = (
+        Run(problem, backend, guard=ALIGNED, precision=precision, unaligned=names)
+        for precision, names in (("high", unaligned), ("high", ()), ("exact", ()))
+    )
+    found = outputs(one)
+    one.check_guards()
+    assert same(found, outputs(all_aligned))
+    assert not same(found, outputs(exact))
 
 
 @GPU_KERNELS

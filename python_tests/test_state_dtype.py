@@ -63,8 +63,8 @@ def test_the_same_bits_as_the_reference(backend: Backend, feature_set: str, guar
 
 
 def test_bits_of_another_step_tensor_or_seed_are_others() -> None:
-    """Any two agree in 2^-16 of the places, plus five standard deviations."""
-    count = 100_000
+    """Any two agree in 2^-16 of the places, plus six standard deviations."""
+    count = 1_000_000
     streams = [
         row
         for rounding in (Rounding(3, 1), Rounding(4, 1), Rounding(3, 2))
@@ -78,7 +78,7 @@ def test_bits_of_another_step_tensor_or_seed_are_others() -> None:
         mean = float(one.double().mean()) / (2**16 - 1)
         assert abs(mean - 0.5) < 5 * math.sqrt(1 / 12 / count)
         for other in streams[:i]:
-            assert int((one == other).sum()) <= expected + 5 * math.sqrt(expected)
+            assert int((one == other).sum()) <= expected + 6 * math.sqrt(expected)
 
 
 @SETS

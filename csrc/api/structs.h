@@ -85,7 +85,7 @@ LOPT_HD ApplyInputs inputs_of(const Params& params) {
   FIELD(const int64_t*, step) /* [1] steps so far, and */                                                          \
   FIELD(int64_t, seed)        /* a number: they choose the random bits that round a bfloat16 state (rounding.h) */ \
   FIELD(Dtype, state_dtype)   /* of mom and rms */                                                                 \
-  FIELD(double*, partials)    /* [num_chunks, S] scratch */                                                        \
+  FIELD(double*, partials)    /* [num_chunks * S] scratch */                                                       \
   FIELD(uint32_t*, finished)  /* [T] scratch of the CUDA kernel: zero before and after */                          \
   FIELD(float*, stats)        /* [R, S] written; see Stat */
 struct AccumulateParams {
@@ -104,7 +104,7 @@ struct AccumulateParams {
   FIELD(float, feature_clip)    /* +inf: no clipping */                                     \
   FIELD(Precision, precision)   /* of the CUDA kernels; the CPU's are exact */              \
   FIELD(Dtype, state_dtype)     /* of mom and rms */                                        \
-  FIELD(double*, partials)      /* [num_chunks, width] scratch */                           \
+  FIELD(double*, partials)      /* [num_chunks * width] scratch */                          \
   FIELD(uint32_t*, finished)    /* [T] scratch of the CUDA kernel: zero before and after */ \
   FIELD(int32_t, newton_schulz) /* iterations; 0: no tensor has a direction */              \
   FIELD(float*, rank)           /* [R] written by the direction stage */                    \

@@ -21,15 +21,15 @@ constexpr int kBlock = 32 * kLanes;  // parameters per block, summed in float
 
 template <class Features, bool kRounding = false>
 struct Accumulator {
-  static constexpr int kMom = Features::kNumMom, kRms = Features::kNumRms, kPairs = (kMom + kRms + 1) / 2;
+  static constexpr int kMom = Features::kNumMom, kRms = Features::kNumRms;
   const float* mom_decay;
   const float* rms_decay;
   const float limit;
   Numbers param, grad;
   Planes<kMom, kBlock> mom;
   Planes<kRms, kBlock> rms;
-  RoundingWords<kPairs> words{};  // for kRounding,
-  uint32_t first = 0;             // with the tensor's element where the run begins
+  RoundingWords<kMom + kRms> words{};  // for kRounding,
+  uint32_t first = 0;                  // with the tensor's element where the run begins
 
   // The first `count` parameters (at least one) -> a row of partials.
   void run(int64_t count, double* total) const {
@@ -52,8 +52,8 @@ struct Accumulator {
   }
 
   // One of the two values that may be stored for an accumulator.
-  static Vec rounded(Vec value, int accumulator, const Bits* random) {
-    const Vec result = (Vec)rounded_bits((Bits)value, random[accumulator / 2], accumulator);
+  Vec rounded(Vec value, int accumulator, Bits hash) const {
+    const Vec result = (Vec)rounded_bits((Bits)value, words.bits(accumulator, hash));
     return value == value ? result : value;
   }
 
@@ -67,15 +67,12 @@ struct Accumulator {
       const Vec raw = load(g_at + i, lanes), p = bounded(load(p_at + i, lanes)), g = clip_gradient(raw, limit);
       nonfinite += raw - raw == Vec{} ? Vec{} : splat(1.0f);
       Vec m[kMom], r[kRms], q[Features::kNumMoments];
-      Bits random[kPairs];
-      LOPT_UNROLL
-      for (int pair = 0; kRounding && pair < kPairs; ++pair)
-        random[pair] = words.bits(pair, count_from(element + static_cast<uint32_t>(i)));
+      const Bits hash = kRounding ? words.hash(count_from(element + static_cast<uint32_t>(i))) : Bits{};
       LOPT_UNROLL
       for (int k = 0; k < kMom; ++k) {
         float* address = mom_at + k * mom_step + i;
         m[k] = next_accumulator(load(address, lanes), mom_decay[k], g);
-        if (kRounding) m[k] = rounded(m[k], k, random);
+        if (kRounding) m[k] = rounded(m[k], k, hash);
         store(address, m[k], lanes);
         mom_sum += m[k];
       }
@@ -83,7 +80,7 @@ struct Accumulator {
       for (int k = 0; k < kRms; ++k) {
         float* address = rms_at + k * rms_step + i;
         r[k] = next_accumulator(load(address, lanes), rms_decay[k], g * g);
-        if (kRounding) r[k] = rounded(r[k], kMom + k, random);
+        if (kRounding) r[k] = rounded(r[k], kMom + k, hash);
         store(address, r[k], lanes);
         rms_sum += r[k];
       }

@@ -27,7 +27,7 @@ void run_chunk(const AccumulateParams& params, int64_t index) {
   if (kRounding) {
     const uint64_t key = rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),
                                       static_cast<uint64_t>(tensor.row));
-    accumulator.words = RoundingWords<AccumulatorOf::kPairs>::of(key, tensor.offset + chunk.begin);
+    accumulator.words = RoundingWords<AccumulatorOf::kMom + AccumulatorOf::kRms>::of(key, tensor.offset + chunk.begin);
     accumulator.first = static_cast<uint32_t>(tensor.offset + chunk.begin);
   }
   accumulator.run(left < kChunk ? left : kChunk, params.partials + index * kNumStats<Features>);

@@ -44,8 +44,6 @@ struct Seen {
   LOPT_HD float numel() const { return static_cast<float>(shape.numel); }
 };
 
-constexpr float kLargestFloat = 3.402823466e38f;
-
 LOPT_HD float log_magnitude(float x) { return clamp_of(::logf(kEpsilon + ::fabsf(x)), -kInputBound, kInputBound); }
 LOPT_HD float sign_of(float x) { return static_cast<float>((x > 0) - (x < 0)); }
 

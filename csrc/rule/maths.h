@@ -40,6 +40,8 @@
 
 namespace lopt {
 
+constexpr float kLargestFloat = 3.402823466e38f;
+
 LOPT_HD float abs_of(float x) { return ::fabsf(x); }
 
 // ---- Logarithm, exponential and root of one parameter -------------------------------------------------------------------

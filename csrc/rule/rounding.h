@@ -2,9 +2,10 @@
 // that rounding to nearest would never move it; a value rounded up with the probability of its rest is right on average.
 //
 // The random bits belong to (seed, step, tensor, element, accumulator) and to nothing else: a counter-based generator, the
-// same in all back ends and in lopt/rule/reference.py, for any number of threads and after a restart. A 64-bit hash makes two
-// words of the first three, and of a pair of accumulators; a 32-bit hash mixes them with the element. Each half of the
-// result serves one accumulator of the pair: bfloat16 is the upper half of a float32, so 16 bits decide.
+// same in all back ends and in lopt/rule/rounding.py, for any number of threads and after a restart. A 64-bit hash makes two
+// words of the first three and the accumulator; a 32-bit hash mixes two of them with the element. 16 bits decide, as bfloat16
+// is the upper half of a float32: the halves of the element's hash serve two accumulators, and of each further one the upper
+// half of hash * odd word + word, which is as good as independent of the others (Dietzfelbinger 1996).
 // Source: finaliser of splitmix64 (Steele et al. 2014), 32-bit hash with the constants of C. Wellons' hash-prospector.
 #pragma once
 
@@ -26,37 +27,45 @@ LOPT_HD uint64_t rounding_key(uint64_t seed, uint64_t step, uint64_t tensor) {
   return mix_bits(mix_bits(mix_bits(seed + kOdd) + step) + tensor);
 }
 
-// The words of up to 2 * kPairs accumulators.
-template <int kPairs>
+// The words of kAccumulators.
+template <int kAccumulators>
 struct RoundingWords {
-  uint32_t before[kPairs], between[kPairs];
+  static constexpr int kWords = kAccumulators < 3 ? 1 : kAccumulators - 1;
+  uint32_t first[kWords], second[kWords];  // of the hash, then of accumulators 2, 3, ..
 
   // For the elements of a tensor from `begin` on, up to the next multiple of 2^32.
   LOPT_HD static RoundingWords of(uint64_t key, int64_t begin) {
     RoundingWords words{};
     LOPT_UNROLL
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const uint64_t word = mix_bits(key + static_cast<uint64_t>(begin >> 32) * 16 + static_cast<uint64_t>(pair) + 1);
-      words.before[pair] = static_cast<uint32_t>(word);
-      words.between[pair] = static_cast<uint32_t>(word >> 32);
+    for (int i = 0; i < kWords; ++i) {
+      const uint64_t word = mix_bits(key + static_cast<uint64_t>(begin >> 32) * 16 + static_cast<uint64_t>(i) + 1);
+      words.first[i] = static_cast<uint32_t>(word) | (i > 0);
+      words.second[i] = static_cast<uint32_t>(word >> 32);
     }
     return words;
   }
 
-  // 32 bits of each element, a number or a SIMD vector: its low half for accumulator 2 pair, the high one for the next.
+  // Of each element, a number or a SIMD vector.
   template <class Bits>
-  LOPT_HD Bits bits(int pair, Bits element) const {
-    Bits x = element ^ before[pair];
-    x = (x ^ (x >> 16)) * 0x7feb352du + between[pair];
+  LOPT_HD Bits hash(Bits element) const {
+    Bits x = element ^ first[0];
+    x = (x ^ (x >> 16)) * 0x7feb352du + second[0];
     x = (x ^ (x >> 15)) * 0x846ca68bu;
     return x ^ (x >> 16);
+  }
+
+  // 16 bits for an accumulator.
+  template <class Bits>
+  LOPT_HD Bits bits(int accumulator, Bits hash) const {
+    if (accumulator == 0) return hash & 0xffffu;
+    return (accumulator == 1 ? hash : hash * first[accumulator - 1] + second[accumulator - 1]) >> 16;
   }
 };
 
 // value as float32 bits -> the bfloat16 below or above, as float32 bits; NaN, as a quiet one, stays NaN.
 template <class Bits>
-LOPT_HD Bits rounded_bits(Bits value, Bits random, int accumulator) {
-  return (value + (accumulator % 2 ? random >> 16 : random & 0xffffu)) & 0xffff0000u;
+LOPT_HD Bits rounded_bits(Bits value, Bits random) {
+  return (value + random) & 0xffff0000u;
 }
 
 }  // namespace lopt

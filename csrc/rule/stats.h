@@ -28,11 +28,19 @@ constexpr int kMoments = Stat::kCount;
 template <class Features>
 constexpr int kNumStats = kMoments + Features::kNumMoments;
 
+// Of a moment that is one of the statistics above, but for the division: which; of others -1.
+template <class Features>
+LOPT_HD constexpr int stat_of(int moment) {
+  return moment == int{Features::grad_squared}    ? int{Stat::grad_square}
+         : moment == int{Features::param_squared} ? int{Stat::param_square}
+                                                  : -1;
+}
+
 // A parameter as statistics see it: so small that the squares of a tensor can be summed; NaN where it is not finite, so that
 // the statistics of its tensor are not.
 template <class V>
 LOPT_HD V bounded(V param) {
-  return clamp_of(param, kLargest) + (param - param);
+  return clamp_of(param, kLargest) + param * 0.0f;
 }
 
 // mean and sum of squared deviations of n values, merged with those of m further values.

@@ -27,18 +27,24 @@ class Rounding:
         key = _mix_bits(self.seed + 0x9E3779B97F4A7C15)
         key = _mix_bits(_mix_bits(key + self.step) + self.tensor)
         element = torch.arange(numel)
-        words = []
-        for pair in range((accumulators + 1) // 2):  # elements beyond 2^32 have other words
+
+        def words(i: int) -> tuple[Tensor, Tensor]:  # elements beyond 2^32 have others
             word = torch.tensor(
-                [_mix_bits(key + high * 16 + pair + 1) for high in range(max(numel - 1, 0) // 2**32 + 1)],
+                [_mix_bits(key + high * 16 + i + 1) for high in range(max(numel - 1, 0) // 2**32 + 1)],
                 dtype=torch.uint64,
             ).view(torch.int64)[element >> 32]
-            x = (element ^ word) & 0xFFFFFFFF
-            x = _times(x ^ (x >> 16), 0x7FEB352D) + ((word >> 32) & 0xFFFFFFFF) & 0xFFFFFFFF
-            x = _times(x ^ (x >> 15), 0x846CA68B)
-            x = x ^ (x >> 16)
-            words += [x & 0xFFFF, x >> 16]
-        return torch.stack(words[:accumulators])
+            return word & 0xFFFFFFFF, (word >> 32) & 0xFFFFFFFF
+
+        first, second = words(0)
+        x = element & 0xFFFFFFFF ^ first
+        x = _times(x ^ (x >> 16), 0x7FEB352D) + second & 0xFFFFFFFF
+        x = _times(x ^ (x >> 15), 0x846CA68B)
+        x = x ^ (x >> 16)
+        rows = [x & 0xFFFF, x >> 16]
+        for i in range(1, accumulators - 1):
+            first, second = words(i)
+            rows.append((_times(x, first | 1) + second & 0xFFFFFFFF) >> 16)
+        return torch.stack(rows[:accumulators])
 
     def __call__(self, values: Tensor) -> Tensor:
         """``values`` ``[accumulators, numel]``, as float32, rounded to bfloat16 numbers, in their own dtype."""
@@ -55,7 +61,7 @@ def _mix_bits(x: int) -> int:
     return x ^ x >> 31
 
 
-def _times(x: Tensor, factor: int) -> Tensor:
+def _times(x: Tensor, factor: int | Tensor) -> Tensor:
     """Product modulo 2^32, without leaving 63 bits."""
     low, high = (x & 0xFFFF) * factor, (x >> 16) * (factor & 0xFFFF)
     return low + (high << 16) & 0xFFFFFFFF
