@@ -1,5 +1,6 @@
 """The torch unroll on tasks of every family: batched against single, kernels against reference, memory, devices."""
 
+import dataclasses
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -257,3 +258,34 @@ def test_unknown_implementations_are_refused() -> None:
     with pytest.raises(ValueError, match="impl: expected one of"):
         unroll(SPEC, weights, run, start(SPEC, weights, run), 2, impl="gpu")  # type: ignore[arg-type]
     assert isinstance(RunState.unpack(0, start(SPEC, weights, run).pack()), RunState)
+
+
+@pytest.mark.parametrize("family", ["token_perceptron", "mlp"])
+def test_losses_of_the_average_of_the_iterates(family: str) -> None:
+    """By hand, from the parameters after each step; in the engine, too, in windows of any length."""
+    task = sample_task(4, (family,)) if family == "token_perceptron" else small_task(family)
+    theta = Theta.init_adam("compact")
+    thetas = theta.flatten().expand(2, -1) * torch.tensor([[1.0], [1.1]])
+    weights = unflatten(theta.spec, thetas)
+    plain = Run(task, seed=3, horizon=12, loss_every=3)
+    run, state, average = dataclasses.replace(plain, averaged=True), start(theta.spec, weights, plain), {}
+    expected = []
+    for step in range(12):
+        one = dataclasses.replace(plain, loss_every=1)
+        state, _ = unroll(theta.spec, weights, one, state, 1)
+        for name, value in state.params.items():
+            left = min(0.998, (step + 1) / (step + 10)) if step else 0.0
+            average[name] = left * average.get(name, value) + (1.0 - left) * value
+        if step % 3 == 2:
+            batch = next(task.batches(3, "outer_valid", step))
+            rows = [task.loss({name: value[row] for name, value in average.items()}, batch) for row in range(2)]
+            expected.append(torch.stack(rows))
+    _, losses = unroll(theta.spec, weights, run, start(theta.spec, weights, run), 12)
+    torch.testing.assert_close(losses.outer, torch.stack(expected, dim=1), rtol=1e-5, atol=1e-6)
+    first = inner.unroll(theta.spec, thetas, run, inner.start(theta.spec, thetas, run), 0, 6)
+    second = inner.unroll(theta.spec, thetas, run, first[0], 6, 6)
+    both = torch.cat([first[1].outer, second[1].outer], dim=1)
+    torch.testing.assert_close(both, losses.outer, rtol=1e-5, atol=1e-6)
+    own = unroll(theta.spec, weights, plain, start(theta.spec, weights, plain), 12)[1]
+    assert not torch.allclose(own.outer, losses.outer, rtol=1e-4)
+    torch.testing.assert_close(own.train, losses.train)

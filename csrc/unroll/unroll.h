@@ -66,6 +66,7 @@ struct Problem {
   FIELD(int64_t, valid_every)   /* steps between validation losses for the optimizer; 0 for none */             \
   FIELD(int64_t, valid_batches) /* minibatches that a validation loss is the mean over */                       \
   FIELD(int64_t, loss_every)    /* steps between outer_valid losses */                                          \
+  FIELD(int64_t, averaged)      /* whether these are losses of the average of the iterates */                   \
   FIELD(double, total_steps)    /* told to the optimizer; 0: unknown */                                         \
   FIELD(int64_t,                                                                                                \
         outer_losses) /* address of float [steps / loss_every], written: after the update; NaN once diverged */ \

@@ -3,7 +3,7 @@
 //   loss, grad = forward and backward on a train minibatch
 //   accumulate (accumulate_block.h), advance (tensor_lstm.h), apply (apply_block.h) for every tensor; with lagged
 //   statistics advance comes first, but in the first step
-//   every loss_every steps: the loss of an outer_valid minibatch, after the update
+//   every loss_every steps: the loss of an outer_valid minibatch, after the update, or of the average of the iterates
 // exactly as lopt/meta/unroll.py does with torch. Memory is laid out once per call and thread; a step allocates nothing.
 // Compiled once per instruction set; cpu_dispatch.cpp picks.
 #include <algorithm>
@@ -25,6 +25,7 @@ namespace {
 struct RunState {
   Globals globals;
   float *param, *mom, *rms;                                  // [P], [num_mom, P], [num_rms, P]
+  float* average;                                            // [P] of the iterates, where it is asked for
   float *h, *c, *feedback, *initial_scale, *updates, *rank;  // see AdvanceParams
   float* stats;                                              // of the step before, where they lag
   int64_t size;
@@ -46,10 +47,16 @@ struct RunState {
     rank = arena.take(tensors);
     mom = arena.take(Features::kNumMom * num_params);
     rms = arena.take(Features::kNumRms * num_params);
+    average = arena.take(num_params);
     stats = arena.take(s.lagged ? int64_t{tensors} * kNumStats<Features> : 0);
     size = arena.used;
   }
 };
+
+// lopt/average.py: how much of the average is left in the update after `updates` of them.
+float average_decay(int64_t updates) {
+  return std::min(0.998f, static_cast<float>(updates + 1) / static_cast<float>(updates + 10));
+}
 
 // Everything one thread needs for a run.
 template <class Features, int kWidth, class Model>
@@ -186,6 +193,13 @@ struct Engine {
     }
   };
 
+  // Takes the parameters after the step into the average, which begins as the first of them.
+  void average(const RunState& state, int64_t step) const {
+    if (step == 0) std::copy_n(state.param, params, state.average);
+    const float weight = 1.0f - average_decay(step);
+    for (int64_t i = 0; i < params; ++i) state.average[i] += weight * (state.param[i] - state.average[i]);
+  }
+
   void run(const Run& r, const float* theta_row) {
     const ThetaView theta(s, kColumns, theta_row);
     const RunState state(Features{}, s, params, tensors, reinterpret_cast<float*>(r.state));
@@ -219,6 +233,7 @@ struct Engine {
           model.backward(grad);
           Step step_phases{*this, theta, state, train[i], static_cast<float>(r.total_steps)};
           run_step(step_phases, s.lagged && step > 0);
+          if (r.averaged) average(state, step);
           if (s.lagged && step == 0)  // seen in the first step already, as there was nothing before it
             for (int t = 0; t < tensors; ++t) stats[int64_t{t} * kStats + Stat::nonfinite] = 0.0f;
         }
@@ -228,7 +243,7 @@ struct Engine {
         loss = NAN;
         if (alive) {
           model.gather(kOuterValid, r.keys[kOuterValid], step);
-          loss = model.forward(state.param);
+          loss = model.forward(r.averaged ? state.average : state.param);
           alive = std::isfinite(loss);
         }
       }

@@ -52,7 +52,8 @@ FILLED = {
     "nonfinite h c feedback initial_scale updates rank stats lr decay total_steps hidden new_train new_valid "
     f"train_value valid_value {_INPUTS} to_lstm finished",
     "Problem": "num_layers kinds options outputs tokens places inputs loss batch shapes rows data targets",
-    "Run": "problem theta state keys steps valid_every valid_batches loss_every total_steps outer_losses train_losses",
+    "Run": "problem theta state keys steps valid_every valid_batches loss_every averaged total_steps outer_losses "
+    "train_losses",
 }
 
 

@@ -136,6 +136,9 @@ class MetaTrainConfig:
     tell_horizon: float = 0.6
     """Share of the inner runs in which the optimizer is told the length of the run (total_steps)."""
 
+    averaged: float = 0.0
+    """Share of the runs not told their length whose meta-loss is that of the average of their iterates."""
+
     show_valid: float = 0.8
     """Share of the inner runs in which the optimizer sees a validation loss, every tenth step."""
 
@@ -245,7 +248,7 @@ class MetaTrainConfig:
             raise ValueError(f"betas: expected two decays in [0, 1), got {betas}")
         if not 0.0 <= self.average < 1.0:
             raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
-        for name in ("tell_horizon", "show_valid"):
+        for name in ("tell_horizon", "averaged", "show_valid"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(self, name)}")
         for name in ("seed", "warmup", "warmup_from_file"):

@@ -201,6 +201,7 @@ class EngineRun:
         state: from :func:`start`; continued in place.
         keys: of the minibatch streams, one for each of ``SPLITS``.
         total_steps: the length the optimizer is told, 0 for none.
+        averaged: whether ``outer_valid`` losses are those of the average of the iterates.
     """
 
     problem: int
@@ -208,6 +209,7 @@ class EngineRun:
     state: Tensor
     keys: tuple[int, int, int]
     total_steps: int = 0
+    averaged: bool = False
 
 
 def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Tensor:
@@ -294,7 +296,7 @@ def unroll(
             raise ValueError(f"runs[{i}]: problem {run.problem} or theta {run.theta} out of range")
         table[i]["problem"], table[i]["theta"], table[i]["state"] = run.problem, run.theta, run.state.data_ptr()
         table[i]["keys"] = run.keys
-        table[i]["total_steps"] = run.total_steps
+        table[i]["total_steps"], table[i]["averaged"] = run.total_steps, run.averaged
         table[i]["outer_losses"], table[i]["train_losses"] = outer[i].data_ptr(), train[i].data_ptr()
     table["steps"], table["loss_every"] = steps, loss_every
     table["valid_every"], table["valid_batches"] = valid_every, valid_batches

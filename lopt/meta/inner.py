@@ -57,7 +57,7 @@ def unroll(spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, s
         return _torch_unroll(spec, thetas, run, state, step, steps)
     state = state.clone()
     keys = engine.minibatch_keys(run.seed)
-    runs = [engine.EngineRun(0, row, state[row], keys, run.total_steps) for row in range(len(thetas))]
+    runs = [engine.EngineRun(0, row, state[row], keys, run.total_steps, run.averaged) for row in range(len(thetas))]
     valid = {"valid_every": run.valid_every, "valid_batches": run.valid_batches}
     outer, train = engine.unroll(spec, thetas, [problem], runs, steps, **valid, loss_every=run.loss_every)
     return state, Losses(outer, train)

@@ -22,13 +22,13 @@ from lopt.rule import Theta, ThetaSpec, unflatten
 LINEAR = ("skip", "step.", "gate.")
 MLP = ("mlp.", *LINEAR)  # the other tensors belong to the LSTM
 VECTOR = 0.3  # scale of what is no weight matrix
-DIRECT = 0.1  # of skip, step control and gate, which change the meta-loss ten times as much as other components
+DIRECT = 0.25  # of skip, step control and gate, which change the meta-loss several times as much as other components
 
 
 def scales(spec: ThetaSpec, scaling: Scaling, groups: Groups) -> Tensor:
     """Scale ``[P]`` of every component of theta; 0 for those that are not trained.
 
-    ``prior``: ``1 / sqrt(fan_in)`` in matrices, .1 in skip, step control and gate, .3 elsewhere. ``none``: 1.
+    ``prior``: ``1 / sqrt(fan_in)`` in matrices, .25 in skip, step control and gate, .3 elsewhere. ``none``: 1.
     """
     parts = []
     for name, shape in spec.shapes().items():

@@ -98,7 +98,8 @@ def sample_run(config: MetaTrainConfig, phase: int, iteration: int, group: int) 
     spacing = objective.spacing(horizon, config.phases[phase].window or horizon)
     seed, shown = int(random.integers(2**63)), random.random() < config.show_valid
     valid = {"valid_every": 10 if shown else 0, "valid_batches": task.num_batches(config.valid_rows)}
-    return Run(task, seed, horizon, horizon if told else 0, **valid, loss_every=spacing)
+    averaged = not told and random.random() < config.averaged
+    return Run(task, seed, horizon, horizon if told else 0, **valid, loss_every=spacing, averaged=averaged)
 
 
 def _task(config: MetaTrainConfig, random: np.random.Generator, max_params: int | None) -> Task:

@@ -5,7 +5,7 @@ All runs of an unroll share task, initial parameters and minibatches (common ran
     every valid_every steps:  the optimizer observes the mean loss of some inner_valid minibatches
     loss, grad = value and gradient of the task's loss on a train minibatch     vmapped over the runs
     params     = one step of the optimizer                                      all tensors of all runs at once
-    every loss_every steps:   the loss of an outer_valid minibatch is recorded
+    every loss_every steps:   the loss of an outer_valid minibatch is recorded, or that of the average of the iterates
 
 The optimizer's step is made by the compiled operations, with a row of theta for every tensor, or by
 lopt.rule.reference, vmapped, which is the definition. A task whose loss cannot be vmapped goes through its runs one by
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
+from lopt.average import decay_at
 from lopt.implementations import warn_not_built
 from lopt.meta.objective import Losses, Unit
 from lopt.rule import Theta, ThetaSpec, reference
@@ -52,6 +53,7 @@ class Run:
         valid_every: steps between two validation losses the optimizer sees, the first before step 0; 0 for none.
         valid_batches: inner_valid minibatches that a validation loss is the mean over.
         loss_every: steps between two outer_valid losses; divides every window.
+        averaged: whether outer_valid losses are those of the average of the iterates (:mod:`lopt.average`).
     """
 
     task: Task
@@ -61,6 +63,7 @@ class Run:
     valid_every: int = 10
     valid_batches: int = 1
     loss_every: int = 1
+    averaged: bool = False
 
     @cached_property
     def unit(self) -> Unit:
@@ -91,19 +94,20 @@ class RunState(NamedTuple):
     params: dict[str, Tensor]
     optimizer: reference.State
     stats: Tensor  # [runs, T, S] of the step before, for lagged statistics; otherwise [runs, T, 0]
+    average: dict[str, Tensor]  # of the iterates, where it is asked for; otherwise the first parameters
 
     def pack(self) -> dict[str, Any]:
         """Parameters and optimizer state as dicts and lists of tensors."""
         plain = {name: getattr(self.optimizer, name)._asdict() for name in ("globals", "rows")}
         accumulators = {"mom": self.optimizer.mom, "rms": self.optimizer.rms}
-        return {"params": self.params, **plain, **accumulators, "stats": self.stats}
+        return {"params": self.params, **plain, **accumulators, "stats": self.stats, "average": self.average}
 
     @classmethod
     def unpack(cls, step: int, packed: Mapping[str, Any]) -> "RunState":
         """The inverse of :meth:`pack`."""
         globals_, rows = Globals(**packed["globals"]), Rows(**packed["rows"])
         state = reference.State(globals_, rows, packed["mom"], packed["rms"])
-        return cls(step, packed["params"], state, packed["stats"])
+        return cls(step, packed["params"], state, packed["stats"], packed["average"])
 
 
 def start(spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
@@ -116,7 +120,7 @@ def start(spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
     }
     optimizer = torch.vmap(lambda w, p: reference.init_state(spec, w, list(p.values())))(weights, params)
     kept = spec.features.num_stats if spec.stats == "lagged" else 0
-    return RunState(0, params, optimizer, weights["initial_h"].new_zeros(num_runs, len(params), kept))
+    return RunState(0, params, optimizer, weights["initial_h"].new_zeros(num_runs, len(params), kept), params)
 
 
 class _Reference:
@@ -161,7 +165,7 @@ class _Kernels:
     """
 
     def __init__(self, backend: str, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState) -> None:
-        copies = map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), state[1:])
+        copies = map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), state[1:4])
         self.params: dict[str, Tensor] = copies[0]
         self.optimizer: reference.State = copies[1]
         self.lagged, self.first = spec.stats == "lagged", state.step == 0
@@ -284,6 +288,12 @@ def _grads_and_losses(losses_of: LossOfRuns, params: dict[str, Tensor], batch: A
     return dict(zip(leaves, grads, strict=True)), losses.detach()
 
 
+def _averaged(average: dict[str, Tensor], params: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    """The average of the iterates with those after ``step``."""
+    weight = 1.0 if step == 0 else 1.0 - decay_at(step)
+    return {name: torch.lerp(average[name], value, weight) for name, value in params.items()}
+
+
 def activation_bytes(task: Task) -> int:
     """What the backward pass of one loss keeps, beside the parameters."""
     kept: dict[int, int] = {}
@@ -357,7 +367,7 @@ def unroll(
         some = [losses_of(params, next(inner_valid)) for _ in range(run.valid_batches)]
         return torch.stack(some).double().mean(dim=0).to(some[0].dtype)
 
-    train_losses, outer_losses = [], []
+    train_losses, outer_losses, average = [], [], state.average
     ended = torch.zeros(len(weights["initial_h"]), dtype=torch.bool, device=device)
     nan = weights["initial_h"].new_full((), torch.nan)
     with torch.no_grad():
@@ -367,10 +377,13 @@ def unroll(
             valid_loss = valid_losses(optimizer.params) if observed else None
             grads, loss = _grads_and_losses(losses_of, optimizer.params, next(train))
             optimizer.step(grads, loss, valid_loss)
+            if run.averaged:
+                average = _averaged(average, optimizer.params, step)
             train_losses.append(torch.where(ended, nan, loss))
             ended = ended | ~torch.isfinite(loss)
             if (step + 1) % run.loss_every == 0:
-                loss = losses_of(optimizer.params, next(minibatches("outer_valid", step)))
+                params = average if run.averaged else optimizer.params
+                loss = losses_of(params, next(minibatches("outer_valid", step)))
                 outer_losses.append(torch.where(ended, nan, loss))
                 ended = ended | ~torch.isfinite(loss)
     params = optimizer.params
@@ -379,4 +392,4 @@ def unroll(
             name: torch.where(ended.reshape(-1, *[1] * (value.dim() - 1)), nan, value) for name, value in params.items()
         }
     losses = Losses(torch.stack(outer_losses, dim=1), torch.stack(train_losses, dim=1))
-    return RunState(state.step + steps, params, optimizer.optimizer, optimizer.stats), losses
+    return RunState(state.step + steps, params, optimizer.optimizer, optimizer.stats, average), losses
