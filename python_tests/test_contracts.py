@@ -112,7 +112,7 @@ def test_another_natural_table_stops_the_import(part: str, monkeypatch: pytest.M
         structs.check_contracts()
 
 
-@pytest.mark.parametrize("name", ["NEWTON_SCHULZ_1", "NEWTON_SCHULZ_3", "NEWTON_SCHULZ_5", "MAX_ASPECT"])
+@pytest.mark.parametrize("name", ["NEWTON_SCHULZ_1", "NEWTON_SCHULZ_3", "NEWTON_SCHULZ_5", "LEAST_ROW", "MAX_ASPECT"])
 def test_other_constants_of_the_direction_stage_stop_the_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = copy.deepcopy(_C.rule_tables())
     told[name] = told[name] + 1.0

@@ -32,9 +32,9 @@ from lopt import LearnedOptimizer, Theta, kernels
 from lopt.kernels import directions
 from lopt.kernels.directions import Directions
 from lopt.rule import PRESETS, reference
-from lopt.rule.constants import LARGEST_PARAM, MAX_ASPECT, NEWTON_SCHULZ_1, NEWTON_SCHULZ_3, NEWTON_SCHULZ_5
+from lopt.rule.constants import LARGEST_PARAM, LEAST_ROW, MAX_ASPECT, NEWTON_SCHULZ_1, NEWTON_SCHULZ_3, NEWTON_SCHULZ_5
 from lopt.rule.inputs import Shapes
-from lopt.rule.matrices import Kind, matrices_of
+from lopt.rule.matrices import Kind, Matrix, matrices_of
 from lopt.rule.orthogonal import newton_schulz, orthogonalise
 
 F64 = torch.float64
@@ -65,13 +65,24 @@ def polynomial(values: Tensor, iterations: int) -> Tensor:
     return values
 
 
-def by_singular_values(direction: Tensor, gate: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """What ``orthogonalise`` is: between a direction and the same singular vectors with other values, of one size."""
+def even(x: Tensor, turned: bool = False) -> Tensor:
+    """A matrix with its rows of one norm, but for those far below the others; ``turned``: its columns."""
+    if turned:
+        return even(x.mT).mT
+    rows = x.square().sum(-1, keepdim=True).sqrt()
+    typical = rows.square().mean(-2, keepdim=True).sqrt()
+    return x / torch.maximum(rows, LEAST_ROW * typical).clamp(min=1e-300)
+
+
+def by_singular_values(direction: Tensor, gate: Tensor, iterations: int, turned: bool = False) -> tuple[Tensor, Tensor]:
+    """What ``orthogonalise`` is: between a direction and the same singular vectors with other values and even rows, of
+    one size."""
     u, values, v = torch.linalg.svd(direction, full_matrices=False)
     norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
     new = polynomial(values / norm, iterations)
     size = torch.linalg.vector_norm(new, dim=-1, keepdim=True)
-    mixed = u @ torch.diag_embed(new * norm / size) @ v
+    mixed = even(u @ torch.diag_embed(new) @ v, turned)
+    mixed = mixed * (norm / torch.linalg.vector_norm(mixed, dim=(-2, -1))[..., None])[..., None]
     share = gate[..., None, None]
     return (1 - share) * direction + share * mixed, size[..., 0] ** 2 / values.shape[-1]
 
@@ -89,15 +100,16 @@ def test_newton_schulz_is_a_polynomial_of_the_singular_values(shape: tuple[int, 
     torch.testing.assert_close(newton_schulz(x, iterations), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("shape", WHOLE)
-def test_orthogonalise_against_the_singular_value_decomposition(shape: tuple[int, ...]) -> None:
+def test_orthogonalise_against_the_singular_value_decomposition(shape: tuple[int, ...], turned: bool) -> None:
     direction, gates = (
         3e-4 * normal(*shape),
         torch.rand(shape[:-2], generator=torch.Generator().manual_seed(1)).double(),
     )
     for gate in (torch.zeros_like(gates), gates, torch.ones_like(gates)):
-        new, rank = orthogonalise(direction, gate, 3)
-        expected, expected_rank = by_singular_values(direction, gate, 3)
+        new, rank = orthogonalise(direction, gate, 3, turned=turned)
+        expected, expected_rank = by_singular_values(direction, gate, 3, turned)
         torch.testing.assert_close(new, expected, rtol=0, atol=1e-15)
         torch.testing.assert_close(rank, expected_rank, rtol=1e-12, atol=0)
     torch.testing.assert_close(new.square().mean((-2, -1)), direction.square().mean((-2, -1)), rtol=1e-12, atol=0)
@@ -116,12 +128,13 @@ def test_products_of_less_precision(dtype: torch.dtype, tolerance: float) -> Non
 
 
 def test_singular_values_of_one_size_stay() -> None:
-    """Orthogonal rows and columns, and partial isometries: the direction is what it was, whatever the gate."""
+    """Orthogonal rows and columns, and partial isometries: the direction is what it was, but for even rows."""
     q = torch.linalg.qr(normal(8, 8)).Q
     for direction, rank in ((q, 8), (q[:5], 5), (q[:, :3], 3), (q[:, :2] @ q[:, 5:7].T, 2), (q[:, :1] @ q[:1], 1)):
         for gate in (0.0, 0.4, 1.0):
             new, found = orthogonalise(7.0 * direction, torch.tensor(gate, dtype=F64), 3)
-            torch.testing.assert_close(new, 7.0 * direction, rtol=0, atol=1e-13)
+            evened = even(direction) * (direction.norm() / even(direction).norm())
+            torch.testing.assert_close(new, 7.0 * torch.lerp(direction, evened, gate), rtol=0, atol=1e-13)
             value = float(polynomial(torch.tensor(1 / math.sqrt(rank), dtype=F64), 3))
             assert float(found) == pytest.approx(rank * value**2 / min(direction.shape), rel=1e-12)
 
@@ -154,11 +167,23 @@ def test_zero_and_one_of_many() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_vector_keeps_its_direction(dtype: torch.dtype) -> None:
-    """1 x n and n x 1 have one singular value."""
+    """1 x n and n x 1 have one singular value; of one row, or of one column that is an output's."""
     for shape in ((1, 9), (9, 1)):
         direction = normal(*shape, dtype=dtype)
-        new, _ = orthogonalise(direction, torch.tensor(1.0, dtype=dtype), 3)
+        new, _ = orthogonalise(direction, torch.tensor(1.0, dtype=dtype), 3, turned=shape[1] == 1)
         torch.testing.assert_close(new, direction, rtol=1e-5, atol=0)
+
+
+def test_outputs_move_alike() -> None:
+    """Rows of one norm however unlike they were, but for those that hardly move: these stay below the others."""
+    direction = normal(20, 6) * torch.linspace(1.0, 30.0, 20, dtype=F64)[:, None]
+    new, _ = orthogonalise(direction, torch.tensor(1.0, dtype=F64), 3)
+    rows = new.norm(dim=1)
+    torch.testing.assert_close(rows[5:], torch.full_like(rows[5:], float(rows[-1])), rtol=1e-12, atol=0)
+    still, _ = orthogonalise(torch.cat([direction, 1e-9 * direction[:1]]), torch.tensor(1.0, dtype=F64), 3)
+    assert float(still[-1].norm()) < 1e-6 * float(rows[-1])
+    turned, _ = orthogonalise(direction.mT, torch.tensor(1.0, dtype=F64), 3, turned=True)
+    torch.testing.assert_close(turned.mT, new, rtol=1e-12, atol=1e-12)
 
 
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -188,9 +213,14 @@ def test_any_direction_whatever_its_size(values: list[float], gate: float, scale
 # ---- Memory and batches ----------------------------------------------------------------------------------------------
 
 
+def matrices_like(shapes: Sequence[tuple[int, ...]]) -> list[Matrix]:
+    """Hidden matrices, of which the first, and every fifth after it, is stored as [in, out]."""
+    return matrices_of(shapes, [Kind("hidden", shape[0] if i % 5 == 0 else None) for i, shape in enumerate(shapes)])
+
+
 def held(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = F32, seed: int = 0) -> tuple[Directions, list[Tensor]]:
     """Memory for the directions of matrices of these shapes, with random numbers in it; and views of these."""
-    matrices = matrices_of(shapes, [Kind("hidden")] * len(shapes))
+    matrices = matrices_like(shapes)
     memory = Directions(matrices, 3, dtype, torch.device("cpu"), exact=True)
     start = memory.memory.data_ptr()
     views = []
@@ -242,7 +272,8 @@ def test_batches_are_their_matrices_one_by_one(
             assert same_bits(view, old)
             assert float(rank[row]) == 7.0
             continue
-        new, expected = orthogonalise(old.double(), gate[row].double(), 3)
+        turned = matrices_like(BATCHED)[row].turned
+        new, expected = orthogonalise(old.double(), gate[row].double(), 3, turned=turned)
         tolerance = 2e-6 if dtype == F32 else 2.0**-8
         assert float((view.double() - new).abs().max()) <= tolerance * float(new.abs().max())
         assert float(rank[row]) == pytest.approx(7.0 if row in (0, 5) else float(expected), rel=1e-5)
@@ -691,7 +722,7 @@ def test_products_of_large_matrices(quick: bool, exact: bool, monkeypatch: pytes
     monkeypatch.setattr(directions, "quick_bfloat16", lambda device: quick)
     shapes = ((256, 260), (255, 260))
     memory = Directions(matrices_of(shapes, [Kind("hidden")] * 2), 3, F32, torch.device("cpu"), exact)
-    (_, first, _), (_, second, _) = memory.batches
+    (_, first, _, _), (_, second, _, _) = memory.batches
     for view in (first, second):
         view.copy_(normal(*view.shape))
     expected = [orthogonalise(view.double(), torch.ones(1, dtype=F64), 3)[0] for view in (first, second)]

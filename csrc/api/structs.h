@@ -36,6 +36,7 @@ enum Precision : int32_t { kExact = 0, kHigh = 1, kFast = 2 };
   FIELD(int64_t, direction)   /* address of [numel] values of the state's dtype where apply writes the */   \
                               /* direction where the gate is open, or 0 */                                  \
   FIELD(int64_t, matrix_rows) /* of a tensor with a direction; 0: it is a part, orthogonalised elsewhere */ \
+  FIELD(int64_t, turned)      /* whether its columns belong to one output each, not its rows */             \
   FIELD(int64_t, row)         /* of all tables [R, ...] below */                                            \
   FIELD(int64_t, offset)      /* of a part of a tensor: elements of the whole before it, for rounding.h */  \
   FIELD(int32_t, param_dtype) /* enum Dtype */                                                              \
@@ -160,6 +161,7 @@ using LogDims = float[4];
   FIELD(int32_t, is_output)                                     \
   FIELD(int32_t, is_table)                                      \
   FIELD(int32_t, whole)                                         \
+  FIELD(int32_t, turned)                                        \
   FIELD(float, natural)                                         \
   FIELD(float, aspect)
 struct TensorShape {

@@ -69,7 +69,7 @@ void orthogonalise(const ApplyParams& params, int64_t t) {
   const Numbers direction = Numbers::at(tensor.direction, params.state_dtype, 0);
   float* values = direction.read(0, tensor.numel, buffer.data());
   float rank = params.rank[tensor.row];
-  Orthogonal(sizes, arena).run(values, rows, columns, gate, params.newton_schulz, rank);
+  Orthogonal(sizes, arena).run(values, rows, columns, tensor.turned != 0, gate, params.newton_schulz, rank);
   direction.write(0, tensor.numel, values);
   if (std::isfinite(rank)) params.rank[tensor.row] = rank;
 }

@@ -41,8 +41,27 @@ struct Orthogonal {
     return static_cast<float>(std::sqrt(sum_lanes(sum)));
   }
 
-  // direction [rows, columns], in place, where the gate is open, and its rank.
-  void run(float* direction, int64_t rows, int64_t columns, float gate, int iterations, float& rank) const {
+  // The rows of x [m, n_padded] to one norm, about 1, or its columns; of norm `size`. scratch: [n_padded].
+  static void even(float* x, int64_t m, int64_t n, bool columns, float size, float* scratch) {
+    const int64_t n_padded = padded(n);
+    const float least = kLeastRow * size / std::sqrt(static_cast<float>(columns ? n : m));
+    if (columns) {
+      std::fill_n(scratch, n_padded, 0.0f);
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < n_padded; ++j) scratch[j] += x[i * n_padded + j] * x[i * n_padded + j];
+      for (int64_t j = 0; j < n_padded; ++j) scratch[j] = 1.0f / std::max(std::sqrt(scratch[j]), least);
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      float* row = x + i * n_padded;
+      if (!columns) std::fill_n(scratch, n_padded, 1.0f / std::max(norm(row, n_padded), least));
+      for (int64_t j = 0; j < n_padded; ++j) row[j] *= scratch[j];
+    }
+  }
+
+  // direction [rows, columns], in place, where the gate is open, and its rank. turned: its columns belong to one output
+  // each, not its rows.
+  void run(float* direction, int64_t rows, int64_t columns, bool turned, float gate, int iterations,
+           float& rank) const {
     if (!(gate > 0)) return;
     const bool wider = rows <= columns;
     const int64_t m = wider ? rows : columns, n = wider ? columns : rows, n_padded = padded(n), m_padded = padded(m);
@@ -72,11 +91,13 @@ struct Orthogonal {
         store(then + i, load(now + i) * kNewtonSchulz1 + load(then + i));
       std::swap(now, then);
     }
+    const float before = norm(now, m * n_padded);
+    rank = before * before / static_cast<float>(m);
+    if (before > 0) even(now, m, n, wider == turned, before, then);
     const float whole = norm(now, m * n_padded);
     const float share = whole > 0 ? gate * largest * (size / whole) : 0.0f;
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) at(i, j) = (1.0f - gate) * at(i, j) + share * now[i * n_padded + j];
-    rank = whole * whole / static_cast<float>(m);
   }
 };
 

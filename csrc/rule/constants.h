@@ -30,6 +30,7 @@ namespace lopt {
   CONSTANT(kNewtonSchulz1, "NEWTON_SCHULZ_1", 3.4445f)             \
   CONSTANT(kNewtonSchulz3, "NEWTON_SCHULZ_3", -4.775f)             \
   CONSTANT(kNewtonSchulz5, "NEWTON_SCHULZ_5", 2.0315f)             \
+  CONSTANT(kLeastRow, "LEAST_ROW", 0.2f)                           \
   CONSTANT(kMaxAspect, "MAX_ASPECT", 16.0f)                        \
   CONSTANT(kResting, "RESTING", 1e-4f)
 

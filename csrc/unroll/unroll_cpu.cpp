@@ -171,7 +171,8 @@ struct Engine {
       const int64_t rows = engine.shapes[t].rows;
       const float step_size = inputs.step_size[t], keep = inputs.keep[t];
       float rank = state.rank[t];
-      engine.orthogonal.run(engine.direction, rows, numel / rows, inputs.gate[t], engine.s.newton_schulz, rank);
+      engine.orthogonal.run(engine.direction, rows, numel / rows, engine.shapes[t].turned != 0, inputs.gate[t],
+                            engine.s.newton_schulz, rank);
       if (step_size == step_size && std::isfinite(rank)) state.rank[t] = rank;
       if (!moves(step_size, keep)) return;
       for_vectors(numel, [&](int64_t i, int lanes) {

@@ -161,15 +161,16 @@ class ShardedDirections:
         return wholes
 
     def _treat(self, wholes: dict[int, Tensor], rank: Tensor, gate: Tensor, step_size: Tensor) -> None:
-        shapes: dict[tuple[int, int], list[int]] = {}
+        shapes: dict[tuple[int, int, bool], list[int]] = {}
         for row in wholes:
-            shapes.setdefault((self.matrices[row].rows, self.matrices[row].columns), []).append(row)
+            matrix = self.matrices[row]
+            shapes.setdefault((matrix.rows, matrix.columns, matrix.turned), []).append(row)
         with torch.autocast(rank.device.type, enabled=False), torch.no_grad():
-            for shape, rows in shapes.items():
+            for (*shape, turned), rows in shapes.items():
                 index = torch.tensor(rows, device=rank.device)
                 old = torch.stack([wholes[row].reshape(shape) for row in rows]).float()
                 product_dtype = self.large if min(shape) >= LARGE else torch.float32
-                new, ranks = orthogonalise(old, gate[index], self.iterations, product_dtype)
+                new, ranks = orthogonalise(old, gate[index], self.iterations, product_dtype, turned)
                 for row, value in zip(rows, new, strict=True):
                     wholes[row].copy_(value.view(wholes[row].shape))
                 rank[index] = next_rank(rank[index], ranks, step_size[index], gate[index])

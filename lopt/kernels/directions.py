@@ -32,11 +32,12 @@ def _aligned(numel: int) -> int:
 
 
 class Batch(NamedTuple):
-    """Matrices of one shape."""
+    """Matrices of one shape, stored alike."""
 
     rows: Tensor  # [B] their rows in the tables over tensors
     values: Tensor  # [B, m, n] their directions
     places: Tensor | None  # [B] in ``values``; None: all of it
+    turned: bool  # see Matrix
 
 
 class Directions:
@@ -65,10 +66,10 @@ class Directions:
     ) -> None:
         self.iterations, self.device, self.native = iterations, device, native
         self.large = torch.float32 if exact or not quick_bfloat16(device) else torch.bfloat16
-        shapes: dict[tuple[int, int], list[int]] = {}
+        shapes: dict[tuple[int, int, bool], list[int]] = {}
         for row, matrix in enumerate(matrices):
             if matrix.whole and row not in (parts or {}):
-                shapes.setdefault((matrix.rows, matrix.columns), []).append(row)
+                shapes.setdefault((matrix.rows, matrix.columns, matrix.turned), []).append(row)
         self.shapes = shapes
         strides = {shape: _aligned(shape[0] * shape[1]) for shape in shapes}
         self.memory = torch.zeros(
@@ -81,8 +82,8 @@ class Directions:
         self.addresses = [0] * len(matrices)
         self._all: list[Tensor] = []
         offset = 0
-        for (m, n), rows in shapes.items():
-            stride = strides[m, n]
+        for (m, n, turned), rows in shapes.items():
+            stride = strides[m, n, turned]
             values = self.memory.as_strided((len(rows), m, n), (stride, n, 1), offset)
             for place, row in enumerate(rows):
                 self.addresses[row] = values[place].data_ptr()
@@ -103,7 +104,7 @@ class Directions:
         """Those of these rows that torch orthogonalises, by shape."""
         chosen = set(selected)
         batches: list[Batch] = []
-        for (shape, rows), values in zip(self.shapes.items(), self._all, strict=True):
+        for ((*shape, turned), rows), values in zip(self.shapes.items(), self._all, strict=True):
             if min(shape) <= self.native:
                 continue
             places = [place for place, row in enumerate(rows) if row in chosen]
@@ -116,6 +117,7 @@ class Directions:
                         torch.tensor([rows[place] for place in part], device=self.device),
                         values[part[0] : part[0] + len(part)] if together else values,
                         None if together else torch.tensor(part, device=self.device),
+                        turned,
                     )
                 )
         return batches
@@ -128,10 +130,10 @@ class Directions:
             rank: ``[R]``, written.
         """
         with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-            for rows, values, places in self.batches:
+            for rows, values, places, turned in self.batches:
                 old = values if places is None else values[places]
                 product_dtype = self.large if min(values.shape[1:]) >= LARGE else torch.float32
-                new, ranks = orthogonalise(old.float(), gate[rows], self.iterations, product_dtype)
+                new, ranks = orthogonalise(old.float(), gate[rows], self.iterations, product_dtype, turned)
                 if places is None:
                     values.copy_(new)
                 else:

@@ -206,6 +206,7 @@ class Plan:
         self.all_entries["matrix_rows"] = [
             0 if row in self.directions.parts else matrix.rows for row, matrix in enumerate(matrices)
         ]
+        self.all_entries["turned"] = [matrix.turned for matrix in matrices]
         self._apply["newton_schulz"], self._apply["rank"] = iterations, rank.data_ptr()
         self.rank = rank
         self.select(None)

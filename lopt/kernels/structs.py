@@ -37,7 +37,7 @@ _INPUTS = " ".join(APPLY_INPUTS)
 
 #: The fields that Python fills in, of every struct; their order and place are C++'s.
 FILLED = {
-    "TensorEntry": "param mom rms numel stride first_chunk theta direction matrix_rows row offset param_dtype "
+    "TensorEntry": "param mom rms numel stride first_chunk theta direction matrix_rows turned row offset param_dtype "
     "grad_dtype",
     "Chunk": "tensor begin",
     "AccumulateParams": "tensors grads chunks num_tensors num_chunks clip_limit mom_decay rms_decay step seed "
@@ -47,7 +47,7 @@ FILLED = {
     "Spec": "feature_set width lstm_width from_mlp lstm_to_mlp from_lstm linear_skip step_control tensor_inputs "
     "newton_schulz lagged horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay "
     "step_multiplier magnitude_rate time_limit clip_multiplier feature_clip mom_decay rms_decay",
-    "TensorShape": "numel log_dims is_scalar is_matrix rows is_input is_output is_table whole natural aspect",
+    "TensorShape": "numel log_dims is_scalar is_matrix rows is_input is_output is_table whole turned natural aspect",
     "AdvanceParams": "spec theta shapes rows num_tensors step train_loss valid_loss clip from_lstm pending_loss "
     "nonfinite h c feedback initial_scale updates rank stats lr decay total_steps hidden new_train new_valid "
     f"train_value valid_value {_INPUTS} to_lstm finished",
@@ -137,7 +137,7 @@ def shape_records(
     records = np.zeros(len(shapes), SHAPE)
     matrices = matrices_of(shapes, kinds)
     records["natural"] = natural_sizes(matrices)
-    for name in ("rows", "is_input", "is_output", "is_table", "whole", "aspect"):
+    for name in ("rows", "is_input", "is_output", "is_table", "whole", "turned", "aspect"):
         records[name] = [getattr(matrix, name) for matrix in matrices]
     for record, shape in zip(records, shapes, strict=True):
         record["numel"] = math.prod(shape)

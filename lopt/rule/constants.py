@@ -20,6 +20,7 @@ SCALE_OUTLIER = 10.0  # times the median: what a tensor's scale counts for at mo
 GRAD_OUTLIER = 1e4  # the same of its mean squared gradient
 LOSS_OUTLIER = 10.0  # standard deviations: how far from the mean a loss counts at most
 NEWTON_SCHULZ_1, NEWTON_SCHULZ_3, NEWTON_SCHULZ_5 = 3.4445, -4.775, 2.0315  # of X, X X' X and (X X')^2 X
+LEAST_ROW = 0.2  # of the typical norm of the rows of an orthogonalised direction, that a smaller one counts as
 MAX_ASPECT = 16.0  # longer over shorter side of a matrix whose direction is orthogonalised
 RESTING = 1e-4  # of the slow second moment: a parameter whose quick one is less rests; (.999 / .95)^180 is 1e4
 

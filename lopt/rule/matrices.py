@@ -38,6 +38,11 @@ class Matrix(NamedTuple):
     whole: bool  # whether its direction may be orthogonalised
 
     @property
+    def turned(self) -> bool:
+        """Whether its columns, as it is stored, are what belongs to one output each, not its rows."""
+        return self.fan_in == self.rows != self.columns
+
+    @property
     def aspect(self) -> float:
         """Longer over shorter side, 1 for what is no matrix."""
         return max(self.rows, self.columns) / min(self.rows, self.columns) if self.rows else 1.0

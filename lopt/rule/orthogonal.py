@@ -1,22 +1,30 @@
-"""The direction of a matrix, treated as a whole: its singular values brought towards 1, at the size that it had.
+"""The direction of a matrix, treated as a whole: its singular values brought towards 1, then the rows of its outputs
+to one size, at the size that it had.
 
 ::
 
     X = D / |D|                                                      |.| Frobenius norm
     repeat: A = X X',  X = a X + (b A + c A A) X                     Newton-Schulz, odd in the singular values of X
-    D <- (1 - gate) D + gate (|D| / |X|) X                           between elementwise and orthogonal, of one size
+    Y = X with every row divided by max(its norm, .2 typical)        typical = |X| / sqrt(outputs)
+    D <- (1 - gate) D + gate (|D| / |Y|) Y                           between elementwise and orthogonal, of one size
+
+A matrix that is longer than wide has orthogonal columns after the iterations, but some of its rows are much longer than
+others: some outputs would move, and others hardly.
 
 Where the gate is 0, nothing changes. A direction that is zero stays so. ``rank``, ``|X|^2 / min(out, in)``, is what the
 iterations say of the direction's rank: about 1 where all singular values are of one size, ``1 / min(out, in)`` for a
 direction of rank 1.
 
-Source: the iteration with these coefficients is Muon's (K. Jordan et al., 2024).
+Source: the iteration with these coefficients is Muon's (K. Jordan et al., 2024); that outputs should move alike is a
+finding of NorMuon (Z. Li et al., 2025, arXiv:2510.05491), which divides by a running mean of the rows' squares.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from lopt.rule.constants import NEWTON_SCHULZ_1, NEWTON_SCHULZ_3, NEWTON_SCHULZ_5
+from lopt.rule.constants import LEAST_ROW, NEWTON_SCHULZ_1, NEWTON_SCHULZ_3, NEWTON_SCHULZ_5
 
 
 def newton_schulz(x: Tensor, iterations: int) -> Tensor:
@@ -35,8 +43,19 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return torch.where(below > 0, above / torch.where(below > 0, below, torch.ones_like(below)), 0.0)
 
 
+def even_rows(x: Tensor, size: Tensor, turned: bool) -> Tensor:
+    """``x`` ``[..., m, n]`` of norm ``size`` ``[..., 1, 1]``, with rows (``turned``: columns) of one norm, about 1."""
+    rows = torch.linalg.vector_norm(x, dim=-2 if turned else -1, keepdim=True)
+    typical = size / math.sqrt(x.shape[-1 if turned else -2])
+    return _ratio(x, torch.maximum(rows, LEAST_ROW * typical).expand_as(x))
+
+
 def orthogonalise(
-    direction: Tensor, gate: Tensor, iterations: int, product_dtype: torch.dtype | None = None
+    direction: Tensor,
+    gate: Tensor,
+    iterations: int,
+    product_dtype: torch.dtype | None = None,
+    turned: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Directions of matrices of one shape, and their ranks.
 
@@ -45,6 +64,7 @@ def orthogonalise(
         gate: ``[...]`` in [0, 1].
         iterations: of Newton-Schulz.
         product_dtype: in which they are computed; by default that of ``direction``.
+        turned: whether the columns belong to one output each, not the rows.
 
     Returns:
         New directions ``[..., m, n]`` and ``rank`` ``[...]``, 0 for a direction that is zero.
@@ -61,6 +81,8 @@ def orthogonalise(
     x = _ratio(x, norm.expand_as(x))
     x = newton_schulz(x.to(product_dtype or x.dtype), iterations).to(x.dtype)
     size = torch.linalg.matrix_norm(x, keepdim=True)
-    share = gate[..., None, None]
     rank = torch.square(size[..., 0, 0]) / min(direction.shape[-2:])
+    x = even_rows(x, size, turned)
+    share = gate[..., None, None]
+    size = torch.linalg.matrix_norm(x, keepdim=True)
     return (1.0 - share) * direction + (share * largest * _ratio(norm, size)) * x, rank

@@ -170,7 +170,8 @@ def apply(
 def whole_direction(spec: ThetaSpec, direction: Tensor, matrix: Matrix, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Third operation, for a matrix that may be treated as a whole: new direction ``[numel]``, and its rank ``[]``."""
     known = torch.where(torch.abs(direction) <= LARGEST_PARAM, direction, torch.zeros_like(direction))
-    new, rank = orthogonalise(known.reshape(matrix.rows, matrix.columns), gate, spec.newton_schulz)
+    known = known.reshape(matrix.rows, matrix.columns)
+    new, rank = orthogonalise(known, gate, spec.newton_schulz, turned=matrix.turned)
     return new.reshape(-1), rank
 
 
