@@ -1,6 +1,6 @@
 """Train a small transformer to continue text, with gradients of several minibatches in a step and validation losses.
 
-python examples/train_text.py --steps 600 [--text FILE] [--device cuda]
+python examples/train_text.py --steps 600 [--text FILE] [--device cuda] [--history run.csv]
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lopt import LearnedOptimizer
+from lopt import History, LearnedOptimizer
 
 LENGTH, ROWS, ACCUMULATED = 64, 16, 2  # bytes of a window, windows of a minibatch, minibatches of a step
 
@@ -50,7 +50,7 @@ def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
 
 
-def main(steps: int, text: str | None = None, device: str = "cpu", seed: int = 0) -> float:
+def main(steps: int, text: str | None = None, device: str = "cpu", history: str | None = None, seed: int = 0) -> float:
     """Train for ``steps`` steps and return the loss on the last tenth of the text, which is not trained on."""
     torch.manual_seed(seed)
     content = Path(text).read_bytes() if text else help_topics()
@@ -62,6 +62,7 @@ def main(steps: int, text: str | None = None, device: str = "cpu", seed: int = 0
     # The model itself, so that embedding and head are known to be such. For a large model: state_dtype=torch.bfloat16
     # halves the optimizer's memory; model.compile() works as usual.
     optimizer = LearnedOptimizer(model, total_steps=steps)
+    kept = History(optimizer, model, every=5)  # what it does to every tensor, for those who want to see it
     for step in range(steps):
         optimizer.zero_grad()
         for _ in range(ACCUMULATED):
@@ -75,6 +76,8 @@ def main(steps: int, text: str | None = None, device: str = "cpu", seed: int = 0
             print(f"step {step}: training loss {loss.item():.3f}, validation loss {valid_loss.item():.3f}")
         optimizer.step()
 
+    if history is not None:
+        kept.save(history)  # lopt plot draws it
     with torch.no_grad():
         final = loss_of(model, windows(valid, 1024)).item()
     print(f"{steps} steps: validation loss {final:.3f} nats per byte")
@@ -86,5 +89,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--text", help="a file to train on; Python's help topics if none is given")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--history", help="a CSV file for what the optimizer did to every tensor")
     arguments = parser.parse_args()
-    main(arguments.steps, arguments.text, arguments.device)
+    main(arguments.steps, arguments.text, arguments.device, arguments.history)
