@@ -163,6 +163,7 @@ class _Desk:
             self.runs[result.worker] = found.asked, found.runs
         if state.iteration - result.iteration <= config.staleness:
             self.fresh.append(result)
+            self.learner.prepare(result)
 
     def _iterate(self) -> Iterator[dict[str, Any]]:
         config, state = self.learner.config, self.learner.state

@@ -31,6 +31,7 @@ class Learner:
     def __init__(self, config: MetaTrainConfig, spec: ThetaSpec, state: TrainState) -> None:
         self.config, self.spec, self.state = config, spec, state
         self._scales: dict[int, Tensor] = {}  # of phases
+        self._directions: dict[Key, Tensor] = {}  # of results of this iteration
         self._sums: dict[tuple[Key, ...], Tensor] = {}  # of perturbations of the runs that may go on
 
     def begin(self) -> None:
@@ -39,6 +40,7 @@ class Learner:
         number = config.phase_at(state.inner_steps)
         if number != state.phase:  # runs of another kind begin
             state.phase, state.phase_begun, state.carries = number, state.iteration, [None] * config.groups
+            self._directions.clear()
             self._sums.clear()
         if number not in self._scales:
             self._scales[number] = outer.scales(self.spec, config.scaling, config.phases[number].groups)
@@ -56,7 +58,9 @@ class Learner:
             The iteration's line of metrics, and whether a validation is due.
         """
         config, state, scale = self.config, self.state, self.shared.scale
-        chosen = [self.direction(result) for result in results]
+        for result in results:
+            self.prepare(result)
+        chosen = [self._directions.pop((result.iteration, result.group)) for result in results]
         delta = torch.tensor([delta for result in results for delta in result.deltas])
         if config.equalise:
             families = [result.family for result in results for _ in result.deltas]
@@ -95,6 +99,12 @@ class Learner:
         }
         done, every = state.inner_steps >= config.inner_steps, config.validate_every
         return metrics, done or state.inner_steps // every > before // every
+
+    def prepare(self, result: Result) -> None:
+        """Do now what :meth:`update` has to do for each result: so nobody waits while it is done for all."""
+        key = result.iteration, result.group
+        if key not in self._directions:
+            self._directions[key] = self.direction(result)
 
     def direction(self, result: Result) -> Tensor:
         """``[pairs, P]``, what the differences are multiplied by. The sum over a run is kept for its next window."""

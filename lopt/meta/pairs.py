@@ -77,7 +77,8 @@ def perturbations(config: MetaTrainConfig, key: Key, num_floats: int) -> Tensor:
     """``[pairs, P]`` of the pairs of a group that share a task."""
     iteration, group = key
     pairs = range(group * config.pairs_per_task, (group + 1) * config.pairs_per_task)
-    return torch.stack([perturbation(config, iteration, pair, num_floats) for pair in pairs])
+    rows = [perturbation(config, iteration, pair, num_floats) for pair in pairs]
+    return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
 def horizon_of(config: MetaTrainConfig, phase: int, iteration: int, group: int) -> int:

@@ -26,7 +26,8 @@ class Simulated(Serial):
 
     Attributes:
         now: simulated seconds up to now.
-        waited: simulated seconds that workers have waited, all together.
+        waited: of these, how many workers have waited, all together.
+        spent: of these, how many by ``clock``.
 
     Example:
         >>> executor = Simulated(2, lambda worker, index: [1.0, 2.5][worker])
@@ -39,7 +40,7 @@ class Simulated(Serial):
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers: expected a positive number, got {workers}")
-        self.now = self.waited = 0.0
+        self.now = self.waited = self.spent = 0.0
         self._seconds, self._clock = seconds, clock
         self._kept = [Kept(f"simulated {number}") for number in range(workers)]
 
@@ -53,7 +54,7 @@ class Simulated(Serial):
             for since, worker in idle:
                 unit = next(units, None)
                 now = self._clock()
-                self.now, mark = self.now + now - mark, now
+                self.now, self.spent, mark = self.now + now - mark, self.spent + now - mark, now
                 if unit is not None:
                     self.waited += self.now - since
                     heapq.heappush(ends, (self.now + self._seconds(worker, index), index, worker, *unit))
