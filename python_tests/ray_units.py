@@ -69,3 +69,10 @@ def meet(shared: Path, item: int) -> str:
     while not all((shared / str(other)).exists() for other in range(3)):
         time.sleep(0.01)
     return node_of(None, item)
+
+
+def slowly(shared: tuple[float, Any, Any], item: Any) -> Any:
+    """A unit that takes so many seconds longer."""
+    seconds, function, its_shared = shared
+    time.sleep(seconds)
+    return function(its_shared, item)
