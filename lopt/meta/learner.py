@@ -58,8 +58,7 @@ class Learner:
             The iteration's line of metrics, and whether a validation is due.
         """
         config, state, scale = self.config, self.state, self.shared.scale
-        for result in results:
-            self.prepare(result)
+        self.prepare(results)
         chosen = [self._directions.pop((result.iteration, result.group)) for result in results]
         delta = torch.tensor([delta for result in results for delta in result.deltas])
         if config.equalise:
@@ -100,11 +99,12 @@ class Learner:
         done, every = state.inner_steps >= config.inner_steps, config.validate_every
         return metrics, done or state.inner_steps // every > before // every
 
-    def prepare(self, result: Result) -> None:
-        """Do now what :meth:`update` has to do for each result: so nobody waits while it is done for all."""
-        key = result.iteration, result.group
-        if key not in self._directions:
-            self._directions[key] = self.direction(result)
+    def prepare(self, results: Sequence[Result]) -> None:
+        """Do now what :meth:`update` has to do for each of these: so nobody waits while it is done for all."""
+        for result in results:
+            key = result.iteration, result.group
+            if key not in self._directions:
+                self._directions[key] = self.direction(result)
 
     def direction(self, result: Result) -> Tensor:
         """``[pairs, P]``, what the differences are multiplied by. The sum over a run is kept for its next window."""
