@@ -187,13 +187,15 @@ def test_when_the_head_is_killed_the_run_ends_and_resumes_from_its_last_checkpoi
     expected = train(CONFIG, tmp_path / "serial", Serial())
     address, out = "127.0.0.1:6393", tmp_path / "ray"
     with head(address, 2) as first:
-        run = subprocess.Popen(command(CONFIG, out, address, 0.2, "begin"), env=environment(), stderr=subprocess.PIPE)
+        run = subprocess.Popen(
+            command(CONFIG, out, address, 0.2, "begin"), env=environment(), stderr=subprocess.DEVNULL
+        )
         while reached(out) < 7:
             assert run.poll() is None
             time.sleep(0.1)
         end(first)
         at = reached(out)
-        run.communicate(timeout=300)
+        run.wait(timeout=300)
     assert run.returncode != 0
     saved = checkpoint.load(out / "checkpoint.pt")[2].iteration
     assert at - CONFIG.checkpoint_every <= saved
