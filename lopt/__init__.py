@@ -5,14 +5,24 @@ from typing import TYPE_CHECKING, Any
 import lopt.kernels.registration  # noqa: F401  torch.ops.lopt
 from lopt.history import History
 from lopt.optimizer import LearnedOptimizer
-from lopt.rule import PRESETS, Theta, ThetaSpec
+from lopt.rule import PRESETS, Column, FeatureSet, Theta, ThetaSpec
 
 if TYPE_CHECKING:
     from lopt.meta.train import meta_train
 
 __version__ = "0.1.0"
 
-__all__ = ["PRESETS", "History", "LearnedOptimizer", "Theta", "ThetaSpec", "__version__", "meta_train"]
+__all__ = [
+    "PRESETS",
+    "Column",
+    "FeatureSet",
+    "History",
+    "LearnedOptimizer",
+    "Theta",
+    "ThetaSpec",
+    "__version__",
+    "meta_train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from lopt.rule.spec import ThetaSpec
 BACKENDS = ("cpu", "cuda", "sim")
 WIDTHS = (8, 16, 32)
 FEATURE_SET_INDEX = {name: index for index, name in enumerate(FEATURE_SETS)}
+OWN_INDEX = len(FEATURE_SET_INDEX)  # of sets that are not compiled in
 _BUILD = "in its source folder run: {}pip install --no-build-isolation --no-deps -e ."
 
 try:
@@ -70,9 +71,14 @@ def source_sha256() -> str:
     return "" if NOT_BUILT else _C.source_sha256
 
 
+def index_of(feature_set: str) -> int:
+    """What the kernels know a feature set by."""
+    return FEATURE_SET_INDEX.get(feature_set, OWN_INDEX)
+
+
 def packed_weights(feature_set: str, width: int) -> int:
     """Floats in one packed row of MLP weights; 0 where no kernel is compiled for this feature set and MLP width."""
-    return 0 if NOT_BUILT else _C.packed_weights(FEATURE_SET_INDEX[feature_set], width)
+    return 0 if NOT_BUILT else _C.packed_weights(index_of(feature_set), width)
 
 
 def is_compiled(spec: ThetaSpec) -> bool:

@@ -20,10 +20,10 @@ from torch import Tensor
 from lopt.kernels import devices
 from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.directions import Batch, Directions
-from lopt.kernels.extension import FEATURE_SET_INDEX, WIDTHS, module_of, packed_weights
+from lopt.kernels.extension import WIDTHS, index_of, module_of, packed_weights
 from lopt.kernels.seen import Operands
 from lopt.kernels.structs import ACCUMULATE, APPLY, APPLY_INPUTS, CHUNK, ENTRY
-from lopt.rule.features import FEATURE_SETS
+from lopt.rule.features import feature_set as table_of
 from lopt.rule.matrices import Matrix
 from lopt.rule.spec import ThetaSpec
 
@@ -137,13 +137,12 @@ class Plan:
             raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
         if not params:
             raise ValueError("params: expected at least one tensor, got none")
-        if feature_set not in FEATURE_SETS:
-            raise ValueError(f"feature_set: expected one of {sorted(FEATURE_SETS)}, got {feature_set!r}")
+        features = table_of(feature_set)
         theta_index = [0] * len(params) if theta_index is None else list(theta_index)
         for name, values in (("mom", mom), ("rms", rms), ("theta_index", theta_index)):
             _check_length(name, len(values), len(params))
-        self.backend, self.features = backend, FEATURE_SETS[feature_set]
-        self.index, self.precision = FEATURE_SET_INDEX[feature_set], PRECISIONS.index(precision)
+        self.backend, self.features = backend, features
+        self.index, self.precision = index_of(feature_set), PRECISIONS.index(precision)
         self.device = device or params[0].device
         if self.device.type != ("cuda" if backend == "cuda" else "cpu"):
             raise ValueError(f"params[0]: on {self.device}, which back end {backend!r} cannot reach; use impl='auto'")

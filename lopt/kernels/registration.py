@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lopt.kernels.plan import Plan
 from lopt.kernels.structs import APPLY_INPUTS
-from lopt.rule.features import FEATURE_SETS
+from lopt.rule.features import feature_set as table_of
 
 
 def _accumulate(
@@ -32,7 +32,7 @@ def _accumulate(
 
 def _accumulate_fake(feature_set: str, params: Sequence[Tensor], *others: Any) -> Tensor:
     clip_limit: Tensor = others[3]
-    return clip_limit.new_empty(len(params), FEATURE_SETS[feature_set].num_stats)
+    return clip_limit.new_empty(len(params), table_of(feature_set).num_stats)
 
 
 def _apply(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lopt.kernels.extension import _C, FEATURE_SET_INDEX, NOT_BUILT
+from lopt.kernels.extension import _C, NOT_BUILT, index_of
 from lopt.kernels.tables import check_tables
 from lopt.rule.inputs import INPUT_SETS
 from lopt.rule.matrices import Kind, matrices_of, natural_sizes
@@ -115,7 +115,7 @@ def spec_record(spec: ThetaSpec) -> Record:
     """The spec as csrc/rule/tensor_lstm.h reads it."""
     record = np.zeros((), SPEC)
     special = {
-        "feature_set": FEATURE_SET_INDEX[spec.feature_set],
+        "feature_set": index_of(spec.feature_set),
         "width": spec.mlp_width,
         "tensor_inputs": list(INPUT_SETS).index(spec.tensor_inputs),
         "lagged": spec.stats == "lagged",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lopt.rule import tensor_lstm
 from lopt.rule.constants import LARGEST, LARGEST_PARAM
-from lopt.rule.features import STATS, round_decays
+from lopt.rule.features import FEATURE_SETS, STATS, round_decays
 from lopt.rule.inputs import Shapes
 from lopt.rule.matrices import Matrix
 from lopt.rule.orthogonal import orthogonalise
@@ -71,7 +71,12 @@ def clip_gradient(grad: Tensor, limit: Tensor) -> Tensor:
 
 
 def raw_columns(spec: ThetaSpec, grad: Tensor, param: Tensor, mom: Tensor, rms: Tensor) -> Tensor:
-    """``[columns, numel]`` raw per-parameter inputs from the clipped gradient and the new accumulators."""
+    """``[columns, numel]`` raw per-parameter inputs from the clipped gradient and the new accumulators.
+
+    Those of the sets that are compiled in, all decays at once, are what their formulas say, as tests compare.
+    """
+    if spec.feature_set not in FEATURE_SETS:
+        return spec.features.values(spec.features.trees, grad, param, mom, rms)
     if spec.feature_set == "paper":
         inverse = torch.rsqrt(rms + 1e-6)
         log_param = torch.log(torch.abs(param) + 1e-8)
@@ -90,6 +95,8 @@ def raw_columns(spec: ThetaSpec, grad: Tensor, param: Tensor, mom: Tensor, rms: 
 
 def moments(spec: ThetaSpec, grad: Tensor, param: Tensor, mom: Tensor, rms: Tensor) -> Tensor:
     """``[moments]`` means over the tensor that the column maps need."""
+    if spec.feature_set not in FEATURE_SETS:
+        return spec.features.values(spec.features.moment_trees, grad, param, mom, rms).mean(dim=1)
     if spec.feature_set == "paper":
         return torch.square(raw_columns(spec, grad, param, mom, rms)).mean(dim=1)
     values = torch.cat([torch.square(torch.cat([param[None], grad[None], mom])), rms[1:2]])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lopt.rule.features import FEATURE_SETS, FeatureSet
+from lopt.rule.features import FEATURE_SETS, FeatureSet, feature_set
 from lopt.rule.inputs import INPUT_SETS, InputSet
 
 
@@ -18,13 +18,14 @@ class ThetaSpec:
     """The architecture of a learned optimizer: everything about it that is not meta-learned.
 
     Args:
-        feature_set: name of the per-parameter inputs, a key of :data:`lopt.rule.features.FEATURE_SETS`.
-        mlp_width: width of the two hidden layers of the per-parameter MLP. Kernels exist for 8, 16 and 32.
+        feature_set: name of the per-parameter inputs, a key of :data:`lopt.rule.features.FEATURE_SETS` or what
+            :meth:`lopt.FeatureSet.register` returned.
+        mlp_width: width of the two hidden layers of the per-parameter MLP. Kernels are compiled in for 8, 16 and 32.
         lstm_width: hidden size of the per-tensor LSTM.
         from_mlp: values the MLP sends to the LSTM (averaged over the tensor).
         lstm_to_mlp: values the LSTM sends to the MLP of its tensor.
         from_lstm: values all tensors share through the next step's LSTM input.
-        mom_decays, rms_decays: decays of the accumulators, as many as the feature set has.
+        mom_decays, rms_decays: decays of the accumulators, as many as the feature set has; its own by default.
         step_multiplier: constant factor of every update.
         magnitude_rate: ``c`` in ``update = direction * exp(c * magnitude)``.
         linear_skip: adds a linear map of the per-parameter inputs to the direction.
@@ -65,8 +66,8 @@ class ThetaSpec:
     from_mlp: int = 4
     lstm_to_mlp: int = 4
     from_lstm: int = 4
-    mom_decays: tuple[float, ...] = FEATURE_SETS["compact"].mom_decays
-    rms_decays: tuple[float, ...] = FEATURE_SETS["compact"].rms_decays
+    mom_decays: tuple[float, ...] = ()
+    rms_decays: tuple[float, ...] = ()
     step_multiplier: float = 0.04
     magnitude_rate: float = 0.1
     linear_skip: bool = True
@@ -84,12 +85,11 @@ class ThetaSpec:
     stats: str = "current"
 
     def __post_init__(self) -> None:
-        if self.feature_set not in FEATURE_SETS:
-            raise ValueError(f"feature_set: expected one of {sorted(FEATURE_SETS)}, got {self.feature_set!r}")
+        features = feature_set(self.feature_set)
         for name in ("mom_decays", "rms_decays"):
-            decays = tuple(float(decay) for decay in getattr(self, name))
+            decays = tuple(float(decay) for decay in getattr(self, name) or getattr(features, name))
             object.__setattr__(self, name, decays)
-            expected = len(getattr(self.features, name))
+            expected = len(getattr(features, name))
             if len(decays) != expected or not all(0.0 < decay < 1.0 for decay in decays):
                 raise ValueError(
                     f"{name}: feature set {self.feature_set!r} needs {expected} decays in (0, 1), got {decays}"
@@ -113,11 +113,15 @@ class ThetaSpec:
             raise ValueError(f"tensor_inputs: expected one of {sorted(INPUT_SETS)}, got {self.tensor_inputs!r}")
         if self.stats not in ("current", "lagged"):
             raise ValueError(f"stats: expected 'current' or 'lagged', got {self.stats!r}")
-        if (self.inputs.needs_slow and self.features.slow is None) or not (
-            set(self.inputs.moments) <= set(self.features.moments)
+        if self.inputs.needs_slow and (
+            features.slow is None
+            or not set(self.inputs.moments) <= set(features.moments)
+            or len(features.mom_decays) != len(self.inputs.moments)
         ):
             raise ValueError(
-                f"tensor_inputs: {self.tensor_inputs!r} is not available with feature set {self.feature_set!r}"
+                f"tensor_inputs: {self.tensor_inputs!r} is not available with feature set {self.feature_set!r}, it "
+                f"needs the moments {self.inputs.moments} of as many momenta, and a second moment; "
+                "use tensor_inputs='paper', horizon_input=False"
             )
         if self.newton_schulz and not (self.inputs.natural and self.step_control):
             raise ValueError(
@@ -131,7 +135,7 @@ class ThetaSpec:
     @property
     def features(self) -> FeatureSet:
         """The table of per-parameter inputs."""
-        return FEATURE_SETS[self.feature_set]
+        return feature_set(self.feature_set)
 
     @property
     def inputs(self) -> InputSet:
@@ -197,7 +201,8 @@ class ThetaSpec:
     @property
     def preset(self) -> str:
         """Name of the preset of this architecture, or of the feature set where there is none."""
-        same = (name for name, spec in PRESETS.items() if spec.shapes() == self.shapes())
+        alike = {name: spec for name, spec in PRESETS.items() if spec.feature_set == self.feature_set}
+        same = (name for name, spec in alike.items() if spec.shapes() == self.shapes())
         return next(same, self.feature_set)
 
     @property
@@ -206,20 +211,31 @@ class ThetaSpec:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return dataclasses.asdict(self)
+        """The fields as plain JSON values, with the table of a feature set that is not compiled in as ``features``."""
+        table = {} if self.feature_set in FEATURE_SETS else {"features": self.features.to_json()}
+        return dataclasses.asdict(self) | table
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ThetaSpec":
-        """The inverse of :meth:`to_json`; unknown or missing fields are errors, but those that came later."""
+        """The inverse of :meth:`to_json`; unknown or missing fields are errors, but those that came later.
+
+        A feature set that comes with it is registered.
+        """
         names = {f.name for f in dataclasses.fields(cls)}
         missing = names - set(values) - {"stats", "newton_schulz"}
-        if missing or not set(values) <= names:
+        if missing or not set(values) <= names | {"features"}:
             raise ValueError(
-                f"spec: unknown fields {sorted(set(values) - names)}, missing fields {sorted(missing)}; "
+                f"spec: unknown fields {sorted(set(values) - names - {'features'})}, missing fields {sorted(missing)}; "
                 "the file was written by another version of lopt"
             )
-        return cls(**{**values, "mom_decays": tuple(values["mom_decays"]), "rms_decays": tuple(values["rms_decays"])})
+        fields = {name: value for name, value in values.items() if name in names}
+        if "features" in values:
+            FeatureSet.from_json(values["features"]).register()
+        return cls(**{**fields, "mom_decays": tuple(fields["mom_decays"]), "rms_decays": tuple(fields["rms_decays"])})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process may not know the feature set."""
+        return ThetaSpec.from_json, (self.to_json(),)
 
 
 #: ``paper``: the optimizer of arXiv:2009.11243 as its author published it. ``compact``: elementwise, for large models.
@@ -232,8 +248,6 @@ PRESETS: dict[str, ThetaSpec] = {
         from_mlp=16,
         lstm_to_mlp=17,
         from_lstm=18,
-        mom_decays=FEATURE_SETS["paper"].mom_decays,
-        rms_decays=FEATURE_SETS["paper"].rms_decays,
         step_multiplier=1e-3,
         magnitude_rate=1e-3,
         linear_skip=False,

@@ -30,7 +30,9 @@ READABLE = (2, 3)  # 2 has no direction stage
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
-def _preset(name: str) -> ThetaSpec:
+def _preset(name: str | ThetaSpec) -> ThetaSpec:
+    if isinstance(name, ThetaSpec):
+        return name
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
     return PRESETS[name]
@@ -68,11 +70,14 @@ class Theta:
         object.__setattr__(self, "tensors", {name: self.tensors[name].detach() for name in shapes})
 
     @classmethod
-    def init(cls, preset: str = "compact", seed: int = 0) -> "Theta":
+    def init(cls, preset: str | ThetaSpec = "compact", seed: int = 0) -> "Theta":
         """Random meta-parameters as in the paper.
 
         Weights are normal with ``sigma = 1 / sqrt(fan_in)`` truncated at two sigma, ``initial_from_*`` likewise with
         ``sigma = sqrt(1 / length) / .87963``; biases, LSTM state, skip and step control are zero.
+
+        Args:
+            preset: its name, or a spec.
         """
         spec = _preset(preset)
         generator = torch.Generator().manual_seed(seed)
@@ -87,10 +92,14 @@ class Theta:
             if sigma > 0.0:
                 torch.nn.init.trunc_normal_(tensor, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
             tensors[name] = tensor
-        return cls(spec, tensors, {"method": "init", "preset": preset, "seed": seed})
+        return cls(
+            spec,
+            tensors,
+            {"method": "init", "preset": preset if isinstance(preset, str) else spec.preset, "seed": seed},
+        )
 
     @classmethod
-    def init_adam(cls, preset: str = "compact", seed: int = 0, stop_early: float = 1.0) -> "Theta":
+    def init_adam(cls, preset: str | ThetaSpec = "compact", seed: int = 0, stop_early: float = 1.0) -> "Theta":
         """Meta-parameters that start as Adam; hidden units without influence on the update stay random.
 
         ``compact``: the skip is 1 on bias-corrected ``mom0 / sqrt(rms1)`` and the MLP's direction is 0, so within a
@@ -130,7 +139,8 @@ class Theta:
                 tensors["mlp.w1"][spec.features.column_index("mom1_over_rms1"), unit] = sign
                 tensors["mlp.w2"][unit, unit] = 1.0
                 tensors["mlp.w3"][unit, 0] = sign
-        provenance = {"method": "init_adam", "preset": preset, "seed": seed, "stop_early": stop_early}
+        name = preset if isinstance(preset, str) else spec.preset
+        provenance = {"method": "init_adam", "preset": name, "seed": seed, "stop_early": stop_early}
         return cls(spec, tensors, provenance)
 
     @classmethod
