@@ -40,7 +40,7 @@ FAMILIES = {
 BETTER, WORSE = COLOURS[1], COLOURS[0]  # blue, vermilion
 
 
-def ratios(folder: Path = RESULTS, theta: str = "compact") -> dict[str, dict[str, float]]:
+def ratios(folder: Path = RESULTS, theta: str = "default") -> dict[str, dict[str, float]]:
     """opponent -> task -> test loss relative to the opponent's, told ``total_steps``, after :data:`HORIZON` steps."""
     with tempfile.TemporaryDirectory() as scratch:
         report = MakeReport(folder=folder, theta=theta, horizons=(HORIZON,), out=Path(scratch) / "report.md")

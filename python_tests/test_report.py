@@ -321,7 +321,7 @@ def test_opponents_stand_in_the_order_of_their_table() -> None:
 @pytest.mark.results
 def test_the_tables_that_are_kept_are_what_the_runs_kept_say(tmp_path: Path) -> None:
     """report.md is what `lopt report` makes of the rows beside it."""
-    assert main(["report", str(RESULTS), "--theta", "compact", "--out", str(tmp_path / "report.md")]) == 0
+    assert main(["report", str(RESULTS), "--theta", "default", "--out", str(tmp_path / "report.md")]) == 0
     assert_same_but_for_rounding((tmp_path / "report.md").read_text(), (RESULTS / "report.md").read_text())
 
 
