@@ -46,9 +46,9 @@ $(VENV)/.installed-tools: $(VENV)/.installed
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint,sass]'
 	touch $@
 
-# The trainers of others that lopt.integrations is for, Ray, and the loggers of others, a minute.
+# The trainers of others that lopt.integrations is for, Ray, the loggers of others and the hub, a minute.
 $(VENV)/.installed-trainers: $(VENV)/.installed-tools
-	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[hf,lightning,ray,tensorboard,wandb]'
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[hf,hub,lightning,ray,tensorboard,wandb]'
 	touch $@
 
 existing-environment:
@@ -67,7 +67,8 @@ test: $(TOOLS_READY) install
 test-distributed: $(TOOLS_READY) install
 	$(PY) -m pytest -m distributed $(ARGS)
 
-# Real runs with the trainers of others, on Ray, and with the loggers of others; what is not installed is skipped.
+# Real runs with the trainers of others, on Ray, with the loggers of others and a stand-in for the hub; what is not
+# installed is skipped.
 integrations: $(TRAINERS_READY) install
 	$(PY) -m pytest python_tests/integrations $(ARGS)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lopt.files import replacing
+from lopt.rule import hub
 from lopt.rule.jax_import import read_jax
 from lopt.rule.spec import PRESETS, ThetaSpec
 
@@ -190,14 +191,79 @@ class Theta:
             FileNotFoundError: the folder does not exist.
             ValueError: a value is not finite.
         """
-        self._check_finite("and are not written")
-        header = {"format": FORMAT, "spec": self.spec.to_json(), "provenance": self.provenance}
-        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.tensors.items()}
-        path = Path(path)
+        content, path = self.to_bytes(), Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path: folder {str(path.parent)!r} does not exist; create it first")
         with replacing(path) as file:
-            file.write(safetensors.torch.save(tensors, {"lopt": json.dumps(header)}))
+            file.write(content)
+
+    def to_bytes(self) -> bytes:
+        """What :meth:`save` writes."""
+        self._check_finite("and are not written")
+        header = {"format": FORMAT, "spec": self.spec.to_json(), "provenance": self.provenance}
+        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in self.tensors.items()}
+        return safetensors.torch.save(tensors, {"lopt": json.dumps(header)})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        scores: Mapping[str, float] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload theta",
+    ) -> str:
+        """Share it on the Hugging Face Hub (extra ``hub``): theta.safetensors, and a model card with spec, provenance and
+        scores, in one commit.
+
+        Args:
+            repo_id: "name" or "user/name" of a model repository; made if missing.
+            scores: beside those of the provenance, by what they are called, for the card.
+            revision: branch; made if missing. The default one if not given.
+            token: of the hub; by default that of ``hf auth login`` or ``HF_TOKEN``.
+            private: whether a repository that is made is private; by default as the account has it.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub is missing.
+            ValueError: a value is not finite.
+            huggingface_hub.errors.HfHubHTTPError: what the hub refuses, as a missing right to write.
+        """
+        shared: dict[str, Any] = {"revision": revision, "token": token, "private": private}
+        return hub.push(self, repo_id, scores=scores, commit_message=commit_message, **shared)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        filename: str = hub.FILE,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "Theta":
+        """Theta from a model repository of the Hugging Face Hub (extra ``hub``); a file that is in its cache is not
+        fetched again. Files of thetas hold numbers and text: nothing in them is run.
+
+        Args:
+            repo_id: "user/name".
+            filename: in the repository.
+            revision: branch, tag or commit.
+            token: of the hub, for private repositories; by default that of ``hf auth login`` or ``HF_TOKEN``.
+            local_files_only: ask nobody, take what is in the cache.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub is missing.
+            huggingface_hub.errors.RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError: there is none of
+                that name, or no right to read it.
+            ValueError: the file is no theta, see :meth:`load`.
+        """
+        wanted: dict[str, Any] = {"filename": filename, "revision": revision, "token": token}
+        return cls.load(hub.pull(repo_id, local_files_only=local_files_only, **wanted))
 
     def _check_finite(self, where: str) -> None:
         for name, tensor in self.tensors.items():
