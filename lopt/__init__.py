@@ -8,6 +8,7 @@ from lopt.optimizer import LearnedOptimizer
 from lopt.rule import PRESETS, Column, FeatureSet, Theta, ThetaSpec
 
 if TYPE_CHECKING:
+    from lopt.evaluation.evaluate import evaluate
     from lopt.meta.train import meta_train
 
 __version__ = "0.1.0"
@@ -21,12 +22,17 @@ __all__ = [
     "Theta",
     "ThetaSpec",
     "__version__",
+    "evaluate",
     "meta_train",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """What is imported when it is asked for: training with the optimizer needs none of it."""
+    if name == "evaluate":
+        from lopt.evaluation.evaluate import evaluate
+
+        return evaluate
     if name == "meta_train":
         from lopt.meta.train import meta_train
 

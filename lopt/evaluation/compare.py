@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from lopt.tasks.task import Task
 #: The references of the small suite, for any other as well: 14 Adams in one batch.
 ADAM_GRID = "adam-grid"
 
-#: A curve has the beginning, the end, and this many points in between, less one.
+#: A curve has the beginning and this many points, the last of which is the end.
 POINTS = 4
 
 
@@ -52,16 +53,20 @@ class Learned:
     impl: str
 
     @classmethod
-    def load(cls, source: str, impl: str = "auto") -> "Learned":
-        """The shipped theta of that name, or a theta file; ``auto`` is settled here.
+    def load(cls, source: Theta | str | PathLike[str], impl: str = "auto") -> "Learned":
+        """A theta, the shipped one of that name, or a theta file; ``auto`` is settled here.
 
         Raises:
             FileNotFoundError: neither a name nor a file.
         """
-        theta = Theta.load(source)
-        path = WEIGHTS / f"{source}.safetensors" if source in shipped() else Path(source)
+        if isinstance(source, Theta):
+            theta, content = source, source.to_bytes()
+        else:
+            theta = Theta.load(source)
+            path = WEIGHTS / f"{source}.safetensors" if source in shipped() else Path(source)
+            content = path.read_bytes()
         probe = LearnedOptimizer([torch.zeros(1, requires_grad=True)], theta, impl=impl)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(content).hexdigest()
         return cls(theta=theta, theta_sha256=sha256, code_sha256=code_sha256(), impl=probe.implementation)
 
 
@@ -99,6 +104,7 @@ class Plan:
         optimizers: names: those of ``LEARNED`` are the learned one, "adam-grid" is the references of the small suite,
             others are opponents, ``NAME@k`` with k trials.
         learned: the learned optimizer; may be None if it is not among the optimizers.
+        points: of a curve after its beginning.
     """
 
     suite: str
@@ -107,6 +113,7 @@ class Plan:
     seeds: tuple[int, ...]
     optimizers: tuple[str, ...]
     learned: Learned | None
+    points: int = POINTS
 
     @property
     def jobs(self) -> list[Job]:
@@ -219,7 +226,7 @@ def execute(
     report()
     failures: list[str] = []
     learned = pickle.dumps(plan.learned)  # bytes, since tensors would travel as open files
-    for job, outcome in in_processes(partial(_work, learned), missing, workers, data):
+    for job, outcome in in_processes(partial(_work, learned, plan.points), missing, workers, data):
         if isinstance(outcome, Exception):
             failures.append(f"{job.optimizer} on {job.task.name}: {type(outcome).__name__}: {outcome}")
         else:
@@ -295,7 +302,7 @@ def _make(
     return make_optimizer(name, params, steps, trial, task=task, **more)
 
 
-def _work(learned: bytes, job: Job) -> list[Result] | Exception:
+def _work(learned: bytes, points: int, job: Job) -> list[Result] | Exception:
     """The results of a job, or the error it ended in."""
     try:
         if job.optimizer == ADAM_GRID:
@@ -305,7 +312,7 @@ def _work(learned: bytes, job: Job) -> list[Result] | Exception:
             partial(_make, pickle.loads(learned), job.task, job.optimizer, job.trial),
             job.seed,
             job.horizon,
-            record_every=math.ceil(job.horizon / POINTS),
+            record_every=math.ceil(job.horizon / points),
         )
         return [result(curve)]
     except Exception as error:  # one broken run must not cost the others; the caller says what failed

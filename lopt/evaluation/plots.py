@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lopt.evaluation.comparison import Measure, Runs
+from lopt.evaluation.table import Run
 from lopt.evaluation.training import TrainResult
 from lopt.figures import COLOURS, require_matplotlib
 from lopt.files import save_figure
@@ -57,6 +60,57 @@ def training_curves(runs: Mapping[str, Sequence[TrainResult]], title: str, path:
             _log_axis(axes)
         else:
             _accuracy_axis(axes, runs)
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    save_figure(path, figure)
+
+
+def loss_curves(runs: Mapping[str, Sequence[Run]], path: str | PathLike[str], measure: Measure = "test") -> None:
+    """Draw the losses along the runs of :func:`lopt.evaluation.evaluate.evaluate`, a panel for each task and length.
+
+    A line is the mean over the seeds of one optimizer with its chosen setting, the band behind it their range.
+
+    Args:
+        runs: label of an optimizer -> its rows, as of one theta.
+        path: of the figure; its ending says the format.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: there is nothing to draw, or a label has rows of several optimizers.
+    """
+    chosen = {}
+    for label, rows in runs.items():
+        found = Runs(rows).chosen
+        if len(found) != 1:
+            raise ValueError(f"runs[{label!r}]: expected rows of one optimizer, got those of {list(found)}")
+        chosen[label] = next(iter(found.values()))
+    places = list(dict.fromkeys(place for by_place in chosen.values() for place in by_place))
+    if not places:
+        raise ValueError("runs: expected at least one optimizer with rows, got none")
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(places))
+    figure = Figure(figsize=(4.2 * columns, 3.6 * -(-len(places) // columns)), dpi=150, layout="constrained")
+    column = 2 if measure == "train" else 3
+    for number, place in enumerate(places):
+        axes = figure.add_subplot(-(-len(places) // columns), columns, number + 1)
+        values = []
+        for order, (label, by_place) in enumerate(chosen.items()):
+            points = np.array([run.points for run in by_place.get(place, [])])  # [seeds, points, 4]
+            if len(points):
+                style: dict[str, Any] = {"color": COLOURS[order % len(COLOURS)], "zorder": 2 + len(chosen) - order}
+                steps, losses = points[0, :, 0], points[:, :, column]
+                axes.plot(steps, losses.mean(axis=0), label=label, linewidth=1.8, **style)
+                axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), alpha=0.18, linewidth=0, **style)
+                values.append(losses.min())
+        axes.set_title(f"{place[0]}: {measure} loss", loc="left", fontsize=10.5)
+        axes.set_xlabel("step")
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.0)
+        if min(values) > 0:
+            _log_axis(axes)
     lines, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
     save_figure(path, figure)

@@ -214,15 +214,16 @@ _SUITES: dict[SuiteName, Callable[[], tuple[Task, ...]]] = {
 
 
 def family_of(task: Task) -> str:
-    """The family a task of a suite belongs to."""
+    """The family a task belongs to: what its name begins with, where it says none."""
     if isinstance(task, HeldOutTask):
         return "mlp_ae" if task.autoencoder else "mlp"
-    return str(task.family)  # type: ignore[attr-defined]
+    return str(getattr(task, "family", task.name.partition("-")[0]))
 
 
 def data_of(task: Task) -> str:
-    """The data set of a task of a suite."""
-    return task.data if isinstance(task, HeldOutTask) else str(task.data.name)  # type: ignore[attr-defined]
+    """The data set of a task; nothing for one of the user's that has no name for it."""
+    data = getattr(task, "data", "")
+    return data if isinstance(data, str) else str(getattr(data, "name", ""))
 
 
 def unavailable(task: Task) -> str | None:
