@@ -4,6 +4,7 @@ python examples/meta_train_own.py --hours 1 --processes 4
 """
 
 import argparse
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def rows() -> tuple[Tensor, Tensor]:
 def model(width: int, layers: int) -> nn.Module:
     """A member of your family of models."""
     sizes = [2, *[width] * layers]
-    hidden = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.Tanh())]
+    hidden = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.Tanh())]
     return nn.Sequential(*hidden, nn.Linear(width, 1))
 
 
@@ -41,13 +42,15 @@ def task(width: int, layers: int) -> Task:
     return from_module(make, nn.functional.mse_loss, rows, batch_size=32, name=name)
 
 
-def main(out: Path, steps: int = 500, trials: int = 8, processes: int = 1, **budget: Any) -> dict[str, float]:
+def main(
+    out: Path, steps: int = 500, trials: int = 8, points: int = 20, processes: int = 1, **budget: Any
+) -> dict[str, float]:
     """Return how test losses of unseen members relate to AdamW's: those of the new theta, and those of ``default``."""
     family = [task(width, layers) for width in (12, 16, 24) for layers in (2, 3)]
     theta = lopt.meta_train("own", out, tasks=family, executor=processes, **budget)
 
     unseen = [task(20, 2), task(32, 3)]
-    common: dict[str, Any] = {"steps": steps, "seeds": [0, 1], "executor": processes, "out": out}
+    common: dict[str, Any] = {"steps": steps, "seeds": [0, 1], "points": points, "executor": processes, "out": out}
     mine = lopt.evaluate(unseen, ["lopt"], theta=theta, **common)
     default = lopt.evaluate(unseen, ["lopt"], **common)
     adamw = lopt.evaluate(unseen, [f"{ADAMW}@{trials}"], **common)

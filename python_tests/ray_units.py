@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from lopt.meta.pairs import unroll_group
 
 
@@ -76,3 +79,14 @@ def slowly(shared: tuple[float, Any, Any], item: Any) -> Any:
     seconds, function, its_shared = shared
     time.sleep(seconds)
     return function(its_shared, item)
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    """Data of a task."""
+    inputs = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    return inputs, inputs.sin()
+
+
+def model() -> nn.Module:
+    """Of a task."""
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))

@@ -71,7 +71,9 @@ def test_rows_are_drawn(tmp_path: Path) -> None:
     loss_curves({"ours": ours, "AdamW": others}, tmp_path / "losses.svg", "train")
     text = (tmp_path / "losses.svg").read_text()
     assert text.count('id="axes_') == 2
-    with pytest.raises(ValueError, match=r"runs\['both'\]: expected rows of one optimizer, got those of \['lopt', 'adamw"):
+    with pytest.raises(
+        ValueError, match=r"runs\['both'\]: expected rows of one optimizer, got those of \['lopt', 'adamw"
+    ):
         loss_curves({"both": [*ours, *others]}, tmp_path / "none.png")
     with pytest.raises(ValueError, match="runs: expected at least one optimizer with rows, got none"):
         loss_curves({}, tmp_path / "none.png")

@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from lopt.meta.config import Phase
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -29,7 +31,7 @@ def put_back(set_num_threads: Callable[[int], None]) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    tested = ["ported_script", "resume", "train_digits", "train_text"]
+    tested = ["meta_train_own", "ported_script", "resume", "train_digits", "train_text"]
     elsewhere = ["finetune_hf", "train_gpt"]  # in integrations, and in distributed/test_train_gpt.py
     assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == sorted(tested + elsewhere)
 
@@ -83,6 +85,16 @@ def test_resume_is_exact(steps: int, capsys: pytest.CaptureFixture[str]) -> None
     example.train(model, optimizer, 0, steps)
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert "largest difference 0\n" in capsys.readouterr().out
+
+
+def test_a_theta_of_ones_own_is_trained_compared_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = load("meta_train_own")
+    quick = {"inner_steps": 160, "pairs": 4, "pairs_per_task": 2, "validation_tasks": 1, "validation_horizons": (10,)}
+    ratios = example.main(tmp_path, steps=10, trials=1, points=1, **quick, phases=(Phase(1.0, (10, 20), "linear"),))
+    assert max(ratios.values()) < 1.0
+    assert f"Test loss over that of AdamW: {ratios['mine']:.3f}" in capsys.readouterr().out
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 1 + 2 * 2 * 3  # tasks, seeds, optimizers
 
 
 @pytest.mark.parametrize("name", ["ported_script", "resume", "train_digits", "train_text"])

@@ -214,7 +214,7 @@ class Theta:
         private: bool | None = None,
         commit_message: str = "Upload theta",
     ) -> str:
-        """Share it on the Hugging Face Hub (extra ``hub``): theta.safetensors, and a model card with spec, provenance and
+        """Share it on the Hugging Face Hub (extra ``hub``): theta.safetensors, and a model card with provenance and
         scores, in one commit.
 
         Args:

@@ -1,4 +1,4 @@
-"""lopt/rule/hub.py with a stand-in for the hub: what is pushed comes back, by branch and commit, with a card; errors."""
+"""lopt/rule/hub.py and a stand-in for the hub: what is pushed comes back, by branch and commit, with a card; errors."""
 
 import base64
 import hashlib
@@ -104,7 +104,9 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None or (self.server.private[name] and not self.allowed):
             self.answer(404, b"", X_Error_Code="RepoNotFound")
             return
-        commits = [repo[revision][-1]] if revision in repo else [c for b in repo.values() for c in b if c[0] == revision]
+        commits = (
+            [repo[revision][-1]] if revision in repo else [c for b in repo.values() for c in b if c[0] == revision]
+        )
         if not commits:
             self.answer(404, b"", X_Error_Code="RevisionNotFound")
             return

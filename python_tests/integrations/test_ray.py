@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import os
 import re
 import signal
@@ -16,16 +17,32 @@ from typing import Any
 
 import pytest
 import torch
-from ray_units import Local, die_after, die_always, die_once, divide, environment, fail, meet, node_of, square_plus
+from ray_units import (
+    Local,
+    die_after,
+    die_always,
+    die_once,
+    divide,
+    environment,
+    fail,
+    meet,
+    model,
+    node_of,
+    rows,
+    square_plus,
+)
 from rich.console import Console
+from torch import Tensor, nn
 
 import lopt
+from lopt import Theta
 from lopt.cli import main
 from lopt.evaluation.processes import in_processes
 from lopt.meta import checkpoint, ray_workers, trainer
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.executors import Executor, Serial
 from lopt.meta.ray_workers import RayWorkers
+from lopt.tasks import Batch, Task, from_module
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs Ray's own cluster for tests")
@@ -106,6 +123,32 @@ def test_meta_training_gives_the_same_bits_with_any_number_of_workers_and_losses
         assert torch.equal(found[1], moments)
         assert found[2] == carries
     assert len(list(tmp_path.glob("died-*"))) >= 5
+
+
+class Here(Task):
+    """By value, as Ray sends what a module that workers cannot import defines."""
+
+    def init(self, seed: int) -> dict[str, Tensor]:
+        return {"x": torch.ones(3)}
+
+    def loss(self, params: Any, batch: Any) -> Tensor:
+        return (params["x"] - batch.targets).square().mean()
+
+    def batches(self, seed: int, split: str, start: int = 0) -> Iterator[Batch]:
+        return (Batch(torch.zeros(1, 0), torch.full((1, 3), 1.0 / (number + 2))) for number in itertools.count(start))
+
+
+def test_tasks_of_ones_own_give_the_same_bits(cluster: Any, tmp_path: Path) -> None:
+    tasks = [from_module(model, nn.functional.mse_loss, rows, batch_size=8), Here()]
+    quick = {"inner_steps": 200, "pairs": 4, "pairs_per_task": 2, "validation_tasks": 1, "validation_horizons": (10,)}
+    found = []
+    with closing(RayWorkers(2, cluster.address)) as executor:
+        for name, where in (("serial", 1), ("ray", executor)):
+            out, phases = tmp_path / name, (Phase(1.0, (10, 20), "linear"),)
+            lopt.meta_train("own", out, tasks=tasks, executor=where, phases=phases, warmup_from_file=0, **quick)
+            found.append(Theta.load(out / "theta_last.safetensors").flatten())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], Theta.load("default").flatten())
 
 
 def test_units(cluster: Any, tmp_path: Path) -> None:
