@@ -216,7 +216,7 @@ def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_program_imports_ray_and_loggers_of_others_late() -> None:
-    code = "import lopt.cli, sys; print({'ray', 'tensorboard', 'wandb'} & sys.modules.keys())"
+    code = "import lopt.cli, sys; print({'huggingface_hub', 'ray', 'tensorboard', 'wandb'} & sys.modules.keys())"
     environment = {**os.environ, "PYTHONPATH": str(Path(lopt.__file__).parents[1])}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"
