@@ -159,7 +159,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
   constexpr int kColumns = Features::kNumColumns, kTiles = Shape::kTiles, kStaged = kRows / 32;
   constexpr float kLoss = Shape::kLoss, kHiddenScale = Shape::kHiddenScale;
   // Products of few tiles wait for each other: two times 16 rows at once then.
-  constexpr int kTogether = kTiles < 4 ? 2 : 1, kRowUnroll = 1;
+  constexpr int kTogether = kTiles < 4 ? 2 : 1;
   const TensorEntry& tensor = operands.tensor;
   const Wide wide = operands.wide<kState>();
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
@@ -221,7 +221,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
         stage.write(lane + 32 * s, x);
       }
       __syncwarp();
-#pragma unroll kRowUnroll
+#pragma unroll 1
       for (int row = 0; row < kRows; row += 16 * kTogether) {
         Inputs<kParts, kBlocks> inputs[kTogether];
         Inputs<kParts, kTiles> hidden[kTogether];
