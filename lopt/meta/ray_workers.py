@@ -11,7 +11,6 @@ import os
 import pickle
 import platform
 import sys
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
@@ -30,7 +29,10 @@ R = TypeVar("R")
 #: Bytes of shared memory of a cluster that is started here: thetas and results are small.
 OBJECT_STORE = 128 << 20
 
-LONGEST_PAUSE = 3.0  # seconds before the next try, after a worker that did not start
+#: By which Ray's authentication is chosen. Starting a cluster turns it on for all that the process connects to later;
+#: a cluster without it then takes the process for dead, as it may not call it back, and with it all its workers.
+MODE = "RAY_AUTH_MODE"
+
 PATIENCE = 30.0  # seconds without any worker after which that is said
 
 #: Of a cluster that is started here. Ray would make workers nice, and keep some for tasks that never come.
@@ -61,6 +63,7 @@ class RayWorkers(Executor):
             raise ValueError(f"workers: expected a positive number, got {workers}")
         self._ray = ray = _import_ray()
         self._ours = not ray.is_initialized()
+        self._turned_on = False  # authentication, by starting a cluster
         if self._ours:
             self._connect(address, workers or usable_cores())
         if workers is None:
@@ -79,6 +82,7 @@ class RayWorkers(Executor):
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         local = {"num_cpus": cores, "num_gpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+        self._turned_on = MODE not in os.environ
         self._ray.init(address="local", _node_ip_address="127.0.0.1", _system_config=_SYSTEM, **local, **quiet)
 
     def flow(self, function: Callable[[S, T], R], units: Iterator[tuple[S, T]]) -> Generator[tuple[int, R], None, None]:
@@ -130,6 +134,8 @@ class RayWorkers(Executor):
         if self._ours:
             self._ours = False
             self._ray.shutdown()
+            if self._turned_on:
+                _turn_off_authentication()
 
     @property
     def workers(self) -> list[str]:
@@ -183,10 +189,9 @@ class RayWorkers(Executor):
             if self._failed_starts > MAX_LOSSES * len(self._places):
                 self.close()
                 raise RuntimeError(
-                    f"workers: {self._failed_starts} did not start; is lopt installed on every node? ({self._why})"
+                    f"workers: {self._failed_starts} did not start; is lopt installed on every node, and RAY_AUTH_MODE "
+                    f"here what the cluster was started with? ({self._why})"
                 ) from error
-            # A cluster in which others have just ended may cancel new actors for a moment.
-            time.sleep(min(0.05 * 2.0**self._failed_starts, LONGEST_PAUSE))
         self._replace(place)
 
     def _replace(self, place: "_Place") -> None:
@@ -263,6 +268,16 @@ def fingerprint() -> dict[str, str]:
         "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
         "processors of": (cpu_info("vendor_id") or [platform.machine()])[0],  # by which libraries choose their products
     }
+
+
+def _turn_off_authentication() -> None:
+    """Undo what starting a cluster did to this process (:data:`MODE`); it has no public function for that."""
+    os.environ.pop(MODE, None)
+    with suppress(Exception):
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _import_ray() -> Any:

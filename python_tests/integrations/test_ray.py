@@ -1,6 +1,7 @@
 """lopt/meta/ray_workers.py on a small cluster of this machine: same bits, whatever becomes of the workers."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import os
@@ -38,9 +39,10 @@ import lopt
 from lopt import Theta
 from lopt.cli import main
 from lopt.evaluation.processes import in_processes
-from lopt.meta import checkpoint, ray_workers, trainer
+from lopt.meta import asynchronous, checkpoint, ray_workers, trainer
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.executors import Executor, Serial
+from lopt.meta.metrics import read_metrics
 from lopt.meta.ray_workers import RayWorkers
 from lopt.tasks import Batch, Task, from_module
 
@@ -238,6 +240,40 @@ def test_a_cluster_of_this_machine_for_a_command(tmp_path: Path) -> None:
     thetas = [lopt.Theta.load(tmp_path / name / "theta.safetensors").flatten() for name in ("serial", "ray")]
     assert torch.equal(*thetas)
     assert not ray.is_initialized()
+
+
+def test_a_cluster_without_authentication_is_reached_after_one_of_this_process(cluster: Any) -> None:
+    """Which turns authentication on, by which the other's head could not call this process back any more."""
+    with closing(RayWorkers(1)) as executor:
+        assert executor.map(max, 0, [1]) == [1]
+    with closing(RayWorkers(1, cluster.address)) as executor:
+        assert executor.map(max, 0, [1]) == [1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs Linux's /proc")
+def test_workers_that_never_wait(cluster: Any, tmp_path: Path) -> None:
+    """Also when one is killed in between: each iteration has its estimates, all young enough."""
+    config = dataclasses.replace(SMALL, staleness=3, keep_runs=True, inner_steps=1500, checkpoint_every=2)
+
+    class Killed(RayWorkers):
+        def flow(self, function: Any, units: Any) -> Any:
+            for count, found in enumerate(super().flow(function, units)):
+                if function is asynchronous.work and count == 30:
+                    number = re.search(r"process (\d+)$", self.workers[0])
+                    assert number is not None
+                    os.kill(int(number[1]), signal.SIGKILL)
+                yield found
+
+    with closing(Killed(2, cluster.address)) as executor:
+        theta = trainer.run(config, tmp_path, executor=executor, console=Console(file=io.StringIO()))
+        lines = read_metrics(tmp_path)[1:]
+        assert executor.map(square_plus, 1, [2])[0][0] == 5  # what was not waited for is out of the way
+    assert lines[-1]["inner_steps"] >= 1500
+    assert all(line["staleness_max"] <= 3 and 1 <= line["workers"] <= 2 for line in lines)
+    assert max(line["workers"] for line in lines) == 2
+    state = checkpoint.load(tmp_path / "checkpoint.pt")[2]
+    assert state.carries
+    assert theta.provenance["iterations"] == state.iteration == len(lines)
 
 
 def test_an_evaluation_gives_the_same_rows(cluster: Any, tmp_path: Path) -> None:
