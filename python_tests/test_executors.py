@@ -278,10 +278,10 @@ def test_simulated_workers_end_units_in_the_order_of_their_times() -> None:
     assert [index for index, _ in found] == [0, 1, 3, 5, 4, 6, 2, 8, 7]
     assert [own for _, own in found] == [1, 1, 2, 3, 2, 4, 1, 5, 3]
     assert (executor.now, executor.waited) == (6.0, 0.0)
-    times = iter([0.0, 0.5, 0.5, 0.5, 10.5, 10.5, 10.5])  # of the clock, before and after what its user does
+    times = iter([0.0, 0.5, 0.5, 10.5, 10.5, 10.5])  # of the clock, before and after what its user does
     slow = Simulated(1, lambda worker, index: 1.0, lambda: next(times))
     assert [index for index, _ in slow.stream(count_own, None, range(2))] == [0, 1]
-    assert (slow.now, slow.waited) == (12.5, 10.5)
+    assert (slow.now, slow.waited, slow.spent) == (12.5, 10.5, 10.5)
 
 
 def count_own(shared: None, item: int) -> int:
