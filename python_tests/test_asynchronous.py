@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import meta_cases
 import pytest
 import torch
 from rich.console import Console
@@ -19,17 +20,12 @@ from lopt.meta.executors import Executor, Kept, LocalProcesses, Serial, keeping
 from lopt.meta.pairs import Shared
 from lopt.meta.simulated import Simulated
 
-SMALL = MetaTrainConfig(
+SMALL = dataclasses.replace(
+    meta_cases.SMALL,
     inner_steps=800,
     phases=(Phase(0.3, (10, 30), "mlp"), Phase(0.7, (20, 40), "all", "pes", window=10)),
-    tasks=("mixture", "teacher"),
-    pairs=3,
-    warmup=0,
-    validation_tasks=2,
-    validation_horizons=(20,),
     validate_every=300,
     checkpoint_every=2,
-    seed=11,
     staleness=2,
 )
 

@@ -69,12 +69,12 @@ def test_a_run_that_ended_not_finite_diverged() -> None:
 
 
 def test_scales_are_those_of_the_initialisation() -> None:
-    """``1 / sqrt(fan_in)``, .3 and .1, zero outside the groups; phase by phase, its counts add up."""
+    """``1 / sqrt(fan_in)``, .3 and .25, zero outside the groups; phase by phase, its counts add up."""
     spec = Theta.init("compact").spec
     every = unflatten(spec, outer.scales(spec, "prior", "all"))
     assert every["mlp.w1"].unique().item() == pytest.approx(spec.shapes()["mlp.w1"][0] ** -0.5)
     assert every["mlp.w3"].unique().item() == pytest.approx(spec.mlp_width**-0.5)
-    for name, scale in {"skip": 0.1, "step.w": 0.1, "step.b": 0.1, "mlp.b1": 0.3, "initial_h": 0.3}.items():
+    for name, scale in {"skip": 0.25, "step.w": 0.25, "step.b": 0.25, "mlp.b1": 0.3, "initial_h": 0.3}.items():
         assert every[name].unique().item() == pytest.approx(scale)
     linear, mlp, lstm = (outer.scales(spec, "prior", groups) for groups in ("linear", "mlp", "lstm"))
     assert int((linear > 0).sum()) == 12 + 36

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import meta_cases
 import pytest
 import torch
 from rich.console import Console
@@ -26,21 +27,15 @@ from lopt.meta.recipes import RECIPES, recipe
 from lopt.tasks.distribution import TaskDistribution
 
 #: Three phases, two iterations each or so; states are carried over in the second, the LSTM joins in the third.
-SMALL = MetaTrainConfig(
+SMALL = dataclasses.replace(
+    meta_cases.SMALL,
     inner_steps=600,
     phases=(
         Phase(0.3, (10, 30), "mlp"),
         Phase(0.4, (20, 40), "mlp", "pes", window=10),
         Phase(0.3, (20, 40), "all", "nres", window=10),
     ),
-    tasks=("mixture", "teacher"),
-    pairs=3,
-    warmup=0,
-    validation_tasks=2,
-    validation_horizons=(20,),
-    validate_every=250,
     checkpoint_every=3,
-    seed=11,
 )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from meta_cases import SMALL
 from ray_units import (
     Local,
     die_after,
@@ -40,7 +41,7 @@ from lopt import Theta
 from lopt.cli import main
 from lopt.evaluation.processes import in_processes
 from lopt.meta import asynchronous, checkpoint, ray_workers, trainer
-from lopt.meta.config import MetaTrainConfig, Phase
+from lopt.meta.config import Phase
 from lopt.meta.executors import Executor, Serial
 from lopt.meta.metrics import read_metrics
 from lopt.meta.ray_workers import RayWorkers
@@ -52,19 +53,6 @@ cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs Ray's own
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:Tip.*:FutureWarning")]
 
 CLOCKS = ("seconds", "steps_per_second", "times")  # columns of runs.csv
-
-#: Runs begin in the first phase; in the second their states are carried over.
-SMALL = MetaTrainConfig(
-    inner_steps=500,
-    phases=(Phase(0.4, (10, 30), "mlp"), Phase(0.6, (20, 40), "all", "pes", window=10)),
-    tasks=("mixture", "teacher"),
-    pairs=3,
-    warmup=0,
-    validation_tasks=2,
-    validation_horizons=(20,),
-    validate_every=250,
-    seed=11,
-)
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from meta_cases import SMALL
 from ray_units import slowly
 from rich.console import Console
 
 import lopt
 from lopt.meta import checkpoint, trainer
-from lopt.meta.config import MetaTrainConfig, Phase
+from lopt.meta.config import MetaTrainConfig
 from lopt.meta.executors import Executor, Serial
 from lopt.meta.metrics import read_metrics
 from lopt.meta.ray_workers import OBJECT_STORE, RayWorkers
@@ -37,18 +38,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarn
 SECONDS, EVERY = 24.0, 8.0  # of a run at least, and between two kills
 PAUSE = 0.5  # seconds that a unit takes longer
 
-CONFIG = MetaTrainConfig(
-    inner_steps=1000,
-    phases=(Phase(0.3, (10, 30), "mlp"), Phase(0.7, (20, 40), "all", "pes", window=10)),
-    tasks=("mixture", "teacher"),
-    pairs=4,
-    warmup=0,
-    validation_tasks=2,
-    validation_horizons=(20,),
-    validate_every=10_000,
-    checkpoint_every=3,
-    seed=11,
-)
+CONFIG = dataclasses.replace(SMALL, inner_steps=1000, pairs=4, validate_every=10_000, checkpoint_every=3)
 
 
 class Slow(RayWorkers):
