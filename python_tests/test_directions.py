@@ -76,12 +76,12 @@ def even(x: Tensor, turned: bool = False) -> Tensor:
 
 def by_singular_values(direction: Tensor, gate: Tensor, iterations: int, turned: bool = False) -> tuple[Tensor, Tensor]:
     """What ``orthogonalise`` is: between a direction and the same singular vectors with other values and even rows, of
-    one size."""
+    one size; what was zero is zero."""
     u, values, v = torch.linalg.svd(direction, full_matrices=False)
     norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
     new = polynomial(values / norm, iterations)
     size = torch.linalg.vector_norm(new, dim=-1, keepdim=True)
-    mixed = even(u @ torch.diag_embed(new) @ v, turned)
+    mixed = even(torch.where(direction == 0, 0.0, u @ torch.diag_embed(new) @ v), turned)
     mixed = mixed * (norm / torch.linalg.vector_norm(mixed, dim=(-2, -1))[..., None])[..., None]
     share = gate[..., None, None]
     return (1 - share) * direction + share * mixed, size[..., 0] ** 2 / values.shape[-1]
@@ -184,6 +184,38 @@ def test_outputs_move_alike() -> None:
     assert float(still[-1].norm()) < 1e-6 * float(rows[-1])
     turned, _ = orthogonalise(direction.mT, torch.tensor(1.0, dtype=F64), 3, turned=True)
     torch.testing.assert_close(turned.mT, new, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (33, 129)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_rests_stays(shape: tuple[int, int], turned: bool) -> None:
+    """Entries that are zero, of a mask or of an output or input without gradient, stay and do not count in the size."""
+    direction = normal(*shape).tril()
+    direction[2], direction[:, 3] = 0.0, 0.0
+    new, rank = orthogonalise(direction, torch.tensor(0.75, dtype=F64), 3, turned=turned)
+    expected, expected_rank = by_singular_values(direction, torch.tensor(0.75, dtype=F64), 3, turned)
+    torch.testing.assert_close(new, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rank, expected_rank)
+    assert torch.equal(new == 0, direction == 0)
+    whole, _ = orthogonalise(direction, torch.tensor(1.0, dtype=F64), 3, turned=turned)
+    torch.testing.assert_close(whole.norm(), direction.norm())
+
+
+@every_impl
+def test_masked_weights_do_not_move(impl: str) -> None:
+    """Not one bit, of matrices that torch orthogonalises and of those that the kernels do, whose gates are open."""
+    params = make_params([(70, 130), (12, 10), (10, 12), (5,)])
+    start = copies(params)
+    opt = LearnedOptimizer(params, spectral(gate=1.0), impl=impl)
+    for step in range(4):
+        grads = make_grads(params, step)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.tril() if grad.ndim == 2 else grad
+        opt.step(loss=make_loss(step))
+    for param, before in zip(params[:3], start[:3], strict=True):
+        mask = torch.ones_like(param).tril() == 0
+        assert torch.equal(param[mask], before[mask])
+        assert not torch.isclose(param[~mask], before[~mask], rtol=0, atol=1e-7).all()
 
 
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -93,7 +93,11 @@ struct Orthogonal {
     }
     const float before = norm(now, m * n_padded);
     rank = before * before / static_cast<float>(m);
-    if (before > 0) even(now, m, n, wider == turned, before, then);
+    for (int64_t i = 0; i < m; ++i)  // what rests, stays
+      for (int64_t j = 0; j < n; ++j)
+        if (at(i, j) == 0) now[i * n_padded + j] = 0.0f;
+    const float moving = norm(now, m * n_padded);
+    if (moving > 0) even(now, m, n, wider == turned, moving, then);
     const float whole = norm(now, m * n_padded);
     const float share = whole > 0 ? gate * largest * (size / whole) : 0.0f;
     for (int64_t i = 0; i < m; ++i)

@@ -5,11 +5,15 @@ to one size, at the size that it had.
 
     X = D / |D|                                                      |.| Frobenius norm
     repeat: A = X X',  X = a X + (b A + c A A) X                     Newton-Schulz, odd in the singular values of X
+    X = X, but 0 where D is                                          what rests, stays
     Y = X with every row divided by max(its norm, .2 typical)        typical = |X| / sqrt(outputs)
     D <- (1 - gate) D + gate (|D| / |Y|) Y                           between elementwise and orthogonal, of one size
 
 A matrix that is longer than wide has orthogonal columns after the iterations, but some of its rows are much longer than
 others: some outputs would move, and others hardly.
+
+A weight without gradient, of a mask or of an input that is never used, has the direction 0, and the products would give
+it another one: up to half of the step would go where it does nothing but let the matrix grow.
 
 Where the gate is 0, nothing changes. A direction that is zero stays so. ``rank``, ``|X|^2 / min(out, in)``, is what the
 iterations say of the direction's rank: about 1 where all singular values are of one size, ``1 / min(out, in)`` for a
@@ -82,7 +86,8 @@ def orthogonalise(
     x = newton_schulz(x.to(product_dtype or x.dtype), iterations).to(x.dtype)
     size = torch.linalg.matrix_norm(x, keepdim=True)
     rank = torch.square(size[..., 0, 0]) / min(direction.shape[-2:])
-    x = even_rows(x, size, turned)
+    x = torch.where(direction == 0, 0.0, x)
+    x = even_rows(x, torch.linalg.matrix_norm(x, keepdim=True), turned)
     share = gate[..., None, None]
     size = torch.linalg.matrix_norm(x, keepdim=True)
     return (1.0 - share) * direction + (share * largest * _ratio(norm, size)) * x, rank
