@@ -32,10 +32,14 @@ FACTS = ["registers", "shared", "warps"]
 
 # At most so many instructions per parameter on sm_90: what is reached, and a little more.
 INSTRUCTIONS = {
-    "accumulate_kernel<CompactFeatures>": 75,
-    "accumulate_kernel<PaperFeatures>": 150,
-    "apply_mma_kernel<CompactFeatures, 8, 2>": 260,
+    "accumulate_kernel<CompactFeatures>": 70,
+    "accumulate_kernel<PaperFeatures>": 145,
+    "apply_mma_kernel<CompactFeatures, 8, 2>": 275,
+    "apply_mma_kernel<CompactFeatures, 8, 1>": 160,
     "apply_mma_kernel<PaperFeatures, 32, 2>": 640,
+    "sweep_mma_kernel<CompactFeatures, 8, 2>": 315,
+    "sweep_mma_kernel<bfloat16, CompactFeatures, 8, 2>": 360,
+    "sweep_mma_kernel<bfloat16, CompactFeatures, 8, 1>": 247,
 }
 
 SWEEPS = "sweep", "sweep_mma"  # accumulate and apply in one
@@ -173,8 +177,9 @@ class Kernel:
             blocks, tiles = len(features.columns) // 8 + 1, width // 8
             # A loop over rows per staging; of both layers, two blocks of 8 inputs at a time, of three products or one.
             together = 1 if tiles == 4 else 2  # times 16 rows in one trip
-            of_layers = sum((2 * parts - 1) * (inputs // 2) + parts * (inputs % 2) for inputs in (blocks, tiles))
-            products = self.stagings * together * of_layers * tiles
+            of_tile = sum((2 * parts - 1) * (inputs // 2) + parts * (inputs % 2) for inputs in (blocks, tiles))
+            last = (tiles + 1) // 2 if parts == 1 else 0
+            products = self.stagings * together * (of_tile * tiles + last)
             warps = 8 if (name, width, parts) == ("paper", 32, 2) else 12
         if self.operation in SWEEPS and (name == "paper" or (self.operation == "sweep" and numbers[0] == 32)):
             warps = 8

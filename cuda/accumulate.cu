@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
     const Quad quad = quad_at(chunk, i, wide);
     QuadValues<Features> values;
     load_values<kState>(tensor, grads, quad, values);
-    accumulate_quad<kState>(params, tensor, limit, words, quad, i == begin, values, pivots, row);
+    accumulate_quad<kState>(params, tensor, grads, limit, words, quad, i == begin, values, pivots, row);
   }
   finish_row<Features>(parameters_of_thread(chunk.count, static_cast<int>(threadIdx.x)), pivots, row);
 

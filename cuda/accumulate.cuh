@@ -34,14 +34,13 @@ __device__ __forceinline__ void add_difference(float* row, float difference) {
   row[1] += difference * difference;
 }
 
-// row += one parameter, whose gradient was raw_grad before it was clipped.
+// row += one parameter, but for the number of gradients that are not finite.
 template <class Features>
-__device__ __forceinline__ void add_one(float raw_grad, float grad, float param, const float* mom, const float* rms,
+__device__ __forceinline__ void add_one(float grad, float param, const float* mom, const float* rms,
                                         const Pivots& pivots, float* row) {
   param = bounded(param);
   row[Stat::grad_square] += grad * grad;
   row[Stat::param_square] += param * param;
-  row[Stat::nonfinite] += abs_of(raw_grad) <= kLargestFloat ? 0.0f : 1.0f;
   add_difference(row + Stat::param_mean, param - pivots.param);
 #pragma unroll
   for (int k = 0; k < Features::kNumMom; ++k) add_difference(row + Stat::mom_mean, mom[k] - pivots.mom);
@@ -126,18 +125,37 @@ __device__ __forceinline__ WordsOf<Features> words_of(const AccumulateParams& pa
   return WordsOf<Features>::of(key, tensor.offset + chunk.begin);
 }
 
-// Clips the gradients of a quad, updates and stores its accumulators, and adds it to `row`, the first one with new pivots.
-template <Dtype kState, class Features>
-__device__ __forceinline__ void accumulate_quad(const AccumulateParams& params, const TensorEntry& tensor, float limit,
-                                                const WordsOf<Features>& words, const Quad& quad, bool first,
-                                                QuadValues<Features>& values, Pivots& pivots,
-                                                float (&row)[kNumStats<Features>]) {
-  auto& [param, grad, mom, rms] = values;
-  float unclipped[kQuad];
+// The gradients of a quad, as clip_gradient; how many of them are not finite. Where one is not, which is rare, all are read
+// again.
+__device__ __forceinline__ float clip_gradients(const TensorEntry& tensor, int64_t grads, float limit, const Quad& quad,
+                                                float (&grad)[kQuad]) {
+  float zero = 0.0f, nonfinite = 0.0f;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
-    unclipped[j] = grad[j];
-    grad[j] = clip_gradient(unclipped[j], limit);
+    zero += grad[j] * 0.0f;
+    grad[j] = clamp_of(grad[j], limit);
+  }
+  if (zero == 0.0f) return nonfinite;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    if (j >= quad.count) break;
+    const float raw = load_value(grads, tensor.grad_dtype, quad.at + j);
+    grad[j] = clip_gradient(raw, limit);
+    nonfinite += abs_of(raw) <= kLargestFloat ? 0.0f : 1.0f;
+  }
+  return nonfinite;
+}
+
+// Clips the gradients of a quad, updates and stores its accumulators, and adds it to `row`, the first one with new pivots.
+template <Dtype kState, class Features>
+__device__ __forceinline__ void accumulate_quad(const AccumulateParams& params, const TensorEntry& tensor,
+                                                int64_t grads, float limit, const WordsOf<Features>& words,
+                                                const Quad& quad, bool first, QuadValues<Features>& values,
+                                                Pivots& pivots, float (&row)[kNumStats<Features>]) {
+  auto& [param, grad, mom, rms] = values;
+  row[Stat::nonfinite] += clip_gradients(tensor, grads, limit, quad, grad);
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
 #pragma unroll
     for (int k = 0; k < Features::kNumMom; ++k) mom[k][j] = next_accumulator(mom[k][j], params.mom_decay[k], grad[j]);
 #pragma unroll
@@ -157,7 +175,7 @@ __device__ __forceinline__ void accumulate_quad(const AccumulateParams& params, 
     for (int k = 0; k < Features::kNumMom; ++k) mom_of_one[k] = mom[k][j];
 #pragma unroll
     for (int k = 0; k < Features::kNumRms; ++k) rms_of_one[k] = rms[k][j];
-    add_one<Features>(unclipped[j], grad[j], param[j], mom_of_one, rms_of_one, pivots, row);
+    add_one<Features>(grad[j], param[j], mom_of_one, rms_of_one, pivots, row);
   }
 }
 

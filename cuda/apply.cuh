@@ -1,6 +1,8 @@
 // What the kernels share that apply the MLP: the rule of one tensor in shared memory, and the reduction of the hidden units.
 #pragma once
 
+#include <type_traits>
+
 #include "chunks.cuh"
 #include "reduce.cuh"
 
@@ -30,10 +32,22 @@ struct Rule {
     copy_block(shift, inputs.shift, kColumns);
   }
 
-  // x = clamp(columns(grad, param, mom, rms) * scale + shift, +-feature_clip)
+  // x = clamp(columns(grad, param, mom, rms) * scale + shift, +-feature_clip), the columns as numbers of type V.
+  template <class V = float>
   __device__ __forceinline__ void columns(float grad, float param, const float* mom, const float* rms,
                                           float feature_clip, float* x) const {
-    Features::columns(grad, param, mom, rms, x);
+    if constexpr (std::is_same_v<V, float>) {
+      Features::columns(grad, param, mom, rms, x);
+    } else {
+      V m[Features::kNumMom], r[Features::kNumRms], raw[kColumns];
+#pragma unroll
+      for (int k = 0; k < Features::kNumMom; ++k) m[k] = mom[k];
+#pragma unroll
+      for (int k = 0; k < Features::kNumRms; ++k) r[k] = rms[k];
+      Features::columns(V{grad}, V{param}, m, r, raw);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) x[c] = raw[c].value;
+    }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
       x[c] = c < Features::kFirstShifted ? x[c] * scale[c] : x[c] * scale[c] + shift[c];
@@ -43,8 +57,9 @@ struct Rule {
     }
   }
 
+  // With the bias of the direction.
   __device__ __forceinline__ float skip(const float* x) const {
-    float sum = 0.0f;
+    float sum = weights[Layout::kB3];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) sum += x[c] * weights[Layout::kSkip + c];
     return sum;

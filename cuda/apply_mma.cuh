@@ -5,15 +5,16 @@
 // parameter computes its columns, splits them into halves (Note [Split halves]) and stages them in shared memory as a
 // row; 16 rows are the A of one product, with parameters as rows, columns as inputs, and a one in the column after the
 // last, which takes the bias. Products of the first layer are the input of the second as they lie in registers (Note
-// [Fragments]). Each lane adds up its share of the two outputs on FFMA, and the shares of a row's four lanes go back
-// through the row to its owner. Weights stay in registers.
+// [Fragments]), whose sums start from its bias. Each lane adds up its share of the two outputs on FFMA, and the shares of
+// a row's four lanes go back through the row to its owner; with `fast` the outputs are one more product. Weights stay in
+// registers.
 //
 // Why stage: 24 STS.128, 32 LDSM, 16 STS.64 and 8 LDS.128 per lane and 4 parameters of `paper`, 20 instructions per
 // parameter. Without it, the four lanes that hold a row would each compute the columns they supply. That takes no
 // shuffle either, but the lanes of a warp run one program: all four would compute every root and logarithm, some 100
 // instructions more.
-// Why FFMA for the last layer: 64 FFMA per parameter at width 32; for a product its 32 inputs had to be split, 96
-// instructions, of which 6 of 8 columns would be waste.
+// Why FFMA for the last layer of `high`: 64 FFMA per parameter at width 32; for a product its 32 inputs had to be split,
+// 96 instructions, of which 6 of 8 columns would be waste.
 //
 // Instructions per parameter of the main loop and the time they take to issue on an H100, by benchmarks/sass.py
 // (sm_90), beside what four fifths of its memory bandwidth need for the bytes (predicted, not measured):
@@ -31,8 +32,7 @@
 // by their root mean square do not exceed the square root of the number of parameters, and ratios of accumulators not
 // some 30, so next to nothing goes beyond; but where something does, with precision `high` it shows as a NaN in every
 // unit of the last hidden layer, and the warp leaves the window for later, when it is computed in plain float. So are
-// windows that are not whole. With `fast`, which keeps only the high halves, columns and hidden units
-// saturate at 65504.
+// windows that are not whole. With `fast`, which keeps only the high halves, columns and hidden units saturate at 65504.
 //
 // Note [Truncation]
 // Tensor cores round sums toward zero, as Fasi et al. (2021) measured. A sum with a large product loses half an ulp on
@@ -94,12 +94,14 @@ struct Stage {
     }
   }
 
-  // What a lane adds to the outputs of a row; four lanes do.
+  // What a lane adds to the outputs of a row; four lanes do, and with one part the first has all.
   __device__ __forceinline__ void write_outputs(int row, int t, const float* outputs) {
     *(reinterpret_cast<uint2*>(&columns[t / 2][row]) + t % 2) = {float_bits(outputs[0]), float_bits(outputs[1])};
   }
   __device__ __forceinline__ MlpOutput<float> read_outputs(int row) const {
-    const uint4 a = columns[0][row], b = columns[1][row];
+    const uint4 a = columns[0][row];
+    if (kParts == 1) return {bits_float(a.x), bits_float(a.y)};
+    const uint4 b = columns[1][row];
     return {(bits_float(a.x) + bits_float(a.z)) + (bits_float(b.x) + bits_float(b.z)),
             (bits_float(a.y) + bits_float(a.w)) + (bits_float(b.y) + bits_float(b.w))};
   }
@@ -163,6 +165,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
   const TensorEntry& tensor = operands.tensor;
   const Wide wide = operands.wide<kState>();
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  const float rate = kParts == 1 ? params.magnitude_rate * kLog2E : 1.0f;  // `fast` has an exponent of 2 as magnitude
   auto& stage = stages[warp_index()];
   rule.load(params, tensor);
   __syncthreads();
@@ -171,7 +174,7 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
     last_layer.bias[n][pair][e] = last_layer.bias[n][pair][2 + e] = rule.weights[Layout::kB2 + unit] * kHiddenScale;
     const float direction = rule.weights[Layout::kW3 + unit], magnitude = rule.weights[Layout::kW3 + kWidth + unit];
     last_layer.weights[n][pair][e] = (direction + direction * kLoss) * (1.0f / kHiddenScale);
-    last_layer.weights[n][pair][2 + e] = (magnitude + magnitude * kLoss) * (1.0f / kHiddenScale);
+    last_layer.weights[n][pair][2 + e] = (magnitude + magnitude * kLoss) * (rate / kHiddenScale);
   }
   __syncthreads();
 
@@ -185,6 +188,12 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
                                : 0.0f;
   });
   load_weights(lane, second, [&](int input, int column) { return weights[Layout::kW2 + input * kWidth + column]; });
+  Weights<1, kTiles, 1> third;  // of `fast`
+  if (kParts == 1)
+    load_weights(lane, third, [&](int input, int column) {
+      return column < 2 ? weights[Layout::kW3 + column * kWidth + input] * (column ? rate : 1.0f) : 0.0f;
+    });
+  const float magnitude_bias = weights[Layout::kB3 + 1] * rate;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -214,7 +223,8 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
         for (int k = 0; k < Features::kNumMom; ++k) m[k] = mom[k][begin + s];
 #pragma unroll
         for (int k = 0; k < Features::kNumRms; ++k) r[k] = rms[k][begin + s];
-        rule.columns(grad[begin + s], param[begin + s], m, r, params.feature_clip, x);
+        rule.template columns<std::conditional_t<kParts == 1, Rough, float>>(grad[begin + s], param[begin + s], m, r,
+                                                                             params.feature_clip, x);
         x[kColumns] = 1.0f;
         skip[s] = rule.skip(x);
         active[s] = Features::active(r);
@@ -243,36 +253,50 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
             load_four(last_layer.bias[n][t], d[m][n]);
           }
         multiply(hidden, second, d);
-        float last[kTiles][4];
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) load_four(last_layer.weights[n][t], last[n]);
-        float out[kTogether][2][2] = {};  // row g or g + 8; direction, magnitude
+        float out[kTogether][1][4] = {};  // direction and magnitude of row g, then of row g + 8
 #pragma unroll
         for (int m = 0; m < kTogether; ++m)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
+          for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) d[m][n][i] = max_of(d[m][n][i], 0.0f), sum[n][i % 2] += d[m][n][i];
+        if constexpr (kParts == 1) {
+          Inputs<1, kTiles> hidden2[kTogether];
+#pragma unroll
+          for (int m = 0; m < kTogether; ++m)
+#pragma unroll
+            for (int i = 0; i < 2 * kTiles; ++i)
+              hidden2[m].a[0][i] = pack_halves<true>(d[m][i / 2][i % 2 * 2], d[m][i / 2][i % 2 * 2 + 1]);
+          multiply(hidden2, third, out);
+        } else {
+          float last[kTiles][4];
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) load_four(last_layer.weights[n][t], last[n]);
+#pragma unroll
+          for (int m = 0; m < kTogether; ++m)
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const float h = max_of(d[m][n][2 * half + e], 0.0f);
-                sum[n][e] += h;
-                out[m][half][0] += h * last[n][e];
-                out[m][half][1] += h * last[n][2 + e];
-              }
+              for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int o = 0; o < 2; ++o) out[m][0][i / 2 * 2 + o] += d[m][n][i] * last[n][2 * o + i % 2];
+        }
         __syncwarp();  // all lanes have read the rows
 #pragma unroll
         for (int m = 0; m < kTogether; ++m)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) stage.write_outputs(row + 16 * m + g + 8 * half, t, out[m][half]);
+          for (int half = 0; half < 2; ++half)
+            stage.write_outputs(row + 16 * m + g + 8 * half, t, out[m][0] + 2 * half);
       }
       __syncwarp();
 #pragma unroll
       for (int s = 0; s < kStaged; ++s) {
         MlpOutput<float> out = stage.read_outputs(lane + 32 * s);
-        out.direction += weights[Layout::kB3] + skip[s];
-        out.magnitude += weights[Layout::kB3 + 1];
-        next[begin + s] = next_param(param[begin + s], out, operands.inputs, active[s], params.magnitude_rate);
+        out.direction += skip[s];
+        out.magnitude += magnitude_bias;
+        const float direction = out.direction * (kParts == 1 ? exp2_estimate(out.magnitude)
+                                                             : exp_of(out.magnitude * params.magnitude_rate));
+        next[begin + s] = next_param(param[begin + s], direction, operands.inputs, active[s]);
       }
       __syncwarp();  // before the rows are written again
     }

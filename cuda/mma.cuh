@@ -11,10 +11,11 @@
 // Note [Split halves]
 // x = high + low, high = half(x), low = half(x - high), keeps 22 bits of a float, and
 //   x y = high(x) high(y) + high(x) low(y) + low(x) high(y) + O(2^-22 x y)
-// is three products on tensor cores, all exact in float; the small ones are added up first. This is Ootomo and Yokota's
-// method (2022) with halves in place of TF32: the same 11 bits each at twice the rate and half the registers, for a range
-// of 65504 instead of 1e38. A value beyond it becomes Inf as `high` and -Inf as `low`, and every product with it NaN.
-// With bfloat16 the three products keep only 16 bits, which float32 beats by a factor of 100.
+// is three products on tensor cores, all exact in float; the small ones are added up first, and where a block of eight inputs
+// is left over, both of them are one product over 16. This is Ootomo and Yokota's method (2022) with halves in place of TF32:
+// the same 11 bits each at twice the rate and half the registers, for a range of 65504 instead of 1e38. A value beyond it
+// becomes Inf as `high` and -Inf as `low`, and every product with it NaN. With bfloat16 the three products keep only 16 bits,
+// which float32 beats by a factor of 100.
 #pragma once
 
 #include "halves.cuh"

@@ -4,7 +4,7 @@
 // Where what the MLP is conditioned on does not depend on this step's statistics (ThetaSpec(stats="lagged")), accumulate
 // and apply need not be two: a thread updates the accumulators of a quad, stores them, and computes the new parameters
 // from what it still has in registers, so that everything is read and written once. The functions are those of the two
-// kernels. The row of partials that accumulate keeps in registers waits in shared memory while the MLP needs them.
+// kernels. The row of partials that accumulate keeps in registers waits in shared memory where the MLP needs them.
 #pragma once
 
 #include "accumulate.cuh"
@@ -19,7 +19,7 @@ struct SweepParams {
 };
 
 // Of one thread: reads a quad, and makes its state that of this step.
-template <Dtype kState, class Features>
+template <Dtype kState, class Features, bool kInRegisters = false>
 struct Accumulator {
   const AccumulateParams& params;
   const Operands& operands;
@@ -27,32 +27,50 @@ struct Accumulator {
   StatRows<Features>& rows;
   Pivots pivots{};
   bool first = true;
+  float own[kInRegisters ? kNumStats<Features> : 1] = {};
 
   // By all threads of the block, which meet afterwards.
   __device__ __forceinline__ void begin(const ChunkRange& chunk) {
     if (kState == kBFloat16 && threadIdx.x == 0) words = words_of<Features>(params, operands.tensor, chunk);
+    if (!kInRegisters) {
 #pragma unroll
-    for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = 0.0f;
+      for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = 0.0f;
+    }
   }
 
   __device__ __forceinline__ void read(const Quad& quad, QuadValues<Features>& values) {
     load_values<kState>(operands.tensor, operands.grads, quad, values);
-    float row[kNumStats<Features>];
-#pragma unroll
-    for (int c = 0; c < kNumStats<Features>; ++c) row[c] = rows[c][threadIdx.x];
-    accumulate_quad<kState>(params, operands.tensor, operands.inputs.clip_limit, words, quad, first, values, pivots,
-                            row);
-    first = false;
-#pragma unroll
-    for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = row[c];
+    if constexpr (kInRegisters) {
+      add(quad, values, own);
+    } else {
+      float row[kNumStats<Features>];
+      get(row);
+      add(quad, values, row);
+      put(row);
+    }
   }
 
   // After the last quad.
   __device__ __forceinline__ void end(const ChunkRange& chunk) {
     float row[kNumStats<Features>];
-#pragma unroll
-    for (int c = 0; c < kNumStats<Features>; ++c) row[c] = rows[c][threadIdx.x];
+    get(row);
     finish_row<Features>(parameters_of_thread(chunk.count, static_cast<int>(threadIdx.x)), pivots, row);
+    put(row);
+  }
+
+ private:
+  __device__ __forceinline__ void add(const Quad& quad, QuadValues<Features>& values,
+                                      float (&row)[kNumStats<Features>]) {
+    accumulate_quad<kState>(params, operands.tensor, operands.grads, operands.inputs.clip_limit, words, quad, first,
+                            values, pivots, row);
+    first = false;
+  }
+  __device__ __forceinline__ void get(float (&row)[kNumStats<Features>]) const {
+#pragma unroll
+    for (int c = 0; c < kNumStats<Features>; ++c)
+      row[c] = kInRegisters ? own[kInRegisters ? c : 0] : rows[c][threadIdx.x];
+  }
+  __device__ __forceinline__ void put(const float (&row)[kNumStats<Features>]) {
 #pragma unroll
     for (int c = 0; c < kNumStats<Features>; ++c) rows[c][threadIdx.x] = row[c];
   }

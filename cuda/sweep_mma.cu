@@ -15,6 +15,10 @@ constexpr size_t kSharedBytes = sizeof(Rule<Features, kWidth>) + sizeof(StageOf<
 template <class Features, int kWidth, int kParts>
 constexpr int kSweepStaged = kSharedBytes<Features, kWidth, kParts> <= (48 << 10) - 512 ? 2 : 1;
 
+// Where there are registers for the row of partials.
+template <class Features, int kWidth, int kParts>
+constexpr bool kRowInRegisters = Features::kNumColumns < 16 && kWidth == 8;
+
 // Two or three blocks per multiprocessor leave 255 or 168 registers.
 template <Dtype kState, class Features, int kWidth, int kParts>
 __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3) sweep_mma_kernel(SweepParams params) {
@@ -27,7 +31,8 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 ? 2 : 3)
 
   const ChunkRange chunk = chunk_of_block(params.applying.tensors, params.applying.chunks);
   const Operands operands = operands_of(params.applying, chunk.tensor);
-  Accumulator<kState, Features> accumulator{params.accumulating, operands, words, stat_rows};
+  Accumulator<kState, Features, kRowInRegisters<Features, kWidth, kParts>> accumulator{params.accumulating, operands,
+                                                                                       words, stat_rows};
   accumulator.begin(chunk);
   const auto read = [&](const Quad& quad, QuadValues<Features>& values) { accumulator.read(quad, values); };
   apply_mma<kState, true, kParts>(params.applying, chunk, operands, rule, stages, last_layer, rows, read);

@@ -117,7 +117,7 @@ def test_predicted_time(sass: ModuleType, arch: str) -> None:
             fast = predicted[f"apply_mma_kernel<{name}Features, {width}, 1>"]
             assert plain["bytes"] == high["bytes"] == applied
             assert fast["instructions"] < high["instructions"] < plain["instructions"]
-            assert high["tensor_ps"] == pytest.approx(3 * fast["tensor_ps"])
+            assert high["tensor_ps"] > 2 * fast["tensor_ps"]
             sweep = predicted[f"sweep_mma_kernel<{name}Features, {width}, 2>"]
             assert sweep["bytes"] == predicted[f"sweep_kernel<{name}Features, {width}>"]["bytes"] == accumulated + 4
             assert sweep["tensor_ps"] == pytest.approx(high["tensor_ps"])

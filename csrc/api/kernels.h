@@ -60,11 +60,16 @@ struct TensorInputs {
 // active: Features::active of the parameter. What would not stay finite, also as a bfloat16, is left as it is (of float16,
 // where it is stored, what is beyond its range becomes infinite); a direction that is not finite is 0.
 template <class V>
-LOPT_HD V next_param(V param, MlpOutput<V> out, const TensorInputs& inputs, V active, float magnitude_rate) {
+LOPT_HD V next_param(V param, V direction, const TensorInputs& inputs, V active) {
   const V step_size = active * inputs.step_size;
-  const V moved = param * inputs.keep - out.direction * exp_of(out.magnitude * magnitude_rate) * step_size;
+  const V moved = param * inputs.keep - direction * step_size;
   const V otherwise = inputs.whole ? V{} : param;
   return abs_of(moved) <= V{} + kLargestParam ? moved : otherwise;
+}
+
+template <class V>
+LOPT_HD V next_param(V param, MlpOutput<V> out, const TensorInputs& inputs, V active, float magnitude_rate) {
+  return next_param(param, out.direction * exp_of(out.magnitude * magnitude_rate), inputs, active);
 }
 
 // The same for a direction that was treated as a whole.

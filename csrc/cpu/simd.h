@@ -58,6 +58,7 @@ LOPT_HD Vec rsqrt_of(Vec x) {
   return 1.0f / sqrt_of(x);
 #endif
 }
+LOPT_HD Vec reciprocal_of(Vec x) { return 1.0f / x; }
 LOPT_HD Vec abs_of(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
 LOPT_HD Vec clamp_of(Vec x, float low, float high) { return min_of(max_of(x, splat(low)), splat(high)); }
 LOPT_HD Vec clamp_of(Vec x, float bound) { return clamp_of(x, -bound, bound); }

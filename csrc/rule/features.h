@@ -57,9 +57,18 @@ struct PaperFeatures {
 
   template <class V>
   LOPT_HD static void moments(V grad, V param, const V* mom, const V* rms, V* q) {
-    columns(grad, param, mom, rms, q);
+    const V log_param = log_of(abs_of(param) + 1e-8f);
+    q[Moment::grad_squared] = grad * grad;
+    q[Moment::param_squared] = param * param;
+    q[Moment::log_param_squared] = log_param * log_param;
     LOPT_UNROLL
-    for (int c = 0; c < kNumColumns; ++c) q[c] = q[c] * q[c];
+    for (int k = 0; k < kNumMom; ++k) {
+      const V inverse = reciprocal_of(rms[k] + 1e-6f);
+      q[Moment::mom0_squared + k] = mom[k] * mom[k];
+      q[Moment::rms0_squared + k] = rms[k] * rms[k];
+      q[Moment::mom0_over_rms0_squared + k] = mom[k] * mom[k] * inverse;
+      q[Moment::rsqrt_rms0_squared + k] = inverse;
+    }
   }
 
   // Scale and shift of every column from the means of its moments; corrections[k] = 1 - decay_k^updates of mom, then rms.

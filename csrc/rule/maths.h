@@ -40,39 +40,48 @@
 
 namespace lopt {
 
-constexpr float kLargestFloat = 3.402823466e38f;
+constexpr float kLargestFloat = 3.402823466e38f, kLog2 = 0.693147180559945309f, kLog2E = 1.44269504088896341f;
 
 LOPT_HD float abs_of(float x) { return ::fabsf(x); }
 
-// ---- Logarithm, exponential and root of one parameter -------------------------------------------------------------------
-// On the GPU they are estimates of one instruction, for what is computed of each parameter; the tensor level calls the
-// library. Arguments of log_of and rsqrt_of are normal numbers (an epsilon was added), infinity or NaN.
-//   log2_estimate   off by at most 2^-22, or 2^-22 of itself where x is outside of (.5, 2)
-//   exp2_estimate   off by at most two units in the last place; what would be subnormal is 0
-//   rsqrt_estimate  off by at most 2^-22.9 of itself
+// ---- Logarithm, exponential and roots of one parameter -----------------------------------------------------------------
+// On the GPU they come from estimates of one instruction, for what is computed of each parameter; the tensor level calls the
+// library. The estimates are off by at most
+//   log2_estimate        2^-22, or 2^-22 of themselves where x is outside of (.5, 2)
+//   exp2_estimate        two units in the last place; what would be subnormal is 0
+//   rsqrt_estimate       2^-22.9 of themselves
+//   reciprocal_estimate  one unit in the last place
 // as the PTX ISA says. `sim` takes the true value and makes it as wrong as that, up or down by a hash of the argument.
-#if defined(__CUDA_ARCH__)
-LOPT_HD float log2_estimate(float x) {
+#if defined(__CUDACC__)
+__device__ __forceinline__ float log2_estimate(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-LOPT_HD float exp2_estimate(float x) {
+__device__ __forceinline__ float exp2_estimate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-LOPT_HD float rsqrt_estimate(float x) {
+__device__ __forceinline__ float rsqrt_estimate(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float reciprocal_estimate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 #elif defined(LOPT_ESTIMATES)
+// The float farthest from value within an error, on one side of it.
 inline float wrong_by(double value, double error, float argument) {
   uint32_t bits;
   std::memcpy(&bits, &argument, sizeof bits);
-  return static_cast<float>(bits * 0x9e3779b9u >> 31 ? value + error : value - error);
+  const float wrong = static_cast<float>(bits * 0x9e3779b9u >> 31 ? value + error : value - error);
+  return ::fabs(wrong - value) > error ? ::nextafterf(wrong, static_cast<float>(value)) : wrong;
 }
+inline double last_place(double value) { return ::exp2(::floor(::log2(::fabs(value))) - 23.0); }
 inline float log2_estimate(float x) {
   const double y = ::log2(static_cast<double>(x));
   return y - y == 0 ? wrong_by(y, x > 0.5f && x < 2.0f ? 0x1p-22 : ::fabs(y) * 0x1p-22, x) : static_cast<float>(y);
@@ -80,25 +89,60 @@ inline float log2_estimate(float x) {
 inline float exp2_estimate(float x) {
   const double y = ::exp2(static_cast<double>(x));
   if (!(y >= 0x1p-126 && y < 0x1p128)) return y < 1.0 ? 0.0f : static_cast<float>(y);
-  return wrong_by(y, ::exp2(::floor(static_cast<double>(x)) - 22.0), x);
+  return x == 0.0f ? 1.0f : wrong_by(y, 2.0 * last_place(y), x);
 }
 inline float rsqrt_estimate(float x) {
   const double y = 1.0 / ::sqrt(static_cast<double>(x));
-  return wrong_by(y, y * 0x1.12p-23, x);
+  return wrong_by(y, y * ::exp2(-22.9), x);
+}
+inline float reciprocal_estimate(float x) {
+  const double y = 1.0 / static_cast<double>(x);
+  return y - y == 0 && y != 0 ? wrong_by(y, last_place(y), x) : static_cast<float>(y);
 }
 #endif
 
+// Of normal numbers: an epsilon was added.
 #if defined(__CUDA_ARCH__) || defined(LOPT_ESTIMATES)
-// Off by at most 2.5 * 2^-23, or of itself where x is outside of (.5, 2).
-LOPT_HD float log_of(float x) { return log2_estimate(x) * 0.693147180559945309f; }
+// log(x) = e log(2) + log(m) with m = x 2^-e in [sqrt(1/2), sqrt(2)), where the estimate's error is absolute: off by at most
+// 1.5 * 2^-23 and half a unit in the last place. Of infinity and NaN it is some number.
+LOPT_HD float log_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const int32_t exponent = (bits - 0x3f3504f3) & static_cast<int32_t>(0xff800000u), mantissa = bits - exponent;
+  float m;
+  std::memcpy(&m, &mantissa, sizeof m);
+  return static_cast<float>(exponent) * (kLog2 * 0x1p-23f) + log2_estimate(m) * kLog2;
+}
 // Off by at most (2 + .62 |x|) * 2^-23 of itself.
-LOPT_HD float exp_of(float x) { return exp2_estimate(x * 1.44269504088896341f); }
-// Off by at most 1.1 * 2^-23 of itself.
+LOPT_HD float exp_of(float x) { return exp2_estimate(x * kLog2E); }
 LOPT_HD float rsqrt_of(float x) { return rsqrt_estimate(x); }
+LOPT_HD float reciprocal_of(float x) { return reciprocal_estimate(x); }
 #else
 LOPT_HD float log_of(float x) { return ::logf(x); }
 LOPT_HD float exp_of(float x) { return ::expf(x); }
 LOPT_HD float rsqrt_of(float x) { return 1.0f / ::sqrtf(x); }
+LOPT_HD float reciprocal_of(float x) { return 1.0f / x; }
+#endif
+
+#if defined(__CUDACC__) || defined(LOPT_ESTIMATES)
+// A float with rough logarithms, for columns that are rounded to 11 bits: off by at most 2.5 * 2^-23, or of itself where x
+// is outside of (.5, 2).
+struct Rough {
+  float value;
+  LOPT_HD Rough(float x = 0.0f) : value(x) {}
+};
+LOPT_HD Rough operator+(Rough x, Rough y) { return x.value + y.value; }
+LOPT_HD Rough operator-(Rough x, Rough y) { return x.value - y.value; }
+LOPT_HD Rough operator*(Rough x, Rough y) { return x.value * y.value; }
+LOPT_HD Rough abs_of(Rough x) { return abs_of(x.value); }
+LOPT_HD Rough rsqrt_of(Rough x) { return rsqrt_of(x.value); }
+LOPT_HD Rough log_of(Rough x) {
+#if defined(__CUDA_ARCH__) || defined(LOPT_ESTIMATES)
+  return log2_estimate(x.value) * kLog2;
+#else
+  return ::logf(x.value);
+#endif
+}
 #endif
 
 // ---- Bounds; NaN stays NaN -------------------------------------------------------------------------------------------

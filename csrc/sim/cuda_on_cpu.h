@@ -7,11 +7,13 @@
 // Threads that wait for each other forever, and warp operations with exited lanes, lanes outside the mask or beyond the
 // block, are errors that name kernel, block, thread and line.
 //
-// Tensor cores add up as those of a chosen architecture do (tensor_cores.h).
+// Tensor cores add up as those of a chosen architecture do (tensor_cores.h), and estimates of logarithms, exponentials and
+// roots are as wrong as they may be (rule/maths.h).
 //
-// Not here: memory-model races between blocks, other device rounding (contraction, approximate functions), alignment
-// faults, grid-wide barriers. ASAN sees global and dynamic shared memory, but no `__shared__` array.
+// Not here: memory-model races between blocks, contraction to multiply-adds, alignment faults, grid-wide barriers. ASAN sees global and dynamic shared memory, but no `__shared__` array.
 #pragma once
+
+#define LOPT_ESTIMATES  // for rule/maths.h, which comes after
 
 #if !defined(__x86_64__) && !defined(LOPT_SIM_UCONTEXT)
 #define LOPT_SIM_UCONTEXT  // the portable, slower context switch
@@ -38,8 +40,6 @@
 
 #include "cpu/threads.h"
 #include "sim/tensor_cores.h"
-
-#define LOPT_ESTIMATES  // rule/maths.h
 
 #define __global__
 #define __device__
