@@ -16,17 +16,15 @@
 // Why FFMA for the last layer of `high`: 64 FFMA per parameter at width 32; for a product its 32 inputs had to be split,
 // 96 instructions, of which 6 of 8 columns would be waste.
 //
-// Instructions per parameter of the main loop and the time they take to issue on an H100, by benchmarks/sass.py
-// (sm_90), beside what four fifths of its memory bandwidth need for the bytes (predicted, not measured):
-//             bytes   memory     plain float      high            fast
-//   compact 8    32   11.9 ps     456  15.4 ps    365  12.3 ps    277   9.3 ps
-//   compact 16   32   11.9 ps     880  29.7 ps    471  15.9 ps    332  11.2 ps
-//   compact 32   32   11.9 ps    2208  74.5 ps    655  22.1 ps    449  15.1 ps
-//   paper 8      52   19.4 ps     635  21.4 ps    478  16.1 ps    348  11.7 ps
-//   paper 16     52   19.4 ps    1169  39.4 ps    574  19.4 ps    402  13.6 ps
-//   paper 32     52   19.4 ps    2717  91.6 ps    782  26.4 ps    523  17.6 ps
-// So `high` is the better kernel throughout, even where the plain one comes near the memory: a plain kernel of width 8
-// with 16-byte accesses and two parameters per reading of the weights takes 425 (compact) and 578 (paper).
+// Instructions per parameter of the main loop and the time they take to issue on an H100 or H200, by benchmarks/sass.py
+// (sm_90), beside what four fifths of their memory bandwidth need for the bytes (predicted, not measured):
+//             bytes   H100 memory   H200 memory    plain float      high            fast
+//   compact 8    32     11.9 ps        8.3 ps      389  13.1 ps    270   9.1 ps    153   5.1 ps
+//   compact 16   32     11.9 ps        8.3 ps      812  27.4 ps    351  11.8 ps    188   6.3 ps
+//   compact 32   32     11.9 ps        8.3 ps     2140  72.2 ps    552  18.6 ps    271   9.1 ps
+//   paper 8      52     19.4 ps       13.5 ps      550  18.5 ps    352  11.9 ps    209   7.1 ps
+//   paper 16     52     19.4 ps       13.5 ps     1090  36.8 ps    436  14.7 ps    248   8.4 ps
+//   paper 32     52     19.4 ps       13.5 ps     2656  89.6 ps    640  21.6 ps    338  11.4 ps
 //
 // The halves reach to 65504, or for hidden units of the first layer, which come with a scale, to 1023. Columns divided
 // by their root mean square do not exceed the square root of the number of parameters, and ratios of accumulators not
