@@ -104,7 +104,7 @@ inline float reciprocal_estimate(float x) {
 // Of normal numbers: an epsilon was added.
 #if defined(__CUDA_ARCH__) || defined(LOPT_ESTIMATES)
 // log(x) = e log(2) + log(m) with m = x 2^-e in [sqrt(1/2), sqrt(2)), where the estimate's error is absolute: off by at most
-// 1.5 * 2^-23 and half a unit in the last place. Of infinity and NaN it is some number.
+// 1.6 * 2^-23 and a unit in the last place. Of infinity and NaN it is some number.
 LOPT_HD float log_of(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -10,10 +10,14 @@
 // Tensor cores add up as those of a chosen architecture do (tensor_cores.h), and estimates of logarithms, exponentials and
 // roots are as wrong as they may be (rule/maths.h).
 //
-// Not here: memory-model races between blocks, contraction to multiply-adds, alignment faults, grid-wide barriers. ASAN sees global and dynamic shared memory, but no `__shared__` array.
+// Not here: memory-model races between blocks, contraction to multiply-adds, alignment faults, grid-wide barriers. ASAN
+// sees global and dynamic shared memory, but no `__shared__` array.
 #pragma once
 
-#define LOPT_ESTIMATES  // for rule/maths.h, which comes after
+#ifdef LOPT_HD
+#error "rule/maths.h came before cuda_on_cpu.h: its estimates would not be as wrong as they may be"
+#endif
+#define LOPT_ESTIMATES
 
 #if !defined(__x86_64__) && !defined(LOPT_SIM_UCONTEXT)
 #define LOPT_SIM_UCONTEXT  // the portable, slower context switch

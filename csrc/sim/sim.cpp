@@ -40,6 +40,18 @@ PYBIND11_MODULE(_sim, m) {
         return sums[0][0];
       },
       "a"_a, "b"_a, "d"_a, "d + a[0] b[0] + .. + a[15] b[15] as they add it up, of halves.");
+  m.def(
+      "estimate",
+      [](const std::string& of, float x) {
+        using namespace lopt;
+        if (of == "log") return log_of(x);
+        if (of == "rough_log") return log_of(Rough(x)).value;
+        if (of == "exp") return exp_of(x);
+        if (of == "rsqrt") return rsqrt_of(x);
+        if (of == "reciprocal") return reciprocal_of(x);
+        throw std::invalid_argument("of: expected log, rough_log, exp, rsqrt or reciprocal, got " + of);
+      },
+      "of"_a, "x"_a, "What kernels compute for one parameter from estimates (rule/maths.h).");
   m.def("launches", [] { return lopt::sim::launches.load(); }, "Kernels run so far.");
   m.def(
       "devices", [] { return std::make_pair(lopt::sim::current_device, lopt::sim::launched_on.load()); },
