@@ -103,6 +103,10 @@ class CleanBuild(build_py):
         if not self.editable_mode:  # a folder of an earlier build may hold modules that are no more
             shutil.rmtree(Path(self.build_lib) / "lopt", ignore_errors=True)
         super().run()
+        if not self.editable_mode:  # for lopt/kernels/own.py, which finds them beside the package otherwise
+            for folder in ("csrc", "cuda", "cmake"):
+                shutil.copytree(SOURCE / folder, Path(self.build_lib) / "lopt" / folder)
+            shutil.copy(SOURCE / "CMakeLists.txt", Path(self.build_lib) / "lopt")
 
 
 class Wheel(bdist_wheel):

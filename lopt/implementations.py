@@ -44,6 +44,15 @@ def warn_not_built() -> None:
     warn(f"{kernels.NOT_BUILT}. Until then impl='auto' is the slow impl='reference'")
 
 
+@cache
+def warn_not_compiled(feature_set: str, width: int, why: str) -> None:
+    """Say once that steps are computed by the reference."""
+    warn(
+        f"no kernel is compiled in for feature set {feature_set!r} with MLP width {width} and none can be made "
+        f"({why}); using the slow impl='reference'"
+    )
+
+
 def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> str:
     """What ``impl`` means for parameters on ``device``; an explicit choice is never replaced by another.
 
@@ -54,11 +63,11 @@ def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> s
         warn_not_built()
         return "reference"
     if impl == "auto" and not kernels.is_compiled(spec):
-        warn(
-            f"no kernel is compiled for feature set {spec.feature_set!r} with MLP width {spec.mlp_width} "
-            f"(widths: {kernels.WIDTHS}); using the slow impl='reference'",
-        )
-        return "reference"
+        try:
+            kernels.own_backend(device.type, spec.feature_set, spec.mlp_width)
+        except kernels.CannotCompile as error:
+            warn_not_compiled(spec.feature_set, spec.mlp_width, str(error))
+            return "reference"
     if impl == "auto":
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"params: on {device}; kernels exist for cpu and cuda, elsewhere use impl='reference'")
@@ -69,10 +78,10 @@ def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> s
         if device.type != wanted:
             raise ValueError(f"impl={impl!r}: parameters are on {device}, expected {wanted}; use impl='auto'")
         if not kernels.is_compiled(spec):
-            raise ValueError(
-                f"impl={impl!r}: kernels exist for MLP widths {kernels.WIDTHS}, theta has "
-                f"{spec.mlp_width}; use impl='reference'"
-            )
+            try:
+                kernels.own_backend(impl, spec.feature_set, spec.mlp_width)
+            except kernels.CannotCompile as error:
+                raise ValueError(f"impl={impl!r}: {error}; or use impl='reference'") from error
     if impl == "cuda":
         kernels.check_gpu(device)
     return impl

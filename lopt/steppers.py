@@ -430,6 +430,7 @@ class KernelStepper:
             precision=self.precision,
             state_dtype=tensors.dtype,
             device=name.device,
+            width=spec.mlp_width,
         )
         parts = {row: 0 for row, present in enumerate(here) if not present} | self.split
         parts = {row: numel for row, numel in parts.items() if self.matrices[row].whole}

@@ -75,6 +75,8 @@ def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def spec_of(feature_set: str, width: int) -> ThetaSpec:
     """A spec in which the magnitude output matters."""
+    if feature_set not in PRESETS:
+        return ThetaSpec(feature_set, width, tensor_inputs="paper", horizon_input=False, magnitude_rate=1.0)
     return dataclasses.replace(PRESETS[feature_set], mlp_width=width, magnitude_rate=1.0)
 
 
@@ -255,7 +257,7 @@ class Run:
         self.rms = self._guarded("rms")
         name, spec = self.backend.name, problem.spec
         state = self.params, self.mom, self.rms
-        self.plan = kernels.Plan(name, spec.feature_set, *state, self.theta_index, self.precision)
+        self.plan = kernels.Plan(name, spec.feature_set, *state, self.theta_index, self.precision, width=spec.mlp_width)
         self.plan.set_tensors(self.params, self.grads)
 
     def _guarded(self, name: str) -> list[Tensor]:

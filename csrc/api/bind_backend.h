@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -20,8 +21,18 @@ T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Those of libraries that were loaded later (csrc/cpu/own_cpu.cpp), by name.
+std::map<std::string, const Backend*>& added_backends() {
+  static std::map<std::string, const Backend*> backends;
+  return backends;
+}
+
 const Backend& backend_of(const std::string& name) {
   const Backend* backend = find_backend(name);
+  if (!backend) {
+    const auto added = added_backends().find(name);
+    if (added != added_backends().end()) backend = added->second;
+  }
   if (!backend) throw std::invalid_argument("back end '" + name + "' is not part of this build");
   return *backend;
 }
@@ -143,6 +154,10 @@ void bind_backends(pybind11::module_& m) {
         "call. See ApplyParams in csrc/api/structs.h.");
   m.def("write_words", &write_words, "backend"_a, "to"_a, "words"_a, "device"_a, "stream"_a,
         "Write 64-bit integers to the device as kernel arguments, for CUDA graphs.");
+  m.def(
+      "add_backend",
+      [](const std::string& name, uint64_t backend) { added_backends()[name] = pointer<const Backend>(backend); },
+      "name"_a, "backend"_a, "Make known the back end of a library that was compiled of the same sources.");
   m.def("begin", &level<&Backend::begin>, "backend"_a, "params"_a, "device"_a, "stream"_a,
         "Before accumulate: losses, and the clip limit of this step; see AdvanceParams in csrc/api/structs.h.");
   m.def("advance", &level<&Backend::advance>, "backend"_a, "params"_a, "device"_a, "stream"_a,

@@ -88,6 +88,11 @@ struct IntConstant {
 template <class Function>
 bool with_width(int width, Function&& f) {
   switch (width) {
+#ifdef LOPT_OWN_WIDTH
+    case LOPT_OWN_WIDTH:
+      f(IntConstant<LOPT_OWN_WIDTH>{});
+      return true;
+#else
     case 8:
       f(IntConstant<8>{});
       return true;
@@ -97,6 +102,7 @@ bool with_width(int width, Function&& f) {
     case 32:
       f(IntConstant<32>{});
       return true;
+#endif
     default:
       return false;
   }

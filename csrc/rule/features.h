@@ -19,9 +19,10 @@ namespace lopt {
 // The paper's 23 columns, each divided by its root mean square over the tensor.
 struct PaperFeatures {
   static constexpr const char* kName = "paper";
-  static constexpr int kNumMom = 5;  // decays .5 .9 .99 .999 .9999
-  static constexpr int kNumRms = 5;  // the same decays, paired by index
-  static constexpr int kSlow = -1;   // no second moment is a Moment
+  static constexpr int kNumMom = 5;         // decays .5 .9 .99 .999 .9999
+  static constexpr int kNumRms = 5;         // the same decays, paired by index
+  static constexpr int kSlow = -1;          // no second moment is a Moment
+  static constexpr bool kRelative = false;  // whether it has the moments of RelativeInputs
   static constexpr float kEpsilon = 1e-5f;
   LOPT_ENUM(Column, kNumColumns, grad, param, log_param, mom0, mom1, mom2, mom3, mom4, rms0, rms1, rms2, rms3, rms4,
             mom0_over_rms0, mom1_over_rms1, mom2_over_rms2, mom3_over_rms3, mom4_over_rms4, rsqrt_rms0, rsqrt_rms1,
@@ -87,10 +88,12 @@ struct CompactFeatures {
   static constexpr int kNumMom = 3;  // decays .9 .99 .999
   static constexpr int kNumRms = 2;  // decays .95 .999
   static constexpr int kSlow = 1;    // the second moment whose mean is a Moment
+  static constexpr bool kRelative = true;
   LOPT_ENUM(Column, kNumColumns, mom0_over_slow, mom1_over_slow, mom2_over_slow, grad_over_slow, mom0_over_quick, param,
             grad, mom0, mom1, mom2, log_slow, log_ratio);
   static constexpr int kFirstShifted = Column::log_slow;  // columns before it have no shift
   LOPT_ENUM(Moment, kNumMoments, param_squared, grad_squared, mom0_squared, mom1_squared, mom2_squared, rms1);
+  static constexpr int kSlowMean = Moment::rms1;
   static constexpr float kEpsilon = 1e-24f;  // small enough to keep every column independent of the gradient's scale
 
   template <class V>
@@ -142,16 +145,32 @@ struct CompactFeatures {
   }
 };
 
-// Calls f(Features{}) for the set of that name; false when there is none.
+}  // namespace lopt
+
+#ifdef LOPT_OWN_FEATURES  // a header with the struct OwnFeatures, which lopt/kernels/own.py writes
+#include LOPT_OWN_FEATURES
+#endif
+
+namespace lopt {
+
+constexpr int kOwnFeatures = 2;  // index of a set that is not compiled in
+
+// Calls f(Features{}) for the set of that index; false when there is none.
 template <class Function>
 bool with_feature_set(int index, Function&& f) {
   switch (index) {
+#ifdef LOPT_OWN_FEATURES  // a library of that set alone
+    case kOwnFeatures:
+      f(OwnFeatures{});
+      return true;
+#else
     case 0:
       f(PaperFeatures{});
       return true;
     case 1:
       f(CompactFeatures{});
       return true;
+#endif
     default:
       return false;
   }

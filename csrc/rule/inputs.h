@@ -126,13 +126,13 @@ struct RelativeInputs {
 
   template <class Features>
   LOPT_HD static void scalars(const Seen& seen, float* x) {
-    if constexpr (Features::kSlow >= 0) {
+    if constexpr (Features::kRelative) {
       static_assert(Features::kNumMom == rms_spread - mom0_over_slow, "an input for every momentum");
       const float* stats = seen.stats;
       const float* moments = stats + kMoments;
       const float* corrections = seen.corrections;
       const float rms = stats[Stat::rms_mean];
-      const float slow = moments[Features::Moment::rms1] / corrections[Features::kNumMom + Features::kSlow];
+      const float slow = moments[Features::kSlowMean] / corrections[Features::kNumMom + Features::kSlow];
       x[grad_over_slow] = log_ratio(stats[Stat::grad_square], slow);
       for (int k = 0; k < Features::kNumMom; ++k)
         x[mom0_over_slow + k] =

@@ -41,7 +41,9 @@ def measure(variant: Variant, layout: Layout, dtype: torch.dtype, timer: Timer, 
     grads = [normal(*shape).to(dtype) for shape in layout.shapes]
     mom = [normal(len(spec.mom_decays), param.numel()).to(variant.state) for param in params]
     rms = [normal(len(spec.rms_decays), param.numel()).square_().to(variant.state) for param in params]
-    plan = kernels.Plan(device.type, spec.feature_set, params, mom, rms, precision=variant.precision)
+    plan = kernels.Plan(
+        device.type, spec.feature_set, params, mom, rms, precision=variant.precision, width=spec.mlp_width
+    )
     plan.set_tensors(params, grads)
     limit, scale = torch.full((tensors,), 10.0, device=device), normal(tensors, columns).exp()
     shift, bias = 0.1 * normal(tensors, columns), normal(tensors, spec.mlp_width)

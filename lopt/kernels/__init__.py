@@ -13,6 +13,7 @@ from lopt.kernels.extension import (
     source_sha256,
 )
 from lopt.kernels.gpus import check_gpu
+from lopt.kernels.own import CannotCompile, own_backend
 from lopt.kernels.places import Place, Places
 from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, Selection, contiguous, pack_mlp
 from lopt.kernels.seen import Operands, Seen, is_number
@@ -27,6 +28,7 @@ __all__ = [
     "SHARED",
     "WIDTHS",
     "_C",
+    "CannotCompile",
     "Levels",
     "Operands",
     "Place",
@@ -43,6 +45,7 @@ __all__ = [
     "is_compiled",
     "is_number",
     "module_of",
+    "own_backend",
     "pack_mlp",
     "simd_selected",
     "source_sha256",

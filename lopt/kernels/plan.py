@@ -20,7 +20,8 @@ from torch import Tensor
 from lopt.kernels import devices
 from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.directions import Batch, Directions
-from lopt.kernels.extension import WIDTHS, index_of, module_of, packed_weights
+from lopt.kernels.extension import WIDTHS, index_of, module_of
+from lopt.kernels.own import resolved, size_of_weights
 from lopt.kernels.seen import Operands
 from lopt.kernels.structs import ACCUMULATE, APPLY, APPLY_INPUTS, CHUNK, ENTRY
 from lopt.rule.features import feature_set as table_of
@@ -49,7 +50,7 @@ def pack_mlp(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> Tensor:
         skip,
     ]
     flat = torch.cat([part.reshape(*lead, -1) for part in parts], dim=-1).float()
-    size = packed_weights(spec.feature_set, spec.mlp_width)
+    size = size_of_weights(spec.feature_set, spec.mlp_width)
     return torch.nn.functional.pad(flat, (0, size - flat.shape[-1])).contiguous()
 
 
@@ -100,7 +101,7 @@ class Plan:
 
     Args:
         backend: ``"cpu"``, ``"cuda"``, or ``"sim"`` (the CUDA kernels on the CPU, for tests).
-        feature_set: a key of ``FEATURE_SETS``.
+        feature_set: its name.
         params: contiguous tensors on one device, each of one of :data:`DTYPES`, written by :meth:`apply`.
         mom, rms: contiguous ``[num_mom, numel]`` and ``[num_rms, numel]`` for each, all float32 or all bfloat16;
             :meth:`accumulate` writes, and rounds bfloat16 stochastically (csrc/rule/rounding.h). None for a tensor
@@ -111,6 +112,7 @@ class Plan:
         seed: chooses, with the step and the position of an element, how a bfloat16 state is rounded.
         state_dtype, device: of ``mom`` and ``rms``, and of everything; needed where all tensors have no state yet, so
             that it is not known which parameters will be trained.
+        width: of the MLP, needed where the kernels of the set or width are not compiled in (:mod:`lopt.kernels.own`).
 
     Tables over tensors (``stats``, ``hidden``, the operands of :meth:`apply`) have a row for each of the R tensors; the
     operations read and write those of the selected ones.
@@ -131,6 +133,7 @@ class Plan:
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        width: int | None = None,
     ) -> None:
         self.module = module_of(backend)
         if precision not in PRECISIONS:
@@ -141,7 +144,7 @@ class Plan:
         theta_index = [0] * len(params) if theta_index is None else list(theta_index)
         for name, values in (("mom", mom), ("rms", rms), ("theta_index", theta_index)):
             _check_length(name, len(values), len(params))
-        self.backend, self.features = backend, features
+        self.backend, self.features = resolved(backend, feature_set, width), features
         self.index, self.precision = index_of(feature_set), PRECISIONS.index(precision)
         self.device = device or params[0].device
         if self.device.type != ("cuda" if backend == "cuda" else "cpu"):
@@ -168,7 +171,7 @@ class Plan:
         self.hidden = self.stats.new_empty(0)
         self.partials, self.hidden_partials = (
             torch.empty(num_chunks, columns, device=self.device, dtype=torch.float64)
-            for columns in (self.features.num_stats, max(WIDTHS))
+            for columns in (self.features.num_stats, max(*WIDTHS, width or 0))
         )
         self.directions: Directions | None = None
         self._here = None if self.device.type == "cuda" else stream_of(self.device)  # there is no other
@@ -395,7 +398,7 @@ class Plan:
     ) -> None:
         """Check the operands of :meth:`apply` and keep them for :func:`step`."""
         width = inputs["bias"].shape[-1]
-        size = packed_weights(self.features.name, width)
+        size = size_of_weights(self.features.name, width)
         if size == 0:
             raise ValueError(f"bias: kernels exist for MLP widths {WIDTHS}, got {width}; use impl='reference'")
         if weights.dtype != torch.float32 or weights.device != self.device or weights.shape[-1] != size:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lopt.kernels import devices
 from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.extension import module_of
+from lopt.kernels.own import resolved
 from lopt.kernels.plan import Plan
 from lopt.kernels.seen import Seen
 from lopt.kernels.structs import ADVANCE, APPLY_INPUTS, shape_records, spec_record
@@ -83,7 +84,8 @@ class TensorLevel:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        self.module, self.backend, self.device = module_of(backend), backend, device
+        self.module, self.device = module_of(backend), device
+        self.backend = resolved(backend, spec.feature_set, spec.mlp_width)
         self.lr, self.decay, self.total_steps = empty(num_tensors), empty(num_tensors), empty(1)
         self.inputs = dict(apply_inputs(spec, num_tensors, device) if inputs is None else inputs)
         self.to_lstm = empty(num_tensors, spec.from_lstm)

@@ -388,6 +388,7 @@ def feature_set(name: str) -> FeatureSet:
     known = {**FEATURE_SETS, **_REGISTERED}
     if name not in known:
         raise ValueError(
-            f"feature_set: expected one of {sorted(known)}, got {name!r}; FeatureSet.register makes another one known"
+            f"feature_set: expected one of {sorted(FEATURE_SETS)}, got {name!r}; registered are {sorted(_REGISTERED)}, "
+            "and FeatureSet.register makes another one known"
         )
     return known[name]

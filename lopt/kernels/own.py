@@ -1,0 +1,248 @@
+"""Kernels of feature sets and widths that are not compiled in: written from the table, compiled on this machine, kept.
+
+A set becomes a struct as those of csrc/rule/features.h, with which the sources of ``lopt._C`` are compiled, by the
+compiler of this machine, for its instruction set. The library is kept in a folder of the user's, under a hash of all
+that it is made of; of several processes that need it one compiles.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+
+from lopt.kernels.extension import _C, NOT_BUILT, packed_weights
+from lopt.rule.features import FeatureSet, feature_set
+from lopt.rule.formulas import Writer, literal
+
+WIDTHS = (8, 16, 32, 64)
+#: Beside the package in a source folder, inside of it in a wheel.
+SOURCES = next((path for path in (Path(__file__).parents[n] / "csrc" for n in (2, 1)) if path.is_dir()), None)
+_UNITS = ("accumulate_cpu.cpp", "advance_cpu.cpp", "apply_cpu.cpp", "own_cpu.cpp")
+_FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_FLAGS += ("-fvisibility=hidden", "-fvisibility-inlines-hidden")
+
+
+class CannotCompile(RuntimeError):
+    """There are no kernels and none can be made; says why and what to do."""
+
+
+def header(features: FeatureSet) -> str:
+    """C++ text of a feature set, ``struct OwnFeatures``; what it must have csrc/rule/features.h says."""
+    num_mom, num_rms = len(features.mom_decays), len(features.rms_decays)
+    columns, means = Writer(), Writer()
+    of_columns = [f"x[{i}] = {columns.value(tree)};" for i, tree in enumerate(features.trees)]
+    of_means = [f"q[{i}] = {means.value(tree)};" for i, tree in enumerate(features.moment_trees)]
+    absent = [name for name in ("grad_squared", "param_squared") if name not in features.moments]
+    slow = features.slow
+    constants = [f"static constexpr int {name} = -1;" for name in absent]
+    relative = slow is not None and num_mom == 3 and {f"mom{k}_squared" for k in range(3)} <= set(features.moments)
+    constants.append(f"static constexpr bool kRelative = {str(relative).lower()};")
+    if slow is not None:
+        constants.append(f"static constexpr int kSlowMean = rms{slow};")
+    moments = "".join(f"{name}, " for name in features.moments)
+    active = "V{} + 1.0f" if slow is None else f"rms[0] > rms[{slow}] * kResting ? V{{}} + 1.0f : V{{}}"
+    return "\n".join(
+        [
+            "// Written by lopt/kernels/own.py.",
+            "#pragma once",
+            "namespace lopt {",
+            "struct OwnFeatures {",
+            f'static constexpr const char* kName = "{features.name}";',
+            f"static constexpr int kNumMom = {num_mom}, kNumRms = {num_rms}, kSlow = {-1 if slow is None else slow};",
+            f"static constexpr float kEpsilon = {literal(features.epsilon)};",
+            f"enum Column {{ kNumColumns = {len(features.columns)} }};",
+            f"enum Moment {{ {moments}kNumMoments }};",
+            *constants,
+            f"static constexpr int kFirstShifted = {features.first_shifted};",
+            "template <class V>",
+            "LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, V* x) {",
+            *columns.lines,
+            *of_columns,
+            "}",
+            "template <class V>",
+            "LOPT_HD static V active(const V* rms) {",
+            f"return {active};",
+            "}",
+            "template <class V>",
+            "LOPT_HD static void moments(V grad, V param, const V* mom, const V* rms, V* q) {",
+            *means.lines,
+            *of_means,
+            "}",
+            "LOPT_HD static void column_map(const float* means, const float* corrections, float* scale,",
+            "                               float* shift) {",
+            f"const float *mom = corrections, *rms = corrections + {num_mom};",
+            *_column_map(features),
+            "}",
+            "};",
+            "}  // namespace lopt",
+            "",
+        ]
+    )
+
+
+def _column_map(features: FeatureSet) -> list[str]:
+    lines = []
+    for i, column in enumerate(features.columns):
+        mean = f"means[{column.moment}] + kEpsilon" if column.moment else ""
+        factors: list[str] = []
+        shifts: list[str] = []
+        if mean:
+            (shifts if column.log else factors).append(
+                f"-0.5f * ::logf({mean})" if column.log else f"1.0f / ::sqrtf({mean})"
+            )
+        if column.log:
+            for size in sorted({abs(exponent) for _, exponent in column.debias}):  # one logarithm for each
+                above = [_element(name) for name, exponent in column.debias if exponent == -size]
+                below = [_element(name) for name, exponent in column.debias if exponent == size]
+                ratio = " / ".join([" * ".join(above) or "1.0f", *below])
+                shifts.append(f"{literal(size)} * ::logf({ratio})")
+        else:
+            above = [_power(name, -exponent) for name, exponent in column.debias if exponent < 0]
+            below = [_power(name, exponent) for name, exponent in column.debias if exponent > 0]
+            if above or below:
+                factors.append(" / ".join([" * ".join(above) or "1.0f", *below]))
+        scale = " * ".join(f"({factor})" for factor in factors)
+        lines += [f"scale[{i}] = {scale or '1.0f'};", f"shift[{i}] = {' + '.join(shifts) or '0.0f'};"]
+    return lines
+
+
+def _element(accumulator: str) -> str:
+    return f"{accumulator[:3]}[{accumulator[3:]}]"
+
+
+def _power(accumulator: str, exponent: float) -> str:
+    base = _element(accumulator)
+    known = {1.0: base, 0.5: f"::sqrtf({base})"}
+    return known.get(exponent, f"::powf({base}, {literal(exponent)})")
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: ``lopt`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lopt"
+
+
+def _compiler() -> list[str]:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(shlex.split(name)[0]):
+            return shlex.split(name)
+    raise CannotCompile("there is no C++ compiler (CXX, c++, g++, clang++): install one, as with apt install g++")
+
+
+def _sources_sha256(folder: Path) -> str:
+    """Of what ``lopt._C`` was built from, as CMakeLists.txt computes it."""
+    root = folder.parent
+    names = [
+        f"{path.parent.relative_to(root)}/{path.name}" for path in (*folder.glob("*/*"), *(root / "cuda").glob("*"))
+    ]
+    hashes = ""
+    for name in ("CMakeLists.txt", "cmake/nvcc.cmake", *sorted(names)):
+        hashes += f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n"
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def _level() -> tuple[str, list[str]]:
+    """Namespace and flags of the instruction set that the kernels use (CMakeLists.txt)."""
+    name = _C.simd_selected()
+    if name.startswith("x86-64"):
+        return name.rpartition("-")[2], [f"-march={name}"]
+    return "baseline", ["-march=x86-64"] if "x86-64-v3" in _C.simd_available() else []
+
+
+def compiled(features: FeatureSet, width: int) -> Path:
+    """The library of a set and width for the instruction set in use, compiled where it is not yet there.
+
+    Raises:
+        CannotCompile: there is no compiler, it fails, or the sources are not there or others; with the reason.
+    """
+    if SOURCES is None:
+        raise CannotCompile("the sources (csrc) are not there; install lopt from its source folder")
+    if _sources_sha256(SOURCES) != _C.source_sha256:  # it would read the structs of other sources
+        raise CannotCompile(f"the sources in {SOURCES.parent} are not those that lopt._C was built from; build it anew")
+    compiler, text, (namespace, flags) = _compiler(), header(features), _level()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    command = [*compiler, *_FLAGS, *flags, f"-DLOPT_ISA={namespace}", f"-DLOPT_OWN_WIDTH={width}"]
+    made_of = "\n".join([text, _C.source_sha256, version, *command])
+    folder, key = cache_folder(), f"{features.name}-{width}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
+    library = folder / f"{key}.so"
+    if library.is_file():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(folder / f"{key}.lock"):
+            if not library.is_file():
+                _compile(command, text, library)
+    except OSError as error:
+        raise CannotCompile(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
+    return library
+
+
+def _compile(command: list[str], text: str, library: Path) -> None:
+    assert SOURCES is not None
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        (Path(scratch) / "own_features.h").write_text(text)
+        made = Path(scratch) / "made.so"
+        units = [str(SOURCES / "cpu" / name) for name in _UNITS]
+        include = [f"-I{SOURCES}", f"-I{scratch}", '-DLOPT_OWN_FEATURES="own_features.h"']
+        result = subprocess.run(
+            [*command, *include, *units, "-o", str(made)], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise CannotCompile(f"{shlex.join(command)} failed:\n{result.stderr[-2000:]}")
+        os.replace(made, library)  # whole or not at all
+
+
+@cache
+def _loaded(library: Path) -> tuple[str, int]:
+    """Name by which ``lopt._C`` knows the back end of a library, and floats in one packed row of MLP weights."""
+    loaded = ctypes.CDLL(str(library))
+    loaded.lopt_backend.restype = ctypes.c_void_p
+    name = f"cpu {library.stem}"
+    _C.add_backend(name, loaded.lopt_backend())
+    return name, loaded.lopt_packed_weights()
+
+
+def resolved(backend: str, name: str, width: int | None) -> str:
+    """The back end that has the kernels of a feature set and width: that one, or one of their own.
+
+    Args:
+        width: of the MLP; None where no operation needs it, which only a set that is compiled in allows.
+    """
+    if packed_weights(name, WIDTHS[0] if width is None else width):
+        return backend
+    if width is None:
+        raise CannotCompile(f"feature set {name!r}: its kernels are made for one MLP width, which was not given")
+    return own_backend(backend, name, width)[0]
+
+
+def size_of_weights(name: str, width: int) -> int:
+    """Floats in one packed row of MLP weights; 0 where there are no kernels."""
+    try:
+        return packed_weights(name, width) or own_backend("cpu", name, width)[1]
+    except CannotCompile:
+        return 0
+
+
+def own_backend(backend: str, name: str, width: int) -> tuple[str, int]:
+    """Back end with kernels that are not compiled in, and floats in one packed row of MLP weights.
+
+    Args:
+        backend: as for :class:`lopt.kernels.Plan`.
+        name: of the feature set.
+
+    Raises:
+        CannotCompile: with the reason.
+    """
+    if NOT_BUILT:
+        raise CannotCompile(NOT_BUILT)
+    if width not in WIDTHS:
+        raise CannotCompile(f"kernels can be made for MLP widths {WIDTHS}, theta has {width}")
+    if backend != "cpu":
+        raise CannotCompile(f"kernels of own feature sets and widths are made for the CPU only, not for {backend!r}")
+    return _loaded(compiled(feature_set(name), width))
