@@ -81,6 +81,7 @@ def code_of(page: Path) -> str:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one script, in an empty folder; what a block says with ``assert`` holds."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # of kernels that are compiled
     exec(compile(code_of(page), str(page), "exec"), {"__name__": "page"})
 
 
