@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lopt.kernels import own
+
 SOURCE = Path(__file__).resolve().parents[1]
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 Configure = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -180,9 +182,10 @@ def test_a_wheel_holds_neither_sim_nor_tests_nor_what_is_no_more(tmp_path: Path)
         pytest.importorskip(name)
     if CMAKE is None or shutil.which("ninja", path=str(Path(sys.executable).parent)) is None:
         pytest.skip("needs CMake and Ninja")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
         shutil.copy(SOURCE / name, tmp_path)
-    shutil.copytree(SOURCE / "lopt", tmp_path / "lopt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("lopt", "csrc", "cuda", "cmake"):
+        shutil.copytree(SOURCE / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "python_tests").mkdir()
     (tmp_path / "python_tests/test_nothing.py").touch()
     environment = {**os.environ, "LOPT_SIM": "ON"}  # as in an environment in which tests were run
@@ -199,6 +202,8 @@ def test_a_wheel_holds_neither_sim_nor_tests_nor_what_is_no_more(tmp_path: Path)
     assert len([name for name in names if name.startswith("lopt/_C.") and name.endswith(".so")]) == 1
     assert [name for name in names if "_sim" in name or "removed" in name] == []
     assert [name for name in names if not name.startswith(("lopt/", "lopt-"))] == []
+    zipfile.ZipFile(wheel).extractall(tmp_path / "there")  # where lopt/kernels/own.py compiles what its sources are
+    assert own.sources_sha256(tmp_path / "there/lopt/csrc") == own.sources_sha256(SOURCE / "csrc")
 
 
 # build_ext, with CMake left out altogether.

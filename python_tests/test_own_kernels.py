@@ -34,7 +34,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def test_the_sources_are_those_that_were_compiled() -> None:
     assert own.SOURCES is not None
-    assert own._sources_sha256(own.SOURCES) == kernels._C.source_sha256
+    assert own.sources_sha256(own.SOURCES) == kernels._C.source_sha256
 
 
 def test_errors_of_a_wide_set() -> None:

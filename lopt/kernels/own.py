@@ -22,8 +22,8 @@ from lopt.rule.features import FeatureSet, feature_set
 from lopt.rule.formulas import Writer, literal
 
 WIDTHS = (8, 16, 32, 64)
-#: Beside the package in a source folder, inside of it in a wheel.
-SOURCES = next((path for path in (Path(__file__).parents[n] / "csrc" for n in (2, 1)) if path.is_dir()), None)
+#: Inside of the package in a wheel, beside it in a source folder.
+SOURCES = next((path for path in (Path(__file__).parents[n] / "csrc" for n in (1, 2)) if path.is_dir()), None)
 _UNITS = ("accumulate_cpu.cpp", "advance_cpu.cpp", "apply_cpu.cpp", "own_cpu.cpp")
 _FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 _FLAGS += ("-fvisibility=hidden", "-fvisibility-inlines-hidden")
@@ -135,7 +135,7 @@ def _compiler() -> list[str]:
     raise CannotCompile("there is no C++ compiler (CXX, c++, g++, clang++): install one, as with apt install g++")
 
 
-def _sources_sha256(folder: Path) -> str:
+def sources_sha256(folder: Path) -> str:
     """Of what ``lopt._C`` was built from, as CMakeLists.txt computes it."""
     root = folder.parent
     names = [
@@ -163,7 +163,7 @@ def compiled(features: FeatureSet, width: int) -> Path:
     """
     if SOURCES is None:
         raise CannotCompile("the sources (csrc) are not there; install lopt from its source folder")
-    if _sources_sha256(SOURCES) != _C.source_sha256:  # it would read the structs of other sources
+    if sources_sha256(SOURCES) != _C.source_sha256:  # it would read the structs of other sources
         raise CannotCompile(f"the sources in {SOURCES.parent} are not those that lopt._C was built from; build it anew")
     compiler, text, (namespace, flags) = _compiler(), header(features), _level()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
@@ -245,4 +245,9 @@ def own_backend(backend: str, name: str, width: int) -> tuple[str, int]:
         raise CannotCompile(f"kernels can be made for MLP widths {WIDTHS}, theta has {width}")
     if backend != "cpu":
         raise CannotCompile(f"kernels of own feature sets and widths are made for the CPU only, not for {backend!r}")
-    return _loaded(compiled(feature_set(name), width))
+    return _made(feature_set(name), width)
+
+
+@cache
+def _made(features: FeatureSet, width: int) -> tuple[str, int]:
+    return _loaded(compiled(features, width))
