@@ -1,4 +1,4 @@
-# make demo | test | lint   each sets up what it needs, from nothing but Python and a C++ compiler.
+# make demo | test | lint | docs   each sets up what it needs, from nothing but Python and a C++ compiler.
 #
 # VENV    the environment to create and use; pinned versions, CPU torch where the index offers one   (.venv)
 # VENV=   (empty) use PYTHON's own environment and its torch as they are: nothing is downloaded or replaced
@@ -14,18 +14,20 @@ BIN   = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("script
 READY = existing-environment
 TOOLS_READY = existing-environment
 TRAINERS_READY = existing-environment
+DOCS_READY = existing-environment
 else
 PY    = $(VENV)/bin/python
 BIN   = $(VENV)/bin
 READY = $(VENV)/.installed
 TOOLS_READY = $(VENV)/.installed-tools
 TRAINERS_READY = $(VENV)/.installed-trainers
+DOCS_READY = $(VENV)/.installed-docs
 endif
 TORCH  = $(shell grep -E '^torch==' constraints.txt)
 BUILD  = setuptools pybind11 cmake ninja
 SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh cuda/*.cpp cuda/*.h)
 
-.PHONY: help install demo test test-distributed integrations lint format sass asan clean existing-environment
+.PHONY: help install demo test test-distributed integrations lint format docs sass asan clean existing-environment
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
@@ -49,6 +51,11 @@ $(VENV)/.installed-tools: $(VENV)/.installed
 # The trainers of others that lopt.integrations is for, Ray, the loggers of others and the hub, a minute.
 $(VENV)/.installed-trainers: $(VENV)/.installed-tools
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[hf,hub,lightning,ray,tensorboard,wandb]'
+	touch $@
+
+# Sphinx and its theme.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[docs]'
 	touch $@
 
 existing-environment:
@@ -83,6 +90,11 @@ format: $(TOOLS_READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+# The site of all pages and docstrings, in build/docs, without network. A warning, as of a broken link, is an error.
+docs: $(DOCS_READY) install
+	$(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
+	@echo 'Open build/docs/index.html'
 
 # A second build of the package, beside the first one. libstdc++ is loaded early for ASAN to see torch's exceptions; Python
 # and torch leave memory behind at exit, so leaks are not reported. pytest must not capture what ASAN says last.

@@ -3,10 +3,14 @@
 ``figures/families.svg``: final test loss of the learned optimizer over that of an opponent, for each held-out task of
 ``lopt report benchmarks/results/families`` after 1000 steps. Ratios, floor and choice of trials are the report's
 (:mod:`lopt.evaluation.comparison`).
+
+``figures/step.svg``: the drawing of a step, of the page that explains it.
 """
 
+import itertools
 import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +111,98 @@ def _mean(axes: Any, y: float, values: list[float]) -> float:
     return mean
 
 
+@dataclass(frozen=True)
+class Box:
+    """A part of the drawing of a step: where it stands, and what it says. Its name is that of a phase, or nothing."""
+
+    name: str
+    text: str
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: str
+
+    @property
+    def top(self) -> float:
+        """Its upper edge."""
+        return self.y + self.height
+
+
+LANES = (
+    (5.0, 2.6, "for each\ntensor", "one LSTM,\na row for each"),
+    (1.15, 3.0, "for each\nparameter", "one small MLP,\nthe same for all"),
+)
+GREEN, GREY = COLOURS[2], "0.35"
+BOXES = (
+    Box("accumulate", "clip the gradient;\nmomenta and\nsecond moments", 3.7, 1.45, 3.6, 2.4, BETTER),
+    Box("advance", "LSTM: how is this tensor doing,\nand how far is the run?", 5.0, 5.3, 6.6, 2.0, GREEN),
+    Box("apply", "features, small\nMLP: a direction for\neach parameter", 8.9, 1.45, 3.6, 2.4, BETTER),
+    Box("direction", "hidden matrices\nas wholes; then\nparameters move", 14.0, 1.45, 3.4, 2.4, WORSE),
+)
+
+
+def step() -> Any:
+    """What happens in a step: its phases, by what each works on, and what they tell each other."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+    figure = Figure(figsize=(11, 5.6))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(0, 17.6)
+    axes.set_ylim(-0.35, 8.6)
+    axes.set_axis_off()
+    for y, height, name, text in LANES:
+        axes.add_patch(Rectangle((0.1, y), 17.4, height, facecolor="0.955", linewidth=0))
+        axes.text(0.3, y + height / 2 + 0.1, name, fontsize=15.5, fontweight="bold", va="bottom", linespacing=1.1)
+        axes.text(0.3, y + height / 2 - 0.1, text, fontsize=13, color=GREY, va="top", linespacing=1.15)
+    for box in BOXES:
+        style = {"boxstyle": "round,pad=0,rounding_size=0.18", "linewidth": 2.2, "zorder": 2}
+        corner = (box.x, box.y)
+        axes.add_patch(FancyBboxPatch(corner, box.width, box.height, facecolor="white", edgecolor=box.colour, **style))
+        middle = box.x + box.width / 2
+        place = {"ha": "center", "va": "top", "zorder": 3, "gid": box.name}
+        axes.text(middle, box.top - 0.15, box.name, fontsize=16, fontweight="bold", color=box.colour, **place)
+        axes.text(middle, box.top - 0.78, box.text, fontsize=13.5, linespacing=1.2, **place)
+
+    def arrow(*points: tuple[float, float], **style: Any) -> None:
+        for start, end in itertools.pairwise(points):
+            style = {"mutation_scale": 17, "linewidth": 1.7, "color": GREY, "zorder": 1, "shrinkA": 0} | style
+            head = {"arrowstyle": "-|>", "shrinkB": 1} if end == points[-1] else {"arrowstyle": "-", "shrinkB": 0}
+            axes.add_patch(FancyArrowPatch(start, end, **head, **style))
+
+    def label(x: float, y: float, text: str, ha: str = "center", **style: Any) -> None:
+        axes.text(x, y, text, fontsize=13.5, color="0.15", linespacing=1.15, va="center", ha=ha, **style)
+
+    accumulate, advance, apply, direction = BOXES
+    arrow((5.5, 0.45), (5.5, accumulate.y))
+    label(5.5, 0.12, "gradients, parameters")
+    arrow((5.5, accumulate.top), (5.5, advance.y))
+    label(5.35, 4.58, "statistics", "right")
+    arrow((6.4, 8.0), (6.4, advance.top))
+    label(5.0, 8.22, "training loss, validation loss, steps done, steps planned", "left")
+    arrow((10.7, advance.y), (10.7, apply.top))
+    label(10.9, 4.58, "step size, gate,\nconditioning", "left")
+    arrow((apply.x, 3.2), (8.3, 3.2), (8.3, advance.y), linestyle=(0, (4, 3)))
+    label(8.15, 4.58, "feedback for\nthe next step", "right", fontstyle="italic")
+    arrow((accumulate.x + accumulate.width, 2.1), (apply.x, 2.1))
+    arrow((apply.x + apply.width, 2.4), (direction.x, 2.4))
+    label(13.25, 2.72, "direction")
+    arrow((15.7, direction.y), (15.7, 0.45))
+    label(15.7, 0.12, "new parameters")
+    return figure
+
+
 def main() -> None:
     require_matplotlib()
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "lopt"  # the same rows give the same file
-    path = HERE / "figures/families.svg"
-    path.parent.mkdir(exist_ok=True)
-    families(ratios(), family_of()).savefig(path, metadata={"Date": None})
+    folder = HERE / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, figure in (("families", families(ratios(), family_of())), ("step", step())):
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

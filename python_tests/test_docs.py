@@ -1,9 +1,12 @@
 """The pages (README, docs, ...): links lead somewhere, Python runs, the figure shows what the rows say.
 
-What a page says in words is not tested.
+What a page says in words is not tested, but that it is not long.
 """
 
 import importlib.util
+import inspect
+import itertools
+import pydoc
 import re
 import statistics
 from functools import cache
@@ -13,11 +16,15 @@ from urllib.parse import unquote
 
 import pytest
 
+import lopt.integrations
+import lopt.tasks
+from lopt.rule import step
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(page for name in ("docs", "benchmarks", "lopt") for page in ROOT.glob(f"{name}/**/*.md"))]
 )
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```([\w{}-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -91,6 +98,48 @@ def test_code_keeps_its_lines(tmp_path: Path) -> None:
     assert code_of(page).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = x + 1"]
 
 
+#: Pages that may have more words: lists, the record of what was tried, and the results, each with its rows.
+LONG = ("docs/reference/", "docs/notebook/", "docs/results.md")
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_short(page: Path) -> None:
+    if not str(page.relative_to(ROOT)).startswith(LONG):
+        assert len(page.read_text().split()) <= 1500
+
+
+#: Callbacks, whose libraries need not be installed.
+LATE = {"lopt.integrations.TransformersCallback", "lopt.integrations.LightningCallback"}
+
+
+def described() -> dict[str, object]:
+    """What the pages of the reference name -> what it is."""
+    pages = "".join(page.read_text() for page in sorted(ROOT.glob("docs/reference/*.md")))
+    names = re.findall(r"^\.\. auto(?:class|function|data):: (\S+)$", pages, re.MULTILINE)
+    assert len(set(names)) == len(names)
+    assert set(names) >= LATE
+    return {name: pydoc.locate(name) for name in names if name not in LATE}
+
+
+def test_the_reference_has_what_is_public() -> None:
+    found = described()
+    assert [name for name, value in found.items() if value is None] == []
+    for package in (lopt, lopt.tasks, lopt.integrations):
+        names = {name.rpartition(".")[2] for name in {*found, *LATE} if name.startswith(package.__name__)}
+        assert set(package.__all__) - {"__version__"} <= names
+
+
+def test_what_the_reference_has_says_what_it_is() -> None:
+    """Every class and function, and every public method of a class, has a docstring."""
+    for name, value in described().items():
+        if isinstance(value, type) or inspect.isfunction(value):
+            assert value.__doc__, name
+        if isinstance(value, type):
+            own = {key: one for key, one in vars(value).items() if not key.startswith("_")}
+            methods = {key: one for key, one in own.items() if inspect.isfunction(one) or isinstance(one, property)}
+            assert [key for key in methods if not inspect.getdoc(getattr(value, key))] == [], name
+
+
 @pytest.fixture(scope="module")
 def figures() -> ModuleType:
     spec = importlib.util.spec_from_file_location("figures", ROOT / "docs/figures.py")
@@ -121,6 +170,36 @@ def test_the_figure_shows_what_the_report_says(figures: ModuleType) -> None:
         assert sorted(x for x, _ in dots) == pytest.approx(sorted(told), abs=0.0011)
         for y, mean in rows.items():
             assert mean == pytest.approx(statistics.geometric_mean(x for x, row in dots if y in (0, row)))
+
+
+def test_the_drawing_of_a_step(figures: ModuleType) -> None:
+    """Its boxes are the phases of a step in their order; what a box says is within it, and no label meets another."""
+    Bbox = pytest.importorskip("matplotlib.transforms").Bbox
+    names = re.findall(r"phases\.(\w+)\(", inspect.getsource(step.run))
+    assert names == [
+        "begin",
+        "advance",
+        "accumulate",
+        "apply",
+        "direction",
+        "finish",
+    ]  # advance takes accumulate's value
+    figure = figures.step()
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = {box.name: Bbox.from_bounds(box.x, box.y, box.width, box.height) for box in figures.BOXES}
+    assert list(boxes) == ["accumulate", "advance", "apply", "direction"]
+    places = [(text, text.get_window_extent().transformed(axes.transData.inverted())) for text in axes.texts]
+    whole = Bbox.from_extents(axes.get_xlim()[0], axes.get_ylim()[0], axes.get_xlim()[1], axes.get_ylim()[1])
+    for text, place in places:
+        home = boxes.get(text.get_gid(), whole)
+        assert home.x0 < place.x0 < place.x1 < home.x1
+        assert home.y0 < place.y0 < place.y1 < home.y1
+        if text.get_gid() is None:
+            assert not any(place.overlaps(box) for box in boxes.values()), text.get_text()
+    for (one, first), (other, second) in itertools.combinations(places, 2):
+        assert not first.overlaps(second), (one.get_text(), other.get_text())
+    assert min(text.get_fontsize() for text in axes.texts) >= 13  # of 11 inches: at half size, still above 6 points
 
 
 def _table(text: str) -> list[list[str]]:

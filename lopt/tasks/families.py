@@ -70,6 +70,7 @@ SAMPLERS: dict[SampledFamily | NetworkFamily, Callable[[Random, tuple[str, ...]]
     "small_convolution": network_tasks.sample_small_convolution,
 }
 
+#: Families of TaskSet and of transformers, on any data, which PyTorch runs.
 SAMPLED_FAMILIES: tuple[SampledFamily, ...] = get_args(SampledFamily)
 
 #: Families of small networks, which the unroll engine can run as it runs those of :mod:`lopt.tasks.synthetic`.

@@ -26,6 +26,7 @@ Family = Literal["noisy_quadratic"] | Data
 
 #: Families whose tasks are perceptrons, which the unroll engine can run (lopt/meta/engine.py).
 ENGINE_FAMILIES: tuple[Family, ...] = tuple(KINDS)
+#: These and noisy quadratic functions.
 FAMILIES: tuple[Family, ...] = ("noisy_quadratic", *ENGINE_FAMILIES)
 
 #: Shares of the rows of a data set.
