@@ -5,8 +5,10 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/alone.h"
 #include "cpu/apply_block.h"
 #include "cpu/chunks_cpu.h"
+// alone.h comes first: see Note [Teams] in unroll/layers.h.
 #include "cpu/orthogonal.h"
 #include "cpu/threads.h"
 
@@ -61,7 +63,7 @@ void orthogonalise(const ApplyParams& params, int64_t t) {
   OrthogonalSizes sizes;
   sizes.include(rows, columns);
   Arena count{nullptr};
-  Orthogonal(sizes, count);
+  Orthogonal<Alone>(Alone{}, sizes, count);
   static thread_local std::vector<float> memory, buffer;  // kept between steps
   memory.resize(std::max(memory.size(), static_cast<size_t>(count.used)));
   buffer.resize(std::max(buffer.size(), static_cast<size_t>(tensor.numel)));
@@ -69,7 +71,8 @@ void orthogonalise(const ApplyParams& params, int64_t t) {
   const Numbers direction = Numbers::at(tensor.direction, params.state_dtype, 0);
   float* values = direction.read(0, tensor.numel, buffer.data());
   float rank = params.rank[tensor.row];
-  Orthogonal(sizes, arena).run(values, rows, columns, tensor.turned != 0, gate, params.newton_schulz, rank);
+  Orthogonal<Alone>(Alone{}, sizes, arena)
+      .run(values, rows, columns, tensor.turned != 0, gate, params.newton_schulz, rank);
   direction.write(0, tensor.numel, values);
   if (std::isfinite(rank)) params.rank[tensor.row] = rank;
 }

@@ -11,8 +11,6 @@ namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 LOPT_HD Vec tanh_of(Vec x) { return 1.0f - 2.0f / (exp_of(2.0f * x) + 1.0f); }
 
 // Hands out parts of one buffer, each on a 64-byte boundary; with a null buffer it only counts.

@@ -1,10 +1,7 @@
-// Directions of small matrices, treated as a whole: what lopt/rule/orthogonal.py does with torch. Rows are padded to whole
-// vectors. Source: see there.
+// Directions of small matrices, treated as a whole: what lopt/rule/orthogonal.py does with torch, by a team (Note [Teams] in
+// unroll/layers.h). Rows are padded to whole vectors. Source: see there.
 #pragma once
 
-#include <algorithm>
-
-#include "cpu/product.h"
 #include "rule/constants.h"
 
 namespace lopt {
@@ -13,95 +10,128 @@ namespace {
 
 // Scratch memory for matrices of which the largest are so large.
 struct OrthogonalSizes {
-  int64_t wide = 0, tall = 0, small = 0;
+  Size wide = 0, tall = 0, small = 0;
 
-  void include(int64_t rows, int64_t columns) {
-    const int64_t m = std::min(rows, columns), n = std::max(rows, columns);
-    wide = std::max(wide, m * padded(n));
-    tall = std::max(tall, n * padded(m));
-    small = std::max(small, m * padded(m));
+  LOPT_BOTH void include(Size rows, Size columns) {
+    const Size m = rows < columns ? rows : columns, n = rows < columns ? columns : rows;
+    const auto at_least = [](Size& largest, Size size) { largest = largest < size ? size : largest; };
+    at_least(wide, m * padded(n));
+    at_least(tall, n * padded(m));
+    at_least(small, m * padded(m));
   }
 };
 
+template <class Team>
 struct Orthogonal {
+  const Team team;
   float *x, *next, *transposed;  // [m, padded(n)], [m, padded(n)], [n, padded(m)]
   float *square, *factor;        // [m, padded(m)]
 
-  Orthogonal(const OrthogonalSizes& sizes, Arena& arena)
-      : x(arena.take(sizes.wide)),
+  template <class Arena>
+  LOPT_BOTH Orthogonal(const Team& the_team, const OrthogonalSizes& sizes, Arena& arena)
+      : team(the_team),
+        x(arena.take(sizes.wide)),
         next(arena.take(sizes.wide)),
         transposed(arena.take(sizes.tall)),
         square(arena.take(sizes.small)),
         factor(arena.take(sizes.small)) {}
 
   // The norm of x [count].
-  static float norm(const float* x, int64_t count) {
+  template <class Part>
+  LOPT_TEAM static float norm(const Part& part, const float* x, Size count) {
     Vec sum{};
-    for (int64_t i = 0; i < count; i += kLanes) sum += load(x + i) * load(x + i);
-    return static_cast<float>(std::sqrt(sum_lanes(sum)));
+    part.vectors(count, [&](Size i) LOPT_INLINE { sum += load(x + i) * load(x + i); });
+    return static_cast<float>(::sqrt(part.sum(sum)));
   }
 
   // The rows of x [m, n_padded] to one norm, about 1, or its columns; of norm `size`. scratch: [n_padded].
-  static void even(float* x, int64_t m, int64_t n, bool columns, float size, float* scratch) {
-    const int64_t n_padded = padded(n);
-    const float least = kLeastRow * size / std::sqrt(static_cast<float>(columns ? n : m));
+  LOPT_TEAM void even(float* x, Size m, Size n, bool columns, float size, float* scratch) const {
+    const Size n_padded = padded(n);
+    const float least = kLeastRow * size / ::sqrtf(static_cast<float>(columns ? n : m));
+    const auto inverse = [&](float norm) LOPT_INLINE { return 1.0f / (norm < least ? least : norm); };
     if (columns) {
-      std::fill_n(scratch, n_padded, 0.0f);
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < n_padded; ++j) scratch[j] += x[i * n_padded + j] * x[i * n_padded + j];
-      for (int64_t j = 0; j < n_padded; ++j) scratch[j] = 1.0f / std::max(std::sqrt(scratch[j]), least);
+      team.column_sums(
+          m, n_padded,
+          [&](Size i, Size j, int, Vec& sum)
+              LOPT_INLINE { sum += load(x + i * n_padded + j) * load(x + i * n_padded + j); },
+          [&](Size j, int, Vec sum) LOPT_INLINE { store(scratch + j, sum); });
+      team.sync();
+      team.each(n_padded, [&](Size j) LOPT_INLINE { scratch[j] = inverse(::sqrtf(scratch[j])); });
+      team.sync();
+      team.grid(m, n_padded, [&](Size i, Size j, int) LOPT_INLINE {
+        store(x + i * n_padded + j, load(x + i * n_padded + j) * load(scratch + j));
+      });
+    } else {
+      team.parts(m, [&](Size i, const auto& part) LOPT_INLINE {
+        float* const row = x + i * n_padded;
+        const float factor = inverse(norm(part, row, n_padded));
+        part.vectors(n_padded, [&](Size j) LOPT_INLINE { store(row + j, load(row + j) * factor); });
+      });
     }
-    for (int64_t i = 0; i < m; ++i) {
-      float* row = x + i * n_padded;
-      if (!columns) std::fill_n(scratch, n_padded, 1.0f / std::max(norm(row, n_padded), least));
-      for (int64_t j = 0; j < n_padded; ++j) row[j] *= scratch[j];
-    }
+    team.sync();
   }
 
-  // direction [rows, columns], in place, where the gate is open, and its rank. turned: its columns belong to one output
-  // each, not its rows.
-  void run(float* direction, int64_t rows, int64_t columns, bool turned, float gate, int iterations,
-           float& rank) const {
+  // direction [rows, columns], in place, where the gate is open, and its rank, for all of the team. turned: its columns
+  // belong to one output each, not its rows.
+  LOPT_TEAM void run(float* direction, Size rows, Size columns, bool turned, float gate, int iterations,
+                     float& rank) const {
     if (!(gate > 0)) return;
     const bool wider = rows <= columns;
-    const int64_t m = wider ? rows : columns, n = wider ? columns : rows, n_padded = padded(n), m_padded = padded(m);
-    const auto at = [&](int64_t i, int64_t j) -> float& { return direction[wider ? i * n + j : j * m + i]; };
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < n_padded; ++j) x[i * n_padded + j] = j < n ? at(i, j) : 0.0f;
+    const Size m = wider ? rows : columns, n = wider ? columns : rows, n_padded = padded(n), m_padded = padded(m);
+    const auto at = [&](Size i, Size j) LOPT_INLINE -> float& { return direction[wider ? i * n + j : j * m + i]; };
+    team.table(m, n_padded, [&](Size i, Size j) LOPT_INLINE { x[i * n_padded + j] = j < n ? at(i, j) : 0.0f; });
+    team.sync();
     float largest = 0.0f;  // squares of very small numbers would be 0
-    for (int64_t i = 0; i < m * n_padded; ++i) largest = std::max(largest, std::fabs(x[i]));
+    team.each(m * n_padded, [&](Size i) LOPT_INLINE {
+      const float size = ::fabsf(x[i]);
+      largest = largest < size ? size : largest;
+    });
+    largest = team.largest(largest);
     rank = 0.0f;
     if (!(largest > 0)) return;
-    const auto divide = [&](float by) {
-      for (int64_t i = 0; i < m * n_padded; i += kLanes) store(x + i, load(x + i) / splat(by));
+    const auto divide = [&](float by) LOPT_INLINE {
+      team.vectors(m * n_padded, [&](Size i) LOPT_INLINE { store(x + i, load(x + i) / splat(by)); });
+      team.sync();
     };
     divide(largest);
-    const float size = norm(x, m * n_padded);
+    const float size = norm(team, x, m * n_padded);
     divide(size);
     float *now = x, *then = next;
     for (int k = 0; k < iterations; ++k) {
-      for (int64_t j = 0; j < n; ++j)
-        for (int64_t i = 0; i < m_padded; ++i) transposed[j * m_padded + i] = i < m ? now[i * n_padded + j] : 0.0f;
-      product(m, m_padded, n, now, n_padded, 1, transposed, nullptr, square);
-      product(m, m_padded, m, square, m_padded, 1, square, nullptr, factor);
-      for (int64_t i = 0; i < m * m_padded; i += kLanes)
+      team.table(n, m_padded, [&](Size j, Size i) LOPT_INLINE {
+        transposed[j * m_padded + i] = i < m ? now[i * n_padded + j] : 0.0f;
+      });
+      team.sync();
+      product(team, m, m_padded, Factor{now, n_padded, 1, n}, transposed, nullptr, square);
+      team.sync();
+      product(team, m, m_padded, Factor{square, m_padded, 1, m}, square, nullptr, factor);
+      team.sync();
+      team.vectors(m * m_padded, [&](Size i) LOPT_INLINE {
         store(factor + i, load(square + i) * kNewtonSchulz3 + load(factor + i) * kNewtonSchulz5);
-      product(m, n_padded, m, factor, m_padded, 1, now, nullptr, then);
-      for (int64_t i = 0; i < m * n_padded; i += kLanes)
-        store(then + i, load(now + i) * kNewtonSchulz1 + load(then + i));
-      std::swap(now, then);
+      });
+      team.sync();
+      product(team, m, n_padded, Factor{factor, m_padded, 1, m}, now, nullptr, then);
+      team.sync();
+      team.vectors(m * n_padded,
+                   [&](Size i) LOPT_INLINE { store(then + i, load(now + i) * kNewtonSchulz1 + load(then + i)); });
+      team.sync();
+      float* const swapped = now;
+      now = then;
+      then = swapped;
     }
-    const float before = norm(now, m * n_padded);
+    const float before = norm(team, now, m * n_padded);
     rank = before * before / static_cast<float>(m);
-    for (int64_t i = 0; i < m; ++i)  // what rests, stays
-      for (int64_t j = 0; j < n; ++j)
-        if (at(i, j) == 0) now[i * n_padded + j] = 0.0f;
-    const float moving = norm(now, m * n_padded);
+    team.table(m, n, [&](Size i, Size j) LOPT_INLINE {
+      if (at(i, j) == 0) now[i * n_padded + j] = 0.0f;  // what rests, stays
+    });
+    team.sync();
+    const float moving = norm(team, now, m * n_padded);
     if (moving > 0) even(now, m, n, wider == turned, moving, then);
-    const float whole = norm(now, m * n_padded);
+    const float whole = norm(team, now, m * n_padded);
     const float share = whole > 0 ? gate * largest * (size / whole) : 0.0f;
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < n; ++j) at(i, j) = (1.0f - gate) * at(i, j) + share * now[i * n_padded + j];
+    team.table(
+        m, n, [&](Size i, Size j) LOPT_INLINE { at(i, j) = (1.0f - gate) * at(i, j) + share * now[i * n_padded + j]; });
+    team.sync();
   }
 };
 

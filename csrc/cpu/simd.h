@@ -171,4 +171,7 @@ LOPT_HD double sum_of(const V& x) {
 
 LOPT_HD double sum_lanes(Vec x) { return sum_of(__builtin_convertvector(x, Doubles<kLanes>::Type)); }
 
+// `count` rounded up to whole vectors.
+LOPT_HD int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
 }  // namespace lopt

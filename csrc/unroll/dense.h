@@ -1,11 +1,6 @@
-// Activations and losses of small networks on SIMD vectors. Rows are padded to whole vectors, so no loop
-// has a tail.
+// Activations and losses of small networks, by a team (Note [Teams] in layers.h).
 #pragma once
 
-#include "cpu/simd.h"
-// simd.h comes first: see there.
-#include "cpu/lstm_cell.h"
-#include "cpu/product.h"
 #include "unroll/unroll.h"
 
 namespace lopt {
@@ -27,8 +22,9 @@ LOPT_HD Vec normal_cdf(Vec x, Vec e) {
 }
 
 // z -> a = f(z) in place of `values`; `slopes` gets f'(z).
-inline void activate(int64_t activation, int64_t count, float* values, float* slopes) {
-  for (int64_t i = 0; i < count; i += kLanes) {
+template <class Team>
+LOPT_TEAM void activate(const Team& team, Size activation, Size count, float* values, float* slopes) {
+  team.vectors(count, [&](Size i) LOPT_INLINE {
     const Vec z = load(values + i, kLanes);
     Vec a, slope;
     if (activation == kRelu) {
@@ -44,46 +40,55 @@ inline void activate(int64_t activation, int64_t count, float* values, float* sl
     }
     store(values + i, a, kLanes);
     store(slopes + i, slope, kLanes);
-  }
+  });
+  team.sync();
 }
 
+// 1 in those of the lanes from j on that are among the first n.
+LOPT_HD Vec mask_of(Size j, Size n) { return lane_mask(n - j < kLanes ? static_cast<int>(n - j) : kLanes); }
+
 // Mean cross-entropy of [batch, n] logits (rows of n_padded floats); in place, logits become its gradient.
-inline float softmax_loss(int64_t batch, int64_t n, int64_t n_padded, const int64_t* labels, float* logits) {
+template <class Team>
+LOPT_TEAM float softmax_loss(const Team& team, Size batch, Size n, Size n_padded, const int64_t* labels,
+                             float* logits) {
   double total = 0.0;
   const float share = 1.0f / static_cast<float>(batch);
-  for (int64_t b = 0; b < batch; ++b) {
+  team.parts(batch, [&](Size b, const auto& part) LOPT_INLINE {
     float* row = logits + b * n_padded;
     const float at_label = row[labels[b]];
     float highest = row[0];
-    for (int64_t j = 1; j < n; ++j) highest = highest < row[j] ? row[j] : highest;
+    part.each(n, [&](Size j) LOPT_INLINE { highest = highest < row[j] ? row[j] : highest; });
+    highest = part.largest(highest);
+    part.sync();
     double sum = 0.0;
-    for (int64_t j = 0; j < n_padded; j += kLanes) {
-      const Vec e =
-          exp_of(load(row + j, kLanes) - highest) * lane_mask(n - j < kLanes ? static_cast<int>(n - j) : kLanes);
+    part.vectors(n_padded, [&](Size j) LOPT_INLINE {
+      const Vec e = exp_of(load(row + j, kLanes) - highest) * mask_of(j, n);
       store(row + j, e, kLanes);
       sum += sum_lanes(e);
-    }
-    total += std::log(sum) + highest - at_label;
+    });
+    sum = part.sum(sum);
+    if (part.rank() == 0) total += ::log(sum) + highest - at_label;
     const float scale = share / static_cast<float>(sum);
-    for (int64_t j = 0; j < n_padded; j += kLanes) store(row + j, load(row + j, kLanes) * scale, kLanes);
-    row[labels[b]] -= share;
-  }
-  return static_cast<float>(total / static_cast<double>(batch));
+    part.vectors(n_padded, [&](Size j) LOPT_INLINE { store(row + j, load(row + j, kLanes) * scale, kLanes); });
+    part.sync();
+    if (part.rank() == 0) row[labels[b]] -= share;
+  });
+  return static_cast<float>(team.sum(total) / static_cast<double>(batch));
 }
 
 // Mean squared error over [batch, n] outputs; in place, outputs become its gradient. targets: [batch, n_padded].
-inline float squared_loss(int64_t batch, int64_t n, int64_t n_padded, const float* targets, float* outputs) {
+template <class Team>
+LOPT_TEAM float squared_loss(const Team& team, Size batch, Size n, Size n_padded, const float* targets,
+                             float* outputs) {
   double total = 0.0;
   const float share = 2.0f / static_cast<float>(batch * n);
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t j = 0; j < n_padded; j += kLanes) {
-      float* at = outputs + b * n_padded + j;
-      const Vec mask = lane_mask(n - j < kLanes ? static_cast<int>(n - j) : kLanes);
-      const Vec error = (load(at, kLanes) - load(targets + b * n_padded + j, kLanes)) * mask;
-      total += sum_lanes(error * error);
-      store(at, error * share, kLanes);
-    }
-  return static_cast<float>(total / static_cast<double>(batch * n));
+  team.grid(batch, n_padded, [&](Size b, Size j, int) LOPT_INLINE {
+    float* at = outputs + b * n_padded + j;
+    const Vec error = (load(at, kLanes) - load(targets + b * n_padded + j, kLanes)) * mask_of(j, n);
+    total += sum_lanes(error * error);
+    store(at, error * share, kLanes);
+  });
+  return static_cast<float>(team.sum(total) / static_cast<double>(batch * n));
 }
 
 }  // namespace

@@ -1,86 +1,45 @@
-// The unroll engine on the CPU. One inner step of a run is
-//   every valid_every steps: the optimizer observes the mean loss of some inner_valid minibatches
-//   loss, grad = forward and backward on a train minibatch
-//   accumulate (accumulate_block.h), advance (tensor_lstm.h), apply (apply_block.h) for every tensor; with lagged
-//   statistics advance comes first, but in the first step
-//   every loss_every steps: the loss of an outer_valid minibatch, after the update, or of the average of the iterates
-// exactly as lopt/meta/unroll.py does with torch. Memory is laid out once per call and thread; a step allocates nothing.
-// Compiled once per instruction set; cpu_dispatch.cpp picks.
+// The unroll engine on the CPU: a thread for every run (run.h). Memory is laid out once per call and thread; a step allocates
+// nothing. Compiled once per instruction set; cpu_dispatch.cpp picks.
 #include <algorithm>
 #include <vector>
 
+#include "cpu/alone.h"
+// It comes first: see Note [Teams] in layers.h.
 #include "api/step.h"
 #include "cpu/accumulate_block.h"
 #include "cpu/apply_block.h"
-#include "cpu/lstm_cell.h"
 #include "cpu/orthogonal.h"
 #include "cpu/threads.h"
-#include "unroll/network.h"
+#include "unroll/run.h"
 
 namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-// What a run keeps between calls.
-struct RunState {
-  Globals globals;
-  float *param, *mom, *rms;                                  // [P], [num_mom, P], [num_rms, P]
-  float* average;                                            // [P] of the iterates, where it is asked for
-  float *h, *c, *feedback, *initial_scale, *updates, *rank;  // see AdvanceParams
-  float* stats;                                              // of the step before, where they lag
-  int64_t size;
-
-  template <class Features>
-  RunState(Features, const Spec& s, int64_t num_params, int tensors, float* base) {
-    Arena arena{base};
-    param = arena.take(num_params);  // first: lopt/meta/engine.py reads it
-    globals.step = reinterpret_cast<int64_t*>(arena.take(2));
-    globals.train_loss = arena.take(LossState::kCount);
-    globals.valid_loss = arena.take(LossState::kCount);
-    globals.clip = arena.take(ClipState::kCount);
-    globals.from_lstm = arena.take(s.from_lstm);
-    h = arena.take(int64_t{tensors} * s.lstm_width);
-    c = arena.take(int64_t{tensors} * s.lstm_width);
-    feedback = arena.take(int64_t{tensors} * s.from_mlp);
-    initial_scale = arena.take(tensors);
-    updates = arena.take(tensors);
-    rank = arena.take(tensors);
-    mom = arena.take(Features::kNumMom * num_params);
-    rms = arena.take(Features::kNumRms * num_params);
-    average = arena.take(num_params);
-    stats = arena.take(s.lagged ? int64_t{tensors} * kNumStats<Features> : 0);
-    size = arena.used;
-  }
-};
-
-// lopt/average.py: how much of the average is left in the update after `updates` of them.
-float average_decay(int64_t updates) {
-  return std::min(0.998f, static_cast<float>(updates + 1) / static_cast<float>(updates + 10));
-}
-
 // Everything one thread needs for a run.
-template <class Features, int kWidth, class Model>
+template <class Features, int kWidth>
 struct Engine {
   static constexpr int kColumns = Features::kNumColumns, kStats = kNumStats<Features>;
+  const Alone team{};
   const Spec& s;
-  const Problem& p;
   int tensors;
-  int64_t params;
-  Model model;
+  Size params;
+  Layer layers[kMaxLayers];
+  Network<Alone> model;
   float *grad, *stats, *scratch_stats, *packed, *hidden;
   const TensorShape* shapes;
-  Orthogonal orthogonal;
+  Orthogonal<Alone> orthogonal;
   float* direction;  // of the largest matrix that is treated as a whole
   TensorLevel level{};
+  ThetaView theta;
 
   Engine(const Spec& spec, const Problem& problem, Arena& arena)
       : s(spec),
-        p(problem),
-        tensors(num_tensors<Model>(problem)),
-        params(num_params<Model>(problem)),
-        model(problem, arena),
+        tensors(num_tensors(problem)),
+        params(num_params(problem)),
+        model(team, problem, layers, arena),
         shapes(reinterpret_cast<const TensorShape*>(problem.shapes)),
-        orthogonal(sizes_of_whole(), arena) {
+        orthogonal(team, sizes_of_whole(), arena) {
     int64_t largest = 0;
     for (int t = 0; t < tensors; ++t) largest = whole(t) ? std::max(largest, shapes[t].numel) : largest;
     direction = arena.take(largest);
@@ -108,7 +67,6 @@ struct Engine {
   // The phases of one step (api/step.h).
   struct Step {
     Engine& engine;
-    const ThetaView& theta;
     const RunState& state;
     float loss, total_steps;
 
@@ -140,9 +98,9 @@ struct Engine {
 
     void advance() const {
       int64_t nonfinite[2]{};  // nobody asks
-      const LstmCell cell{theta, engine.s.num_lstm_input(), engine.s.lstm_width, engine.level.gates,
+      const LstmCell cell{engine.theta, engine.s.num_lstm_input(), engine.s.lstm_width, engine.level.gates,
                           engine.level.activation};
-      lopt::advance<Features>(engine.s, theta, state.globals, engine.level, loss, total_steps, cell, nonfinite);
+      lopt::advance<Features>(engine.s, engine.theta, state.globals, engine.level, loss, total_steps, cell, nonfinite);
     }
 
     // Of matrices that are treated as a whole, also what follows: one direction is there at a time.
@@ -189,20 +147,18 @@ struct Engine {
 
     void finish() const {
       for (int t = 0; t < engine.tensors; ++t)
-        next_feedback(engine.s, theta, engine.hidden + t * kWidth, engine.level.inputs.step_size[t],
+        next_feedback(engine.s, engine.theta, engine.hidden + t * kWidth, engine.level.inputs.step_size[t],
                       engine.level.feedback + int64_t{t} * engine.s.from_mlp);
     }
   };
 
-  // Takes the parameters after the step into the average, which begins as the first of them.
-  void average(const RunState& state, int64_t step) const {
-    if (step == 0) std::copy_n(state.param, params, state.average);
-    const float weight = 1.0f - average_decay(step);
-    for (int64_t i = 0; i < params; ++i) state.average[i] += weight * (state.param[i] - state.average[i]);
+  void step(const RunState& state, float loss, float total_steps, bool lagged) {
+    Step phases{*this, state, loss, total_steps};
+    run_step(phases, lagged);
   }
 
   void run(const Run& r, const float* theta_row) {
-    const ThetaView theta(s, kColumns, theta_row);
+    theta = ThetaView(s, kColumns, theta_row);
     const RunState state(Features{}, s, params, tensors, reinterpret_cast<float*>(r.state));
     level.stats = stats = s.lagged ? state.stats : scratch_stats;
     pack_mlp<Features, kWidth>(s, theta, packed);
@@ -212,44 +168,7 @@ struct Engine {
     level.initial_scale = state.initial_scale;
     level.updates = state.updates;
     level.rank = state.rank;
-    float* outer = reinterpret_cast<float*>(r.outer_losses);
-    float* train = reinterpret_cast<float*>(r.train_losses);
-    bool alive = true;
-    for (int64_t i = 0; i < r.steps; ++i) {
-      const int64_t step = static_cast<int64_t>(state.updates[0]);  // training steps so far
-      train[i] = NAN;
-      if (alive) {
-        if (r.valid_every > 0 && step % r.valid_every == 0) {
-          double sum = 0.0;
-          for (int64_t j = 0; j < r.valid_batches; ++j) {
-            model.gather(kInnerValid, r.keys[kInnerValid], step / r.valid_every * r.valid_batches + j);
-            sum += model.forward(state.param);
-          }
-          observe_valid(s, state.globals, static_cast<float>(sum / static_cast<double>(r.valid_batches)));
-        }
-        model.gather(kTrain, r.keys[kTrain], step);
-        train[i] = model.forward(state.param);
-        alive = std::isfinite(train[i]);
-        if (alive) {
-          model.backward(grad);
-          Step step_phases{*this, theta, state, train[i], static_cast<float>(r.total_steps)};
-          run_step(step_phases, s.lagged && step > 0);
-          if (r.averaged) average(state, step);
-          if (s.lagged && step == 0)  // seen in the first step already, as there was nothing before it
-            for (int t = 0; t < tensors; ++t) stats[int64_t{t} * kStats + Stat::nonfinite] = 0.0f;
-        }
-      }
-      if ((i + 1) % r.loss_every == 0) {
-        float& loss = outer[i / r.loss_every];
-        loss = NAN;
-        if (alive) {
-          model.gather(kOuterValid, r.keys[kOuterValid], step);
-          loss = model.forward(r.averaged ? state.average : state.param);
-          alive = std::isfinite(loss);
-        }
-      }
-    }
-    if (!alive) *state.param = NAN;  // a run that diverged stays so
+    continue_run(*this, r, state);
   }
 };
 
@@ -258,7 +177,7 @@ struct Engine {
 bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,
             int64_t theta_stride, int num_threads) {
   return with_kernel(spec.feature_set, spec.width, [&](auto features, auto width_constant) {
-    using EngineOf = Engine<decltype(features), decltype(width_constant)::value, Network>;
+    using EngineOf = Engine<decltype(features), decltype(width_constant)::value>;
     int64_t scratch = 0;
     for (int64_t i = 0; i < num_runs; ++i) {
       Arena arena{nullptr};
@@ -284,8 +203,8 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
   int64_t size = -1;
   with_kernel(spec.feature_set, spec.width, [&](auto features, auto) {
     using Features = decltype(features);
-    const int tensors = num_tensors<Network>(problem);
-    const int64_t params = num_params<Network>(problem);
+    const int tensors = num_tensors(problem);
+    const int64_t params = num_params(problem);
     const RunState state(features, spec, params, tensors, base);
     size = state.size;
     if (!base) return;
@@ -307,11 +226,12 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
 
 float loss_and_gradient(const Problem& problem, int64_t split, uint64_t key, int64_t step, const float* param,
                         float* grad) {
+  Layer layers[kMaxLayers];
   Arena counted{nullptr};
-  const Network first(problem, counted);
+  Network<Alone>(Alone{}, problem, layers, counted);
   std::vector<float> memory(static_cast<size_t>(counted.used) + 16);
   Arena arena{reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63})};
-  Network model(problem, arena);
+  Network<Alone> model(Alone{}, problem, layers, arena);
   model.gather(static_cast<Split>(split), key, step);
   const float loss = model.forward(param);
   model.backward(grad);
