@@ -15,6 +15,7 @@ READY = existing-environment
 TOOLS_READY = existing-environment
 TRAINERS_READY = existing-environment
 DOCS_READY = existing-environment
+RELEASE_READY = existing-environment
 else
 PY    = $(VENV)/bin/python
 BIN   = $(VENV)/bin
@@ -22,12 +23,13 @@ READY = $(VENV)/.installed
 TOOLS_READY = $(VENV)/.installed-tools
 TRAINERS_READY = $(VENV)/.installed-trainers
 DOCS_READY = $(VENV)/.installed-docs
+RELEASE_READY = $(VENV)/.installed-release
 endif
 TORCH  = $(shell grep -E '^torch==' constraints.txt)
 BUILD  = setuptools pybind11 cmake ninja
 SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.h cuda/*.cu cuda/*.cuh cuda/*.cpp cuda/*.h)
 
-.PHONY: help install demo test test-distributed integrations lint format docs sass asan clean existing-environment
+.PHONY: help install demo test test-distributed integrations lint format docs release sass asan clean existing-environment
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
@@ -56,6 +58,11 @@ $(VENV)/.installed-trainers: $(VENV)/.installed-tools
 # Sphinx and its theme.
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@
+
+# What makes and mends wheels.
+$(VENV)/.installed-release: $(VENV)/.installed
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[release]'
 	touch $@
 
 existing-environment:
@@ -92,9 +99,17 @@ format: $(TOOLS_READY)
 	$(BIN)/clang-format -i $(SOURCES)
 
 # The site of all pages and docstrings, in build/docs, without network. A warning, as of a broken link, is an error.
-docs: $(DOCS_READY) install
+docs: $(DOCS_READY)
 	$(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
 	@echo 'Open build/docs/index.html'
+
+# dist/: a source distribution, and a wheel made of it that is marked for the Linux it fits. The OpenMP of a process is
+# torch's, so the wheel brings none.
+release: $(RELEASE_READY)
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist/built
+	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist && rm -r dist/built
 
 # A second build of the package, beside the first one. libstdc++ is loaded early for ASAN to see torch's exceptions; Python
 # and torch leave memory behind at exit, so leaks are not reported. pytest must not capture what ASAN says last.

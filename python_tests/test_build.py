@@ -1,15 +1,18 @@
 """What the build says of an environment that does not fit: setup.py, cmake/nvcc.cmake. Nothing is compiled here."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import lopt
 from lopt.kernels import own
 
 SOURCE = Path(__file__).resolve().parents[1]
@@ -204,6 +207,33 @@ def test_a_wheel_holds_neither_sim_nor_tests_nor_what_is_no_more(tmp_path: Path)
     assert [name for name in names if not name.startswith(("lopt/", "lopt-"))] == []
     zipfile.ZipFile(wheel).extractall(tmp_path / "there")  # where lopt/kernels/own.py compiles what its sources are
     assert own.sources_sha256(tmp_path / "there/lopt/csrc") == own.sources_sha256(SOURCE / "csrc")
+
+
+def test_a_source_distribution_is_small_and_whole(tmp_path: Path) -> None:
+    """Below 2 MB, and with every file of the repository's folders but those that MANIFEST.in names."""
+    for name in ("setuptools", "pybind11"):
+        pytest.importorskip(name)
+    if not (SOURCE / "python_tests/golden").is_dir():
+        pytest.skip("this is a source distribution")
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", f"--egg-base={tmp_path}", "sdist", f"-d{tmp_path}"]
+    done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, check=False)
+    if "the build needs" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert archive.stat().st_size < 2e6
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert not any(name.startswith(("benchmarks/results", "python_tests/golden", ".ci", ".git")) for name in names)
+    assert not any(name.endswith((".so", ".pyc")) for name in names)
+    folders = ("lopt", "csrc", "cuda", "cmake", "docs", "examples", "python_tests")
+    there = [path for folder in folders for path in (SOURCE / folder).rglob("*.*") if path.is_file()]
+    there = [path for path in there if path.suffix not in (".so", ".pyc", ".npz")]
+    assert {str(path.relative_to(SOURCE)) for path in there} <= names
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert re.findall(r"^version: (.+)$", (SOURCE / "CITATION.cff").read_text(), re.MULTILINE) == [lopt.__version__]
 
 
 # build_ext, with CMake left out altogether.
