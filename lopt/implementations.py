@@ -8,7 +8,7 @@ import torch
 
 from lopt import kernels
 from lopt.options import check_total_steps, check_unknown
-from lopt.rule import ThetaSpec
+from lopt.rule import Rule, ThetaSpec
 from lopt.warnings import warn
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
@@ -53,12 +53,25 @@ def warn_not_compiled(feature_set: str, width: int, why: str) -> None:
     )
 
 
-def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> str:
+def check_implementation(impl: str, rule: Rule) -> str:
+    """What ``impl`` means for a rule of others, which is computed in plain PyTorch.
+
+    Raises:
+        ValueError: it asks for kernels.
+    """
+    if impl not in ("auto", "reference"):
+        raise ValueError(f"impl={impl!r}: rule {rule.name!r} has no kernels yet; use impl='auto' or 'reference'")
+    return "reference"
+
+
+def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec | Rule) -> str:
     """What ``impl`` means for parameters on ``device``; an explicit choice is never replaced by another.
 
     Raises:
         ValueError, RuntimeError: there are no such kernels for the device or for the spec.
     """
+    if isinstance(spec, Rule):
+        return check_implementation(impl, spec)
     if impl == "auto" and kernels.NOT_BUILT:
         warn_not_built()
         return "reference"

@@ -20,6 +20,7 @@ from torch import Tensor
 from lopt.hooks import without_grad
 from lopt.kernels import devices
 from lopt.operands import allowed_dtypes, check_operands
+from lopt.rule import Rule
 from lopt.rule.features import STATS
 from lopt.steppers import KernelStepper
 from lopt.warnings import called_from, warn
@@ -34,8 +35,11 @@ def check_possible(optimizer: LearnedOptimizer) -> None:
         ValueError: says what, and what to do.
     """
     why = None
-    stats = optimizer.theta.spec.stats
-    if stats != "lagged":
+    spec = optimizer.theta.spec
+    stats = getattr(spec, "stats", None)
+    if isinstance(spec, Rule):
+        why = f"rule {spec.name!r} steps all tensors at once; use step() alone"
+    elif stats != "lagged":
         why = (
             f"theta has stats={stats!r}: the step of every tensor depends on the gradients of all tensors in the same "
             "step; use a theta with stats='lagged', or step() alone"

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
-from lopt.rule import Theta, tensor_lstm
-from lopt.rule.losses import bounded_loss
+from lopt.rule import Rule, Theta, tensor_lstm
+from lopt.rule.losses import bounded_loss, told
 from lopt.rule.tensor_lstm import Globals
+from lopt.state import sample
 from lopt.warnings import warn
 
 Loss = float | Tensor | None
@@ -64,7 +65,7 @@ class Losses:
 
     def queue(self, shared: Mapping[str, Tensor], weights: Mapping[str, Tensor], valid: Loss) -> None:
         """Keep a validation loss until the next step, where it meets those of other ranks."""
-        like = weights["initial_h"]
+        like = sample(weights)
         loss = torch.as_tensor(valid, dtype=like.dtype, device=like.device).reshape(())
         one = torch.stack([bounded_loss(loss), torch.ones_like(loss)])
         shared["pending_valid"].add_(torch.where(torch.isfinite(loss), one, torch.zeros_like(one)))
@@ -73,7 +74,7 @@ class Losses:
     def write(
         self,
         implementation: str,
-        theta: Theta,
+        theta: Theta[Any],
         weights: Mapping[str, Tensor],
         shared: Mapping[str, Tensor],
         train: Loss,
@@ -81,7 +82,7 @@ class Losses:
         weight: Loss = 1.0,
     ) -> None:
         """Add a training loss to those of the next step, and take a validation loss, in place."""
-        like, compiled = weights["initial_h"], implementation != "reference"
+        like, compiled = sample(weights), implementation != "reference"
         if train is not None and not (compiled and isinstance(weight, float) and weight == 1.0):
             loss, part = (torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in (train, weight))
             given = torch.isfinite(loss) & torch.isfinite(part) & (part > 0)
@@ -97,6 +98,9 @@ class Losses:
             self.level.begin(shared, train, valid)
             return
         loss = torch.as_tensor(valid, dtype=like.dtype, device=like.device).reshape(())
+        if isinstance(theta.spec, Rule):
+            shared["valid_loss"].copy_(told(shared["valid_loss"], loss))
+            return
         old = Globals(*(shared[name] for name in Globals._fields))
         for name, value in tensor_lstm.observe_valid(theta.spec, old, loss)._asdict().items():
             shared[name].copy_(value)

@@ -12,18 +12,21 @@ from torch.optim import Optimizer
 from lopt.average import Averages
 from lopt.distributed import Ranks, Shares, check_same, is_sharded, refuse_zero
 from lopt.hooks import hook, without_grad
-from lopt.implementations import check_arguments, choose_implementation, run_eagerly
+from lopt.implementations import check_arguments, check_implementation, choose_implementation, run_eagerly
 from lopt.in_backward import InBackward, check_possible
 from lopt.kernels import devices
 from lopt.losses import Loss, Losses
 from lopt.operands import allowed_dtypes, as_loss, as_weight, check_gradients, check_params
 from lopt.options import Options, check_group, check_total_steps, descending, describe
-from lopt.roles import keep_roles, roles_of_model
-from lopt.rule import Theta
+from lopt.published import RuleStepper, check_options, check_total_steps_of
+from lopt.roles import keep_roles, kind_in_groups, roles_of_model
+from lopt.rule import Rule, Theta
 from lopt.scaling import holds_float16, unscaled
-from lopt.state import SHARED, check_state, holds_shared, init_state, open_theta, restore_state, share_state
-from lopt.steppers import Control, KernelStepper, ReferenceStepper, Tensors
+from lopt.state import SHARED, check_state, holds_shared, init_state, open_theta, restore_state, sample, share_state
+from lopt.steppers import Control, KernelStepper, ReferenceStepper, StackedTensors, Tensors
 from lopt.warnings import warn
+
+Stepper = ReferenceStepper | KernelStepper | RuleStepper
 
 
 class LearnedOptimizer(Optimizer):
@@ -155,7 +158,7 @@ class LearnedOptimizer(Optimizer):
         self.precision = precision
         self.state_dtype = state_dtype
         self.impl = impl
-        self._stepper: ReferenceStepper | KernelStepper | None = None
+        self._stepper: Stepper | None = None
         self._weights: dict[str, Tensor] = {}
         self._losses = Losses()
         self._options = Options()
@@ -165,6 +168,9 @@ class LearnedOptimizer(Optimizer):
         self._check_ranks, self._until_check = check_ranks, check_ranks
         self._in_backward: InBackward | None = None
         self._probed = False
+        if isinstance(self.theta.spec, Rule):
+            check_options(self.theta.spec, state_dtype=state_dtype, sharded_state=sharded_state)
+            self.impl = impl = check_implementation(impl, self.theta.spec)
         if sharded_state and impl == "reference":
             raise ValueError("sharded_state: impl='reference' keeps whole states; use impl='auto'")
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None}
@@ -186,8 +192,11 @@ class LearnedOptimizer(Optimizer):
             check_group(group, self._total_steps)
             check_params(group["params"], self._first_param(), allowed_dtypes(self.impl), position)
             self._check_devices(group["params"])
-            if self.impl == "reference" and any(map(is_sharded, group["params"])):
-                raise TypeError("params: impl='reference' steps whole tensors, got DTensors; use impl='auto'")
+            if any(map(is_sharded, group["params"])):
+                if isinstance(self.theta.spec, Rule):
+                    check_options(self.theta.spec, sharded=True)
+                if self.impl == "reference":
+                    raise TypeError("params: impl='reference' steps whole tensors, got DTensors; use impl='auto'")
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -235,7 +244,7 @@ class LearnedOptimizer(Optimizer):
         held = self.state[param].get("mom") if param in self.state else None
         if held is not None:
             return cast(torch.device, held.device)
-        if param.device != self._theta_weights()["initial_h"].device:
+        if param.device != sample(self._theta_weights()).device:
             self._backend(param.device)
         return param.device
 
@@ -246,7 +255,7 @@ class LearnedOptimizer(Optimizer):
         if self._stepper is None:  # trainers move models after their optimizers were made
             home = self._home()
             dtype = torch.float64 if self._first_param().dtype == torch.float64 else torch.float32
-            held = self._weights.get("initial_h")
+            held = sample(self._weights) if self._weights else None
             if held is None or (held.device, held.dtype) != (home, dtype):
                 made_for = getattr(self, "implementation", "reference")
                 if made_for != "reference" and (made_for == "cuda") != (home.type == "cuda"):
@@ -288,15 +297,25 @@ class LearnedOptimizer(Optimizer):
         """``state_dtype``, and float64 in place of float32 for float64 parameters."""
         return like.dtype if self.state_dtype == torch.float32 else self.state_dtype
 
-    def _ready(self) -> ReferenceStepper | KernelStepper:
-        """What makes the steps; made anew when parameters, groups or, by somebody's hands, the state changed."""
+    def _ready(self) -> Stepper:
+        """What makes the steps; made anew when parameters, groups or, by somebody's hands, the state changed.
+
+        Raises:
+            ValueError: theta needs the number of steps, and nobody said it.
+        """
+        if isinstance(self.theta.spec, Rule):
+            check_total_steps_of(self.theta.spec, self._total_steps)
         if self._stepper is None or not self._stepper.tensors.serve(self.param_groups, self.state):
             self._settle()
             self._stepper = None
             self._check_capture()
             weights = self._theta_weights()
-            dtype = self._accumulator_dtype(weights["initial_h"])
-            tensors = Tensors(self.param_groups, self.state, self.theta.spec, weights, dtype, self._shares)
+            dtype, rule = self._accumulator_dtype(sample(weights)), isinstance(self.theta.spec, Rule)
+            kept: Any = (self.param_groups, self.state, self.theta.spec, weights, dtype, self._shares)
+            if rule:
+                self._stepper = RuleStepper(Tensors(*kept), self.theta)
+                return self._stepper
+            tensors = StackedTensors(*kept)
             if self.implementation == "reference":
                 self._stepper = ReferenceStepper(tensors, self.theta)
             else:
@@ -375,8 +394,8 @@ class LearnedOptimizer(Optimizer):
     def _initial(self, param: Tensor) -> dict[str, Any]:
         """The state with which a parameter begins."""
         weights, part = self._theta_weights(), self._part(param)
-        dtype = self._accumulator_dtype(weights["initial_h"])
-        return {**init_state(self.theta.spec, weights, part, dtype), **self._averages.initial(part)}
+        dtype, kind = self._accumulator_dtype(sample(weights)), kind_in_groups(param, self.param_groups)
+        return {**init_state(self.theta.spec, weights, part, dtype, kind), **self._averages.initial(part)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; the state gets this optimizer's dtypes, whatever the dtype of the parameters.
@@ -397,8 +416,9 @@ class LearnedOptimizer(Optimizer):
             return {**state_dict, "state": {k: v for k, v in state_dict["state"].items() if k not in ours}}
 
         def restore(_: Optimizer) -> None:  # before all other post-hooks
-            like = self._theta_weights()["initial_h"]
-            restore_state(source, self.param_groups, self.state, like, self._accumulator_dtype(like), self._part)
+            spec, weights = self.theta.spec, self._theta_weights()
+            dtype = self._accumulator_dtype(sample(weights))
+            restore_state(source, self.param_groups, self.state, spec, weights, dtype, self._part)
             self._take_up()
 
         handles = (
@@ -452,7 +472,7 @@ class LearnedOptimizer(Optimizer):
         tensors, found = stepper.tensors, {}
         for param, row, size, gate in zip(tensors.selected_params, tensors.selected, *stepper.decided, strict=True):
             matrix = stepper.matrices[row]
-            found[param] = Control(size, gate if matrix.whole and self.theta.spec.newton_schulz else None, matrix)
+            found[param] = Control(size, gate if matrix.whole else None, matrix)
         return found
 
     # ---- Average ----------------------------------------------------------------------------------------------------
@@ -505,7 +525,7 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: a loss is not a scalar, or a weight is negative.
         """
-        part = as_weight(weight, self._theta_weights()["initial_h"])
+        part = as_weight(weight, sample(self._theta_weights()))
         train, valid = self._loss("train_loss", train_loss), self._loss("valid_loss", valid_loss)
         self._losses.note(train, valid)
         self._losses.waiting |= train is not None
@@ -526,7 +546,7 @@ class LearnedOptimizer(Optimizer):
         shared["pending_valid"].zero_()
         self._losses.queued = False
 
-    def _meet(self, stepper: ReferenceStepper | KernelStepper, grads: list[Tensor], loss: Loss, told: bool) -> Loss:
+    def _meet(self, stepper: Stepper, grads: list[Tensor], loss: Loss, told: bool) -> Loss:
         """What a step begins with where there are other ranks: losses of all in place of this one's.
 
         Returns:
@@ -548,7 +568,7 @@ class LearnedOptimizer(Optimizer):
 
     def _loss(self, name: str, loss: object) -> Loss:
         """A loss to minimise: a number, or a tensor on the device whose value is not looked at."""
-        found = as_loss(name, loss, self._theta_weights()["initial_h"])
+        found = as_loss(name, loss, sample(self._theta_weights()))
         if found is None or not all(group.get("maximize") for group in self.param_groups):
             return found
         return -found
@@ -622,7 +642,7 @@ class LearnedOptimizer(Optimizer):
         if scale is not None:
             grads = unscaled(grads, scale)
         if grads and self.on_nonfinite != "ignore":
-            home = stepper.tensors.rows.h.device
+            home = stepper.tensors.home
             bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum().to(home) for grad in grads]).sum()
             if stepper.tensors.sharded:
                 self._ranks.sum(bad)
@@ -655,7 +675,7 @@ class LearnedOptimizer(Optimizer):
             stepper.step(tensors.selected_params, grads, options, shared, steps, observed, scale is not None)
             self._finish(tensors)
             return
-        with torch.autocast(tensors.rows.h.device.type, enabled=False):  # in case the whole loop runs under autocast
+        with torch.autocast(tensors.home.type, enabled=False):  # in case the whole loop runs under autocast
             self._write(observed)
             stepper.step(tensors.selected_params, grads, options, shared, steps)
         self._finish(tensors)

@@ -97,3 +97,12 @@ def kinds_of_groups(groups: Iterable[Mapping[str, Any]]) -> list[Kind]:
             known = given or role_of_name(name) if param.dim() >= 2 else None
             kinds.append(Kind(known, fan_in))
     return kinds
+
+
+def kind_in_groups(param: Any, groups: Iterable[Mapping[str, Any]]) -> Kind:
+    """What the groups say of one parameter."""
+    for group in groups:
+        for other, kind in zip(group["params"], kinds_of_groups([group]), strict=True):
+            if other is param:
+                return kind
+    return Kind()

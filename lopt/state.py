@@ -16,24 +16,35 @@ import torch
 from torch import Tensor
 
 from lopt.distributed import Box, is_sharded, local_of, part_like, place_like
-from lopt.roles import of_each
-from lopt.rule import Theta, ThetaSpec, tensor_lstm
+from lopt.roles import kinds_of_groups, of_each
+from lopt.rule import RULES, Rule, Theta, ThetaSpec, losses, tensor_lstm
+from lopt.rule.matrices import Kind
+from lopt.rule.published import step as published
 from lopt.rule.tensor_lstm import Globals, Rows
 
-#: Names in a param group of the state that all tensors share.
-SHARED = (*Globals._fields, "pending_loss", "pending_valid", "nonfinite")
+#: Names in a param group of the state that all tensors share: of every optimizer, and of every rule of others.
+WAITING = ("pending_loss", "pending_valid", "nonfinite")
+OF_RULES = (*published.SHARED, "valid_loss")
+#: All names that such state may have.
+SHARED = tuple({*Globals._fields, *WAITING, *OF_RULES, *(name for rule in RULES.values() for name in rule.shared)})
 
 Groups = Sequence[dict[str, Any]]
+Weights = Mapping[str, Tensor]
 
 
-def checksum(theta: Theta) -> str:
+def sample(weights: Weights) -> Tensor:
+    """A tensor with the device and the dtype of the tensor level."""
+    return next(iter(weights.values()))
+
+
+def checksum(theta: Theta[Any]) -> str:
     """16 hexadecimal digits that tell thetas apart: of the SHA-256 of the flat float32 values and the spec's JSON."""
     digest = hashlib.sha256(theta.flatten().float().cpu().numpy().tobytes())
     digest.update(json.dumps(theta.spec.to_json(), sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
-def open_theta(theta: Any) -> tuple[Theta, dict[str, str]]:
+def open_theta(theta: Any) -> tuple[Theta[Any], dict[str, str]]:
     """A theta, the path of its file or its shipped name; and what says in a state dict which one it is.
 
     Raises:
@@ -49,12 +60,16 @@ def open_theta(theta: Any) -> tuple[Theta, dict[str, str]]:
     return loaded, {"theta": str(name), "theta_checksum": checksum(loaded)}
 
 
-def init_globals(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def init_globals(spec: ThetaSpec | Rule, weights: Weights) -> dict[str, Tensor]:
     """State that all tensors share, before the first step."""
-    like = weights["initial_h"]
+    like = sample(weights)
     with torch.inference_mode(False), torch.no_grad():  # the first validation loss may come from inference mode
+        if isinstance(spec, Rule):
+            own = {**published.init_shared(spec, weights), "valid_loss": losses.init_loss(like)}
+        else:
+            own = tensor_lstm.init_globals(spec, weights)._asdict()
         return {
-            **tensor_lstm.init_globals(spec, weights)._asdict(),
+            **own,
             "pending_loss": like.new_zeros(2),  # sum and number (or weights) of the losses observed since the last step
             "pending_valid": like.new_zeros(2),  # those of validation losses that other ranks do not know yet
             # Number of gradient elements, and of tensors with such parameters.
@@ -62,10 +77,20 @@ def init_globals(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> dict[str, Te
         }
 
 
-def init_state(spec: ThetaSpec, weights: Mapping[str, Tensor], param: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def shared_names(spec: ThetaSpec | Rule) -> tuple[str, ...]:
+    """Names in a param group of the state that all tensors share."""
+    own = (*OF_RULES, *spec.shared) if isinstance(spec, Rule) else Globals._fields
+    return (*own, *WAITING)
+
+
+def init_state(
+    spec: ThetaSpec | Rule, weights: Weights, param: Tensor, dtype: torch.dtype, kind: Kind
+) -> dict[str, Any]:
     """State of a parameter tensor before its first step; accumulators in ``dtype``, which lie as the parameter does, on
-    its device, the rest where the tensor level is."""
-    like, local = weights["initial_h"], local_of(param)
+    its device, the rest where the tensor level is. Of a rule of others everything is there."""
+    if isinstance(spec, Rule):
+        return dict(published.init_param(spec, weights, tuple(param.shape), kind))
+    like, local = sample(weights), local_of(param)
     mom, rms = (
         like.new_zeros(len(decays), *local.shape, dtype=dtype, device=local.device)
         for decays in (spec.mom_decays, spec.rms_decays)
@@ -85,24 +110,25 @@ def holds_shared(groups: Sequence[Mapping[str, Any]]) -> bool:
     return any("pending_loss" in group for group in groups)
 
 
-def share_state(groups: Groups, spec: ThetaSpec, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def share_state(groups: Groups, spec: ThetaSpec | Rule, weights: Weights) -> dict[str, Any]:
     """Let all groups hold the shared state, that of the first group that has it, else a new one; return the first."""
     first = groups[0]
     if "pending_loss" not in first:
         found = next((group for group in groups if "pending_loss" in group), None)
-        first.update(init_globals(spec, weights) if found is None else {name: found[name] for name in SHARED})
+        names = () if found is None else shared_names(spec)
+        first.update(init_globals(spec, weights) if found is None else {name: found[name] for name in names})
     held = first["pending_loss"]
     for group in groups[1:]:
         if group.get("pending_loss") is not held:
-            group.update({name: first[name] for name in SHARED})
+            group.update({name: first[name] for name in shared_names(spec)})
     return first
 
 
 def check_state(
     state_dict: Mapping[str, Any],
     param_groups: Groups,
-    spec: ThetaSpec,
-    weights: Mapping[str, Tensor],
+    spec: ThetaSpec | Rule,
+    weights: Weights,
     part: Callable[[Tensor], Tensor],
 ) -> None:
     """Compare theta, names and shapes in a state dict with those of an optimizer; ``part``: see :func:`restore_state`.
@@ -115,8 +141,8 @@ def check_state(
         _check_theta(f"param_groups[{i}]", group, param_groups[0])
         _check_roles(f"param_groups[{i}]", group, own)
     expected = {name: tuple(value.shape) for name, value in init_globals(spec, weights).items()}
+    complete = [i for i, group in enumerate(groups) if any(name in group for name in expected)]
     del expected["pending_valid"]  # which older state dicts lack
-    complete = [i for i, group in enumerate(groups) if any(name in group for name in SHARED)]
     for i in complete:
         _check_shapes(f"param_groups[{i}]", groups[i], expected)
         for name in expected:
@@ -128,22 +154,32 @@ def check_state(
     pairs = (
         pair
         for theirs, ours in zip(groups, param_groups, strict=False)
-        for pair in zip(theirs["params"], ours["params"], strict=False)
+        for pair in zip(theirs["params"], zip(ours["params"], kinds_of_groups([ours]), strict=True), strict=False)
     )
-    rows = {name: tuple(value.shape[1:]) for name, value in tensor_lstm.init_rows(spec, weights, 1)._asdict().items()}
-    stats = {"stats": (spec.features.num_stats,)} if spec.stats == "lagged" else {}
     states = state_dict["state"]
     some = False
-    for index, param in pairs:
+    for index, (param, kind) in pairs:
         state = states.get(index)
         if state:
             some = True
-            own = {"mom": (len(spec.mom_decays), *param.shape), "rms": (len(spec.rms_decays), *param.shape), **stats}
-            _check_shapes(f"state[{index}]", {name: _shaped(param, state.get(name)) for name in own}, own, part(param))
-            _check_ranks(f"state[{index}]", state, part(param))
-            _check_shapes(f"state[{index}]['lstm']", state.get("lstm"), rows)
+            _check_param(f"state[{index}]", state, spec, weights, param, part(param), kind)
     if some and not complete:
         _check_shapes("param_groups[0]", groups[0], expected)
+
+
+def _check_param(
+    place: str, state: Any, spec: ThetaSpec | Rule, weights: Weights, param: Tensor, part: Tensor, kind: Kind
+) -> None:
+    if isinstance(spec, Rule):
+        fresh = published.init_param(spec, weights, tuple(param.shape), kind)
+        _check_shapes(place, state, {name: tuple(value.shape) for name, value in fresh.items()})
+        return
+    rows = {name: tuple(value.shape[1:]) for name, value in tensor_lstm.init_rows(spec, weights, 1)._asdict().items()}
+    stats = {"stats": (spec.features.num_stats,)} if spec.stats == "lagged" else {}
+    own = {"mom": (len(spec.mom_decays), *param.shape), "rms": (len(spec.rms_decays), *param.shape), **stats}
+    _check_shapes(place, {name: _shaped(param, state.get(name)) for name in own}, own, part)
+    _check_ranks(place, state, part)
+    _check_shapes(f"{place}['lstm']", state.get("lstm"), rows)
 
 
 def _check_theta(place: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -228,7 +264,8 @@ def restore_state(
     source: Mapping[str, Any],
     param_groups: Groups,
     state: MutableMapping[Tensor, Any],
-    like: Tensor,
+    spec: ThetaSpec | Rule,
+    weights: Weights,
     dtype: torch.dtype,
     part: Callable[[Tensor], Tensor],
 ) -> None:
@@ -237,10 +274,12 @@ def restore_state(
     Args:
         source: a state dict that :func:`check_state` passed.
         param_groups, state: the optimizer's; written.
-        like: has device and dtype of the state at tensor level; accumulators are on the device of their parameter.
+        weights: of theta, on the device and in the dtype of the state at tensor level; accumulators are on the device
+            of their parameter.
         dtype: of the accumulators.
         part: a parameter as it is stepped, by which the state lies.
     """
+    like, of_rule = sample(weights), isinstance(spec, Rule)
 
     def copy(value: Any, floating: torch.dtype = like.dtype, device: torch.device = like.device) -> Any:
         if isinstance(value, dict):
@@ -252,7 +291,8 @@ def restore_state(
         return value.detach().to(device=device, dtype=kept, copy=True, memory_format=order)
 
     found = next((group for group in source["param_groups"] if "pending_loss" in group), None)
-    shared = {} if found is None else {name: copy(found[name]) for name in SHARED if name in found}
+    names = shared_names(spec)
+    shared = {} if found is None else {name: copy(found[name]) for name in names if name in found}
     if shared:
         shared.setdefault("pending_valid", torch.zeros_like(shared["pending_loss"]))
     for group in param_groups:
@@ -262,6 +302,9 @@ def restore_state(
     params = (param for group in param_groups for param in group["params"])
     pairs = [(source["state"].get(index), param) for index, param in zip(ids, params, strict=True)]
     pairs = [(theirs, param) for theirs, param in pairs if theirs]
+    if of_rule:
+        state.update({param: copy(theirs) for theirs, param in pairs})
+        return
     counts = _stack([theirs["lstm"]["updates"] for theirs, _ in pairs], like)
     begun = torch.stack(list(counts)).tolist() if pairs else []
     pairs = list(compress(pairs, begun))  # what never had a gradient begins when it gets one

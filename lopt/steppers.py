@@ -19,13 +19,13 @@ from lopt import kernels
 from lopt.distributed import Box, Exchange, Layout, PartOperands, Ranks, ShardedDirections, Shares, is_sharded, local_of
 from lopt.distributed.parts import increment_versions
 from lopt.roles import kinds_of_groups
-from lopt.rule import Theta, ThetaSpec, reference, tensor_lstm
+from lopt.rule import Rule, Theta, ThetaSpec, reference, tensor_lstm
 from lopt.rule.features import STATS
 from lopt.rule.inputs import Shapes
 from lopt.rule.matrices import Kind, Matrix, matrices_of
 from lopt.rule.step import run
 from lopt.rule.tensor_lstm import Globals, Rows
-from lopt.state import init_state
+from lopt.state import init_state, sample
 
 Groups = Sequence[dict[str, Any]]
 
@@ -44,7 +44,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def layout_of(tensors: "Tensors", ranks: Ranks) -> Layout:
+def layout_of(tensors: "StackedTensors", ranks: Ranks) -> Layout:
     """Which parts of the tensors all ranks hold, a collective.
 
     Raises:
@@ -84,15 +84,14 @@ class Control(NamedTuple):
     matrix: Matrix
 
 
-#: Step sizes and gates of the selected tensors.
-Decided = tuple[list[Tensor], list[Tensor]]
+#: Step sizes and gates of the selected tensors; None where the rule has no gates.
+Decided = tuple[list[Tensor], Sequence[Tensor | None]]
 
 
 class Tensors:
     """The non-empty parameters of an optimizer with their state, and which of them are selected.
 
-    ``state[p]`` is created with the first gradient of ``p``; its ``lstm`` (and with lagged statistics ``stats``) are
-    views of rows of the stacked tables here. What is in ``state`` already is taken up.
+    ``state[p]`` is created with the first gradient of ``p``. What is in ``state`` already is taken up.
 
     Args:
         groups: the optimizer's param groups.
@@ -105,7 +104,7 @@ class Tensors:
         self,
         groups: Groups,
         state: MutableMapping[Tensor, dict[str, Any]],
-        spec: ThetaSpec,
+        spec: ThetaSpec | Rule,
         weights: Mapping[str, Tensor],
         dtype: torch.dtype,
         shares: Shares | None = None,
@@ -116,7 +115,7 @@ class Tensors:
         indices = [index for index, group in enumerate(groups) for _ in group["params"]]
         for param in everything:
             if param.numel() == 0 and "mom" not in state[param]:  # never updated, but checkpoints look for its state
-                state[param].update(init_state(spec, weights, self._part(param), dtype))
+                state[param].update(init_state(spec, weights, self._part(param), dtype, Kind()))
         filled = [param.numel() > 0 for param in everything]
         self.params: list[Tensor] = list(compress(everything, filled))
         self.groups: list[int] = list(compress(indices, filled))
@@ -125,25 +124,11 @@ class Tensors:
         self.states: list[dict[str, Any] | None] = [
             state[param] if "mom" in state.get(param, {}) else None for param in self.params
         ]
-        fresh = tensor_lstm.init_rows(spec, weights, 1)
-        self.rows = Rows(
-            *(
-                torch.stack([old["lstm"][name] if old else new[0] for old in self.states] or [new[0]])
-                for name, new in fresh._asdict().items()
-            )
-        )
-        self.stats: Tensor | None = None  # [R, S] of the step before, where they lag
-        if spec.stats == "lagged":
-            new = self.rows.h.new_zeros(spec.features.num_stats)
-            self.stats = torch.stack([old["stats"] if old else new for old in self.states] or [new])
         for row, old in enumerate(self.states):
             if old and local_of(old["mom"]).device != self.places[row].device:  # which a check of gradients refuses
                 self.places[row] = Name(local_of(old["mom"]).device)
-        self.bind()
         self.selected: list[int] = []
         self.foreseen = False  # whether they were selected before their gradients were seen
-        self.mom: list[Tensor] = []  # of the selected ones
-        self.rms: list[Tensor] = []
         self.sharded = any(map(is_sharded, self.parts(self.params)))
         self.operands = PartOperands(self.params, shares) if self.sharded else kernels.Operands(Tensor, self.params)
         self._groups, self._seen_groups = groups, kernels.Seen()
@@ -152,6 +137,11 @@ class Tensors:
             self._seen_groups.items(group, "params", "role", "transposed")
             self._seen_groups.all(group["params"])
         self._see_state([])
+
+    @property
+    def home(self) -> torch.device:
+        """The device of the tensor level."""
+        return sample(self.weights).device
 
     def _part(self, param: Tensor) -> Tensor:
         return param if self.shares is None else self.shares.part(param)
@@ -164,6 +154,83 @@ class Tensors:
         """Whether a parameter that has no state yet is elsewhere than it was."""
         rows = (row for row, state in enumerate(self.states) if state is None)
         return any(local_of(self.params[row]).device != self.places[row].device for row in rows)
+
+    def serve(self, groups: Groups, state: Mapping[Tensor, Any]) -> bool:
+        """Whether parameters and groups are still these, and nobody has cleared or replaced their state."""
+        same = groups is self._groups and state is self.state
+        return same and self._seen_groups.same() and self._seen_state.same()
+
+    def _see_state(self, selected: list[Any]) -> None:
+        self._seen_state = kernels.Seen()
+        self._seen_state.all(self.state)
+        for state in selected:
+            self._seen_state.items(state, *(name for name in ("mom", "rms") if name in state))
+
+    def select(self, rows: Sequence[int] | None = None) -> None:
+        """Take the tensors that have a gradient now, or those that will have one, with state for each."""
+        self.foreseen = rows is not None
+        self.selected = self.operands.select() if rows is None else list(rows)
+        for index in self.selected:
+            if self.states[index] is not None:
+                continue
+            param = self.params[index]
+            state = self.state[param]
+            state.update(init_state(self.spec, self.weights, self._part(param), self.dtype, self.kinds[index]))
+            self.states[index] = state
+        self._see_state(self.selected_states)
+
+    @property
+    def selected_states(self) -> list[dict[str, Any]]:
+        """The states of the selected parameters."""
+        return [cast(dict[str, Any], self.states[index]) for index in self.selected]
+
+    def option(self, name: str, groups: Groups) -> Tensor:
+        """``[T]`` values of a group option, of the selected tensors."""
+        like = sample(self.weights)
+        values = [groups[self.groups[index]][name] for index in self.selected]
+        return torch.stack([torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in values])
+
+    @property
+    def selected_groups(self) -> list[int]:
+        """The param group of each selected parameter."""
+        return [self.groups[index] for index in self.selected]
+
+    @property
+    def selected_params(self) -> list[Tensor]:
+        """The selected parameters."""
+        if len(self.selected) == len(self.params):
+            return self.params
+        return [self.params[index] for index in self.selected]
+
+
+class StackedTensors(Tensors):
+    """Those of the hierarchical optimizer; ``lstm`` of a state (and with lagged statistics ``stats``) are views of rows
+    of the stacked tables here."""
+
+    def __init__(
+        self,
+        groups: Groups,
+        state: MutableMapping[Tensor, dict[str, Any]],
+        spec: ThetaSpec,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        shares: Shares | None = None,
+    ) -> None:
+        super().__init__(groups, state, spec, weights, dtype, shares)
+        fresh = tensor_lstm.init_rows(spec, weights, 1)
+        self.rows = Rows(
+            *(
+                torch.stack([old["lstm"][name] if old else new[0] for old in self.states] or [new[0]])
+                for name, new in fresh._asdict().items()
+            )
+        )
+        self.stats: Tensor | None = None  # [R, S] of the step before, where they lag
+        if spec.stats == "lagged":
+            new = self.rows.h.new_zeros(spec.features.num_stats)
+            self.stats = torch.stack([old["stats"] if old else new for old in self.states] or [new])
+        self.mom: list[Tensor] = []  # of the selected ones
+        self.rms: list[Tensor] = []
+        self.bind()
 
     def bind(self) -> None:
         """Make the states show rows of the tables."""
@@ -179,44 +246,15 @@ class Tensors:
         if self._stats_views is not None:
             state["stats"] = self._stats_views[index]
 
-    def serve(self, groups: Groups, state: Mapping[Tensor, Any]) -> bool:
-        """Whether parameters and groups are still these, and nobody has cleared or replaced their state."""
-        same = groups is self._groups and state is self.state
-        return same and self._seen_groups.same() and self._seen_state.same()
-
-    def _see_state(self, selected: list[Any]) -> None:
-        self._seen_state = kernels.Seen()
-        self._seen_state.all(self.state)
-        for state in selected:
-            self._seen_state.items(state, "mom", "rms")
-
     def select(self, rows: Sequence[int] | None = None) -> None:
-        """Take the tensors that have a gradient now, or those that will have one, with state for each."""
-        self.foreseen = rows is not None
-        self.selected = self.operands.select() if rows is None else list(rows)
-        for index in self.selected:
-            if self.states[index] is not None:
-                continue
-            param = self.params[index]
-            state = self.state[param]
-            state.update(init_state(self.spec, self.weights, self._part(param), self.dtype))
-            self.states[index] = state
-            self._show(index, state)
-        states: list[Any] = [self.states[index] for index in self.selected]
+        new = [index for index, state in enumerate(self.states) if state is None]
+        super().select(rows)
+        for index in new:
+            state = self.states[index]
+            if state is not None:
+                self._show(index, state)
+        states = self.selected_states
         self.mom, self.rms = ([_flat(state[name]) for state in states] for name in ("mom", "rms"))
-        self._see_state(states)
-
-    @property
-    def selected_groups(self) -> list[int]:
-        """The param group of each selected parameter."""
-        return [self.groups[index] for index in self.selected]
-
-    @property
-    def selected_params(self) -> list[Tensor]:
-        """The selected parameters."""
-        if len(self.selected) == len(self.params):
-            return self.params
-        return [self.params[index] for index in self.selected]
 
 
 def _flat(accumulators: Tensor) -> Tensor:
@@ -228,10 +266,10 @@ def _flat(accumulators: Tensor) -> Tensor:
 class ReferenceStepper:
     """Steps by lopt/rule/reference.py."""
 
-    def __init__(self, tensors: Tensors, theta: Theta) -> None:
+    def __init__(self, tensors: StackedTensors, theta: Theta) -> None:
         self.tensors, self.spec = tensors, theta.spec
         self.index = torch.zeros(0, dtype=torch.int64)
-        like, shapes = tensors.weights["initial_h"], [tuple(param.shape) for param in tensors.params]
+        like, shapes = sample(tensors.weights), [tuple(param.shape) for param in tensors.params]
         self.shapes = Shapes.of(theta.spec, shapes, like, tensors.kinds)
         self.matrices = list(self.shapes.matrices)
         self.decided: Decided = [], []
@@ -246,7 +284,7 @@ class ReferenceStepper:
     ) -> None:
         """One step; ``shared`` is the state of all tensors, written, with the losses since the last step in it."""
         tensors, spec = self.tensors, self.spec
-        like = tensors.weights["initial_h"]
+        like = sample(tensors.weights)
         everything = len(tensors.selected) == len(tensors.params)
         stacked = tensors.rows if everything else Rows(*(value[self.index] for value in tensors.rows))
         before = tensors.stats if tensors.stats is None or everything else tensors.stats[self.index]
@@ -261,14 +299,15 @@ class ReferenceStepper:
                 here[2],
                 here[3],
                 torch.where(count > 0, total / count, torch.full_like(total, float("nan"))),
-                lr=self._option("lr", groups),
-                weight_decay=self._option("weight_decay", groups),
+                lr=tensors.option("lr", groups),
+                weight_decay=tensors.option("weight_decay", groups),
                 total_steps=float(total_steps),
                 before=before,
                 positions=tensors.selected,
                 shapes=self.shapes if everything else self.shapes.of_rows(tensors.selected),
             )
-        self.decided = list(trace["step_size"].unbind()), list(trace["conditioning"].gate.unbind())
+        gates = list(trace["conditioning"].gate.unbind())
+        self.decided = list(trace["step_size"].unbind()), gates if spec.newton_schulz else [None] * len(gates)
         for param, new in zip(params, params_, strict=True):
             param.copy_(new)
         for old, new in zip([*tensors.mom, *tensors.rms], [*state.mom, *state.rms], strict=True):
@@ -282,12 +321,6 @@ class ReferenceStepper:
         shared["pending_loss"].zero_()
         counts = [trace["seen"][:, STATS.index("nonfinite")].sum(), tensor_lstm.rests(trace["seen"]).sum()]
         shared["nonfinite"].add_(torch.stack(counts).to(torch.int64))
-
-    def _option(self, name: str, groups: Groups) -> Tensor:
-        """``[T]`` values of a group option."""
-        like = self.tensors.weights["initial_h"]
-        values = [groups[self.tensors.groups[index]][name] for index in self.tensors.selected]
-        return torch.stack([torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in values])
 
 
 class KernelPhases:
@@ -369,7 +402,7 @@ class KernelStepper:
     def __init__(
         self,
         backend_of: Callable[[torch.device], str],
-        tensors: Tensors,
+        tensors: StackedTensors,
         theta: Theta,
         precision: str,
         ranks: Ranks,
@@ -448,7 +481,7 @@ class KernelStepper:
         """What the last step was, copied."""
         tables = [self.level.inputs[name].clone().unbind() for name in ("step_size", "gate")]
         sizes, gates = ([table[row] for row in self.tensors.selected] for table in tables)
-        return sizes, gates
+        return sizes, gates if self.spec.newton_schulz else [None] * len(gates)
 
     def settle(self) -> None:
         """Complete the state, of which the next step would have completed a part: of sharded tensors a collective."""

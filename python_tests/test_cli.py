@@ -316,6 +316,24 @@ def test_weights_convert(run: Run, golden: Callable[[str], dict[str, np.ndarray]
     assert numbers["provenance"] == theta.provenance
 
 
+def test_weights_convert_of_other_rules(run: Run, golden: Callable[[str], dict[str, np.ndarray]]) -> None:
+    """PyLO's networks from two files, constants that are in none."""
+    source = Path("velo.npz")
+    np.savez(source, **golden("velo_bugged"))
+    settings = ["bugged_losses=true", "bugged_lstm=true"]
+    run("weights", "convert", str(source), "velo.safetensors", "--set", *settings)
+    theta = Theta.load("velo.safetensors")
+    assert (theta.spec.bugged_losses, theta.spec.bugged_lstm, theta.spec.lstm_width) == (True, True, 16)
+    network = {"network.input.weight": torch.ones(8, 39), "network.input.bias": torch.ones(8)}
+    torch.save(network, "one.pt")
+    torch.save({"network.output.weight": torch.ones(2, 8), "network.output.bias": torch.ones(2)}, "two.pt")
+    numbers = run("weights", "convert", "one.pt", "elo.safetensors", "--also", "two.pt", "--optimizer", "ELO")
+    assert numbers["spec"]["rule"] == "small_fc_lopt"
+    assert numbers["provenance"]["source"] == "one.pt, two.pt"
+    assert Theta.load("elo.safetensors").spec.mlp_layers == 1
+    assert "mlp_width" in run("weights", "show", "elo.safetensors")["stdout"]
+
+
 def test_weights_interpolate(run: Run) -> None:
     """Also of its own output: the provenance of both ends goes along."""
     numbers = run("weights", "interpolate", "default", "adam", "half.safetensors", "--share", "0.5")
@@ -339,7 +357,9 @@ def test_weights_interpolate(run: Run) -> None:
     [
         (("show", "absent"), "lopt: theta: no file 'absent'"),
         (("show", "broken.safetensors"), "broken.safetensors is not a readable safetensors file"),
-        (("convert", "broken.safetensors", "to.safetensors"), "broken.safetensors is not a readable flax theta.state"),
+        (("convert", "broken.safetensors", "to.safetensors"), "broken.safetensors is no readable file of torch.save"),
+        (("convert", "broken.state", "to.safetensors"), "broken.state is not a readable flax theta.state"),
+        (("convert", "broken.state", "to.safetensors", "--also", "a.pt"), "also, optimizer: are for state dicts"),
         (("convert", "absent", "to.safetensors"), "No such file or directory: 'absent'"),
         (("convert", "absent", "to.pickle"), "dest: expected a name that ends in .safetensors, got 'to.pickle'"),
         (("convert", "absent"), "DEST File to write"),
@@ -350,7 +370,8 @@ def test_weights_interpolate(run: Run) -> None:
 def test_weights_fails_in_one_line(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
-    Path("broken.safetensors").write_bytes(b"\x93not weights")
+    for name in ("broken.safetensors", "broken.state"):
+        Path(name).write_bytes(b"\x93not weights")
     assert message in failure(capsys, "weights", *arguments)
 
 

@@ -77,6 +77,18 @@ def _kind(hint: Any) -> str | None:
     return next((kind for part in get_args(hint) if (kind := _kind(part)) is not None), None)
 
 
+def json_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """What ``NAME=VALUE`` say, with values in JSON, or text where they are none."""
+    given: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        try:
+            given[name] = json.loads(text)
+        except json.JSONDecodeError:
+            given[name] = text
+    return given
+
+
 def write_json(path: Path, numbers: dict[str, Any]) -> None:
     """Write ``numbers`` to ``path`` as standard JSON: paths become strings, non-finite numbers become
     null."""

@@ -1,6 +1,5 @@
 """``lopt meta-train``: meta-train theta on tasks that need no data."""
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from lopt.commands.common import Outcome, OutFolder, Seed, say
+from lopt.commands.common import Outcome, OutFolder, Seed, json_settings, say
 from lopt.commands.weights import describe_theta
 from lopt.commands.workers import Spread
 from lopt.meta.loggers import LoggerName
@@ -82,11 +81,6 @@ class MetaTrain(Spread):
         """Fields of the configuration that the command line names."""
         named = {"inner_steps": self.inner_steps, "init": self.from_, "seed": self.seed}
         given = {name: value for name, value in named.items() if value is not None}
-        for setting in self.set:
-            name, _, text = setting.partition("=")
-            try:
-                given[name] = json.loads(text)
-            except json.JSONDecodeError:
-                given[name] = text
+        given |= json_settings(self.set)
         check_fields(given)
         return given

@@ -1,4 +1,4 @@
-"""``lopt weights``: look at meta-parameters, convert those of the JAX port, take what lies between two thetas."""
+"""``lopt weights``: look at meta-parameters, convert those of others, take what lies between two thetas."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from lopt.commands.common import Command, Outcome, OutFile, say, show_table
+from lopt.commands.common import Command, Outcome, OutFile, json_settings, say, show_table
 from lopt.provenance import commit
 from lopt.rule import WEIGHTS, Theta, shipped
 
@@ -42,7 +42,8 @@ class Show(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Command):
-    """Convert meta-parameters of the JAX port (a flax theta.state, or an .npz) to a theta file."""
+    """Convert meta-parameters of others to a theta file: of google/learned_optimization (flax, .npz), or PyLO's state
+    dicts (.pt, .pth, .bin, .safetensors). The rule is recognised by their arrays."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """File to read."""
@@ -50,10 +51,27 @@ class Convert(Command):
     dest: Annotated[OutFile, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
     """File to write; its name ends in .safetensors."""
 
+    also: tuple[Path, ...] = ()
+    """More files of the same optimizer: PyLO has VeLO in two."""
+
+    optimizer: str | None = None
+    """Its name in PyLO, where several have the same network: ELO."""
+
+    set: tuple[str, ...] = ()
+    """Constants that are in no file, as NAME=VALUE with the value in JSON, for instance step_multiplier=0.01."""
+
     def run(self, console: Console) -> Outcome:
         _check_dest(self.dest)
-        theta = Theta.import_jax(self.source)
-        origin = {"source": self.source.name, "source_sha256": _sha256(self.source)}
+        sources = (self.source, *self.also)
+        pylo = self.source.suffix in (".pt", ".pth", ".bin", ".safetensors")
+        if not pylo and (self.also or self.optimizer):
+            raise ValueError(f"also, optimizer: are for state dicts of PyLO, and {self.source} is none by its name")
+        theta = Theta.import_pylo(*sources, optimizer=self.optimizer) if pylo else Theta.import_jax(self.source)
+        theta = theta.with_spec(**json_settings(self.set))
+        origin = {
+            "source": ", ".join(path.name for path in sources),
+            "source_sha256": ", ".join(map(_sha256, sources)),
+        }
         theta = dataclasses.replace(theta, provenance={**theta.provenance, **origin})
         self.dest.parent.mkdir(parents=True, exist_ok=True)
         theta.save(self.dest)

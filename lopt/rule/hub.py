@@ -15,7 +15,7 @@ CARD = "README.md"
 
 
 def push(
-    theta: "Theta",
+    theta: "Theta[Any]",
     repo_id: str,
     *,
     scores: Mapping[str, float] | None,
@@ -58,14 +58,15 @@ def require() -> Any:
         raise ModuleNotFoundError(text, name=error.name) from error
 
 
-def card(theta: "Theta", repo_id: str, scores: Mapping[str, float] | None, sha256: str) -> str:
+def card(theta: "Theta[Any]", repo_id: str, scores: Mapping[str, float] | None, sha256: str) -> str:
     """The model card: what it is, how to use it, how it was made, and its scores."""
     made = theta.provenance
     config = made.get("config") or {}
     validation = made.get("validation") or {}
     facts = {
         "meta-parameters": f"{theta.num_floats:,}",
-        "feature set": theta.spec.feature_set,
+        "rule": getattr(theta.spec, "name", None),
+        "feature set": getattr(theta.spec, "feature_set", None),
         "sha256 of the file": sha256,
         "made by": made.get("method"),
         "recipe": config.get("recipe"),

@@ -72,6 +72,12 @@ def next_loss(state: Tensor, loss: Tensor, decay: float, robust: bool = False) -
     return torch.stack(new._replace(first=first, lowest=lowest))
 
 
+def told(state: Tensor, loss: Tensor, decay: float = 0.9) -> Tensor:
+    """State of a loss after one more, a non-finite one counts as none."""
+    safe = torch.where(torch.isfinite(loss), bounded_loss(loss), torch.zeros_like(loss))
+    return torch.where(torch.isfinite(loss), next_loss(state, safe, decay), state)
+
+
 def bounded_loss(loss: Tensor) -> Tensor:
     """A loss so small that its square is finite, within +-1e14."""
     return torch.clamp(loss, -LARGEST, LARGEST)

@@ -1,8 +1,9 @@
 """theta: the meta-parameters of a learned optimizer, and the spec that says what they parametrise.
 
-A :class:`Theta` is a :class:`ThetaSpec` (the architecture: feature set, sizes, constants) with one named float32 tensor
-per entry of ``spec.shapes()``. It is created at random as in the paper (:meth:`Theta.init`), as an imitation of Adam
-(:meth:`Theta.init_adam`), from a file, or from the weights of the author's JAX port.
+A :class:`Theta` is a spec (the architecture: sizes, constants) with one named float32 tensor per entry of
+``spec.shapes()``. The spec is a :class:`ThetaSpec`, of the hierarchical optimizer, or a rule that others published
+(:mod:`lopt.rule.published`). A theta is created at random as in its paper (:meth:`Theta.init`), as an imitation of Adam
+(:meth:`Theta.init_adam`), from a file, or from the weights of others.
 
 Source: arXiv:2009.11243, section 3.3 and appendix C; constants of the port.
 """
@@ -14,16 +15,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, cast
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from lopt.files import replacing
 from lopt.rule import hub
-from lopt.rule.jax_import import read_jax
+from lopt.rule.imports import read_jax, read_pylo
+from lopt.rule.published import RULES, Rule, rule_from_json
 from lopt.rule.spec import PRESETS, ThetaSpec
 
 FORMAT = 3  # of the safetensors file; raised when an older version of lopt cannot read what this one writes
@@ -31,16 +34,39 @@ READABLE = (2, 3)  # 2 has no direction stage
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
-def _preset(name: str | ThetaSpec) -> ThetaSpec:
-    if isinstance(name, ThetaSpec):
+#: What a theta is of; written without, ``Theta`` is that of the hierarchical optimizer.
+Spec = TypeVar("Spec", bound=ThetaSpec | Rule, default=ThetaSpec)
+
+
+def _preset(name: str | ThetaSpec | Rule) -> ThetaSpec | Rule:
+    if isinstance(name, (ThetaSpec, Rule)):
         return name
+    if name in RULES:
+        return RULES[name]()
     if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
+        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, or of the rules {sorted(RULES)}, got {name!r}")
     return PRESETS[name]
 
 
+def hierarchical(theta: "Theta[Any]", what: str) -> "Theta":
+    """A theta of the hierarchical optimizer.
+
+    Args:
+        what: needs one, for the error.
+
+    Raises:
+        ValueError: it is of another rule.
+    """
+    if isinstance(theta.spec, Rule):
+        raise ValueError(
+            f"theta: {what} is there for the hierarchical optimizer alone, got rule {theta.spec.name!r}; "
+            f"use a theta of one of the presets {sorted(PRESETS)}"
+        )
+    return theta
+
+
 @dataclass(frozen=True)
-class Theta:
+class Theta(Generic[Spec]):
     """Meta-parameters: a spec, one float tensor per entry of ``spec.shapes()``, and where they come from.
 
     Raises:
@@ -52,7 +78,7 @@ class Theta:
         torch.Size([35799])
     """
 
-    spec: ThetaSpec
+    spec: Spec
     tensors: dict[str, Tensor]
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -71,17 +97,20 @@ class Theta:
         object.__setattr__(self, "tensors", {name: self.tensors[name].detach() for name in shapes})
 
     @classmethod
-    def init(cls, preset: str | ThetaSpec = "compact", seed: int = 0) -> "Theta":
+    def init(cls, preset: str | ThetaSpec | Rule = "compact", seed: int = 0) -> "Theta[Any]":
         """Random meta-parameters as in the paper.
 
         Weights are normal with ``sigma = 1 / sqrt(fan_in)`` truncated at two sigma, ``initial_from_*`` likewise with
         ``sigma = sqrt(1 / length) / .87963``; biases, LSTM state, skip and step control are zero.
 
         Args:
-            preset: its name, or a spec.
+            preset: its name, or that of a rule of others (:data:`lopt.rule.published.RULES`); or a spec.
         """
         spec = _preset(preset)
         generator = torch.Generator().manual_seed(seed)
+        method = {"method": "init", "preset": preset if isinstance(preset, str) else spec.preset, "seed": seed}
+        if isinstance(spec, Rule):
+            return Theta(spec, spec.init(generator), method)
         tensors = {}
         for name, shape in spec.shapes().items():
             tensor = torch.zeros(shape, dtype=torch.float32)
@@ -93,11 +122,7 @@ class Theta:
             if sigma > 0.0:
                 torch.nn.init.trunc_normal_(tensor, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
             tensors[name] = tensor
-        return cls(
-            spec,
-            tensors,
-            {"method": "init", "preset": preset if isinstance(preset, str) else spec.preset, "seed": seed},
-        )
+        return Theta(spec, tensors, method)
 
     @classmethod
     def init_adam(cls, preset: str | ThetaSpec = "compact", seed: int = 0, stop_early: float = 1.0) -> "Theta":
@@ -120,7 +145,7 @@ class Theta:
         combination of all five does no better (benchmarks/adam_fit.py). The normaliser gives that column unit mean
         square, so the step is that of Adam with a learning rate of 1e-3.
         """
-        spec = _preset(preset)
+        spec = hierarchical(cls.init(preset, seed), "init_adam").spec
         tensors = cls.init(preset, seed).tensors
         tensors["mlp.w3"][:, :2] = 0.0
         if spec.linear_skip:
@@ -142,10 +167,10 @@ class Theta:
                 tensors["mlp.w3"][unit, 0] = sign
         name = preset if isinstance(preset, str) else spec.preset
         provenance = {"method": "init_adam", "preset": name, "seed": seed, "stop_early": stop_early}
-        return cls(spec, tensors, provenance)
+        return Theta(spec, tensors, provenance)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str]) -> "Theta":
+    def load(cls, source: str | os.PathLike[str]) -> "Theta[Any]":
         """Read a theta file, or the shipped theta of that name.
 
         Raises:
@@ -178,7 +203,8 @@ class Theta:
                 "install the version of lopt that wrote it, or a newer one"
             )
         try:
-            theta = cls(ThetaSpec.from_json(spec), tensors, provenance)
+            known = rule_from_json(spec) if "rule" in spec else ThetaSpec.from_json(spec)
+            theta: Theta[Any] = Theta(known, tensors, provenance)
         except TypeError as error:
             raise ValueError(f"theta: {path} has a spec with a value of the wrong type ({error})") from error
         theta._check_finite(f"in {path}; it is damaged: copy or make it again")
@@ -245,7 +271,7 @@ class Theta:
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
-    ) -> "Theta":
+    ) -> "Theta[Any]":
         """Theta from a model repository of the Hugging Face Hub (extra ``hub``); a file that is in its cache is not
         fetched again. Files of thetas hold numbers and text: nothing in them is run.
 
@@ -271,13 +297,18 @@ class Theta:
                 count = int((~tensor.isfinite()).sum())
                 raise ValueError(f"theta[{name!r}]: {count} of {tensor.numel()} values are not finite {where}")
 
-    def with_spec(self, **changes: Any) -> "Theta":
+    def with_spec(self, **changes: Any) -> "Theta[Spec]":
         """The same meta-parameters under a spec with changed constants, e.g. ``theta.with_spec(step_multiplier=.01)``.
 
         Raises:
-            ValueError: the change alters the shapes of the tensors.
+            ValueError: there is no such constant, or the change alters the shapes of the tensors.
         """
-        return Theta(dataclasses.replace(self.spec, **changes), self.tensors, self.provenance)
+        names = [each.name for each in dataclasses.fields(cast(Any, self.spec))]
+        for name in changes:
+            if name not in names:
+                raise ValueError(f"spec: no constant {name!r}; there are {', '.join(names)}")
+        spec = cast(Spec, dataclasses.replace(cast(Any, self.spec), **changes))
+        return Theta(spec, self.tensors, self.provenance)
 
     @property
     def num_floats(self) -> int:
@@ -288,7 +319,7 @@ class Theta:
         """All meta-parameters as one vector ``[P]``, in the order of ``spec.shapes()``."""
         return torch.cat([tensor.reshape(-1) for tensor in self.tensors.values()])
 
-    def unflatten(self, flat: Tensor) -> "Theta":
+    def unflatten(self, flat: Tensor) -> "Theta[Spec]":
         """Theta with this spec and the values of ``flat`` ``[P]``; the inverse of :meth:`flatten`."""
         if flat.shape != (self.num_floats,):
             raise ValueError(f"flat: expected shape ({self.num_floats},), got {tuple(flat.shape)}")
@@ -307,7 +338,7 @@ class Theta:
             >>> old = Theta.init_adam("compact")
             >>> new = old.carried(PRESETS["spectral"])
         """
-        old, tensors = self.spec, {}
+        old, tensors = hierarchical(self, "carried").spec, {}
         for name, shape in spec.shapes().items():
             tensors[name] = torch.zeros(shape, dtype=torch.float32)
             if name not in self.tensors:
@@ -324,7 +355,7 @@ class Theta:
             target[[rows_to.index(row) for row in kept]] = source[[rows_from.index(row) for row in kept]]
         return Theta(spec, tensors, self.provenance)
 
-    def toward(self, other: "Theta", share: float) -> "Theta":
+    def toward(self, other: "Theta[Spec]", share: float) -> "Theta[Spec]":
         """``(1 - share) self + share other``: a step back towards where meta-training began averages out its noise.
 
         Args:
@@ -345,23 +376,47 @@ class Theta:
         tensors = {name: (1 - share) * tensor + share * other.tensors[name] for name, tensor in self.tensors.items()}
         return Theta(self.spec, tensors, self.provenance)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Theta":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Theta[Spec]":
         """Theta on another device or in another floating dtype."""
         tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors.items()}
         return Theta(self.spec, tensors, self.provenance)
 
     @classmethod
-    def import_jax(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "Theta":
-        """Meta-parameters of the author's JAX port (``RNNMLPLOpt``), with the port's semantics.
+    def import_jax(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "Theta[Any]":
+        """Meta-parameters of an optimizer of google/learned_optimization, or made from one of those.
+
+        The rule is recognised by its arrays: ``RNNMLPLOpt`` (preset ``paper`` with the port's semantics), or one of
+        :data:`lopt.rule.published.RULES`. Constants that are no arrays are those of the rule's defaults
+        (:meth:`with_spec` changes them).
 
         Args:
-            source: a flax ``theta.state`` file (msgpack), an ``.npz`` file, or a mapping; nested, or with keys such as
-                ``theta|ffmod_params|mlp/~/linear_0|w`` (the prefix ``theta|`` may be missing).
+            source: a flax file (msgpack) of theta or of ``ParameterCheckpoint``, an ``.npz`` file, or a mapping, such
+                as a tree of haiku's; nested, or with keys such as ``theta|ffmod_params|mlp/~/linear_0|w`` (the prefix
+                ``theta|`` may be missing).
 
         Raises:
-            ValueError: an array is missing or has another shape than the ``paper`` preset.
+            ValueError: an array is missing or has another shape than the rule.
         """
-        return cls(*read_jax(source), {"method": "import_jax"})
+        return Theta(*read_jax(source), {"method": "import_jax"})
+
+    @classmethod
+    def import_pylo(
+        cls, *sources: str | os.PathLike[str] | Mapping[str, Any], optimizer: str | None = None
+    ) -> "Theta[Any]":
+        """Meta-parameters of a network of PyLO (``MetaMLP``, ``VeLORNN`` with ``VeLOMLP``, ``CELO2MLP``).
+
+        Constants that PyLO has in its constructors are those of its defaults, with ``lr`` 1 where there are others
+        beside it; :meth:`with_spec` changes them.
+
+        Args:
+            sources: state dicts, or files of ``torch.save`` or safetensors with one; for VeLO both networks.
+            optimizer: the name in PyLO, where several share a network: ``MetaMLP`` is that of ``"AdafacLO"`` (and
+                ``"MuLO"``) by default, with the decays of its constructor, and of ``"ELO"``.
+
+        Raises:
+            ValueError: a source is none of these, or a tensor is missing.
+        """
+        return Theta(*read_pylo(sources, optimizer), {"method": "import_pylo"})
 
 
 def _input_names(spec: ThetaSpec, tensor: str) -> list[str]:
@@ -379,7 +434,7 @@ def _input_names(spec: ThetaSpec, tensor: str) -> list[str]:
     return []
 
 
-def unflatten(spec: ThetaSpec, flat: Tensor) -> dict[str, Tensor]:
+def unflatten(spec: ThetaSpec | Rule, flat: Tensor) -> dict[str, Tensor]:
     """Named tensors of theta as views of ``flat`` ``[..., P]``; leading dimensions (a population) are kept."""
     shapes = spec.shapes()
     parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()], dim=-1)
