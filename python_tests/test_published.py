@@ -555,6 +555,31 @@ def test_losses_that_are_missing(name: str) -> None:
     assert float(opt.param_groups[0]["step"]) == 5
 
 
+@every_rule
+def test_closures_new_groups_and_a_state_that_is_loaded_twice(name: str) -> None:
+    params = make_params()
+    opt = make(name, params[:3])
+    loss = opt.step(lambda: _backward(params[:3]))
+    assert float(loss.detach()) > 0
+    assert all("mom" in opt.state[param] for param in params[:3])
+    opt.add_param_group({"params": params[3:]})
+    run(opt, params, 2)
+    state = clone_tree(opt.state_dict())
+    for _ in range(2):
+        again = copies(params)
+        other = make(name, [{"params": again[:3]}, {"params": again[3:]}])
+        other.load_state_dict(state)
+        run(other, again, 1, first=2)
+    run(opt, params, 1, first=2)
+    assert_same_bits(snapshot(opt), snapshot(other))
+
+
+def _backward(params: Sequence[Tensor]) -> Tensor:
+    loss = torch.stack([param.square().sum() for param in params]).sum()
+    loss.backward()
+    return loss
+
+
 def test_velo_needs_the_number_of_steps() -> None:
     params = make_params()
     opt = LearnedOptimizer(params, small_theta("velo"))
