@@ -41,8 +41,9 @@ class LearnedOptimizer(Optimizer):
     Of hidden matrices, ``default`` brings the singular values of all these directions together towards one, as far as a
     learned gate of the tensor opens (:mod:`lopt.rule.orthogonal`).
     There is nothing to tune: ``lr`` is a multiplier that stays 1, and weight decay is there for those who want it.
-    Except with ``paper``, nothing else moves what has no gradient: a tensor rests at once, a parameter after some 180
-    steps, or from the beginning. A tensor with a parameter that is NaN or infinite rests too, and no other notices.
+    Except with ``paper`` and rules of others, nothing else moves what has no gradient: a tensor rests at once, a
+    parameter after some 180 steps, or from the beginning. A tensor with a parameter that is NaN or infinite rests too,
+    and no other notices.
 
     Args:
         params: a model; or parameters, named ones, or groups of them, as for any torch optimizer. A model's embeddings

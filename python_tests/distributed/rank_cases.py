@@ -12,8 +12,9 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lopt import LearnedOptimizer
+from lopt import LearnedOptimizer, Theta
 from lopt.distributed import local_of
+from lopt.rule.published import VeLO
 
 STEPS = 12
 
@@ -49,10 +50,11 @@ def train(
     uneven: bool = False,
     validate: Callable[[], bool] = lambda: True,
     tell: Callable[[int], bool] = lambda step: True,
+    theta: Theta[Any] | str = "default",
 ) -> dict[str, Tensor]:
     """Each rank trains on its rows and tells its own losses; some of the last batches are smaller on rank 1."""
     model = DistributedDataParallel(perceptron())
-    opt = LearnedOptimizer(model, check_ranks=3)
+    opt = LearnedOptimizer(model, theta, total_steps=STEPS, check_ranks=3)
     for step in range(STEPS):
         inputs, targets = (x.chunk(dist.get_world_size())[rank()] for x in data(step))
         if uneven and rank() == 1 and step % 4 == 3:
@@ -93,10 +95,23 @@ def sometimes_told() -> Any:
     return train(tell=lambda step: step % 5 != 0)
 
 
-def by_hand() -> Any:
+def small_velo() -> Theta[Any]:
+    """A rule of others, which looks at the loss."""
+    return Theta.init(VeLO(lstm_width=8, bank_size=6), seed=1)
+
+
+def published() -> Any:
+    return train(theta=small_velo())
+
+
+def published_by_hand() -> Any:
+    return by_hand(small_velo())
+
+
+def by_hand(theta: Theta[Any] | str = "default") -> Any:
     """What ``plain`` should have seen, in one process with all rows."""
     model = perceptron()
-    opt = LearnedOptimizer(model, process_group=None)
+    opt = LearnedOptimizer(model, theta, total_steps=STEPS, process_group=None)
     world = dist.get_world_size()
     for step in range(STEPS):
         inputs, targets = data(step)
@@ -150,6 +165,7 @@ def errors() -> Any:
 
     found["different"] = message(different)
     found["group"] = message(lambda: LearnedOptimizer(model, process_group="gloo"))
+    found["published"] = message(lambda: LearnedOptimizer(sharded(block()), small_velo()))
     found["reference"] = message(lambda: LearnedOptimizer(sharded(block()), impl="reference"))
 
     def other_tensors() -> None:

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lopt import LearnedOptimizer, Theta
 from lopt.distributed import Box
+from lopt.state import shared_names
 
 STEPS = 100
 
@@ -101,10 +102,10 @@ def state_of(model: nn.Module, opt: LearnedOptimizer) -> dict[str, Tensor]:
         state = opt.state[param]
         for key in ("mom", "rms"):
             found[f"{name}.{key}"] = whole(state[key]).clone()
-        for key, value in state["lstm"].items():
+        for key, value in state.get("lstm", state).items():  # of a rule of others all is beside them
             found[f"{name}.{key}"] = value.clone()
-    for key in ("train_loss", "valid_loss", "clip", "from_lstm", "step"):
-        found[key] = opt.param_groups[0][key].clone()
+    shared = shared_names(opt.theta.spec)
+    found |= {key: opt.param_groups[0][key].clone() for key in shared if not key.startswith(("pending", "nonfinite"))}
     return found
 
 

@@ -10,6 +10,7 @@ from lopt.distributed.ranks import fingerprint
 
 CASES = ["plain", "micro_batches", "uneven", "one_validates", "sometimes_told", "by_hand", "apart", "errors", "counted"]
 CASES += ["partial_gradients", "changing_gradients", "nonfinite", "memory", "travelled"]
+CASES += ["published", "published_by_hand"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_fingerprints_see_every_bit() -> None:
     assert int(fingerprint([tensor.clone() for tensor in tensors], device)) in found
 
 
-@pytest.mark.parametrize("name", ["plain", "micro_batches", "uneven", "one_validates", "sometimes_told"])
+@pytest.mark.parametrize("name", ["plain", "micro_batches", "uneven", "one_validates", "sometimes_told", "published"])
 def test_replicas_stay_the_same_bit_for_bit(found: Any, name: str) -> None:
     first, second = found[name]
     assert all(torch.equal(second[key], value) for key, value in first.items())
@@ -43,9 +44,9 @@ def test_replicas_stay_the_same_bit_for_bit(found: Any, name: str) -> None:
     assert float(first["valid_loss"][2]) > 0
 
 
-@pytest.mark.parametrize("name", ["plain", "micro_batches"])
+@pytest.mark.parametrize("name", ["plain", "micro_batches", "published"])
 def test_losses_of_ranks_are_those_of_one_process(found: Any, name: str) -> None:
-    for key, value in found["by_hand"][0].items():
+    for key, value in found["published_by_hand" if name == "published" else "by_hand"][0].items():
         torch.testing.assert_close(found[name][0][f"module.{key}" if "." in key else key], value, rtol=2e-4, atol=2e-6)
 
 
@@ -67,6 +68,7 @@ def test_errors_say_what_to_do(found: Any) -> None:
         "TypeError: process_group: expected 'auto', None or a torch.distributed.ProcessGroup, got 'gloo'"
     )
     assert first["reference"].startswith("TypeError: params: impl='reference' steps whole tensors, got DTensors")
+    assert first["published"].startswith("TypeError: params: rule 'velo' steps whole tensors, got DTensors; train with")
     assert "this rank has 16 tensors, rank 1 of the process group has 15" in first["other tensors"]
     assert "this rank has 15 tensors, rank 0 of the process group has 16" in second["other tensors"]
     assert first["drift"].startswith("RuntimeError: parameters: not the same on ranks [1] as on rank 0")
