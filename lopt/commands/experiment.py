@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -19,19 +19,10 @@ from lopt.experiments.rows import Row, RowTable
 from lopt.experiments.runs import SEEDS, Run, Scale, Setting
 from lopt.figures import require_matplotlib
 
-Name = Literal[
-    "implicit-regularization",
-    "horizon",
-    "width",
-    "batch-size",
-    "dataset-size",
-    "time",
-    "validation-ablation",
-    "self-training",
-    "transformer",
-    "resnet",
-    "table",
-]
+if TYPE_CHECKING:
+    Name = str
+else:  # what there is, as tyro reads it
+    Name = Literal[tuple(EXPERIMENTS)]
 
 
 @dataclass(frozen=True, kw_only=True)
