@@ -1,10 +1,13 @@
 """What is made of the rows of an evaluation: choice of trials, ratios, intervals, equal time, the report."""
 
 import dataclasses
+import html
 import itertools
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from kept_texts import assert_same_but_for_rounding
 from lopt.cli import main
 from lopt.evaluation.compare import code_sha256
 from lopt.evaluation.comparison import Runs, at_equal_time, bootstrap
+from lopt.evaluation.opponents import OPPONENTS
 from lopt.evaluation.report import Report
 from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
 from lopt.evaluation.step_times import StepTime, StepTimes
@@ -305,11 +309,109 @@ def test_markdown_has_the_tables_of_the_html_file() -> None:
     pytest.importorskip("matplotlib")
     report = Report(runs=Runs(several()), title="A < B", facts={"seeds": "0, 1"}, warnings=["a *warning* | `x`"])
     text = report.markdown()
-    cells = re.findall(r"<t[hd][^>]*>([^<]*)<", report.html())
+    cells = re.findall(r"<t[hd](?: [^>]*)?>([^<]*)<", report.html())
     tables = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert [cell for line in tables for cell in line[2:-2].split(" | ")] == cells
     assert text.startswith("# A \\< B\n\n* seeds: 0, 1\n\n**a \\*warning\\* | \\`x\\`**\n\nA ratio is")
-    assert text.count("<details>") == report.html().count("<details>") == 10
+    assert text.count("<details>") == 10
+    assert report.html().count("<details>") == 11  # what was run, too
+
+
+def test_summary_says_who_is_ahead() -> None:
+    """By the interval: of tasks with one ratio it is that ratio; where some are won and some lost, 1 is in it."""
+    runs = [a_run("lopt", task, 0.9, loss) for task, loss in (("a", 0.4), ("b", 1.9))]
+    runs += [a_run(name, task, loss, 0.9) for task in "ab" for name, loss in (("adam", 1.9), ("dog", 0.4))]
+    lines = Report(runs=Runs(runs), title="", facts={}).summary()
+    assert lines[0] == f"100 steps, test loss, 2 tasks: lopt is level with adam ({0.5**0.5 * 2**0.5:.2f}), dog (1.00)."
+    assert lines[1] == "100 steps, training loss, 2 tasks: lopt is ahead of adam (0.50); behind dog (2.00)."
+    assert lines[2:] == ["Runs that diverged: none."]
+    runs.append(a_run("dog", "c", 9.9, 9.9, diverged=True))
+    assert Report(runs=Runs(runs), title="", facts={}).summary()[2] == "Runs that diverged: dog 1 of 3."
+
+
+def with_curves() -> Report:
+    """Two tasks; adam is at 10, 1 and .1, the mean of two seeds, lopt at 10, .1 and .01."""
+    runs = []
+    for task in ("a", "b <i>"):
+        points = curve((0, 0.0, 10.0, 10.0), (50, 1.0, 0.1, 5.0), (100, 2.0, 0.01, math.nan))
+        runs.append(a_run("lopt", task, 0.01, 5.0, **points))
+        for seed, last in enumerate((0.05, 0.15)):
+            points = curve((0, 0.0, 10.0, 10.0), (50, 1.0, 1.0, 1.0), (100, 2.0, last, last))
+            runs.append(a_run("adam", task, last, last, seed=seed, **points))
+        runs.append(a_run("dog", task, 1.0, 1.0))  # has no curve
+    return Report(runs=Runs(runs), title="", facts={})
+
+
+def test_curves_are_means_over_seeds() -> None:
+    found = with_curves().curves(100)
+    assert list(found) == ["a", "b <i>"]
+    assert found["a"]["adam"] == {"steps": [0, 50, 100], "train": [10, 1, 0.1], "test": [10, 1, 0.1]}
+    assert found["a"]["lopt"] == {"steps": [0, 50, 100], "train": [10, 0.1, 0.01], "test": [10, 5, None]}
+    assert set(found["a"]) == {"lopt", "adam"}
+    runs = [a_run(name, "a", 1.0, 1.0) for name in ("lopt", "lopt-untold", *OPPONENTS)]
+    strokes = [tuple(sorted(style.items())) for style in Report(runs=Runs(runs), title="", facts={}).styles().values()]
+    assert len(set(strokes)) == len(strokes) == 2 + len(OPPONENTS)
+
+
+#: Clicks on the report, and what there is to see then.
+CLICKS = """
+const seen = {}, table = document.querySelector("table"), heads = table.tHead.rows[0].cells;
+const column = (index) => [...table.tBodies[0].rows].map((row) => row.cells[index].textContent);
+seen.before = column(0);
+heads[1].click();
+seen.rising = column(1).map(parseFloat);
+heads[1].dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
+seen.falling = column(1).map(parseFloat);
+seen.sort = [...heads].map((head) => head.getAttribute("aria-sort"));
+heads[0].click();
+seen.names = column(0);
+const [task, measure] = document.querySelectorAll(".curves select");
+seen.tasks = [...task.options].map((option) => option.text);
+seen.empty = document.querySelectorAll("polyline").length;
+const choose = (select, value) => { select.value = value; select.dispatchEvent(new Event("change")); };
+const lines = () => Object.fromEntries([...document.querySelectorAll("polyline")].map((line) =>
+  [line.dataset.name, line.getAttribute("points").split(" ").map((point) => point.split(",").map(parseFloat))]));
+choose(task, "b <i>");
+choose(measure, "train");
+seen.train = lines();
+choose(measure, "test");
+seen.test = lines();
+document.querySelector(".legend button").click();
+seen.hidden = Object.keys(lines());
+document.body.textContent = "";
+document.body.dataset.seen = JSON.stringify(seen);
+"""
+
+
+def test_in_a_browser(tmp_path: Path) -> None:
+    """Tables are sorted by numbers and by names, either way; curves are drawn when asked for, on a log scale."""
+    pytest.importorskip("matplotlib")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs Chromium")
+    page = tmp_path / "report.html"
+    page.write_text(with_curves().html().replace("</body>", f"<script>{CLICKS}</script></body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    said = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert said is not None, done.stdout[-2000:]
+    seen = json.loads(html.unescape(said[1]))
+    assert seen["before"] == ["adam", "dog"]
+    assert seen["rising"] == sorted(seen["rising"])
+    assert seen["falling"] == seen["rising"][::-1] != seen["rising"]
+    assert seen["sort"] == ["none", "descending", "none"]
+    assert seen["names"] == ["adam", "dog"]
+    assert seen["tasks"] == ["choose a task", "a", "b <i>"]
+    assert seen["empty"] == 0
+    adam, lopt = seen["train"]["adam"], seen["train"]["lopt"]
+    heights = {10: adam[0][1], 1: adam[1][1], 0.1: adam[2][1], 0.01: lopt[2][1]}
+    decade = heights[1] - heights[10]  # downwards
+    assert decade > 50
+    assert heights == pytest.approx({loss: heights[10] - math.log10(loss / 10) * decade for loss in heights}, abs=0.02)
+    assert lopt[1][1] == adam[2][1]
+    assert adam[1][0] - adam[0][0] == pytest.approx(adam[2][0] - adam[1][0], abs=0.02)
+    assert [len(seen["test"][name]) for name in ("lopt", "adam")] == [2, 3]  # what is no number is left out
+    assert seen["hidden"] == ["adam"]
 
 
 def test_opponents_stand_in_the_order_of_their_table() -> None:

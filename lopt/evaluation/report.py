@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from lopt.evaluation.comparison import MEASURES, Comparison, Measure, Per, Runs
 from lopt.evaluation.opponents import LEARNED, OPPONENTS
-from lopt.evaluation.pages import HtmlPage, MarkdownPage, Page, Table
+from lopt.evaluation.pages import Curves, HtmlPage, MarkdownPage, Page, Table
 from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
 from lopt.evaluation.scores import NO_WORSE
 from lopt.figures import COLOURS, require_matplotlib
@@ -55,6 +56,72 @@ class Report:
             for measure in MEASURES
         ]
         return [one for one in found if one is not None]
+
+    # ---- Words ------------------------------------------------------------------------------------------------------
+
+    def summary(self) -> list[str]:
+        """What came out, in a sentence for each length, loss and name of the learned optimizer that was run first, and
+        one on runs that diverged.
+
+        Ahead and behind mean that the interval of the ratio is below or above 1; level, that 1 is in it.
+        """
+        lines = []
+        for ours in self.ours[:1]:
+            for horizon in self.horizons:
+                for measure in reversed(MEASURES):
+                    found = self._against_all(horizon, ours, measure)
+                    if found:
+                        tasks = max(len(one.ratios) for one in found)
+                        loss = {"train": "training"}.get(measure, measure)
+                        where = f"{horizon} steps, {loss} loss, {tasks} {'task' if tasks == 1 else 'tasks'}"
+                        lines.append(f"{where}: {ours} is {self._standing(found)}.")
+        return [*lines, *self._diverged()]
+
+    def _standing(self, found: Sequence[Comparison]) -> str:
+        groups: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
+        for one in sorted(found, key=lambda one: one.ratio):
+            low, high = one.interval
+            where = "ahead of" if high < 1 else "behind" if low > 1 else "level with"
+            groups[where].append(f"{self.runs.label(one.other)} ({one.ratio:.2f})")
+        return "; ".join(f"{where} {', '.join(names)}" for where, names in groups.items() if names)
+
+    def _diverged(self) -> list[str]:
+        counts = []
+        for name in (*self.ours, *self.others):
+            runs = [run for group in self.runs.chosen[name].values() for run in group]
+            if any(run.diverged for run in runs):
+                counts.append(f"{self.runs.label(name)} {sum(run.diverged for run in runs)} of {len(runs)}")
+        return [f"Runs that diverged: {', '.join(counts) or 'none'}."]
+
+    # ---- Curves -----------------------------------------------------------------------------------------------------
+
+    def curves(self, horizon: int) -> dict[str, Curves]:
+        """task -> name -> steps and mean losses over the seeds, of runs that have recorded any."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in (*self.ours, *self.others):
+            for (task, steps), runs in self.runs.chosen[name].items():
+                if steps != horizon or not all(run.points for run in runs):
+                    continue
+                along = [{step: losses for step, _, *losses in run.points} for run in runs]
+                at = sorted(set.intersection(*(set(points) for points in along)))
+                lines = {"steps": at} | {
+                    measure: [_written_loss(statistics.fmean(points[step][column] for points in along)) for step in at]
+                    for column, measure in enumerate(MEASURES)
+                }
+                found.setdefault(task, {})[self.runs.label(name)] = lines
+        return dict(sorted(found.items()))
+
+    def styles(self) -> dict[str, dict[str, str]]:
+        """Name -> strokes: the learned optimizer's thick, others by colour, and by dashes where colours are used up."""
+        styles = {}
+        for place, name in enumerate(self.ours):
+            styles[name] = {"stroke": COLOURS[place], "stroke-width": "3"}
+        colours = COLOURS[len(self.ours) :]
+        for place, name in enumerate(self.others):
+            dashes, colour = divmod(place, len(colours))
+            stroke = {"stroke": colours[colour], "stroke-width": "1.5"}
+            styles[self.runs.label(name)] = {**stroke, **({"stroke-dasharray": f"{3 * dashes} 3"} if dashes else {})}
+        return styles
 
     # ---- Tables -----------------------------------------------------------------------------------------------------
 
@@ -225,7 +292,8 @@ class Report:
 
     def _written(self, page: Page, figure: Callable[[int], str] | None) -> str:
         page.heading(1, self.title)
-        page.items([f"{name}: {value}" for name, value in self.facts.items()])
+        page.summary(self.summary())
+        page.items([f"{name}: {value}" for name, value in self.facts.items()], fold="What was run")
         for warning in self.warnings:
             page.warning(warning)
         page.note(
@@ -246,6 +314,9 @@ class Report:
                         page.table(against, ratios=True)
             if figure is not None:
                 page.figure(figure(horizon))
+            if (curves := self.curves(horizon)) and figure is not None:
+                page.heading(3, "Loss curves of a task")
+                page.curves(curves, self.styles())
             page.table(self.normalised(horizon))
             page.table(self.costs(horizon))
             for ours in self.ours:
@@ -306,6 +377,10 @@ def _svg(figure: Any) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _written_loss(loss: float) -> float | None:
+    return float(f"{loss:.4g}") if math.isfinite(loss) else None
 
 
 def _ratio(one: Comparison) -> str:
