@@ -98,9 +98,10 @@ format: $(TOOLS_READY)
 	$(PY) -m ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-# The site of all pages and docstrings, in build/docs, without network. A warning, as of a broken link, is an error.
+# The site of all pages and docstrings, in build/docs, without network. A warning, as of a broken link, is an error; all is
+# made anew, as a page that did not change may link to one that did.
 docs: $(DOCS_READY)
-	$(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
+	$(PY) -m sphinx -q -E -a -W --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
 	@echo 'Open build/docs/index.html'
 
 # dist/: a source distribution, and a wheel made of it that is marked for the Linux it fits. The OpenMP of a process is
