@@ -533,6 +533,7 @@ def test_the_folder_of_fashion_mnist_holds_for_every_experiment(
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_text_that_is_kept_is_what_the_rows_kept_say(name: str, tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "benchmarks/results/experiments" / name
+    assert folder.is_dir(), f"lopt experiment {name} --out {folder} makes what is kept"
     without_figure = dataclasses.replace(EXPERIMENTS[name], figure=lambda rows, path: None)
     _, text = without_figure.write(list(RowTable(folder / f"{name}.csv").rows.values()), tmp_path)
     assert_same_but_for_rounding(text.read_text(), (folder / "README.md").read_text())
