@@ -126,8 +126,9 @@ template <class Features, int kWidth, int kParts>
 struct MmaShape {
   static constexpr int kBlocks = Features::kNumColumns / 8 + 1, kTiles = kWidth / 8;
   // See Note [Truncation]; sums of large products follow each other as blocks of inputs do, two by two.
-  static constexpr float kLoss = kParts == 1 ? 0.0f : 4.3e-8f * ((kBlocks + 1) / 2 + (kTiles + 1) / 2);
-  static constexpr float kHiddenScale = kWeightScale<kParts> * kWeightScale<kParts>;
+  static constexpr int kSums = (kBlocks + 1) / 2 + (kMlpLayers == 2 ? (kTiles + 1) / 2 : 0);
+  static constexpr float kLoss = kParts == 1 ? 0.0f : 4.3e-8f * kSums;
+  static constexpr float kHiddenScale = kWeightScale<kParts> * (kMlpLayers == 2 ? kWeightScale<kParts> : 1.0f);
 };
 
 // A block's shared memory, in arrays of their own: of members the compiler would think that they overlap. Of a quad,
@@ -169,7 +170,8 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
   __syncthreads();
   for (int unit = static_cast<int>(threadIdx.x); unit < kWidth; unit += kThreads) {
     const int n = unit / 8, pair = unit % 8 / 2, e = unit % 2;
-    last_layer.bias[n][pair][e] = last_layer.bias[n][pair][2 + e] = rule.weights[Layout::kB2 + unit] * kHiddenScale;
+    if (kMlpLayers == 2)
+      last_layer.bias[n][pair][e] = last_layer.bias[n][pair][2 + e] = rule.weights[Layout::kB2 + unit] * kHiddenScale;
     const float direction = rule.weights[Layout::kW3 + unit], magnitude = rule.weights[Layout::kW3 + kWidth + unit];
     last_layer.weights[n][pair][e] = (direction + direction * kLoss) * (1.0f / kHiddenScale);
     last_layer.weights[n][pair][2 + e] = (magnitude + magnitude * kLoss) * (rate / kHiddenScale);
@@ -185,7 +187,8 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
            : input == kColumns ? rule.bias[column]
                                : 0.0f;
   });
-  load_weights(lane, second, [&](int input, int column) { return weights[Layout::kW2 + input * kWidth + column]; });
+  if (kMlpLayers == 2)
+    load_weights(lane, second, [&](int input, int column) { return weights[Layout::kW2 + input * kWidth + column]; });
   Weights<1, kTiles, 1> third;  // of `fast`
   if (kParts == 1)
     load_weights(lane, third, [&](int input, int column) {
@@ -232,25 +235,27 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
 #pragma unroll 1
       for (int row = 0; row < kRows; row += 16 * kTogether) {
         Inputs<kParts, kBlocks> inputs[kTogether];
-        Inputs<kParts, kTiles> hidden[kTogether];
         float d[kTogether][kTiles][4] = {};
 #pragma unroll
         for (int m = 0; m < kTogether; ++m) stage.read(row + 16 * m, lane, inputs[m]);
         multiply(inputs, first, d);
+        if constexpr (kMlpLayers == 2) {
+          Inputs<kParts, kTiles> hidden[kTogether];
 #pragma unroll
-        for (int m = 0; m < kTogether; ++m)
+          for (int m = 0; m < kTogether; ++m)
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
+            for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              uint32_t parts[kParts];
-              split_positive(d[m][n][2 * half], d[m][n][2 * half + 1], parts);
+              for (int half = 0; half < 2; ++half) {
+                uint32_t parts[kParts];
+                split_positive(d[m][n][2 * half], d[m][n][2 * half + 1], parts);
 #pragma unroll
-              for (int part = 0; part < kParts; ++part) hidden[m].a[part][2 * n + half] = parts[part];
+                for (int part = 0; part < kParts; ++part) hidden[m].a[part][2 * n + half] = parts[part];
+              }
+              load_four(last_layer.bias[n][t], d[m][n]);
             }
-            load_four(last_layer.bias[n][t], d[m][n]);
-          }
-        multiply(hidden, second, d);
+          multiply(hidden, second, d);
+        }
         float out[kTogether][1][4] = {};  // direction and magnitude of row g, then of row g + 8
 #pragma unroll
         for (int m = 0; m < kTogether; ++m)

@@ -45,12 +45,9 @@ def warn_not_built() -> None:
 
 
 @cache
-def warn_not_compiled(feature_set: str, width: int, why: str) -> None:
+def warn_not_compiled(what: str, why: str) -> None:
     """Say once that steps are computed by the reference."""
-    warn(
-        f"no kernel is compiled in for feature set {feature_set!r} with MLP width {width} and none can be made "
-        f"({why}); using the slow impl='reference'"
-    )
+    warn(f"no kernel is compiled in for {what} and none can be made ({why}); using the slow impl='reference'")
 
 
 def check_implementation(impl: str, rule: Rule) -> str:
@@ -75,11 +72,12 @@ def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec | Rul
     if impl == "auto" and kernels.NOT_BUILT:
         warn_not_built()
         return "reference"
+    mlp = spec.feature_set, spec.mlp_width, spec.mlp_layers
     if impl == "auto" and not kernels.is_compiled(spec):
         try:
-            kernels.own_backend(device.type, spec.feature_set, spec.mlp_width)
+            kernels.own_backend(device.type, *mlp)
         except kernels.CannotCompile as error:
-            warn_not_compiled(spec.feature_set, spec.mlp_width, str(error))
+            warn_not_compiled(kernels.described(*mlp), str(error))
             return "reference"
     if impl == "auto":
         if device.type not in ("cpu", "cuda"):
@@ -92,7 +90,7 @@ def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec | Rul
             raise ValueError(f"impl={impl!r}: parameters are on {device}, expected {wanted}; use impl='auto'")
         if not kernels.is_compiled(spec):
             try:
-                kernels.own_backend(impl, spec.feature_set, spec.mlp_width)
+                kernels.own_backend(impl, *mlp)
             except kernels.CannotCompile as error:
                 raise ValueError(f"impl={impl!r}: {error}; or use impl='reference'") from error
     if impl == "cuda":

@@ -464,6 +464,7 @@ class KernelStepper:
             state_dtype=tensors.dtype,
             device=name.device,
             width=spec.mlp_width,
+            layers=spec.mlp_layers,
         )
         parts = {row: 0 for row, present in enumerate(here) if not present} | self.split
         parts = {row: numel for row, numel in parts.items() if self.matrices[row].whole}

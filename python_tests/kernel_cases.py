@@ -73,11 +73,10 @@ def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1).to(dtype)
 
 
-def spec_of(feature_set: str, width: int) -> ThetaSpec:
+def spec_of(feature_set: str, width: int, layers: int = 2) -> ThetaSpec:
     """A spec in which the magnitude output matters."""
-    if feature_set not in PRESETS:
-        return ThetaSpec(feature_set, width, tensor_inputs="paper", horizon_input=False, magnitude_rate=1.0)
-    return dataclasses.replace(PRESETS[feature_set], mlp_width=width, magnitude_rate=1.0)
+    spec = PRESETS.get(feature_set) or ThetaSpec(feature_set, tensor_inputs="paper", horizon_input=False)
+    return dataclasses.replace(spec, mlp_width=width, magnitude_rate=1.0, mlp_layers=layers)
 
 
 def random_weights(spec: ThetaSpec, generator: torch.Generator) -> dict[str, Tensor]:
@@ -103,6 +102,7 @@ def random_problem(
     param_dtype: torch.dtype = F32,
     grad_dtype: torch.dtype = F32,
     extreme: bool = False,
+    layers: int = 2,
 ) -> Problem:
     """Tensors of different scales, gradients over three orders of magnitude and partly clipped, column maps as in use.
 
@@ -116,7 +116,7 @@ def random_problem(
     def powers(low: float, high: float, *shape: int) -> Tensor:
         return 10 ** (low + (high - low) * torch.rand(shape, generator=generator))
 
-    spec = spec_of(feature_set, width)
+    spec = spec_of(feature_set, width, layers)
     weights = random_weights(spec, generator)
     params = [((normal(*shape) + 0.3) * powers(-1, 1)).to(param_dtype) for shape in shapes]
     grads = [(normal(*shape) * powers(-2, 1, *shape)).to(grad_dtype) for shape in shapes]
@@ -201,7 +201,9 @@ def solve_apply(problem: Problem, dtype: torch.dtype) -> Applied:
         )
         params.append(reference.write(param, direction, step_size, keep))
         layer = torch.relu(x @ weights["mlp.w1"] + weights["mlp.b1"])
-        hidden.append(torch.relu(layer @ weights["mlp.w2"] + weights["mlp.b2"]).mean(dim=0))
+        if problem.spec.mlp_layers == 2:
+            layer = torch.relu(layer @ weights["mlp.w2"] + weights["mlp.b2"])
+        hidden.append(layer.mean(dim=0))
     return Applied(params, torch.stack(hidden))
 
 
@@ -257,7 +259,15 @@ class Run:
         self.rms = self._guarded("rms")
         name, spec = self.backend.name, problem.spec
         state = self.params, self.mom, self.rms
-        self.plan = kernels.Plan(name, spec.feature_set, *state, self.theta_index, self.precision, width=spec.mlp_width)
+        self.plan = kernels.Plan(
+            name,
+            spec.feature_set,
+            *state,
+            self.theta_index,
+            self.precision,
+            width=spec.mlp_width,
+            layers=spec.mlp_layers,
+        )
         self.plan.set_tensors(self.params, self.grads)
 
     def _guarded(self, name: str) -> list[Tensor]:

@@ -45,6 +45,13 @@ def test_errors_of_a_wide_set() -> None:
     check_apply(CPU, OWN.name, 64, SHORT, BF16, F32)
 
 
+def test_errors_of_one_hidden_layer() -> None:
+    """The same of a set that is compiled in, with two layers."""
+    for dtypes in ((F32, F32), (BF16, F32)):
+        check_apply(CPU, "compact", 8, SHORT, *dtypes, False, 1)
+    check_accumulate(CPU, "compact", 8, SHORT, F32, F32, False, 1)
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     problem, threads = problem_of(OWN.name, 64, (*MIXED, (20_000,))), torch.get_num_threads()
     runs = []

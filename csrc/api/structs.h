@@ -118,6 +118,7 @@ struct ApplyParams {
 #define LOPT_SPEC(FIELD)                                                                           \
   FIELD(int32_t, feature_set)                                                                      \
   FIELD(int32_t, width)                                                                            \
+  FIELD(int32_t, mlp_layers) /* hidden ones */                                                     \
   FIELD(int32_t, lstm_width)                                                                       \
   FIELD(int32_t, from_mlp)                                                                         \
   FIELD(int32_t, lstm_to_mlp)                                                                      \

@@ -5,8 +5,9 @@
 //   hidden2 = relu(b2 + W2' hidden1)  W2 [width, width]
 //   direction, magnitude = b3 + W3' hidden2 + (skip . x, 0)
 //
-// which is columns*width + width*width + 2*width multiply-adds (+ columns for the skip). The outputs that feed the LSTM
-// are linear in hidden2 and only their tensor mean is used, so kernels reduce hidden2 and never compute them.
+// which is columns*width + width*width + 2*width multiply-adds (+ columns for the skip); with one hidden layer, hidden2 is
+// hidden1. The outputs that feed the LSTM are linear in hidden2 and only their tensor mean is used, so kernels reduce
+// hidden2 and never compute them.
 #pragma once
 
 #include <utility>
@@ -15,13 +16,19 @@
 
 namespace lopt {
 
+#ifndef LOPT_MLP_LAYERS  // lopt/kernels/own.py also compiles 1
+#define LOPT_MLP_LAYERS 2
+#endif
+constexpr int kMlpLayers = LOPT_MLP_LAYERS;  // hidden ones
+
 // Offsets into one packed row of MLP weights, in floats.
 template <int kColumns, int kWidth>
 struct MlpLayout {
+  static constexpr int kSecond = kMlpLayers == 2 ? kWidth : 0;  // units of the second hidden layer
   static constexpr int kW1 = 0;                                 // [columns, width]
-  static constexpr int kW2 = kW1 + kColumns * kWidth;           // [width, width]
-  static constexpr int kB2 = kW2 + kWidth * kWidth;             // [width]
-  static constexpr int kW3 = kB2 + kWidth;                      // [2, width]: direction, magnitude
+  static constexpr int kW2 = kW1 + kColumns * kWidth;           // [width, second]
+  static constexpr int kB2 = kW2 + kWidth * kSecond;            // [second]
+  static constexpr int kW3 = kB2 + kSecond;                     // [2, width]: direction, magnitude
   static constexpr int kB3 = kW3 + 2 * kWidth;                  // [2]
   static constexpr int kSkip = kB3 + 2;                         // [columns]
   static constexpr int kSize = (kSkip + kColumns + 3) / 4 * 4;  // padded to 16 bytes
@@ -75,7 +82,7 @@ struct MlpOutput {
 template <int kColumns, int kWidth, int kRows, int kBlock, class V>
 LOPT_HD void small_mlp_rows(const V* x, const float* weights, const float* bias, V* hidden2, MlpOutput<V>* out) {
   using Layout = MlpLayout<kColumns, kWidth>;
-  V hidden1[kWidth * kRows], direction[kRows], magnitude[kRows];
+  V direction[kRows], magnitude[kRows];
   unrolled<kRows>([&](auto r) LOPT_INLINE {
     direction[r] = weights[Layout::kB3] - V{};
     magnitude[r] = weights[Layout::kB3 + 1] - V{};
@@ -83,15 +90,20 @@ LOPT_HD void small_mlp_rows(const V* x, const float* weights, const float* bias,
   LOPT_UNROLL_ON_DEVICE
   for (int c = 0; c < kColumns; ++c)
     unrolled<kRows>([&](auto r) LOPT_INLINE { direction[r] += x[c * kRows + r] * weights[Layout::kSkip + c]; });
-  relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, bias,
-                                              [&](int j, int r, const V& value)
-                                                  LOPT_INLINE { hidden1[j * kRows + r] = value; });
-  relu_layer<kWidth, kWidth, kRows, kBlock>(hidden1, weights + Layout::kW2, weights + Layout::kB2,
-                                            [&](int j, int r, const V& value) LOPT_INLINE {
-                                              hidden2[j * kRows + r] = value;
-                                              direction[r] += value * weights[Layout::kW3 + j];
-                                              magnitude[r] += value * weights[Layout::kW3 + kWidth + j];
-                                            });
+  const auto last = [&](int j, int r, const V& value) LOPT_INLINE {
+    hidden2[j * kRows + r] = value;
+    direction[r] += value * weights[Layout::kW3 + j];
+    magnitude[r] += value * weights[Layout::kW3 + kWidth + j];
+  };
+  if constexpr (kMlpLayers == 1) {
+    relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, bias, last);
+  } else {
+    V hidden1[kWidth * kRows];
+    relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, bias,
+                                                [&](int j, int r, const V& value)
+                                                    LOPT_INLINE { hidden1[j * kRows + r] = value; });
+    relu_layer<kWidth, kWidth, kRows, kBlock>(hidden1, weights + Layout::kW2, weights + Layout::kB2, last);
+  }
   unrolled<kRows>([&](auto r) LOPT_INLINE { out[r] = {direction[r], magnitude[r]}; });
 }
 

@@ -329,8 +329,8 @@ void pack_mlp(const Spec& s, const ThetaView& theta, float* packed) {
   using Layout = MlpLayout<Features::kNumColumns, kWidth>;
   const int outputs = 2 + s.from_mlp;
   for (int i = 0; i < Features::kNumColumns * kWidth; ++i) packed[Layout::kW1 + i] = theta.mlp_w1[i];
-  for (int i = 0; i < kWidth * kWidth; ++i) packed[Layout::kW2 + i] = theta.mlp_w2[i];
-  for (int i = 0; i < kWidth; ++i) packed[Layout::kB2 + i] = theta.mlp_b2[i];
+  for (int i = 0; kMlpLayers == 2 && i < kWidth * kWidth; ++i) packed[Layout::kW2 + i] = theta.mlp_w2[i];
+  for (int i = 0; kMlpLayers == 2 && i < kWidth; ++i) packed[Layout::kB2 + i] = theta.mlp_b2[i];
   for (int i = 0; i < kWidth; ++i)
     for (int o = 0; o < 2; ++o) packed[Layout::kW3 + o * kWidth + i] = theta.mlp_w3[i * outputs + o];
   for (int o = 0; o < 2; ++o) packed[Layout::kB3 + o] = theta.mlp_b3[o];

@@ -21,8 +21,8 @@ namespace lopt {
   TENSOR(lstm_to_lstm_b, s.from_lstm)                                     \
   TENSOR(mlp_w1, (columns + s.num_constant()) * s.width)                  \
   TENSOR(mlp_b1, s.width)                                                 \
-  TENSOR(mlp_w2, s.width* s.width)                                        \
-  TENSOR(mlp_b2, s.width)                                                 \
+  TENSOR(mlp_w2, s.mlp_layers == 2 ? s.width * s.width : 0)               \
+  TENSOR(mlp_b2, s.mlp_layers == 2 ? s.width : 0)                         \
   TENSOR(mlp_w3, s.width * (2 + s.from_mlp))                              \
   TENSOR(mlp_b3, 2 + s.from_mlp)                                          \
   TENSOR(skip, s.linear_skip ? columns : 0)                               \

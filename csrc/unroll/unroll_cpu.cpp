@@ -201,6 +201,7 @@ bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t 
 
 int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_row, const float* init, float* base) {
   int64_t size = -1;
+  if (spec.mlp_layers != kMlpLayers) return size;
   with_kernel(spec.feature_set, spec.width, [&](auto features, auto) {
     using Features = decltype(features);
     const int tensors = num_tensors(problem);

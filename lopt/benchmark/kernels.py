@@ -42,7 +42,14 @@ def measure(variant: Variant, layout: Layout, dtype: torch.dtype, timer: Timer, 
     mom = [normal(len(spec.mom_decays), param.numel()).to(variant.state) for param in params]
     rms = [normal(len(spec.rms_decays), param.numel()).square_().to(variant.state) for param in params]
     plan = kernels.Plan(
-        device.type, spec.feature_set, params, mom, rms, precision=variant.precision, width=spec.mlp_width
+        device.type,
+        spec.feature_set,
+        params,
+        mom,
+        rms,
+        precision=variant.precision,
+        width=spec.mlp_width,
+        layers=spec.mlp_layers,
     )
     plan.set_tensors(params, grads)
     limit, scale = torch.full((tensors,), 10.0, device=device), normal(tensors, columns).exp()

@@ -38,8 +38,8 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
 
     ``accumulate`` reads parameter, gradient and state and writes the state; ``apply`` reads all of them again and
     writes the parameter. With lagged statistics both are one sweep. Accumulators take 4 bytes, or 2 with
-    ``state_dtype=torch.bfloat16``. The MLP has ``columns * width + width^2 + 2 * width`` multiply-adds, and for the
-    skip ``columns`` more.
+    ``state_dtype=torch.bfloat16``. The MLP has ``columns * width + width^2 + 2 * width`` multiply-adds, ``width^2``
+    less with one hidden layer, and for the skip ``columns`` more.
 
     Example:
         >>> from lopt.rule.theta import PRESETS
@@ -50,7 +50,8 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
     columns, width = len(spec.features.columns), spec.mlp_width
     read = param_bytes + grad_bytes + state
     lagged, one_sweep = spec.stats == "lagged", read + state + param_bytes
-    multiply_adds = columns * width + width * width + 2 * width + (columns if spec.linear_skip else 0)
+    between, skip = (spec.mlp_layers - 1) * width * width, columns if spec.linear_skip else 0
+    multiply_adds = columns * width + between + 2 * width + skip
     return Traffic(
         name,
         accumulate=0 if lagged else read + state,

@@ -13,7 +13,7 @@ from lopt.kernels.extension import (
     source_sha256,
 )
 from lopt.kernels.gpus import check_gpu
-from lopt.kernels.own import CannotCompile, own_backend
+from lopt.kernels.own import CannotCompile, described, own_backend
 from lopt.kernels.places import Place, Places
 from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, Selection, contiguous, pack_mlp
 from lopt.kernels.seen import Operands, Seen, is_number
@@ -40,6 +40,7 @@ __all__ = [
     "apply_inputs",
     "check_gpu",
     "contiguous",
+    "described",
     "flat_inputs",
     "has_cuda",
     "is_compiled",

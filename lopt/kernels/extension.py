@@ -76,11 +76,11 @@ def index_of(feature_set: str) -> int:
     return FEATURE_SET_INDEX.get(feature_set, OWN_INDEX)
 
 
-def packed_weights(feature_set: str, width: int) -> int:
-    """Floats in one packed row of MLP weights; 0 where no kernel is compiled for this feature set and MLP width."""
-    return 0 if NOT_BUILT else _C.packed_weights(index_of(feature_set), width)
+def packed_weights(feature_set: str, width: int, layers: int = 2) -> int:
+    """Floats in one packed row of MLP weights; 0 where no kernel is compiled in for this feature set and MLP."""
+    return 0 if NOT_BUILT or layers != 2 else _C.packed_weights(index_of(feature_set), width)
 
 
 def is_compiled(spec: ThetaSpec) -> bool:
-    """Whether kernels exist for this feature set and MLP width."""
-    return packed_weights(spec.feature_set, spec.mlp_width) > 0
+    """Whether kernels are compiled in for this feature set and MLP."""
+    return packed_weights(spec.feature_set, spec.mlp_width, spec.mlp_layers) > 0

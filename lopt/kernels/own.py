@@ -22,6 +22,7 @@ from lopt.rule.features import FeatureSet, feature_set
 from lopt.rule.formulas import Writer, literal
 
 WIDTHS = (8, 16, 32, 64)
+LAYERS = (1, 2)
 #: Inside of the package in a wheel, beside it in a source folder.
 SOURCES = next((path for path in (Path(__file__).parents[n] / "csrc" for n in (1, 2)) if path.is_dir()), None)
 _UNITS = ("accumulate_cpu.cpp", "advance_cpu.cpp", "apply_cpu.cpp", "own_cpu.cpp")
@@ -155,8 +156,13 @@ def _level() -> tuple[str, list[str]]:
     return "baseline", ["-march=x86-64"] if "x86-64-v3" in _C.simd_available() else []
 
 
-def compiled(features: FeatureSet, width: int) -> Path:
-    """The library of a set and width for the instruction set in use, compiled where it is not yet there.
+def described(name: str, width: int, layers: int) -> str:
+    """A feature set and MLP, for messages."""
+    return f"feature set {name!r} with MLP width {width}" + " and one hidden layer" * (layers == 1)
+
+
+def compiled(features: FeatureSet, width: int, layers: int = 2) -> Path:
+    """The library of a set and MLP for the instruction set in use, compiled where it is not yet there.
 
     Raises:
         CannotCompile: there is no compiler, it fails, or the sources are not there or others; with the reason.
@@ -168,8 +174,10 @@ def compiled(features: FeatureSet, width: int) -> Path:
     compiler, text, (namespace, flags) = _compiler(), header(features), _level()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     command = [*compiler, *_FLAGS, *flags, f"-DLOPT_ISA={namespace}", f"-DLOPT_OWN_WIDTH={width}"]
+    command.append(f"-DLOPT_MLP_LAYERS={layers}")
     made_of = "\n".join([text, _C.source_sha256, version, *command])
-    folder, key = cache_folder(), f"{features.name}-{width}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
+    key = f"{features.name}-{width}x{layers}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
+    folder = cache_folder()
     library = folder / f"{key}.so"
     if library.is_file():
         return library
@@ -198,39 +206,30 @@ def _compile(command: list[str], text: str, library: Path) -> None:
         os.replace(made, library)  # whole or not at all
 
 
-@cache
-def _loaded(library: Path) -> tuple[str, int]:
-    """Name by which ``lopt._C`` knows the back end of a library, and floats in one packed row of MLP weights."""
-    loaded = ctypes.CDLL(str(library))
-    loaded.lopt_backend.restype = ctypes.c_void_p
-    name = f"cpu {library.stem}"
-    _C.add_backend(name, loaded.lopt_backend())
-    return name, loaded.lopt_packed_weights()
-
-
-def resolved(backend: str, name: str, width: int | None) -> str:
-    """The back end that has the kernels of a feature set and width: that one, or one of their own.
+def resolved(backend: str, name: str, width: int | None, layers: int) -> str:
+    """The back end that has the kernels of a feature set and MLP: that one, or one of their own.
 
     Args:
         width: of the MLP; None where no operation needs it, which only a set that is compiled in allows.
     """
-    if packed_weights(name, WIDTHS[0] if width is None else width):
+    if packed_weights(name, WIDTHS[0] if width is None else width, layers):
         return backend
     if width is None:
         raise CannotCompile(f"feature set {name!r}: its kernels are made for one MLP width, which was not given")
-    return own_backend(backend, name, width)[0]
+    return own_backend(backend, name, width, layers)
 
 
-def size_of_weights(name: str, width: int) -> int:
-    """Floats in one packed row of MLP weights; 0 where there are no kernels."""
-    try:
-        return packed_weights(name, width) or own_backend("cpu", name, width)[1]
-    except CannotCompile:
-        return 0
+def size_of_weights(name: str, width: int, layers: int) -> int:
+    """Floats in one packed row of MLP weights (MlpLayout in csrc/rule/mlp.h); 0 where there are no kernels."""
+    if width not in WIDTHS:
+        return packed_weights(name, width, layers)
+    columns = len(feature_set(name).columns)
+    size = columns * width + (layers - 1) * (width * width + width) + 2 * width + 2 + columns
+    return -(-size // 4) * 4  # padded to 16 bytes
 
 
-def own_backend(backend: str, name: str, width: int) -> tuple[str, int]:
-    """Back end with kernels that are not compiled in, and floats in one packed row of MLP weights.
+def own_backend(backend: str, name: str, width: int, layers: int = 2) -> str:
+    """Back end with kernels that are not compiled in.
 
     Args:
         backend: as for :class:`lopt.kernels.Plan`.
@@ -245,9 +244,16 @@ def own_backend(backend: str, name: str, width: int) -> tuple[str, int]:
         raise CannotCompile(f"kernels can be made for MLP widths {WIDTHS}, theta has {width}")
     if backend != "cpu":
         raise CannotCompile(f"kernels of own feature sets and widths are made for the CPU only, not for {backend!r}")
-    return _made(feature_set(name), width)
+    return _made(feature_set(name), width, layers)
 
 
 @cache
-def _made(features: FeatureSet, width: int) -> tuple[str, int]:
-    return _loaded(compiled(features, width))
+def _made(features: FeatureSet, width: int, layers: int) -> str:
+    """Name by which ``lopt._C`` knows the back end."""
+    library = compiled(features, width, layers)
+    loaded = ctypes.CDLL(str(library))
+    loaded.lopt_backend.restype = ctypes.c_void_p
+    assert loaded.lopt_packed_weights() == size_of_weights(features.name, width, layers)
+    name = f"cpu {library.stem}"
+    _C.add_backend(name, loaded.lopt_backend())
+    return name

@@ -43,14 +43,13 @@ def pack_mlp(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> Tensor:
     skip = weights["skip"] if spec.linear_skip else weights["mlp.b1"].new_zeros(*lead, columns)
     parts = [
         weights["mlp.w1"][..., :columns, :],
-        weights["mlp.w2"],
-        weights["mlp.b2"],
+        *(weights[name] for name in ("mlp.w2", "mlp.b2") if name in weights),
         weights["mlp.w3"][..., :2].transpose(-1, -2),
         weights["mlp.b3"][..., :2],
         skip,
     ]
     flat = torch.cat([part.reshape(*lead, -1) for part in parts], dim=-1).float()
-    size = size_of_weights(spec.feature_set, spec.mlp_width)
+    size = size_of_weights(spec.feature_set, spec.mlp_width, spec.mlp_layers)
     return torch.nn.functional.pad(flat, (0, size - flat.shape[-1])).contiguous()
 
 
@@ -112,7 +111,7 @@ class Plan:
         seed: chooses, with the step and the position of an element, how a bfloat16 state is rounded.
         state_dtype, device: of ``mom`` and ``rms``, and of everything; needed where all tensors have no state yet, so
             that it is not known which parameters will be trained.
-        width: of the MLP, needed where the kernels of the set or width are not compiled in (:mod:`lopt.kernels.own`).
+        width, layers: of the MLP, needed where its kernels are not compiled in (:mod:`lopt.kernels.own`).
 
     Tables over tensors (``stats``, ``hidden``, the operands of :meth:`apply`) have a row for each of the R tensors; the
     operations read and write those of the selected ones.
@@ -134,6 +133,7 @@ class Plan:
         state_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         width: int | None = None,
+        layers: int = 2,
     ) -> None:
         self.module = module_of(backend)
         if precision not in PRECISIONS:
@@ -144,7 +144,7 @@ class Plan:
         theta_index = [0] * len(params) if theta_index is None else list(theta_index)
         for name, values in (("mom", mom), ("rms", rms), ("theta_index", theta_index)):
             _check_length(name, len(values), len(params))
-        self.backend, self.features = resolved(backend, feature_set, width), features
+        self.backend, self.features, self.layers = resolved(backend, feature_set, width, layers), features, layers
         self.index, self.precision = index_of(feature_set), PRECISIONS.index(precision)
         self.device = device or params[0].device
         if self.device.type != ("cuda" if backend == "cuda" else "cpu"):
@@ -398,7 +398,7 @@ class Plan:
     ) -> None:
         """Check the operands of :meth:`apply` and keep them for :func:`step`."""
         width = inputs["bias"].shape[-1]
-        size = size_of_weights(self.features.name, width)
+        size = size_of_weights(self.features.name, width, self.layers)
         if size == 0:
             raise ValueError(f"bias: kernels exist for MLP widths {WIDTHS}, got {width}; use impl='reference'")
         if weights.dtype != torch.float32 or weights.device != self.device or weights.shape[-1] != size:

@@ -44,8 +44,8 @@ FILLED = {
     "state_dtype partials finished stats",
     "ApplyParams": f"tensors grads chunks num_tensors num_chunks {_INPUTS} weights magnitude_rate feature_clip "
     "precision state_dtype partials finished newton_schulz rank hidden",
-    "Spec": "feature_set width lstm_width from_mlp lstm_to_mlp from_lstm linear_skip step_control tensor_inputs "
-    "newton_schulz lagged horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay "
+    "Spec": "feature_set width mlp_layers lstm_width from_mlp lstm_to_mlp from_lstm linear_skip step_control "
+    "tensor_inputs newton_schulz lagged horizon_input valid_advances_step train_loss_decay valid_loss_decay clip_decay "
     "step_multiplier magnitude_rate time_limit clip_multiplier feature_clip mom_decay rms_decay",
     "TensorShape": "numel log_dims is_scalar is_matrix rows is_input is_output is_table whole turned natural aspect",
     "AdvanceParams": "spec theta shapes rows num_tensors step train_loss valid_loss clip from_lstm pending_loss "
@@ -150,7 +150,8 @@ def check_contracts() -> None:
     """Everything that both languages define, compared; called when lopt is imported."""
     check_tables(_C.rule_tables())
     plain = dataclasses.replace(PRESETS["compact"], linear_skip=False, step_control=False, horizon_input=False)
-    for spec in (*PRESETS.values(), plain):
+    single = dataclasses.replace(plain, mlp_layers=1)
+    for spec in (*PRESETS.values(), plain, single):
         check_theta(spec, _C.theta_layout(spec_record(spec).ctypes.data))
 
 

@@ -85,7 +85,7 @@ class TensorLevel:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
         self.module, self.device = module_of(backend), device
-        self.backend = resolved(backend, spec.feature_set, spec.mlp_width)
+        self.backend = resolved(backend, spec.feature_set, spec.mlp_width, spec.mlp_layers)
         self.lr, self.decay, self.total_steps = empty(num_tensors), empty(num_tensors), empty(1)
         self.inputs = dict(apply_inputs(spec, num_tensors, device) if inputs is None else inputs)
         self.to_lstm = empty(num_tensors, spec.from_lstm)

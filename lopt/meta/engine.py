@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lopt.kernels.extension import NOT_BUILT, module_of
+from lopt.kernels.own import described
 from lopt.kernels.structs import PROBLEM, RUN, shape_records, spec_record
 from lopt.rule import ThetaSpec
 from lopt.rule.matrices import Kind
@@ -230,7 +231,8 @@ def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Ten
     engine = module_of("cpu")
     size = engine.start_run(*addresses, 0)
     if size < 0:
-        raise ValueError(f"spec: no kernel is compiled for {spec.feature_set!r} with MLP width {spec.mlp_width}")
+        what = described(spec.feature_set, spec.mlp_width, spec.mlp_layers)
+        raise ValueError(f"spec: no kernel is compiled in for {what}")
     state = torch.empty(size)
     engine.start_run(*addresses, state.data_ptr())
     return state

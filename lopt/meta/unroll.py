@@ -180,7 +180,9 @@ class _Kernels:
         mom, rms = by_run(self.optimizer.mom), by_run(self.optimizer.rms)
         theta_index = [row for row in range(num_runs) for _ in shapes]
         gradients = by_run(list(self.grads.values()))
-        self.plan = plan = kernels.Plan(backend, spec.feature_set, params, mom, rms, theta_index, width=spec.mlp_width)
+        self.plan = plan = kernels.Plan(
+            backend, spec.feature_set, params, mom, rms, theta_index, width=spec.mlp_width, layers=spec.mlp_layers
+        )
         packed = kernels.pack_mlp(spec, weights)
         inputs = kernels.apply_inputs(spec, num_runs * count, packed.device)
         plan.bind_accumulate(inputs["clip_limit"], spec.mom_decays, spec.rms_decays)

@@ -165,7 +165,8 @@ def apply(
         columns = torch.clamp(columns, -spec.feature_clip, spec.feature_clip)
     x = torch.cat([columns.T, conditioning.constant.expand(param.shape[0], -1)], dim=1)
     hidden = torch.relu(x @ weights["mlp.w1"] + weights["mlp.b1"])
-    hidden = torch.relu(hidden @ weights["mlp.w2"] + weights["mlp.b2"])
+    if spec.mlp_layers == 2:
+        hidden = torch.relu(hidden @ weights["mlp.w2"] + weights["mlp.b2"])
     out = hidden @ weights["mlp.w3"] + weights["mlp.b3"]
     direction = out[:, 0]
     if spec.linear_skip:

@@ -20,7 +20,7 @@ class ThetaSpec:
     Args:
         feature_set: name of the per-parameter inputs, a key of :data:`lopt.rule.features.FEATURE_SETS` or what
             :meth:`lopt.FeatureSet.register` returned.
-        mlp_width: width of the two hidden layers of the per-parameter MLP. Kernels are compiled in for 8, 16 and 32.
+        mlp_width: width of the hidden layers of the per-parameter MLP. Kernels are compiled in for 8, 16 and 32.
         lstm_width: hidden size of the per-tensor LSTM.
         from_mlp: values the MLP sends to the LSTM (averaged over the tensor).
         lstm_to_mlp: values the LSTM sends to the MLP of its tensor.
@@ -51,6 +51,7 @@ class ThetaSpec:
             this step, so that a step reads everything twice. ``"lagged"``: of the step before (in a tensor's first step
             its own), so that one sweep can update accumulators and parameters: 92 instead of 140 bytes per parameter
             for ``paper``. A theta is meta-trained for one of them.
+        mlp_layers: hidden layers of the per-parameter MLP, 1 or 2. Kernels are compiled in for 2.
 
     Raises:
         ValueError: a field is out of range, with the bad value.
@@ -83,6 +84,7 @@ class ThetaSpec:
     feature_clip: float | None = 5.0
     valid_advances_step: bool = False
     stats: str = "current"
+    mlp_layers: int = 2
 
     def __post_init__(self) -> None:
         features = feature_set(self.feature_set)
@@ -97,6 +99,8 @@ class ThetaSpec:
         for name in ("mlp_width", "lstm_width", "from_mlp", "lstm_to_mlp", "from_lstm"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive size, got {getattr(self, name)}")
+        if self.mlp_layers not in (1, 2):
+            raise ValueError(f"mlp_layers: expected 1 or 2 hidden layers, got {self.mlp_layers}")
         for name in ("train_loss_decay", "valid_loss_decay", "clip_decay"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a value in (0, 1), got {getattr(self, name)}")
@@ -187,6 +191,8 @@ class ThetaSpec:
             "mlp.w3": (width, 2 + self.from_mlp),  # direction, magnitude, values for the LSTM
             "mlp.b3": (2 + self.from_mlp,),
         }
+        if self.mlp_layers == 1:
+            del shapes["mlp.w2"], shapes["mlp.b2"]
         if self.linear_skip:
             shapes["skip"] = (len(self.features.columns),)
         if self.step_control:
@@ -211,9 +217,15 @@ class ThetaSpec:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values, with the table of a feature set that is not compiled in as ``features``."""
+        """The fields as plain JSON values, with the table of a feature set that is not compiled in as ``features``.
+
+        ``mlp_layers`` is left out where it is 2, as in files that were written before there was one.
+        """
         table = {} if self.feature_set in FEATURE_SETS else {"features": self.features.to_json()}
-        return dataclasses.asdict(self) | table
+        fields = dataclasses.asdict(self)
+        if self.mlp_layers == 2:
+            del fields["mlp_layers"]
+        return fields | table
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ThetaSpec":
@@ -222,7 +234,7 @@ class ThetaSpec:
         A feature set that comes with it is registered.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        missing = names - set(values) - {"stats", "newton_schulz"}
+        missing = names - set(values) - {"stats", "newton_schulz", "mlp_layers"}
         if missing or not set(values) <= names | {"features"}:
             raise ValueError(
                 f"spec: unknown fields {sorted(set(values) - names - {'features'})}, missing fields {sorted(missing)}; "

@@ -160,10 +160,11 @@ class Theta(Generic[Spec]):
                     tensors["gate.w"][spec.lstm_width + spec.lstm_index(name)] = -1.0
         else:
             for unit, sign in ((0, 1.0), (1, -1.0)):
-                for name in ("mlp.w1", "mlp.w2"):
-                    tensors[name][:, unit] = 0.0
+                tensors["mlp.w1"][:, unit] = 0.0
                 tensors["mlp.w1"][spec.features.column_index("mom1_over_rms1"), unit] = sign
-                tensors["mlp.w2"][unit, unit] = 1.0
+                if spec.mlp_layers == 2:
+                    tensors["mlp.w2"][:, unit] = 0.0
+                    tensors["mlp.w2"][unit, unit] = 1.0
                 tensors["mlp.w3"][unit, 0] = sign
         name = preset if isinstance(preset, str) else spec.preset
         provenance = {"method": "init_adam", "preset": name, "seed": seed, "stop_early": stop_early}
