@@ -158,22 +158,22 @@ constexpr int kOwnFeatures = 2;  // index of a set that is not compiled in
 // Calls f(Features{}) for the set of that index; false when there is none.
 template <class Function>
 bool with_feature_set(int index, Function&& f) {
-  switch (index) {
-#ifdef LOPT_OWN_FEATURES  // a library of that set alone
-    case kOwnFeatures:
-      f(OwnFeatures{});
-      return true;
+#ifdef LOPT_OWN_FEATURES  // a library of that set alone, also where it is one of those that are compiled in
+  (void)index;
+  f(OwnFeatures{});
+  return true;
 #else
+  switch (index) {
     case 0:
       f(PaperFeatures{});
       return true;
     case 1:
       f(CompactFeatures{});
       return true;
-#endif
     default:
       return false;
   }
+#endif
 }
 
 }  // namespace lopt
