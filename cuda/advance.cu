@@ -11,9 +11,6 @@
 #include "reduce.cuh"
 #include "rule/tensor_lstm.h"
 
-#if defined(__CUDACC__) && !defined(LOPT_DYNAMIC_SHARED)
-#define LOPT_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-#endif
 #ifndef __CUDACC__
 #define __grid_constant__
 #endif

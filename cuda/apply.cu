@@ -10,13 +10,15 @@
 namespace lopt {
 namespace {
 
-// Two or three blocks per multiprocessor leave 255 or 168 registers: with less, some compilers spill.
-template <Dtype kState, class Features, int kWidth>
-__global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 && kWidth >= 32 ? 2 : 3)
-    apply_kernel(ApplyParams params) {
-  __shared__ Rule<Features, kWidth> rule;
-  __shared__ float rows[kWidth][kThreads];  // one row of hidden sums per thread, transposed: registers are dearer
+template <class Features, int kWidth>
+struct ApplyMemory {
+  Rule<Features, kWidth> rule;
+  float rows[kWidth][kThreads];  // one row of hidden sums per thread, transposed: registers are dearer
+};
 
+template <Dtype kState, class Features, int kWidth>
+__device__ __forceinline__ void apply_of_block(const ApplyParams& params, Rule<Features, kWidth>& rule,
+                                               float (&rows)[kWidth][kThreads]) {
   const ChunkRange chunk = chunk_of_block(params.tensors, params.chunks);
   const Operands operands = operands_of(params, chunk.tensor);
   rule.load(params, operands.tensor);
@@ -33,12 +35,28 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 && kWidt
   reduce_hidden(params, chunk, operands.tensor, rows);
 }
 
+// Two or three blocks per multiprocessor leave 255 or 168 registers: with less, some compilers spill.
+template <Dtype kState, class Features, int kWidth>
+__global__ void __launch_bounds__(kThreads, (Features::kNumColumns >= 16 && kWidth >= 32) || kWidth >= 64 ? 2 : 3)
+    apply_kernel(ApplyParams params) {
+  if constexpr (kIsStatic<ApplyMemory<Features, kWidth>>) {
+    __shared__ Rule<Features, kWidth> rule;
+    __shared__ float rows[kWidth][kThreads];
+    apply_of_block<kState>(params, rule, rows);
+  } else {
+    using All = ApplyMemory<Features, kWidth>;
+    LOPT_DYNAMIC_SHARED(All, memory);
+    apply_of_block<kState>(params, memory->rule, memory->rows);
+  }
+}
+
 }  // namespace
 
 template <class Features, Dtype kState>
 bool launch_apply(const ApplyParams& params, int width, const Target& target) {
   return with_width(width, [&](auto width_constant) {
-    launch_per_chunk("apply", apply_kernel<kState, Features, decltype(width_constant)::value>, params, target);
+    constexpr int kWidth = decltype(width_constant)::value;
+    launch_per_chunk<ApplyMemory<Features, kWidth>>("apply", apply_kernel<kState, Features, kWidth>, params, target);
   });
 }
 LOPT_INSTANTIATE(bool, launch_apply, const ApplyParams&, int, const Target&)

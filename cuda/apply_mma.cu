@@ -7,17 +7,23 @@ namespace {
 
 // Blocks per multiprocessor, for which the compiler may use 255, 168 or 128 registers.
 constexpr int resident_blocks(int columns, int width, int parts) {
-  return columns < 16 && width < 32 ? 4 : columns >= 16 && width == 32 && parts == 2 ? 2 : 3;
+  return width > 32 ? 2 : columns < 16 && width < 32 ? 4 : columns >= 16 && width == 32 && parts == 2 ? 2 : 3;
 }
 
-template <Dtype kState, class Features, int kWidth, int kParts>
-__global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumns, kWidth, kParts))
-    apply_mma_kernel(ApplyParams params) {
-  __shared__ Rule<Features, kWidth> rule;
-  __shared__ StageOf<Features, kWidth, kParts> stages[kWarps];
-  __shared__ LastLayer<kWidth> last_layer;
-  __shared__ HiddenRows<kWidth> rows;
+template <class Features, int kWidth, int kParts>
+struct ApplyMmaMemory {
+  Rule<Features, kWidth> rule;
+  StageOf<Features, kWidth, kParts> stages[kWarps];
+  LastLayer<kWidth> last_layer;
+  HiddenRows<kWidth> rows;
+  FragmentsOf<Features, kWidth, kParts> fragments;
+};
 
+template <Dtype kState, class Features, int kWidth, int kParts>
+__device__ __forceinline__ void apply_mma_of_block(const ApplyParams& params, Rule<Features, kWidth>& rule,
+                                                   StageOf<Features, kWidth, kParts> (&stages)[kWarps],
+                                                   LastLayer<kWidth>& last_layer, HiddenRows<kWidth>& rows,
+                                                   FragmentsOf<Features, kWidth, kParts>& fragments) {
   const ChunkRange chunk = chunk_of_block(params.tensors, params.chunks);
   const Operands operands = operands_of(params, chunk.tensor);
   const auto read = [&](const Quad& quad, QuadValues<Features>& values) {
@@ -25,8 +31,26 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumn
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) values.grad[j] = clip_gradient(values.grad[j], operands.inputs.clip_limit);
   };
-  apply_mma<kState, false, kParts>(params, chunk, operands, rule, stages, last_layer, rows, read);
+  apply_mma<kState, false, kParts>(params, chunk, operands, rule, stages, last_layer, rows, fragments, read);
   reduce_hidden(params, chunk, operands.tensor, rows);
+}
+
+template <Dtype kState, class Features, int kWidth, int kParts>
+__global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumns, kWidth, kParts))
+    apply_mma_kernel(ApplyParams params) {
+  using All = ApplyMmaMemory<Features, kWidth, kParts>;
+  if constexpr (kIsStatic<All>) {
+    __shared__ Rule<Features, kWidth> rule;
+    __shared__ StageOf<Features, kWidth, kParts> stages[kWarps];
+    __shared__ LastLayer<kWidth> last_layer;
+    __shared__ HiddenRows<kWidth> rows;
+    __shared__ FragmentsOf<Features, kWidth, kParts> fragments;
+    apply_mma_of_block<kState, Features, kWidth, kParts>(params, rule, stages, last_layer, rows, fragments);
+  } else {
+    LOPT_DYNAMIC_SHARED(All, memory);
+    apply_mma_of_block<kState, Features, kWidth, kParts>(params, memory->rule, memory->stages, memory->last_layer,
+                                                         memory->rows, memory->fragments);
+  }
 }
 
 }  // namespace
@@ -35,9 +59,12 @@ template <class Features, Dtype kState>
 bool launch_apply_mma(const ApplyParams& params, int width, const Target& target) {
   return with_width(width, [&](auto width_constant) {
     constexpr int kWidth = decltype(width_constant)::value;
-    const auto kernel = params.precision == kFast ? apply_mma_kernel<kState, Features, kWidth, 1>
-                                                  : apply_mma_kernel<kState, Features, kWidth, 2>;
-    launch_per_chunk("apply_mma", kernel, params, target);
+    if (params.precision == kFast)
+      launch_per_chunk<ApplyMmaMemory<Features, kWidth, 1>>("apply_mma", apply_mma_kernel<kState, Features, kWidth, 1>,
+                                                            params, target);
+    else
+      launch_per_chunk<ApplyMmaMemory<Features, kWidth, 2>>("apply_mma", apply_mma_kernel<kState, Features, kWidth, 2>,
+                                                            params, target);
   });
 }
 LOPT_INSTANTIATE(bool, launch_apply_mma, const ApplyParams&, int, const Target&)

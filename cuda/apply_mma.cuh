@@ -7,7 +7,7 @@
 // last, which takes the bias. Products of the first layer are the input of the second as they lie in registers (Note
 // [Fragments]), whose sums start from its bias. Each lane adds up its share of the two outputs on FFMA, and the shares of
 // a row's four lanes go back through the row to its owner; with `fast` the outputs are one more product. Weights stay in
-// registers.
+// registers, or, where they are too many, as the fragments of all lanes in shared memory.
 //
 // Why stage: 24 STS.128, 32 LDSM, 16 STS.64 and 8 LDS.128 per lane and 4 parameters of `paper`, 20 instructions per
 // parameter. Without it, the four lanes that hold a row would each compute the columns they supply. That takes no
@@ -105,9 +105,9 @@ struct Stage {
   }
 };
 
-// Weights [inputs, 8 kTiles] as fragments of one lane; weight(input, column).
-template <int kParts, int kBlocks, int kTiles, class Weight>
-__device__ __forceinline__ void load_weights(int lane, Weights<kParts, kBlocks, kTiles>& weights, Weight weight) {
+// Weights [8 kBlocks, 8 kTiles] as fragments of one lane; weight(input, column).
+template <int kParts, int kBlocks, int kTiles, class Fragments, class Weight>
+__device__ __forceinline__ void load_weights(int lane, Fragments& weights, Weight weight) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_weights(int lane, Weights<kParts, kBlocks, 
       const int input = 8 * q + 2 * t, column = 8 * n + g;
       split(weight(input, column) * kWeightScale<kParts>, weight(input + 1, column) * kWeightScale<kParts>, parts);
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) weights.b[part][n][q] = parts[part];
+      for (int part = 0; part < kParts; ++part) weights(part, n, q) = parts[part];
     }
 }
 
@@ -129,6 +129,7 @@ struct MmaShape {
   static constexpr int kSums = (kBlocks + 1) / 2 + (kMlpLayers == 2 ? (kTiles + 1) / 2 : 0);
   static constexpr float kLoss = kParts == 1 ? 0.0f : 4.3e-8f * kSums;
   static constexpr float kHiddenScale = kWeightScale<kParts> * (kMlpLayers == 2 ? kWeightScale<kParts> : 1.0f);
+  static constexpr bool kInRegisters = kParts * kTiles * (kBlocks + (kMlpLayers == 2 ? kTiles : 0)) <= 64;
 };
 
 // A block's shared memory, in arrays of their own: of members the compiler would think that they overlap. Of a quad,
@@ -137,6 +138,15 @@ template <class Features, int kWidth, int kParts, int kStaged = 2>
 using StageOf = Stage<kParts, MmaShape<Features, kWidth, kParts>::kBlocks, 32 * kStaged>;
 template <int kWidth>
 using HiddenRows = float[kWidth][kThreads / 4];  // sums of hidden units: eight lanes of each warp hold one
+// Weights of both layers, where they are not in registers.
+template <class Features, int kWidth, int kParts, bool = MmaShape<Features, kWidth, kParts>::kInRegisters>
+struct FragmentsOf {};
+template <class Features, int kWidth, int kParts>
+struct FragmentsOf<Features, kWidth, kParts, false> {
+  using Shape = MmaShape<Features, kWidth, kParts>;
+  SharedWeights<kParts, Shape::kBlocks, Shape::kTiles> first;
+  SharedWeights<kParts, kMlpLayers == 2 ? Shape::kTiles : 1, Shape::kTiles> second;
+};
 template <int kWidth>
 struct alignas(16) LastLayer {
   float bias[kWidth / 8][4][4];     // of the second layer, for every lane t: of its two units, for rows g and g + 8
@@ -148,13 +158,32 @@ __device__ __forceinline__ void load_four(const float (&from)[4], float (&to)[4]
   to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
 }
 
+// Both layers' weights of one lane: in registers, or where they lie.
+template <class First, class Second>
+struct Layers {
+  First first;
+  Second second;
+};
+template <class Features, int kWidth, int kParts>
+__device__ __forceinline__ auto layers_of_lane(FragmentsOf<Features, kWidth, kParts>& fragments, int lane) {
+  using Shape = MmaShape<Features, kWidth, kParts>;
+  constexpr int kBlocks = Shape::kBlocks, kTiles = Shape::kTiles, kSecond = kMlpLayers == 2 ? kTiles : 1;
+  if constexpr (Shape::kInRegisters) {
+    return Layers<Weights<kParts, kBlocks, kTiles>, Weights<kParts, kSecond, kTiles>>{};
+  } else {
+    return Layers<WeightsOfLane<kParts, kBlocks, kTiles>, WeightsOfLane<kParts, kSecond, kTiles>>{
+        {fragments.first, lane}, {fragments.second, lane}};
+  }
+}
+
 // Updates the parameters of a chunk and adds up their hidden units, by all threads of the block. read(quad, values) gives
 // a lane its four parameters, with clipped gradients; with kAllQuads it also changes their state, and is called for every
 // quad, otherwise for those of whole windows.
 template <Dtype kState, bool kAllQuads, int kParts, class Features, int kWidth, int kBlocks, int kRows, class Read>
 __device__ __forceinline__ void apply_mma(const ApplyParams& params, const ChunkRange& chunk, const Operands& operands,
                                           Rule<Features, kWidth>& rule, Stage<kParts, kBlocks, kRows> (&stages)[kWarps],
-                                          LastLayer<kWidth>& last_layer, HiddenRows<kWidth>& rows, const Read& read) {
+                                          LastLayer<kWidth>& last_layer, HiddenRows<kWidth>& rows,
+                                          FragmentsOf<Features, kWidth, kParts>& fragments, const Read& read) {
   using Layout = MlpLayout<Features::kNumColumns, kWidth>;
   using Shape = MmaShape<Features, kWidth, kParts>;
   constexpr int kColumns = Features::kNumColumns, kTiles = Shape::kTiles, kStaged = kRows / 32;
@@ -180,18 +209,22 @@ __device__ __forceinline__ void apply_mma(const ApplyParams& params, const Chunk
 
   // This lane's share of the MLP.
   const float* weights = rule.weights;
-  Weights<kParts, kBlocks, kTiles> first;
-  Weights<kParts, kTiles, kTiles> second;
-  load_weights(lane, first, [&](int input, int column) {
-    return input < kColumns    ? weights[Layout::kW1 + input * kWidth + column]
-           : input == kColumns ? rule.bias[column]
-                               : 0.0f;
-  });
-  if (kMlpLayers == 2)
-    load_weights(lane, second, [&](int input, int column) { return weights[Layout::kW2 + input * kWidth + column]; });
+  const auto load_layers = [&](auto& first, auto& second) {
+    load_weights<kParts, kBlocks, kTiles>(lane, first, [&](int input, int column) {
+      return input < kColumns    ? weights[Layout::kW1 + input * kWidth + column]
+             : input == kColumns ? rule.bias[column]
+                                 : 0.0f;
+    });
+    if constexpr (kMlpLayers == 2)
+      load_weights<kParts, kTiles, kTiles>(
+          lane, second, [&](int input, int column) { return weights[Layout::kW2 + input * kWidth + column]; });
+  };
+  auto [first, second] = layers_of_lane<Features, kWidth, kParts>(fragments, lane);
+  if (Shape::kInRegisters || warp_index() == 0) load_layers(first, second);
+  if (!Shape::kInRegisters) __syncthreads();
   Weights<1, kTiles, 1> third;  // of `fast`
   if (kParts == 1)
-    load_weights(lane, third, [&](int input, int column) {
+    load_weights<1, kTiles, 1>(lane, third, [&](int input, int column) {
       return column < 2 ? weights[Layout::kW3 + column * kWidth + input] * (column ? rate : 1.0f) : 0.0f;
     });
   const float magnitude_bias = weights[Layout::kB3 + 1] * rate;

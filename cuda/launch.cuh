@@ -9,6 +9,9 @@
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
+#define LOPT_DYNAMIC_SHARED(type, name)            \
+  extern __shared__ uint4 dynamic_shared_memory[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared_memory)
 #define LOPT_LAUNCH(name, kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 #else
@@ -47,15 +50,25 @@ class DeviceGuard {
   int device_, previous_ = 0;
 };
 
-// kernel(params) with one block of kThreads per chunk, on the caller's stream.
-template <class Params>
+// A kernel's shared memory is static up to this many bytes, of the 48 KiB that there may be; a few more are in functions that
+// it calls. Beyond, Memory is dynamic.
+constexpr size_t kStaticShared = (48 << 10) - 512;
+template <class Memory>
+constexpr bool kIsStatic = sizeof(Memory) <= kStaticShared;
+
+// kernel(params) with one block of kThreads per chunk and Memory, on the caller's stream.
+template <class Memory = char, class Params>
 void launch_per_chunk(const char* name, void (*kernel)(Params), const Params& params, const Target& target) {
   if (params.num_chunks == 0) return;
   if (params.num_chunks > 0x7fffffff)
     throw std::runtime_error(std::string(name) + ": expected at most 2^31 - 1 chunks, got " +
                              std::to_string(params.num_chunks) + "; update the tensors in several calls");
   const DeviceGuard guard(target.device);
-  LOPT_LAUNCH(name, kernel, static_cast<unsigned>(params.num_chunks), kThreads, 0,
+  constexpr size_t kBytes = kIsStatic<Memory> ? 0 : sizeof(Memory);
+  if (kBytes)
+    LOPT_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
+  LOPT_LAUNCH(name, kernel, static_cast<unsigned>(params.num_chunks), kThreads, kBytes,
               reinterpret_cast<cudaStream_t>(target.stream), params);
   LOPT_CUDA_CHECK(cudaGetLastError());
 }

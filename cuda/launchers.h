@@ -23,6 +23,10 @@ bool launch_sweep_mma(const AccumulateParams& accumulating, const ApplyParams& a
 
 #ifdef LOPT_FEATURES
 #define LOPT_INSTANTIATE(returns, launcher, ...) template returns launcher<LOPT_FEATURES, LOPT_STATE>(__VA_ARGS__);
+#elif defined(LOPT_OWN_FEATURES)
+#define LOPT_INSTANTIATE(returns, launcher, ...)                 \
+  template returns launcher<OwnFeatures, kFloat32>(__VA_ARGS__); \
+  template returns launcher<OwnFeatures, kBFloat16>(__VA_ARGS__);
 #else
 #define LOPT_INSTANTIATE(returns, launcher, ...)                     \
   template returns launcher<PaperFeatures, kFloat32>(__VA_ARGS__);   \

@@ -128,13 +128,23 @@ struct Inputs {
 template <int kParts, int kBlocks, int kTiles>
 struct Weights {
   uint32_t b[kParts][kTiles][kBlocks];
+  __device__ __forceinline__ uint32_t& operator()(int part, int n, int q) { return b[part][n][q]; }
+  __device__ __forceinline__ uint32_t operator()(int part, int n, int q) const { return b[part][n][q]; }
+};
+// The same of all lanes, in shared memory.
+template <int kParts, int kBlocks, int kTiles>
+using SharedWeights = uint32_t[kParts][kTiles][kBlocks][32];
+template <int kParts, int kBlocks, int kTiles>
+struct WeightsOfLane {
+  SharedWeights<kParts, kBlocks, kTiles>& b;
+  int lane;
+  __device__ __forceinline__ uint32_t& operator()(int part, int n, int q) const { return b[part][n][q][lane]; }
 };
 
 // d[m][n] += inputs[m] times columns 8 n .. 8 n + 7 of the weights. With two parts the small products come first; of an odd
 // last block, both of them are one product over 16 inputs. Sums that do not wait for each other follow each other.
-template <int kParts, int kBlocks, int kTiles, int kMatrices>
-__device__ __forceinline__ void multiply(const Inputs<kParts, kBlocks> (&inputs)[kMatrices],
-                                         const Weights<kParts, kBlocks, kTiles>& weights,
+template <int kParts, int kBlocks, int kTiles, int kMatrices, class Weights>
+__device__ __forceinline__ void multiply(const Inputs<kParts, kBlocks> (&inputs)[kMatrices], const Weights& weights,
                                          float (&d)[kMatrices][kTiles][4]) {
   constexpr int kLow = kParts - 1;
   // Block q of part_q and block r of part_r of the inputs, with those of weights_q and weights_r.
@@ -144,7 +154,7 @@ __device__ __forceinline__ void multiply(const Inputs<kParts, kBlocks> (&inputs)
 #pragma unroll
       for (int m = 0; m < kMatrices; ++m) {
         const uint32_t *x = inputs[m].a[part_q] + 2 * q, *y = inputs[m].a[part_r] + 2 * r;
-        mma_16(d[m][n], {x[0], x[1], y[0], y[1]}, {weights.b[weights_q][n][q], weights.b[weights_r][n][r]});
+        mma_16(d[m][n], {x[0], x[1], y[0], y[1]}, {weights(weights_q, n, q), weights(weights_r, n, r)});
       }
   };
   if (kParts > 1) {
@@ -160,8 +170,10 @@ __device__ __forceinline__ void multiply(const Inputs<kParts, kBlocks> (&inputs)
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int m = 0; m < kMatrices; ++m)
-        mma_8(d[m][n], inputs[m].a[0] + 2 * (kBlocks - 1), weights.b[0][n] + kBlocks - 1);
+      for (int m = 0; m < kMatrices; ++m) {
+        const uint32_t last = weights(0, n, kBlocks - 1);
+        mma_8(d[m][n], inputs[m].a[0] + 2 * (kBlocks - 1), &last);
+      }
   }
 }
 

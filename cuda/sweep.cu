@@ -13,15 +13,18 @@ __device__ __forceinline__ float pass(float (&values)[kQuad]) {
   return first;
 }
 
-// Two or three blocks per multiprocessor leave 255 or 168 registers.
-template <Dtype kState, class Features, int kWidth>
-__global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 || kWidth >= 32 ? 2 : 3)
-    sweep_kernel(SweepParams params) {
-  __shared__ Rule<Features, kWidth> rule;
-  __shared__ StatRows<Features> stat_rows;
-  __shared__ float hidden_rows[kWidth][kThreads];
-  __shared__ WordsOf<Features> words;
+template <class Features, int kWidth>
+struct SweepMemory {
+  Rule<Features, kWidth> rule;
+  StatRows<Features> stat_rows;
+  float hidden_rows[kWidth][kThreads];
+  WordsOf<Features> words;
+};
 
+template <Dtype kState, class Features, int kWidth>
+__device__ __forceinline__ void sweep_of_block(const SweepParams& params, Rule<Features, kWidth>& rule,
+                                               StatRows<Features>& stat_rows, float (&hidden_rows)[kWidth][kThreads],
+                                               WordsOf<Features>& words) {
   const ApplyParams& applying = params.applying;
   const ChunkRange chunk = chunk_of_block(applying.tensors, applying.chunks);
   const Operands operands = operands_of(applying, chunk.tensor);
@@ -62,13 +65,31 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 || kWidt
   reduce_sweep<Features>(params, chunk, tensor, stat_rows, hidden_rows);
 }
 
+// Two or three blocks per multiprocessor leave 255 or 168 registers.
+template <Dtype kState, class Features, int kWidth>
+__global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 || kWidth >= 32 ? 2 : 3)
+    sweep_kernel(SweepParams params) {
+  using All = SweepMemory<Features, kWidth>;
+  if constexpr (kIsStatic<All>) {
+    __shared__ Rule<Features, kWidth> rule;
+    __shared__ StatRows<Features> stat_rows;
+    __shared__ float hidden_rows[kWidth][kThreads];
+    __shared__ WordsOf<Features> words;
+    sweep_of_block<kState>(params, rule, stat_rows, hidden_rows, words);
+  } else {
+    LOPT_DYNAMIC_SHARED(All, memory);
+    sweep_of_block<kState>(params, memory->rule, memory->stat_rows, memory->hidden_rows, memory->words);
+  }
+}
+
 }  // namespace
 
 template <class Features, Dtype kState>
 bool launch_sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int width, const Target& target) {
   return with_width(width, [&](auto width_constant) {
-    launch_per_chunk("sweep", sweep_kernel<kState, Features, decltype(width_constant)::value>,
-                     SweepParams{accumulating, applying, applying.num_chunks}, target);
+    constexpr int kWidth = decltype(width_constant)::value;
+    launch_per_chunk<SweepMemory<Features, kWidth>>("sweep", sweep_kernel<kState, Features, kWidth>,
+                                                    SweepParams{accumulating, applying, applying.num_chunks}, target);
   });
 }
 LOPT_INSTANTIATE(bool, launch_sweep, const AccumulateParams&, const ApplyParams&, int, const Target&)

@@ -1,6 +1,7 @@
 """Types of the compiled module for tests; see csrc/sim/sim.cpp."""
 
 from lopt._C import accumulate as accumulate
+from lopt._C import add_backend as add_backend
 from lopt._C import advance as advance
 from lopt._C import apply as apply
 from lopt._C import begin as begin

@@ -117,8 +117,8 @@ def test_what_is_missing_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(ValueError, match=r"impl='cpu': false -std=c\+\+17 .* failed"):
         LearnedOptimizer([param], theta=theta, impl="cpu")
     assert not list(own.cache_folder().glob("own_of_tests-16-*.so"))
-    with pytest.raises(kernels.CannotCompile, match="made for the CPU only, not for 'cuda'"):
-        kernels.own_backend("cuda", OWN.name, 8)
+    with pytest.raises(kernels.CannotCompile, match="backend: expected one of"):
+        kernels.own_backend("mps", OWN.name, 8)
     with pytest.raises(kernels.CannotCompile, match=r"made for MLP widths \(8, 16, 32, 64\), theta has 24"):
         kernels.own_backend("cpu", OWN.name, 24)
     monkeypatch.setattr(own, "SOURCES", None)

@@ -153,12 +153,10 @@ struct CompactFeatures {
 
 namespace lopt {
 
-constexpr int kOwnFeatures = 2;  // index of a set that is not compiled in
-
 // Calls f(Features{}) for the set of that index; false when there is none.
 template <class Function>
 bool with_feature_set(int index, Function&& f) {
-#ifdef LOPT_OWN_FEATURES  // a library of that set alone, also where it is one of those that are compiled in
+#ifdef LOPT_OWN_FEATURES  // a library of one set, whatever its index
   (void)index;
   f(OwnFeatures{});
   return true;

@@ -134,8 +134,11 @@ struct Rough {
 LOPT_HD Rough operator+(Rough x, Rough y) { return x.value + y.value; }
 LOPT_HD Rough operator-(Rough x, Rough y) { return x.value - y.value; }
 LOPT_HD Rough operator*(Rough x, Rough y) { return x.value * y.value; }
+LOPT_HD Rough operator/(Rough x, Rough y) { return x.value / y.value; }
+LOPT_HD Rough operator-(Rough x) { return -x.value; }
 LOPT_HD Rough abs_of(Rough x) { return abs_of(x.value); }
 LOPT_HD Rough rsqrt_of(Rough x) { return rsqrt_of(x.value); }
+LOPT_HD Rough exp_of(Rough x) { return exp_of(x.value); }
 LOPT_HD Rough log_of(Rough x) {
 #if defined(__CUDA_ARCH__) || defined(LOPT_ESTIMATES)
   return log2_estimate(x.value) * kLog2;
@@ -162,6 +165,10 @@ LOPT_HD float clamp_of(float x, float low, float high) {
 LOPT_HD float max_of(float x, float y) { return x < y ? y : x; }
 // Both comparisons are false of NaN.
 LOPT_HD float clamp_of(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
+#endif
+
+#if defined(__CUDACC__) || defined(LOPT_ESTIMATES)
+LOPT_HD Rough max_of(Rough x, Rough y) { return max_of(x.value, y.value); }
 #endif
 
 // To +-bound, which is not negative.

@@ -1,8 +1,8 @@
-"""Kernels of feature sets and widths that are not compiled in: written from the table, compiled on this machine, kept.
+"""Kernels of feature sets and MLPs that are not compiled in: written from the table, compiled on this machine, kept.
 
-A set becomes a struct as those of csrc/rule/features.h, with which the sources of ``lopt._C`` are compiled, by the
-compiler of this machine, for its instruction set. The library is kept in a folder of the user's, under a hash of all
-that it is made of; of several processes that need it one compiles.
+A set becomes a struct as those of csrc/rule/features.h, with which the sources of ``lopt._C`` are compiled: by the C++
+compiler of this machine for its instruction set or for ``sim``, or by nvcc for its GPUs. The library is kept in the
+user's cache, under a hash of all that it is made of; of several processes that need it one compiles.
 """
 
 import ctypes
@@ -11,13 +11,16 @@ import os
 import shlex
 import shutil
 import subprocess
+import sysconfig
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
-from lopt.kernels.extension import _C, NOT_BUILT, packed_weights
+from lopt.kernels.extension import _C, NOT_BUILT, module_of, packed_weights
 from lopt.rule.features import FeatureSet, feature_set
 from lopt.rule.formulas import Writer, literal
 
@@ -25,9 +28,12 @@ WIDTHS = (8, 16, 32, 64)
 LAYERS = (1, 2)
 #: Inside of the package in a wheel, beside it in a source folder.
 SOURCES = next((path for path in (Path(__file__).parents[n] / "csrc" for n in (1, 2)) if path.is_dir()), None)
-_UNITS = ("accumulate_cpu.cpp", "advance_cpu.cpp", "apply_cpu.cpp", "own_cpu.cpp")
-_FLAGS: tuple[str, ...] = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
-_FLAGS += ("-fvisibility=hidden", "-fvisibility-inlines-hidden")
+_FLAGS = ("-std=c++17", "-shared")
+_CPU_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math")
+_HOST_FLAGS = ("-fopenmp", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
+_CPU_UNITS = ("accumulate_cpu.cpp", "advance_cpu.cpp", "apply_cpu.cpp", "own_cpu.cpp")
+_CUDA_UNITS = ("accumulate.cu", "advance.cu", "apply.cu", "apply_mma.cu", "sweep.cu", "sweep_mma.cu", "write.cu")
+_CUDA_DOOR = ("backend.cpp", "own.cpp")
 
 
 class CannotCompile(RuntimeError):
@@ -129,11 +135,30 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lopt"
 
 
+def _found(names: list[str | None]) -> list[str] | None:
+    """The first of these commands that there is."""
+    return next((shlex.split(name) for name in names if name and shutil.which(shlex.split(name)[0])), None)
+
+
 def _compiler() -> list[str]:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(shlex.split(name)[0]):
-            return shlex.split(name)
-    raise CannotCompile("there is no C++ compiler (CXX, c++, g++, clang++): install one, as with apt install g++")
+    found = _found([os.environ.get("CXX"), "c++", "g++", "clang++"])
+    if found is None:
+        raise CannotCompile("there is no C++ compiler (CXX, c++, g++, clang++): install one, as with apt install g++")
+    return found
+
+
+def _nvcc() -> list[str]:
+    """As cmake/nvcc.cmake looks for it, and where pip puts it."""
+    folders = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    pip = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"), reverse=True)
+    named = [os.environ.get("CUDACXX"), *(f"{folder}/bin/nvcc" for folder in folders), "nvcc"]
+    found = _found([*named, "/usr/local/cuda/bin/nvcc", *(f"{folder}/bin/nvcc" for folder in pip)])
+    if found is None:
+        raise CannotCompile(
+            "there is no nvcc (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip): install a CUDA toolkit, or "
+            "run pip install nvidia-cuda-nvcc, of the major version that lopt was built with"
+        )
+    return found
 
 
 def sources_sha256(folder: Path) -> str:
@@ -161,8 +186,47 @@ def described(name: str, width: int, layers: int) -> str:
     return f"feature set {name!r} with MLP width {width}" + " and one hidden layer" * (layers == 1)
 
 
-def compiled(features: FeatureSet, width: int, layers: int = 2) -> Path:
-    """The library of a set and MLP for the instruction set in use, compiled where it is not yet there.
+@dataclass(frozen=True)
+class _Recipe:
+    """How a back end's library is made."""
+
+    compiler: list[str]
+    flags: list[str]
+    units: list[Path]
+
+
+def _recipe(backend: str, sources: Path, archs: tuple[str, ...]) -> _Recipe:
+    cuda = sources.parent / "cuda"
+    if backend == "cpu":
+        namespace, flags = _level()
+        flags = [*_CPU_FLAGS, *_HOST_FLAGS, *flags, f"-DLOPT_ISA={namespace}"]
+        return _Recipe(_compiler(), flags, [sources / "cpu" / name for name in _CPU_UNITS])
+    door = [cuda / name for name in _CUDA_DOOR]
+    if backend == "sim":
+        return _Recipe(_compiler(), ["-O1", *_HOST_FLAGS, "-Wno-unknown-pragmas"], [sources / "sim" / "own.cpp", *door])
+    if not archs:
+        raise CannotCompile("there is no GPU")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    host = ["-Xcompiler", ",".join(_HOST_FLAGS[1:])]  # OpenMP is for the CPU
+    if os.environ.get("CUDAHOSTCXX"):
+        host += ["-ccbin", os.environ["CUDAHOSTCXX"]]
+    return _Recipe(_nvcc(), ["-O3", "--threads=0", *targets, *host], [*(cuda / name for name in _CUDA_UNITS), *door])
+
+
+def gpu_archs() -> tuple[str, ...]:
+    """Capabilities of the GPUs that torch sees, such as ``("90",)``."""
+    devices = range(torch.cuda.device_count())
+    return tuple(sorted({"{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices}))
+
+
+def compiled(
+    features: FeatureSet, width: int, layers: int = 2, backend: str = "cpu", archs: tuple[str, ...] = ()
+) -> Path:
+    """The library of a set and MLP, compiled where it is not yet there: by the C++ compiler, or by nvcc.
+
+    Args:
+        backend: ``"cpu"``, for the instruction set in use, ``"cuda"`` or ``"sim"``.
+        archs: of ``"cuda"``, as :func:`gpu_archs` has them.
 
     Raises:
         CannotCompile: there is no compiler, it fails, or the sources are not there or others; with the reason.
@@ -171,12 +235,11 @@ def compiled(features: FeatureSet, width: int, layers: int = 2) -> Path:
         raise CannotCompile("the sources (csrc) are not there; install lopt from its source folder")
     if sources_sha256(SOURCES) != _C.source_sha256:  # it would read the structs of other sources
         raise CannotCompile(f"the sources in {SOURCES.parent} are not those that lopt._C was built from; build it anew")
-    compiler, text, (namespace, flags) = _compiler(), header(features), _level()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    command = [*compiler, *_FLAGS, *flags, f"-DLOPT_ISA={namespace}", f"-DLOPT_OWN_WIDTH={width}"]
-    command.append(f"-DLOPT_MLP_LAYERS={layers}")
+    recipe, text = _recipe(backend, SOURCES, archs), header(features)
+    version = subprocess.run([*recipe.compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    command = [*recipe.compiler, *_FLAGS, *recipe.flags, f"-DLOPT_OWN_WIDTH={width}", f"-DLOPT_MLP_LAYERS={layers}"]
     made_of = "\n".join([text, _C.source_sha256, version, *command])
-    key = f"{features.name}-{width}x{layers}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
+    key = f"{features.name}-{width}x{layers}-{backend}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
     folder = cache_folder()
     library = folder / f"{key}.so"
     if library.is_file():
@@ -185,24 +248,22 @@ def compiled(features: FeatureSet, width: int, layers: int = 2) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(folder / f"{key}.lock"):
             if not library.is_file():
-                _compile(command, text, library)
+                _compile([*command, f"-I{SOURCES}"], recipe.units, text, library)
     except OSError as error:
         raise CannotCompile(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
     return library
 
 
-def _compile(command: list[str], text: str, library: Path) -> None:
-    assert SOURCES is not None
+def _compile(command: list[str], units: list[Path], text: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         (Path(scratch) / "own_features.h").write_text(text)
         made = Path(scratch) / "made.so"
-        units = [str(SOURCES / "cpu" / name) for name in _UNITS]
-        include = [f"-I{SOURCES}", f"-I{scratch}", '-DLOPT_OWN_FEATURES="own_features.h"']
+        include = [f"-I{scratch}", '-DLOPT_OWN_FEATURES="own_features.h"']
         result = subprocess.run(
-            [*command, *include, *units, "-o", str(made)], capture_output=True, text=True, check=False
+            [*command, *include, *map(str, units), "-o", str(made)], capture_output=True, text=True, check=False
         )
         if result.returncode:
-            raise CannotCompile(f"{shlex.join(command)} failed:\n{result.stderr[-2000:]}")
+            raise CannotCompile(f"{shlex.join(command)} failed:\n{(result.stderr or result.stdout)[-2000:]}")
         os.replace(made, library)  # whole or not at all
 
 
@@ -242,18 +303,27 @@ def own_backend(backend: str, name: str, width: int, layers: int = 2) -> str:
         raise CannotCompile(NOT_BUILT)
     if width not in WIDTHS:
         raise CannotCompile(f"kernels can be made for MLP widths {WIDTHS}, theta has {width}")
-    if backend != "cpu":
-        raise CannotCompile(f"kernels of own feature sets and widths are made for the CPU only, not for {backend!r}")
-    return _made(feature_set(name), width, layers)
+    try:
+        module_of(backend)
+    except (RuntimeError, ValueError) as error:
+        raise CannotCompile(str(error)) from error
+    targets = {"cpu": (_C.simd_selected(),), "cuda": gpu_archs()}.get(backend, ())
+    return _made(backend, targets, feature_set(name), width, layers)
 
 
 @cache
-def _made(features: FeatureSet, width: int, layers: int) -> str:
-    """Name by which ``lopt._C`` knows the back end."""
-    library = compiled(features, width, layers)
+def _made(backend: str, targets: tuple[str, ...], features: FeatureSet, width: int, layers: int) -> str:
+    """Name by which the compiled module knows the back end for these targets."""
+    library = compiled(features, width, layers, backend, targets)
+    loaded = load(library)
+    assert loaded.lopt_packed_weights() == size_of_weights(features.name, width, layers)
+    name = f"{backend} {library.stem}"
+    module_of(backend).add_backend(name, loaded.lopt_backend())
+    return name
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """What :func:`compiled` made."""
     loaded = ctypes.CDLL(str(library))
     loaded.lopt_backend.restype = ctypes.c_void_p
-    assert loaded.lopt_packed_weights() == size_of_weights(features.name, width, layers)
-    name = f"cpu {library.stem}"
-    _C.add_backend(name, loaded.lopt_backend())
-    return name
+    return loaded
