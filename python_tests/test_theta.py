@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lopt import Theta, ThetaSpec
+from lopt import Column, LearnedOptimizer, Theta, ThetaSpec
 from lopt.rule import PRESETS, reference, tensor_lstm
 from lopt.rule import theta as theta_module
 from lopt.rule.imports import JAX_NAMES
@@ -348,6 +348,29 @@ def test_carried_takes_the_same_steps() -> None:
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
     assert torch.equal(results[3][1], results[2][1])
     assert float((results[3][0] - results[0][0]).abs().max()) > 1e-4  # a gate of zeros is half open
+
+
+def test_carried_to_a_table_with_another_column() -> None:
+    """Weights of the MLP and skip are those of the same columns, wherever these stand; steps are the same."""
+    old = random_theta(PRESETS["compact"])
+    table = old.spec.features
+    columns = (table.columns[0], Column("sign", "grad / (abs(grad) + 1e-12)"), *table.columns[1:])
+    name = dataclasses.replace(table, name="compact_and_sign", columns=columns).register()
+    new = old.carried(dataclasses.replace(old.spec, feature_set=name))
+    for tensor in ("skip", "mlp.w1"):
+        assert not new.tensors[tensor][1].any()
+        assert torch.equal(torch.cat([new.tensors[tensor][:1], new.tensors[tensor][2:]]), old.tensors[tensor])
+    assert torch.equal(new.carried(old.spec).flatten(), old.flatten())
+    ends = []
+    for theta in (old, new):
+        param = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 12, dtype=F64).reshape(3, 4))
+        optimizer = LearnedOptimizer([param], theta, impl="reference")
+        for _ in range(3):
+            param.grad = param.detach() ** 3
+            optimizer.step()
+        ends.append(param.detach())
+    assert (ends[0] - torch.linspace(-1.0, 1.0, 12, dtype=F64).reshape(3, 4)).abs().max() > 1e-3
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-12)
 
 
 def test_carried_to_the_own_spec_and_back() -> None:

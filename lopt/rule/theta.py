@@ -429,8 +429,10 @@ def _input_names(spec: ThetaSpec, tensor: str) -> list[str]:
         return [*of_lstm, *hidden]
     if tensor in ("step.w", "gate.w"):
         return [*hidden, *of_lstm]
+    columns = [f"column {column.name}" for column in spec.features.columns]
+    if tensor == "skip":
+        return columns
     if tensor == "mlp.w1":
-        columns = [f"column {column.name}" for column in spec.features.columns]
         return [*columns, *spec.constant_names, *(f"to_mlp{i}" for i in range(spec.lstm_to_mlp))]
     return []
 
