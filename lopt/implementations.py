@@ -8,7 +8,7 @@ import torch
 
 from lopt import kernels
 from lopt.options import check_total_steps, check_unknown
-from lopt.rule import Rule, ThetaSpec
+from lopt.rule import AnySpec, Rule
 from lopt.warnings import warn
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
@@ -61,7 +61,7 @@ def check_implementation(impl: str, rule: Rule) -> str:
     return "reference"
 
 
-def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec | Rule) -> str:
+def choose_implementation(impl: str, device: torch.device, spec: AnySpec) -> str:
     """What ``impl`` means for parameters on ``device``; an explicit choice is never replaced by another.
 
     Raises:

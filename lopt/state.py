@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lopt.distributed import Box, is_sharded, local_of, part_like, place_like
 from lopt.roles import kinds_of_groups, of_each
-from lopt.rule import RULES, Rule, Theta, ThetaSpec, losses, tensor_lstm
+from lopt.rule import RULES, AnySpec, Rule, Theta, losses, tensor_lstm
 from lopt.rule.matrices import Kind
 from lopt.rule.published import step as published
 from lopt.rule.tensor_lstm import Globals, Rows
@@ -60,7 +60,7 @@ def open_theta(theta: Any) -> tuple[Theta[Any], dict[str, str]]:
     return loaded, {"theta": str(name), "theta_checksum": checksum(loaded)}
 
 
-def init_globals(spec: ThetaSpec | Rule, weights: Weights) -> dict[str, Tensor]:
+def init_globals(spec: AnySpec, weights: Weights) -> dict[str, Tensor]:
     """State that all tensors share, before the first step."""
     like = sample(weights)
     with torch.inference_mode(False), torch.no_grad():  # the first validation loss may come from inference mode
@@ -77,15 +77,13 @@ def init_globals(spec: ThetaSpec | Rule, weights: Weights) -> dict[str, Tensor]:
         }
 
 
-def shared_names(spec: ThetaSpec | Rule) -> tuple[str, ...]:
+def shared_names(spec: AnySpec) -> tuple[str, ...]:
     """Names in a param group of the state that all tensors share."""
     own = (*OF_RULES, *spec.shared) if isinstance(spec, Rule) else Globals._fields
     return (*own, *WAITING)
 
 
-def init_state(
-    spec: ThetaSpec | Rule, weights: Weights, param: Tensor, dtype: torch.dtype, kind: Kind
-) -> dict[str, Any]:
+def init_state(spec: AnySpec, weights: Weights, param: Tensor, dtype: torch.dtype, kind: Kind) -> dict[str, Any]:
     """State of a parameter tensor before its first step; accumulators in ``dtype``, which lie as the parameter does, on
     its device, the rest where the tensor level is. Of a rule of others everything is there."""
     if isinstance(spec, Rule):
@@ -110,7 +108,7 @@ def holds_shared(groups: Sequence[Mapping[str, Any]]) -> bool:
     return any("pending_loss" in group for group in groups)
 
 
-def share_state(groups: Groups, spec: ThetaSpec | Rule, weights: Weights) -> dict[str, Any]:
+def share_state(groups: Groups, spec: AnySpec, weights: Weights) -> dict[str, Any]:
     """Let all groups hold the shared state, that of the first group that has it, else a new one; return the first."""
     first = groups[0]
     if "pending_loss" not in first:
@@ -127,7 +125,7 @@ def share_state(groups: Groups, spec: ThetaSpec | Rule, weights: Weights) -> dic
 def check_state(
     state_dict: Mapping[str, Any],
     param_groups: Groups,
-    spec: ThetaSpec | Rule,
+    spec: AnySpec,
     weights: Weights,
     part: Callable[[Tensor], Tensor],
 ) -> None:
@@ -168,7 +166,7 @@ def check_state(
 
 
 def _check_param(
-    place: str, state: Any, spec: ThetaSpec | Rule, weights: Weights, param: Tensor, part: Tensor, kind: Kind
+    place: str, state: Any, spec: AnySpec, weights: Weights, param: Tensor, part: Tensor, kind: Kind
 ) -> None:
     if isinstance(spec, Rule):
         fresh = published.init_param(spec, weights, tuple(param.shape), kind)
@@ -264,7 +262,7 @@ def restore_state(
     source: Mapping[str, Any],
     param_groups: Groups,
     state: MutableMapping[Tensor, Any],
-    spec: ThetaSpec | Rule,
+    spec: AnySpec,
     weights: Weights,
     dtype: torch.dtype,
     part: Callable[[Tensor], Tensor],

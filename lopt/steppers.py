@@ -19,7 +19,7 @@ from lopt import kernels
 from lopt.distributed import Box, Exchange, Layout, PartOperands, Ranks, ShardedDirections, Shares, is_sharded, local_of
 from lopt.distributed.parts import increment_versions
 from lopt.roles import kinds_of_groups
-from lopt.rule import Rule, Theta, ThetaSpec, reference, tensor_lstm
+from lopt.rule import AnySpec, Theta, ThetaSpec, reference, tensor_lstm
 from lopt.rule.features import STATS
 from lopt.rule.inputs import Shapes
 from lopt.rule.matrices import Kind, Matrix, matrices_of
@@ -104,7 +104,7 @@ class Tensors:
         self,
         groups: Groups,
         state: MutableMapping[Tensor, dict[str, Any]],
-        spec: ThetaSpec | Rule,
+        spec: AnySpec,
         weights: Mapping[str, Tensor],
         dtype: torch.dtype,
         shares: Shares | None = None,

@@ -18,7 +18,7 @@ from lopt.files import replacing
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.outer import Moments
 from lopt.meta.pairs import Carry
-from lopt.rule import ThetaSpec
+from lopt.rule import AnySpec, spec_from_json
 
 #: What torch.load raises for files that were cut short or are something else.
 _DAMAGE = (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, pickle.UnpicklingError)
@@ -56,7 +56,7 @@ class TrainState:
         return min(self.validation, key=lambda iteration: (self.validation[iteration], iteration))
 
 
-def save(path: Path, config: MetaTrainConfig, spec: ThetaSpec, state: TrainState) -> None:
+def save(path: Path, config: MetaTrainConfig, spec: AnySpec, state: TrainState) -> None:
     """Write a checkpoint; a crash at any moment leaves the old file or the new one."""
     content = {entry.name: getattr(state, entry.name) for entry in fields(state)}
     content["moments"] = state.moments._asdict()
@@ -66,7 +66,7 @@ def save(path: Path, config: MetaTrainConfig, spec: ThetaSpec, state: TrainState
         torch.save(content, file)
 
 
-def load(path: Path) -> tuple[MetaTrainConfig, ThetaSpec, TrainState]:
+def load(path: Path) -> tuple[MetaTrainConfig, AnySpec, TrainState]:
     """Read what :func:`save` wrote.
 
     Raises:
@@ -93,7 +93,7 @@ def load(path: Path) -> tuple[MetaTrainConfig, ThetaSpec, TrainState]:
         raise ValueError(f"checkpoint: {path} has no entries {missing}; it is damaged: {damaged}")
     try:
         config = MetaTrainConfig.from_json(json.loads(content.pop("config")))
-        spec = ThetaSpec.from_json(json.loads(content.pop("spec")))
+        spec = spec_from_json(json.loads(content.pop("spec")))
         content["moments"] = Moments(**content["moments"])
         content["carries"] = [None if carry is None else Carry(**carry) for carry in content["carries"]]
         return config, spec, TrainState(**content)

@@ -1,4 +1,5 @@
-"""Inner runs of one task under several thetas: in the fused engine where it can run the task, in PyTorch elsewhere.
+"""Inner runs of one task under several thetas: in the fused engine where it can run the task, in PyTorch elsewhere and
+by rules of others.
 
 Both give the same losses (but for rounding). A state is plain data with a leading dimension of runs, so that it can be
 pickled and checkpointed: a tensor for the engine, a dict of tensors otherwise.
@@ -14,7 +15,7 @@ from lopt.meta import engine
 from lopt.meta import unroll as torch_unroll
 from lopt.meta.objective import Losses
 from lopt.meta.unroll import Run, RunState
-from lopt.rule import ThetaSpec, unflatten
+from lopt.rule import AnySpec, Rule, unflatten
 from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.families import Family, sample_task
 from lopt.tasks.own import OwnTasks
@@ -41,19 +42,17 @@ def uses_engine(task: Task) -> bool:
     return _problem(task) is not None
 
 
-def start(spec: ThetaSpec, thetas: Tensor, run: Run) -> State:
+def start(spec: AnySpec, thetas: Tensor, run: Run) -> State:
     """State before the first step, under every theta of ``thetas`` ``[R, P]``."""
-    problem = _problem(run.task)
-    if problem is None:
+    if isinstance(spec, Rule) or (problem := _problem(run.task)) is None:
         return torch_unroll.start(spec, unflatten(spec, thetas), run).pack()
     init = engine.initial_params(run.task, run.seed)
     return torch.stack([engine.start(spec, problem, theta, init) for theta in thetas])
 
 
-def unroll(spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, steps: int) -> tuple[State, Losses]:
+def unroll(spec: AnySpec, thetas: Tensor, run: Run, state: State, step: int, steps: int) -> tuple[State, Losses]:
     """Continue the runs from ``step`` by ``steps`` steps; the given state is left as it is."""
-    problem = _problem(run.task)
-    if problem is None:
+    if isinstance(spec, Rule) or (problem := _problem(run.task)) is None:
         return _torch_unroll(spec, thetas, run, state, step, steps)
     state = state.clone()
     keys = engine.minibatch_keys(run.seed)
@@ -63,9 +62,7 @@ def unroll(spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, s
     return state, Losses(outer, train)
 
 
-def _torch_unroll(
-    spec: ThetaSpec, thetas: Tensor, run: Run, state: State, step: int, steps: int
-) -> tuple[State, Losses]:
+def _torch_unroll(spec: AnySpec, thetas: Tensor, run: Run, state: State, step: int, steps: int) -> tuple[State, Losses]:
     """In groups of runs that fit into ``MEMORY``; of one run where not even that does."""
     size = max(1, MEMORY // _bytes_per_run(spec, run.task))
     after, outer, train = [], [], []

@@ -16,7 +16,7 @@ from lopt.meta.checkpoint import TrainState
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.executors import Executor
 from lopt.meta.pairs import Key, Result, Score, Shared
-from lopt.rule import ThetaSpec
+from lopt.rule import AnySpec
 
 
 class Learner:
@@ -28,7 +28,7 @@ class Learner:
 
     shared: Shared  # what the units of this iteration have in common
 
-    def __init__(self, config: MetaTrainConfig, spec: ThetaSpec, state: TrainState) -> None:
+    def __init__(self, config: MetaTrainConfig, spec: AnySpec, state: TrainState) -> None:
         self.config, self.spec, self.state = config, spec, state
         self._scales: dict[int, Tensor] = {}  # of phases
         self._directions: dict[Key, Tensor] = {}  # of results of this iteration

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lopt.meta.config import Groups, Scaling
 from lopt.optimizer import LearnedOptimizer
-from lopt.rule import Theta, ThetaSpec, unflatten
+from lopt.rule import AnySpec, Theta, unflatten
 
 LINEAR = ("skip", "step.", "gate.")
 MLP = ("mlp.", *LINEAR)  # the other tensors belong to the LSTM
@@ -25,7 +25,7 @@ VECTOR = 0.3  # scale of what is no weight matrix
 DIRECT = 0.25  # of skip, step control and gate, which change the meta-loss several times as much as other components
 
 
-def scales(spec: ThetaSpec, scaling: Scaling, groups: Groups) -> Tensor:
+def scales(spec: AnySpec, scaling: Scaling, groups: Groups) -> Tensor:
     """Scale ``[P]`` of every component of theta; 0 for those that are not trained.
 
     ``prior``: ``1 / sqrt(fan_in)`` in matrices, .25 in skip, step control and gate, .3 elsewhere. ``none``: 1.
@@ -35,7 +35,7 @@ def scales(spec: ThetaSpec, scaling: Scaling, groups: Groups) -> Tensor:
         scale = 1.0
         if scaling == "prior":
             direct = name.startswith(LINEAR)
-            scale = 1 / math.sqrt(shape[0]) if len(shape) == 2 else DIRECT if direct else VECTOR
+            scale = 1 / math.sqrt(shape[-2]) if len(shape) >= 2 else DIRECT if direct else VECTOR
         trained = {
             "all": True,
             "linear": name.startswith(LINEAR),
@@ -100,7 +100,7 @@ _theta = lru_cache(maxsize=4)(Theta.load)
 def learned(
     source: str,
     state: dict[str, Any],
-    spec: ThetaSpec,
+    spec: AnySpec,
     theta: Tensor,
     gradient: Tensor,
     scale: Tensor,

@@ -20,7 +20,7 @@ from lopt.meta.config import MetaTrainConfig
 from lopt.meta.es import ESTIMATORS
 from lopt.meta.executors import kept
 from lopt.meta.unroll import Run
-from lopt.rule import ThetaSpec
+from lopt.rule import AnySpec
 from lopt.tasks.seeds import derive, generator
 from lopt.tasks.task import Task
 
@@ -43,7 +43,7 @@ class Shared(NamedTuple):
     """What all units of an iteration have in common."""
 
     config: MetaTrainConfig
-    spec: ThetaSpec
+    spec: AnySpec
     theta: Tensor  # [P]
     scale: Tensor  # [P], 0 for components that are not trained
     phase: int

@@ -36,7 +36,7 @@ from lopt.meta.metrics import read_metrics, truncate
 from lopt.meta.pairs import Shared
 from lopt.meta.progress import Reporter, say
 from lopt.provenance import commit, file_checksum, versions
-from lopt.rule import Theta, ThetaSpec, unflatten
+from lopt.rule import AnySpec, Theta, unflatten
 
 __all__ = ["MetaTrainConfig", "measure_speed", "run"]
 
@@ -132,7 +132,7 @@ def check_new(out: Path) -> None:
 
 def _begin(
     config: MetaTrainConfig, out: Path, executor: Executor, loggers: Sequence[Logger]
-) -> tuple[ThetaSpec, TrainState]:
+) -> tuple[AnySpec, TrainState]:
     check_new(out)
     theta = start_theta(config)
     checksum = file_checksum(config.init) if config.from_file else None
@@ -147,7 +147,7 @@ def _begin(
     return theta.spec, state
 
 
-def _continue(config: MetaTrainConfig, out: Path) -> tuple[ThetaSpec, TrainState]:
+def _continue(config: MetaTrainConfig, out: Path) -> tuple[AnySpec, TrainState]:
     before, spec, state = checkpoint.load(out / "checkpoint.pt")
     old, new = before.to_json(), config.to_json()
     for name in old:
@@ -159,7 +159,7 @@ def _continue(config: MetaTrainConfig, out: Path) -> tuple[ThetaSpec, TrainState
     return spec, state
 
 
-def start_theta(config: MetaTrainConfig) -> Theta:
+def start_theta(config: MetaTrainConfig) -> Theta[Any]:
     """theta before the first iteration."""
     if config.from_file:
         theta = Theta.load(config.init)
@@ -191,7 +191,7 @@ def _unroll_pairs(shared: Shared, state: TrainState, executor: Executor) -> list
     return sorted(results, key=lambda result: result.group)
 
 
-def _save(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, out: Path, command: str) -> None:
+def _save(config: MetaTrainConfig, spec: AnySpec, state: TrainState, out: Path, command: str) -> None:
     for name, best in (("theta", True), ("theta_last", False)):
         theta = _theta(config, spec, state, best, command)
         theta.save(out / f"{name}.safetensors")
@@ -199,7 +199,7 @@ def _save(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, out: Path
     checkpoint.save(out / "checkpoint.pt", config, spec, state)  # last: what it covers is complete
 
 
-def _theta(config: MetaTrainConfig, spec: ThetaSpec, state: TrainState, best: bool, command: str) -> Theta:
+def _theta(config: MetaTrainConfig, spec: AnySpec, state: TrainState, best: bool, command: str) -> Theta[Any]:
     of = state.best_iteration
     provenance = {
         "method": "meta_train",

@@ -8,8 +8,8 @@ All runs of an unroll share task, initial parameters and minibatches (common ran
     every loss_every steps:   the loss of an outer_valid minibatch is recorded, or that of the average of the iterates
 
 The optimizer's step is made by the compiled operations, with a row of theta for every tensor, or by
-lopt.rule.reference, vmapped, which is the definition. A task whose loss cannot be vmapped goes through its runs one by
-one, with a warning.
+lopt.rule.reference, vmapped, which is the definition; that of a rule of others by lopt.rule.published, vmapped. A task
+whose loss cannot be vmapped goes through its runs one by one, with a warning.
 
 A run ends at its first train or outer_valid loss that is not finite: its later losses are NaN, and so are its
 parameters after the window. This runs any task; perceptrons have a faster engine of the same meaning.
@@ -20,7 +20,7 @@ Source: arXiv:2009.11243, section 3.2 (what each split is for).
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -28,17 +28,20 @@ from torch import Tensor
 
 from lopt import kernels
 from lopt.average import decay_at
-from lopt.implementations import warn_not_built
+from lopt.implementations import check_implementation, warn_not_built
 from lopt.meta.objective import Losses, Unit
-from lopt.rule import Theta, ThetaSpec, reference
+from lopt.rule import AnySpec, Rule, Theta, ThetaSpec, reference
 from lopt.rule.features import STATS
 from lopt.rule.inputs import Shapes
 from lopt.rule.matrices import matrices_of
+from lopt.rule.published import step as published
 from lopt.rule.tensor_lstm import Globals, Rows
+from lopt.state import sample
 from lopt.tasks.task import SplitName, Task, map_tensors
 
 Impl = Literal["auto", "reference", "cpu", "cuda", "sim"]
 FLOAT = 4  # bytes
+OF_RULE = 120  # floats for each parameter: columns of a rule of others, as they are, normalised, and in the MLP
 
 
 @dataclass(frozen=True)
@@ -92,35 +95,75 @@ class RunState(NamedTuple):
 
     step: int
     params: dict[str, Tensor]
-    optimizer: reference.State
+    optimizer: Any  # reference.State; of a rule of others published.State
     stats: Tensor  # [runs, T, S] of the step before, for lagged statistics; otherwise [runs, T, 0]
     average: dict[str, Tensor]  # of the iterates, where it is asked for; otherwise the first parameters
 
     def pack(self) -> dict[str, Any]:
         """Parameters and optimizer state as dicts and lists of tensors."""
+        beside = {"params": self.params, "stats": self.stats, "average": self.average}
+        if isinstance(self.optimizer, published.State):
+            return {**beside, **self.optimizer._asdict()}
         plain = {name: getattr(self.optimizer, name)._asdict() for name in ("globals", "rows")}
         accumulators = {"mom": self.optimizer.mom, "rms": self.optimizer.rms}
-        return {"params": self.params, **plain, **accumulators, "stats": self.stats, "average": self.average}
+        return {**beside, **plain, **accumulators}
 
     @classmethod
     def unpack(cls, step: int, packed: Mapping[str, Any]) -> "RunState":
         """The inverse of :meth:`pack`."""
-        globals_, rows = Globals(**packed["globals"]), Rows(**packed["rows"])
-        state = reference.State(globals_, rows, packed["mom"], packed["rms"])
+        state: Any
+        if "tensors" in packed:
+            state = published.State(packed["shared"], packed["tensors"])
+        else:
+            globals_, rows = Globals(**packed["globals"]), Rows(**packed["rows"])
+            state = reference.State(globals_, rows, packed["mom"], packed["rms"])
         return cls(step, packed["params"], state, packed["stats"], packed["average"])
 
 
-def start(spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
+def start(spec: AnySpec, weights: Mapping[str, Tensor], run: Run) -> RunState:
     """State before the first step of ``run``, for every theta of ``weights`` (tensors ``[runs, ...]``), where these
     are."""
-    num_runs = weights["initial_h"].shape[0]
-    params = {
-        name: value.to(weights["initial_h"]).expand(num_runs, *value.shape)
-        for name, value in run.task.init(run.seed).items()
-    }
+    like = sample(weights)
+    num_runs = like.shape[0]
+    params = {name: value.to(like).expand(num_runs, *value.shape) for name, value in run.task.init(run.seed).items()}
+    no_stats = like.new_zeros(num_runs, len(params), 0)
+    if isinstance(spec, Rule):
+        return RunState(0, params, torch.vmap(partial(_init_of_rule, spec, run))(weights), no_stats, params)
     optimizer = torch.vmap(lambda w, p: reference.init_state(spec, w, list(p.values())))(weights, params)
-    kept = spec.features.num_stats if spec.stats == "lagged" else 0
-    return RunState(0, params, optimizer, weights["initial_h"].new_zeros(num_runs, len(params), kept), params)
+    stats = like.new_zeros(num_runs, len(params), spec.features.num_stats) if spec.stats == "lagged" else no_stats
+    return RunState(0, params, optimizer, stats, params)
+
+
+def _init_of_rule(rule: Rule, run: Run, weights: Mapping[str, Tensor]) -> published.State:
+    shapes = [value.shape for value in run.task.init(run.seed).values()]
+    pairs = zip(shapes, run.task.kinds, strict=True)
+    tensors = [published.init_param(rule, weights, shape, kind) for shape, kind in pairs]
+    return published.State(published.init_shared(rule, weights), tensors)
+
+
+class _Published:
+    """The optimizer's steps by a rule of others, vmapped. Validation losses do nothing.
+
+    A rule that cannot do without the number of steps is told the horizon where nothing is to be told.
+    """
+
+    def __init__(self, rule: Rule, weights: Mapping[str, Tensor], run: Run, state: RunState) -> None:
+        self.params, self.optimizer, self.stats = state.params, state.optimizer, state.stats
+        names, kinds = list(state.params), run.task.kinds
+        total_steps = run.total_steps or (run.horizon if rule.needs_total_steps else 0)
+
+        def update(
+            weights: Mapping[str, Tensor], params: dict[str, Tensor], state: published.State, grads: Any, loss: Tensor
+        ) -> tuple[dict[str, Tensor], published.State]:
+            lists = [params[name] for name in names], [grads[name] for name in names]
+            step = published.update(rule, weights, state, *lists, loss, kinds=kinds, total_steps=total_steps)
+            return dict(zip(names, step.params, strict=True)), step.state
+
+        self.weights, self._update = weights, torch.vmap(update)
+
+    def step(self, grads: dict[str, Tensor], loss: Tensor, valid_loss: Tensor | None) -> None:
+        """One update of all runs; losses ``[runs]``."""
+        self.params, self.optimizer = self._update(self.weights, self.params, self.optimizer, grads, loss)
 
 
 class _Reference:
@@ -246,11 +289,14 @@ class _Kernels:
 
 
 def _stepper(
-    impl: Impl, spec: ThetaSpec, weights: Mapping[str, Tensor], run: Run, state: RunState
-) -> _Reference | _Kernels:
+    impl: Impl, spec: AnySpec, weights: Mapping[str, Tensor], run: Run, state: RunState
+) -> _Reference | _Kernels | _Published:
     if impl not in get_args(Impl):
         raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
-    like = weights["initial_h"]
+    if isinstance(spec, Rule):
+        check_implementation(impl, spec)
+        return _Published(spec, weights, run, state)
+    like = sample(weights)
     if impl == "auto":
         if kernels.NOT_BUILT:
             warn_not_built()
@@ -314,19 +360,31 @@ def activation_bytes(task: Task) -> int:
     return sum(kept.values())
 
 
-def bytes_per_run(spec: ThetaSpec, task: Task) -> int:
+def bytes_per_run(spec: AnySpec, task: Task) -> int:
     """About what an unroll needs for one run at its peak: state before and after, gradients twice, activations twice.
 
     With ``n`` parameters, ``K`` momenta and second moments and ``A`` :func:`activation_bytes`, it is
-    ``4 n (2 (1 + K) + 2) + 2 A``. ``A`` counts what is the same for all runs, as the minibatch, for each; the second
-    ``A`` is for what the backward pass makes. Data sets are not in it.
+    ``4 n (2 (1 + K) + 2) + 2 A``, and of a rule of others, which keeps all its columns, ``480 n`` more. ``A`` counts
+    what is the same for all runs, as the minibatch, for each; the second ``A`` is for what the backward pass makes.
+    Data sets are not in it.
     """
-    state = task.num_params * (1 + len(spec.mom_decays) + len(spec.rms_decays))
-    return FLOAT * (2 * state + 2 * task.num_params) + 2 * activation_bytes(task)
+    if isinstance(spec, Rule):
+        accumulators, work = _state_of_rule(spec, task), OF_RULE * task.num_params
+    else:
+        accumulators, work = task.num_params * (len(spec.mom_decays) + len(spec.rms_decays)), 0
+    return FLOAT * (2 * (task.num_params + accumulators) + 2 * task.num_params + work) + 2 * activation_bytes(task)
+
+
+def _state_of_rule(rule: Rule, task: Task) -> int:
+    """Floats of a rule's state, counted without memory for them."""
+    weights = {name: torch.empty(shape, device="meta") for name, shape in rule.shapes().items()}
+    pairs = zip(task.init(0).values(), task.kinds, strict=True)
+    states = [published.init_param(rule, weights, value.shape, kind) for value, kind in pairs]
+    return sum(value.numel() for state in states for value in state.values())
 
 
 def unroll(
-    spec: ThetaSpec,
+    spec: AnySpec,
     weights: Mapping[str, Tensor],
     run: Run,
     state: RunState,
@@ -354,7 +412,8 @@ def unroll(
         )
     if steps % run.loss_every:
         raise ValueError(f"steps: expected a multiple of loss_every={run.loss_every}, got {steps}")
-    task, device = run.task, weights["initial_h"].device
+    task, like = run.task, sample(weights)
+    device = like.device
 
     def minibatches(split: SplitName, first: int) -> Iterator[Any]:
         for batch in task.batches(run.seed, split, first):
@@ -370,8 +429,8 @@ def unroll(
         return torch.stack(some).double().mean(dim=0).to(some[0].dtype)
 
     train_losses, outer_losses, average = [], [], state.average
-    ended = torch.zeros(len(weights["initial_h"]), dtype=torch.bool, device=device)
-    nan = weights["initial_h"].new_full((), torch.nan)
+    ended = torch.zeros(len(like), dtype=torch.bool, device=device)
+    nan = like.new_full((), torch.nan)
     with torch.no_grad():
         optimizer = _stepper(impl, spec, weights, run, state)
         for step in range(state.step, state.step + steps):

@@ -3,13 +3,14 @@
 from lopt.rule.features import FEATURE_SETS, Column, FeatureSet
 from lopt.rule.published import RULES, Rule
 from lopt.rule.spec import PRESETS, ThetaSpec
-from lopt.rule.theta import WEIGHTS, Theta, hierarchical, shipped, unflatten
+from lopt.rule.theta import WEIGHTS, AnySpec, Theta, hierarchical, shipped, spec_from_json, unflatten
 
 __all__ = [
     "FEATURE_SETS",
     "PRESETS",
     "RULES",
     "WEIGHTS",
+    "AnySpec",
     "Column",
     "FeatureSet",
     "Rule",
@@ -17,5 +18,6 @@ __all__ = [
     "ThetaSpec",
     "hierarchical",
     "shipped",
+    "spec_from_json",
     "unflatten",
 ]

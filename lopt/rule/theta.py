@@ -34,11 +34,22 @@ READABLE = (2, 3)  # 2 has no direction stage
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
+#: The hierarchical optimizer, or a rule of others.
+AnySpec = ThetaSpec | Rule
 #: What a theta is of; written without, ``Theta`` is that of the hierarchical optimizer.
-Spec = TypeVar("Spec", bound=ThetaSpec | Rule, default=ThetaSpec)
+Spec = TypeVar("Spec", bound=AnySpec, default=ThetaSpec)
 
 
-def _preset(name: str | ThetaSpec | Rule) -> ThetaSpec | Rule:
+def spec_from_json(values: Mapping[str, Any]) -> AnySpec:
+    """The inverse of ``spec.to_json()``.
+
+    Raises:
+        ValueError: a field is unknown or missing, or the rule is.
+    """
+    return rule_from_json(values) if "rule" in values else ThetaSpec.from_json(values)
+
+
+def _preset(name: str | AnySpec) -> AnySpec:
     if isinstance(name, (ThetaSpec, Rule)):
         return name
     if name in RULES:
@@ -97,7 +108,7 @@ class Theta(Generic[Spec]):
         object.__setattr__(self, "tensors", {name: self.tensors[name].detach() for name in shapes})
 
     @classmethod
-    def init(cls, preset: str | ThetaSpec | Rule = "compact", seed: int = 0) -> "Theta[Any]":
+    def init(cls, preset: str | AnySpec = "compact", seed: int = 0) -> "Theta[Any]":
         """Random meta-parameters as in the paper.
 
         Weights are normal with ``sigma = 1 / sqrt(fan_in)`` truncated at two sigma, ``initial_from_*`` likewise with
@@ -204,8 +215,7 @@ class Theta(Generic[Spec]):
                 "install the version of lopt that wrote it, or a newer one"
             )
         try:
-            known = rule_from_json(spec) if "rule" in spec else ThetaSpec.from_json(spec)
-            theta: Theta[Any] = Theta(known, tensors, provenance)
+            theta: Theta[Any] = Theta(spec_from_json(spec), tensors, provenance)
         except TypeError as error:
             raise ValueError(f"theta: {path} has a spec with a value of the wrong type ({error})") from error
         theta._check_finite(f"in {path}; it is damaged: copy or make it again")
@@ -437,7 +447,7 @@ def _input_names(spec: ThetaSpec, tensor: str) -> list[str]:
     return []
 
 
-def unflatten(spec: ThetaSpec | Rule, flat: Tensor) -> dict[str, Tensor]:
+def unflatten(spec: AnySpec, flat: Tensor) -> dict[str, Tensor]:
     """Named tensors of theta as views of ``flat`` ``[..., P]``; leading dimensions (a population) are kept."""
     shapes = spec.shapes()
     parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()], dim=-1)

@@ -95,6 +95,11 @@ class Rule(ABC):
         return tensors
 
     @property
+    def horizon_input(self) -> bool:
+        """Whether the number of steps makes a difference."""
+        return self.needs_total_steps
+
+    @property
     def preset(self) -> str:
         """What tables call it."""
         return self.name
