@@ -100,7 +100,7 @@ format: $(TOOLS_READY)
 
 # The site of all pages and docstrings, in build/docs, without network. A warning, as of a broken link, is an error; all is
 # made anew, as a page that did not change may link to one that did.
-docs: $(DOCS_READY)
+docs: $(DOCS_READY) install
 	$(PY) -m sphinx -q -E -a -W --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
 	@echo 'Open build/docs/index.html'
 
