@@ -6,6 +6,8 @@ steps over the tensors ``b conv s sq w`` in the layout of JAX. Their keys: ``the
 what the MLP sees of every parameter, before it is normalised; after steps 0, 4 and 9 ``state_after|stepN|...``.
 """
 
+import copy
+import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -440,6 +442,21 @@ def test_a_run_resumes_to_the_bit(name: str) -> None:
     run(opt, params, 3, first=3)
     run(resumed, again, 3, first=3)
     assert_same_bits(snapshot(opt), snapshot(resumed))
+
+
+@every_rule
+def test_copies_go_on_as_the_original(name: str) -> None:
+    params = make_params()
+    opt = make(name, params)
+    run(opt, params, 2)
+    file = io.BytesIO()
+    torch.save(opt, file)
+    file.seek(0)
+    others = [copy.deepcopy(opt), torch.load(file, weights_only=False)]
+    run(opt, params, 2, first=2)
+    for other in others:
+        run(other, other.param_groups[0]["params"], 2, first=2)
+        assert_same_bits(snapshot(opt), snapshot(other))
 
 
 @every_rule
