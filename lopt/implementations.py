@@ -8,7 +8,7 @@ import torch
 
 from lopt import kernels
 from lopt.options import check_total_steps, check_unknown
-from lopt.rule import AnySpec, Rule
+from lopt.rule import AnySpec, Rule, ThetaSpec
 from lopt.warnings import warn
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
@@ -50,6 +50,18 @@ def warn_not_compiled(what: str, why: str) -> None:
     warn(f"no kernel is compiled in for {what} and none can be made ({why}); using the slow impl='reference'")
 
 
+def has_kernels(spec: ThetaSpec, device: str) -> bool:
+    """Whether kernels for the spec are compiled in or can be made; says once why not."""
+    mlp = spec.feature_set, spec.mlp_width, spec.mlp_layers
+    try:
+        if not kernels.is_compiled(spec):
+            kernels.own_backend(device, *mlp)
+    except kernels.CannotCompile as error:
+        warn_not_compiled(kernels.described(*mlp), str(error))
+        return False
+    return True
+
+
 def check_implementation(impl: str, rule: Rule) -> str:
     """What ``impl`` means for a rule of others, which is computed in plain PyTorch.
 
@@ -73,12 +85,8 @@ def choose_implementation(impl: str, device: torch.device, spec: AnySpec) -> str
         warn_not_built()
         return "reference"
     mlp = spec.feature_set, spec.mlp_width, spec.mlp_layers
-    if impl == "auto" and not kernels.is_compiled(spec):
-        try:
-            kernels.own_backend(device.type, *mlp)
-        except kernels.CannotCompile as error:
-            warn_not_compiled(kernels.described(*mlp), str(error))
-            return "reference"
+    if impl == "auto" and not has_kernels(spec, device.type):
+        return "reference"
     if impl == "auto":
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"params: on {device}; kernels exist for cpu and cuda, elsewhere use impl='reference'")

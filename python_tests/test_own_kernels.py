@@ -16,7 +16,11 @@ from test_own_rule import OWN, TWIN, spec_of
 
 from lopt import LearnedOptimizer, Theta, implementations, kernels
 from lopt.kernels import own
+from lopt.meta.unroll import Run as UnrollRun
+from lopt.meta.unroll import start, unroll
 from lopt.rule import features as tables
+from lopt.rule import unflatten
+from lopt.tasks.synthetic import Perceptron
 
 pytestmark = [pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"), pytest.mark.slow]
 CPU = Backend("cpu", torch.device("cpu"))
@@ -99,6 +103,21 @@ def test_a_step_is_the_step_of_the_reference() -> None:
         ends.append(param.detach())
     assert float((ends[0] - start).abs().max()) > 1e-3
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_the_torch_unroll_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three runs of 20 steps, each with its own theta, as the reference makes them."""
+    task = Perceptron(seed=0, data="teacher", regression=True, inputs=6, hidden=(9,), outputs=3, batch_size=8)
+    spec, made = spec_of(64), []
+    noise = torch.randn(3, spec.num_floats, generator=torch.Generator().manual_seed(1))
+    weights = unflatten(spec, Theta.init(spec, seed=2).flatten() + 0.02 * noise)
+    run = UnrollRun(task, seed=5, horizon=20, total_steps=0)
+    begun, own_backend = start(spec, weights, run), kernels.own_backend
+    monkeypatch.setattr(kernels, "own_backend", lambda *key: made.append(key) or own_backend(*key))
+    ends = [unroll(spec, weights, run, begun, 20, impl=impl)[1].outer for impl in ("auto", "reference")]
+    assert made == [("cpu", OWN.name, 64, 2)]
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+    assert float((ends[1][:, 0] - ends[1][:, -1]).abs().max()) > 1e-3
 
 
 def test_what_is_missing_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lopt import kernels
 from lopt.average import decay_at
-from lopt.implementations import check_implementation, warn_not_built
+from lopt.implementations import check_implementation, has_kernels, warn_not_built
 from lopt.meta.objective import Losses, Unit
 from lopt.rule import AnySpec, Rule, Theta, ThetaSpec, reference
 from lopt.rule.features import STATS
@@ -300,8 +300,8 @@ def _stepper(
     if impl == "auto":
         if kernels.NOT_BUILT:
             warn_not_built()
-        compiled = kernels.is_compiled(spec) and like.dtype == torch.float32 and like.device.type in kernels.BACKENDS
-        impl = like.device.type if compiled else "reference"  # type: ignore[assignment]
+        fits = not kernels.NOT_BUILT and like.dtype == torch.float32 and like.device.type in kernels.BACKENDS
+        impl = like.device.type if fits and has_kernels(spec, like.device.type) else "reference"  # type: ignore[assignment]
     return _Reference(spec, weights, run, state) if impl == "reference" else _Kernels(impl, spec, weights, run, state)
 
 
