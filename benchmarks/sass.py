@@ -306,11 +306,11 @@ def architectures() -> list[str]:
     return [f"sm_{arch.split('-')[0]}" for arch in _C.cuda_archs.split(",") if not arch.endswith("virtual")]
 
 
-def kernels(arch: str) -> list[Kernel]:
-    """All of them, by name."""
+def kernels(arch: str, library: str = "") -> list[Kernel]:
+    """All of them, by name: of this build, or of a library that lopt/kernels/own.py made."""
 
     def dump(option: str) -> str:
-        command = ["cuobjdump", option, "-arch", arch, str(_C.__file__)]
+        command = ["cuobjdump", option, "-arch", arch, library or str(_C.__file__)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     code = parse(dump("-sass"))

@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 
 from lopt import _C
+from lopt.kernels import own
+from lopt.rule.features import FEATURE_SETS
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,22 @@ def test_predicted_time(sass: ModuleType, arch: str) -> None:
             narrow = predicted[f"sweep_mma_kernel<bfloat16, {name}Features, {width}, 2>"]
             assert narrow["bytes"] == (accumulated - 8) / 2 + 12
             assert narrow["instructions"] > sweep["instructions"]  # unpacks and rounds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90"], indirect=True)
+def test_kernels_of_width_64(sass: ModuleType, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made where they are needed, and too wide for their weights to stay in registers: nothing spills either."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = own.compiled(FEATURE_SETS["compact"], 64, 2, "cuda", (arch.removeprefix("sm_"),))
+    kernels = {kernel.name: kernel for kernel in sass.kernels(arch, str(library))}
+    assert [name for name, kernel in kernels.items() if kernel.counts["LDL"] or kernel.counts["STL"]] == []
+    # Of 16 rows: two blocks of inputs and eight of hidden units, three products each for `high`, eight tiles; two
+    # parameters of a quad at a time, or one. `fast` has four products for the outputs, too.
+    products = {("apply_mma", 2): 240, ("sweep_mma", 2): 480, ("apply_mma", 1): 88, ("sweep_mma", 1): 88}
+    for (operation, parts), count in products.items():
+        for state in ("", "bfloat16, "):
+            assert kernels[f"{operation}_kernel<{state}OwnFeatures, 64, {parts}>"].counts["HMMA"] == count
 
 
 def test_main_path_of_a_narrow_state(sass: ModuleType) -> None:
