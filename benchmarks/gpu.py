@@ -9,12 +9,13 @@
 Each kernel is launched once, blocking, and compared with those of the CPU; a small step is compared with the reference.
 Where something fails, compute-sanitizer's memcheck comes at once, with torch's allocator out of the way, which hides
 most from it. Then all GPU tests, a process for each file.
-`measure`: whole steps of ViT-B/16, GPT-2 355M and one tensor of 1e8, then the kernels by themselves, racecheck last.
+`measure`: whole steps of ViT-B/16, GPT-2 355M and one tensor of 1e8, then the kernels by themselves, inner runs of
+meta-training (benchmarks/unroll_gpu.py), racecheck last.
 
 A step that fails or runs past its limit is written down, and the next one begins; rows are written when they are
-measured. Four files are left in --out: summary.txt, which is printed too, log.txt with all output, step.csv and
-kernel.csv. The exit code counts what failed. `--device cpu` tries out every step in small, without a GPU. This file
-needs nothing but Python, the rest what `check` names when it is missing.
+measured. Five files are left in --out: summary.txt, which is printed too, log.txt with all output, step.csv,
+kernel.csv and unroll.csv. The exit code counts what failed. `--device cpu` tries out every step in small, without a
+GPU. This file needs nothing but Python, the rest what `check` names when it is missing.
 """
 
 import argparse
@@ -283,12 +284,15 @@ class Script:
             device = ["--device", self.device, "--out", str((self.out / f"{what}.csv").resolve())]
             self.run(name, limit, [self.python, "-m", "lopt.benchmark", what, *device, *options, *scale])
 
-        for what in ("kernel", "step"):
+        for what in ("kernel", "step", "unroll"):
             (self.out / f"{what}.csv").unlink(missing_ok=True)
         bench("steps", "step", 90, *models, *one, *ways, *precisions)
         bench("kernels", "kernel", 60, *one, *ways, *precisions)
         bench("steps, directions of matrices", "step", 40, *models, "--presets", "spectral", "--no-peers")
         bench("steps, bfloat16 parameters", "step", 40, *models, *ways, "--dtype", "bfloat16", "--no-peers")
+        rows = str((self.out / "unroll.csv").resolve())
+        unroll = [self.python, "benchmarks/unroll_gpu.py", "--backend", self.device, "--out", rows]
+        self.run("inner runs", 40, [*unroll, *(["--runs", "2", "--steps", "20"] if small else [])])
         bench("kernels, small", "kernel", 40, *many, "--tensors", "1")
         bench("steps, small", "step", 40, *many, "--tensors", "1", *(["10"] if small else ["1000"]))
         self.sanitizer("racecheck", "small step", 60, self.small_step())

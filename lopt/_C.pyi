@@ -27,10 +27,37 @@ def begin(backend: str, params: int, device: int, stream: int) -> None: ...
 def advance(backend: str, params: int, device: int, stream: int) -> None: ...
 def finish(backend: str, params: int, device: int, stream: int) -> None: ...
 def start_run(spec: int, problem: int, theta: int, init: int, state: int) -> int: ...
+def unroll_scratch(backend: str, spec: int, host_problems: int, num_problems: int, device: int) -> int: ...
 def unroll(
-    spec: int, problems: int, runs: int, num_runs: int, theta: int, theta_stride: int, num_threads: int
+    backend: str,
+    spec: int,
+    problems: int,
+    host_problems: int,
+    runs: int,
+    host_runs: int,
+    num_runs: int,
+    theta: int,
+    theta_stride: int,
+    scratch: int,
+    scratch_stride: int,
+    num_threads: int,
+    device: int,
+    stream: int,
 ) -> None: ...
-def loss_and_gradient(problem: int, split: int, key: int, step: int, param: int, grad: int) -> float: ...
+def loss_and_gradient(
+    backend: str,
+    problem: int,
+    host_problem: int,
+    split: int,
+    key: int,
+    step: int,
+    param: int,
+    loss: int,
+    grad: int,
+    scratch: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def accumulate(backend: str, feature_set: int, params: int, num_threads: int, device: int, stream: int) -> None: ...
 def add_backend(name: str, backend: int) -> None: ...
 def native_side(backend: str) -> int: ...

@@ -244,6 +244,7 @@ def test_measure_goes_on_and_shows_what_was_measured(make: Make, tmp_path: Path)
     (line,) = [line for line in said.splitlines() if line.startswith("compact lagged lopt")]
     assert line.split() == ["compact", "lagged", "lopt", "1", "x", "100", "2.000", "0", "0%", "2.00", "40"]
     assert "kernel.csv: no rows" in said
+    assert any("unroll_gpu.py --backend cuda" in step for step in ran(tmp_path))
     order = [step for step in ran(tmp_path) if "lopt.benchmark" in step or step.startswith("sanitizer")]
     assert "vit-b16 gpt2-355m --sizes 100000000" in order[0]
     assert order[-1].startswith("sanitizer --tool racecheck")

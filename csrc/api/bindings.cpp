@@ -1,5 +1,6 @@
 // The pybind11 module lopt._C: the back ends `cpu` and `cuda`, the unroll engine, and how all of it was built.
 #include "api/bind_backend.h"
+#include "api/bind_engine.h"
 #include "api/contracts.h"
 #include "api/seen.h"
 #include "cpu/cpu_dispatch.h"
@@ -17,27 +18,14 @@ const Backend* find_backend(const std::string& name) {
   return nullptr;
 }
 
-namespace {
-
-int64_t start_run(uint64_t spec, uint64_t problem, uint64_t theta, uint64_t init, uint64_t state) {
-  return start_run_cpu(*pointer<Spec>(spec), *pointer<Problem>(problem), pointer<float>(theta), pointer<float>(init),
-                       pointer<float>(state));
+const UnrollEngine* find_engine(const std::string& name) {
+  if (name == "cpu") return &cpu_engine();
+#if LOPT_WITH_CUDA
+  if (name == "cuda") return &cuda_engine();
+#endif
+  return nullptr;
 }
 
-float loss_and_gradient(uint64_t problem, int64_t split, uint64_t key, int64_t step, uint64_t param, uint64_t grad) {
-  return loss_and_gradient_cpu(*pointer<Problem>(problem), split, key, step, pointer<float>(param),
-                               pointer<float>(grad));
-}
-
-void unroll(uint64_t spec, uint64_t problems, uint64_t runs, int64_t num_runs, uint64_t theta, int64_t theta_stride,
-            int num_threads) {
-  const Spec& s = *pointer<Spec>(spec);
-  check_ran(unroll_cpu(s, pointer<Problem>(problems), pointer<Run>(runs), num_runs, pointer<float>(theta), theta_stride,
-                       num_threads),
-            s.feature_set, s.width);
-}
-
-}  // namespace
 }  // namespace lopt
 
 PYBIND11_MODULE(_C, m) {
@@ -69,10 +57,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiply_add_rate", &lopt::multiply_add_rate, "num_threads"_a, "seconds"_a,
         py::call_guard<py::gil_scoped_release>(),
         "Floating-point operations per second of the CPU at its best, a multiply-add counted as two; for benchmarks.");
-  m.def("start_run", &lopt::start_run, "spec"_a, "problem"_a, "theta"_a, "init"_a, "state"_a,
-        "Write the state of an inner run before its first step; with state 0 only return its size in floats.");
-  m.def("unroll", &lopt::unroll, "spec"_a, "problems"_a, "runs"_a, "num_runs"_a, "theta"_a, "theta_stride"_a,
-        "num_threads"_a, py::call_guard<py::gil_scoped_release>(), "Continue inner runs; see csrc/unroll/unroll.h.");
-  m.def("loss_and_gradient", &lopt::loss_and_gradient, "problem"_a, "split"_a, "key"_a, "step"_a, "param"_a, "grad"_a,
-        "Loss of a minibatch of a problem of the unroll engine, and its gradient.");
+  m.def(
+      "start_run",
+      [](uint64_t spec, uint64_t problem, uint64_t theta, uint64_t init, uint64_t state) {
+        using namespace lopt;
+        return start_run_cpu(*pointer<Spec>(spec), *pointer<Problem>(problem), pointer<float>(theta),
+                             pointer<float>(init), pointer<float>(state));
+      },
+      "spec"_a, "problem"_a, "theta"_a, "init"_a, "state"_a,
+      "Write the state of an inner run before its first step; with state 0 only return its size in floats.");
+  lopt::bind_engines(m);
 }

@@ -1,5 +1,5 @@
 // The one compiled sequence of a step. `Phases` are those of a back end over an optimizer's tensors (bindings.cpp), or of
-// one inner run of the unroll engine (unroll_cpu.cpp). lopt/rule/step.py has the same sequence for phases in Python.
+// one inner run of the unroll engine (csrc/unroll/run.h). lopt/rule/step.py has the same sequence for phases in Python.
 //
 //   begin       losses given with this step; the clip limit                              -> clip_limit [R]
 //   accumulate  gradients -> accumulators, statistics                                     -> stats [R, S]
@@ -13,11 +13,13 @@
 // On one device nothing lies in the seams `merge`; a step that needs one is driven from Python, phase by phase.
 #pragma once
 
+#include "rule/maths.h"
+
 namespace lopt {
 
 // lagged: advance sees the statistics of the step before, so that accumulate and apply are one sweep.
 template <class Phases>
-void run_until_direction(Phases& phases, bool lagged = false) {
+LOPT_HD void run_until_direction(Phases& phases, bool lagged = false) {
   phases.begin();
   if (lagged) {
     phases.advance();
@@ -30,7 +32,7 @@ void run_until_direction(Phases& phases, bool lagged = false) {
 }
 
 template <class Phases>
-void run_step(Phases& phases, bool lagged = false) {
+LOPT_HD void run_step(Phases& phases, bool lagged = false) {
   run_until_direction(phases, lagged);
   phases.direction();
   phases.finish();

@@ -9,6 +9,7 @@ namespace {
 
 using Size = int64_t;
 #define LOPT_TEAM inline
+#define LOPT_CALLED inline
 #define LOPT_BOTH inline
 
 struct Alone {

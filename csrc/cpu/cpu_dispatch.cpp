@@ -24,10 +24,8 @@ namespace lopt {
   bool finish(const AdvanceParams& params, const Target& target);                                                   \
   double multiply_add_rate(int num_threads, double seconds);                                                        \
   int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
-  bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,     \
-              int64_t theta_stride, int num_threads);                                                               \
-  float loss_and_gradient(const Problem& problem, int64_t split, uint64_t key, int64_t step, const float* param,    \
-                          float* grad);                                                                             \
+  bool unroll(const UnrollCall& call, const Target& target);                                                        \
+  void loss_and_gradient(const GradientCall& call, const Target& target);                                           \
   }
 LOPT_DECLARE(baseline)
 #ifdef LOPT_X86_LEVELS
@@ -37,6 +35,8 @@ LOPT_DECLARE(v4)
 
 namespace {
 
+int64_t no_scratch(const Spec*, const Problem*, int64_t, const Target&) { return 0; }
+
 void write_words(int64_t* to, const int64_t* words, int64_t count, const Target&) { std::copy_n(words, count, to); }
 
 struct CpuKernels {
@@ -44,18 +44,17 @@ struct CpuKernels {
   Backend backend;
   decltype(&baseline::multiply_add_rate) multiply_add_rate;
   decltype(&baseline::start_run) start_run;
-  decltype(&baseline::unroll) unroll;
-  decltype(&baseline::loss_and_gradient) loss_and_gradient;
+  UnrollEngine engine;
 };
 
-#define LOPT_KERNELS(name, isa)                                                                              \
-  {name,                                                                                                     \
-   {isa::begin, isa::accumulate, isa::advance, isa::apply, isa::sweep, isa::write, kNativeSide, isa::finish, \
-    write_words},                                                                                            \
-   isa::multiply_add_rate,                                                                                   \
-   isa::start_run,                                                                                           \
-   isa::unroll,                                                                                              \
-   isa::loss_and_gradient}
+#define LOPT_KERNELS(name, isa)                                               \
+  {                                                                           \
+    name, {isa::begin, isa::accumulate, isa::advance, isa::apply, isa::sweep, \
+           isa::write, kNativeSide,     isa::finish,  write_words},           \
+        isa::multiply_add_rate, isa::start_run, {                             \
+      no_scratch, isa::unroll, isa::loss_and_gradient                         \
+    }                                                                         \
+  }
 
 constexpr CpuKernels kKernels[] = {
 #ifdef LOPT_X86_LEVELS
@@ -126,14 +125,6 @@ int64_t start_run_cpu(const Spec& spec, const Problem& problem, const float* the
   return selected()->start_run(spec, problem, theta, init, state);
 }
 
-bool unroll_cpu(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,
-                int64_t theta_stride, int num_threads) {
-  return selected()->unroll(spec, problems, runs, num_runs, theta, theta_stride, num_threads);
-}
-
-float loss_and_gradient_cpu(const Problem& problem, int64_t split, uint64_t key, int64_t step, const float* param,
-                            float* grad) {
-  return selected()->loss_and_gradient(problem, split, key, step, param, grad);
-}
+const UnrollEngine& cpu_engine() { return selected()->engine; }
 
 }  // namespace lopt

@@ -73,8 +73,8 @@ struct Orthogonal {
 
   // direction [rows, columns], in place, where the gate is open, and its rank, for all of the team. turned: its columns
   // belong to one output each, not its rows.
-  LOPT_TEAM void run(float* direction, Size rows, Size columns, bool turned, float gate, int iterations,
-                     float& rank) const {
+  LOPT_CALLED void run(float* direction, Size rows, Size columns, bool turned, float gate, int iterations,
+                       float& rank) const {
     if (!(gate > 0)) return;
     const bool wider = rows <= columns;
     const Size m = wider ? rows : columns, n = wider ? columns : rows, n_padded = padded(n), m_padded = padded(m);

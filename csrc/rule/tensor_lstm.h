@@ -324,17 +324,18 @@ void advance(const Spec& s, const ThetaView& theta, const Globals& g, const Tens
 }
 
 // MLP weights as apply reads them (MlpLayout), from theta.
-template <class Features, int kWidth>
-void pack_mlp(const Spec& s, const ThetaView& theta, float* packed) {
+template <class Features, int kWidth, class Team>
+LOPT_HD void pack_mlp(const Team& team, const Spec& s, const ThetaView& theta, float* packed) {
   using Layout = MlpLayout<Features::kNumColumns, kWidth>;
-  const int outputs = 2 + s.from_mlp;
-  for (int i = 0; i < Features::kNumColumns * kWidth; ++i) packed[Layout::kW1 + i] = theta.mlp_w1[i];
-  for (int i = 0; kMlpLayers == 2 && i < kWidth * kWidth; ++i) packed[Layout::kW2 + i] = theta.mlp_w2[i];
-  for (int i = 0; kMlpLayers == 2 && i < kWidth; ++i) packed[Layout::kB2 + i] = theta.mlp_b2[i];
-  for (int i = 0; i < kWidth; ++i)
-    for (int o = 0; o < 2; ++o) packed[Layout::kW3 + o * kWidth + i] = theta.mlp_w3[i * outputs + o];
-  for (int o = 0; o < 2; ++o) packed[Layout::kB3 + o] = theta.mlp_b3[o];
-  for (int i = 0; i < Features::kNumColumns; ++i) packed[Layout::kSkip + i] = s.linear_skip ? theta.skip[i] : 0.0f;
+  const int outputs = 2 + s.from_mlp, first = team.rank(), step = team.size();
+  for (int i = first; i < Features::kNumColumns * kWidth; i += step) packed[Layout::kW1 + i] = theta.mlp_w1[i];
+  for (int i = first; i < Layout::kSecond * kWidth; i += step) packed[Layout::kW2 + i] = theta.mlp_w2[i];
+  for (int i = first; i < Layout::kSecond; i += step) packed[Layout::kB2 + i] = theta.mlp_b2[i];
+  for (int i = first; i < 2 * kWidth; i += step)
+    packed[Layout::kW3 + i] = theta.mlp_w3[i % kWidth * outputs + i / kWidth];
+  for (int o = first; o < 2; o += step) packed[Layout::kB3 + o] = theta.mlp_b3[o];
+  for (int i = first; i < Features::kNumColumns; i += step)
+    packed[Layout::kSkip + i] = s.linear_skip ? theta.skip[i] : 0.0f;
 }
 
 // Value o of feedback = mean(hidden) W3[:, 2:] + b3[2:] for one tensor.

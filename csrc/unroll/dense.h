@@ -23,7 +23,7 @@ LOPT_HD Vec normal_cdf(Vec x, Vec e) {
 
 // z -> a = f(z) in place of `values`; `slopes` gets f'(z).
 template <class Team>
-LOPT_TEAM void activate(const Team& team, Size activation, Size count, float* values, float* slopes) {
+LOPT_CALLED void activate(const Team& team, Size activation, Size count, float* values, float* slopes) {
   team.vectors(count, [&](Size i) LOPT_INLINE {
     const Vec z = load(values + i, kLanes);
     Vec a, slope;
@@ -49,8 +49,8 @@ LOPT_HD Vec mask_of(Size j, Size n) { return lane_mask(n - j < kLanes ? static_c
 
 // Mean cross-entropy of [batch, n] logits (rows of n_padded floats); in place, logits become its gradient.
 template <class Team>
-LOPT_TEAM float softmax_loss(const Team& team, Size batch, Size n, Size n_padded, const int64_t* labels,
-                             float* logits) {
+LOPT_CALLED float softmax_loss(const Team& team, Size batch, Size n, Size n_padded, const int64_t* labels,
+                               float* logits) {
   double total = 0.0;
   const float share = 1.0f / static_cast<float>(batch);
   team.parts(batch, [&](Size b, const auto& part) LOPT_INLINE {
@@ -78,8 +78,8 @@ LOPT_TEAM float softmax_loss(const Team& team, Size batch, Size n, Size n_padded
 
 // Mean squared error over [batch, n] outputs; in place, outputs become its gradient. targets: [batch, n_padded].
 template <class Team>
-LOPT_TEAM float squared_loss(const Team& team, Size batch, Size n, Size n_padded, const float* targets,
-                             float* outputs) {
+LOPT_CALLED float squared_loss(const Team& team, Size batch, Size n, Size n_padded, const float* targets,
+                               float* outputs) {
   double total = 0.0;
   const float share = 2.0f / static_cast<float>(batch * n);
   team.grid(batch, n_padded, [&](Size b, Size j, int) LOPT_INLINE {

@@ -36,21 +36,21 @@ LOPT_TEAM void pad_rows(const Team& team, Size rows, Size count, const float* fr
 }
 
 template <class Team>
-LOPT_TEAM void add(const Team& team, Size count, const float* from, float* to) {
+LOPT_CALLED void add(const Team& team, Size count, const float* from, float* to) {
   team.vectors(count, [&](Size i) LOPT_INLINE { store(to + i, load(to + i) + load(from + i)); });
   team.sync();
 }
 
 template <class Team>
-LOPT_TEAM void multiply(const Team& team, Size count, const float* factors, float* values) {
+LOPT_CALLED void multiply(const Team& team, Size count, const float* factors, float* values) {
   team.vectors(count, [&](Size i) LOPT_INLINE { store(values + i, load(values + i) * load(factors + i)); });
   team.sync();
 }
 
 // sums[j] = sum over rows of values[row, j], times factors[row, j] if there are any.
 template <class Team>
-LOPT_TEAM void sum_products(const Team& team, Size rows, Size width, const float* values, const float* factors,
-                            float* sums) {
+LOPT_CALLED void sum_products(const Team& team, Size rows, Size width, const float* values, const float* factors,
+                              float* sums) {
   const Size stride = padded(width);
   team.column_sums(
       rows, width,
@@ -69,7 +69,7 @@ LOPT_TEAM void sum_rows_of(const Team& team, Size rows, Size width, const float*
 
 // [in, padded(out)] -> [out, padded(in)]
 template <class Team>
-LOPT_TEAM void transpose(const Team& team, Size in, Size out, const float* from, float* to) {
+LOPT_CALLED void transpose(const Team& team, Size in, Size out, const float* from, float* to) {
   const Size in_padded = padded(in), out_padded = padded(out);
   team.table(out, in_padded,
              [&](Size j, Size i) LOPT_INLINE { to[j * in_padded + i] = i < in ? from[i * out_padded + j] : 0.0f; });
@@ -86,8 +86,8 @@ LOPT_HD Vec mask_of(int lanes) { return lanes == kLanes ? splat(1.0f) : lane_mas
 // n = (x - mean) scale, scale = 1 / sqrt(mean((x - mean)^2) + epsilon), y = n gain + bias; without `centred` the mean is 0, and
 // without a bias that.
 template <class Team>
-LOPT_TEAM void norm_forward(const Team& team, bool centred, Size rows, Size width, const float* all_x,
-                            const float* gain, const float* bias, float* all_normed, float* scales, float* all_y) {
+LOPT_CALLED void norm_forward(const Team& team, bool centred, Size rows, Size width, const float* all_x,
+                              const float* gain, const float* bias, float* all_normed, float* scales, float* all_y) {
   const Size stride = padded(width);
   team.parts(rows, [&](Size row, const auto& part) LOPT_INLINE {
     const float* const x = all_x + row * stride;
@@ -118,8 +118,8 @@ LOPT_TEAM void norm_forward(const Team& team, bool centred, Size rows, Size widt
 
 // With e = y' gain: x' = scale (e - mean(e) - n mean(e n)), without `centred` the first mean is 0.
 template <class Team>
-LOPT_TEAM void norm_backward(const Team& team, bool centred, Size rows, Size width, const float* all_y,
-                             const float* gain, const float* all_normed, const float* scales, float* all_x) {
+LOPT_CALLED void norm_backward(const Team& team, bool centred, Size rows, Size width, const float* all_y,
+                               const float* gain, const float* all_normed, const float* scales, float* all_x) {
   const Size stride = padded(width);
   team.parts(rows, [&](Size row, const auto& part) LOPT_INLINE {
     const float *const y = all_y + row * stride, *const normed = all_normed + row * stride;
@@ -144,7 +144,8 @@ LOPT_TEAM void norm_backward(const Team& team, bool centred, Size rows, Size wid
 
 // y[row] += table[row % places]
 template <class Team>
-LOPT_TEAM void positions_forward(const Team& team, Size batch, Size places, Size width, const float* table, float* y) {
+LOPT_CALLED void positions_forward(const Team& team, Size batch, Size places, Size width, const float* table,
+                                   float* y) {
   const Size stride = padded(width);
   team.parts(batch * places, [&](Size row, const auto& part) LOPT_INLINE {
     const float* from = table + row % places * width;
@@ -156,7 +157,8 @@ LOPT_TEAM void positions_forward(const Team& team, Size batch, Size places, Size
 }
 
 template <class Team>
-LOPT_TEAM void positions_backward(const Team& team, Size batch, Size places, Size width, const float* y, float* grad) {
+LOPT_CALLED void positions_backward(const Team& team, Size batch, Size places, Size width, const float* y,
+                                    float* grad) {
   const Size stride = padded(width);
   team.grid(places, width, [&](Size place, Size j, int lanes) LOPT_INLINE {
     Vec sum{};
@@ -181,7 +183,7 @@ LOPT_HD Size planes_size(Size batch, Size places, Size channels) {
 
 // Images [batch * places, padded(channels)] with a margin of zeros: [batch, side + 2, side + 2, channels].
 template <class Team>
-LOPT_TEAM void fill_planes(const Team& team, Size batch, Size places, Size channels, const float* x, float* planes) {
+LOPT_CALLED void fill_planes(const Team& team, Size batch, Size places, Size channels, const float* x, float* planes) {
   const Size side = side_of(places), row = (side + 2) * channels, stride = padded(channels);
   team.zero(planes_size(batch, places, channels), planes);
   team.sync();
@@ -194,8 +196,8 @@ LOPT_TEAM void fill_planes(const Team& team, Size batch, Size places, Size chann
 // y [batch * places, padded(out)] = bias + sum over 3 x 3 neighbours; weight [3, 3, in, padded(out)]. The neighbours of one
 // row of the kernel, three times `in` numbers, lie one after the other.
 template <class Team>
-LOPT_TEAM void convolve(const Team& team, Size batch, Size places, Size in, Size out, const float* planes,
-                        const float* weight, const float* bias, float* y) {
+LOPT_CALLED void convolve(const Team& team, Size batch, Size places, Size in, Size out, const float* planes,
+                          const float* weight, const float* bias, float* y) {
   const Size side = side_of(places), row = (side + 2) * in, out_padded = padded(out);
   team.parts(batch * side, [&](Size line, const auto& part) LOPT_INLINE {
     const Factor neighbours{planes + (line / side * (side + 2) + line % side) * row, in, 1, 3 * in, 3, row};
@@ -206,8 +208,8 @@ LOPT_TEAM void convolve(const Team& team, Size batch, Size places, Size in, Size
 
 // grad [3, 3, in, padded(out)] = sum over all places of neighbours times y
 template <class Team>
-LOPT_TEAM void kernel_gradient(const Team& team, Size batch, Size places, Size in, Size out, const float* planes,
-                               const float* y, float* grad) {
+LOPT_CALLED void kernel_gradient(const Team& team, Size batch, Size places, Size in, Size out, const float* planes,
+                                 const float* y, float* grad) {
   const Size side = side_of(places), row = (side + 2) * in, out_padded = padded(out);
   team.zero(9 * in * out_padded, grad);
   team.sync();
@@ -222,7 +224,7 @@ LOPT_TEAM void kernel_gradient(const Team& team, Size batch, Size places, Size i
 
 // [out, in, 3, 3] -> [3, 3, in, padded(out)]; the padding stays as it is.
 template <class Team>
-LOPT_TEAM void pack_kernel(const Team& team, Size in, Size out, const float* kernel, float* weight) {
+LOPT_CALLED void pack_kernel(const Team& team, Size in, Size out, const float* kernel, float* weight) {
   const Size out_padded = padded(out);
   team.cells(1, out, in, 9, [&](Size, Size j, Size i, Size k) LOPT_INLINE {
     weight[(k * in + i) * out_padded + j] = kernel[(j * in + i) * 9 + k];
@@ -231,7 +233,7 @@ LOPT_TEAM void pack_kernel(const Team& team, Size in, Size out, const float* ker
 }
 
 template <class Team>
-LOPT_TEAM void unpack_kernel(const Team& team, Size in, Size out, const float* weight, float* kernel) {
+LOPT_CALLED void unpack_kernel(const Team& team, Size in, Size out, const float* weight, float* kernel) {
   const Size out_padded = padded(out);
   team.cells(1, out, in, 9, [&](Size, Size j, Size i, Size k) LOPT_INLINE {
     kernel[(j * in + i) * 9 + k] = weight[(k * in + i) * out_padded + j];
@@ -242,7 +244,7 @@ LOPT_TEAM void unpack_kernel(const Team& team, Size in, Size out, const float* w
 // [3, 3, in, padded(out)] -> [3, 3, out, padded(in)] with both sides of the kernel reversed: the gradient of what a
 // convolution is given is a convolution by this.
 template <class Team>
-LOPT_TEAM void turn_kernel(const Team& team, Size in, Size out, const float* weight, float* turned) {
+LOPT_CALLED void turn_kernel(const Team& team, Size in, Size out, const float* weight, float* turned) {
   const Size in_padded = padded(in), out_padded = padded(out);
   team.cells(1, 9, out, in_padded, [&](Size, Size k, Size j, Size i) LOPT_INLINE {
     turned[(k * out + j) * in_padded + i] = i < in ? weight[((8 - k) * in + i) * out_padded + j] : 0.0f;
@@ -264,8 +266,8 @@ LOPT_TEAM void for_pools(const Team& team, Size batch, Size places, Size stride,
 
 // `chosen`: which of the four is the largest, the first of equal ones.
 template <class Team>
-LOPT_TEAM void pool_forward(const Team& team, bool largest, Size batch, Size places, Size channels, const float* x,
-                            float* y, float* chosen) {
+LOPT_CALLED void pool_forward(const Team& team, bool largest, Size batch, Size places, Size channels, const float* x,
+                              float* y, float* chosen) {
   const Size stride = padded(channels), line = side_of(places) * stride;
   for_pools(team, batch, places, stride, [&](Size place, Size first) LOPT_INLINE {
     Vec value = load(x + first), which{};
@@ -285,8 +287,8 @@ LOPT_TEAM void pool_forward(const Team& team, bool largest, Size batch, Size pla
 }
 
 template <class Team>
-LOPT_TEAM void pool_backward(const Team& team, bool largest, Size batch, Size places, Size channels, const float* y,
-                             const float* chosen, float* x) {
+LOPT_CALLED void pool_backward(const Team& team, bool largest, Size batch, Size places, Size channels, const float* y,
+                               const float* chosen, float* x) {
   const Size stride = padded(channels), line = side_of(places) * stride;
   for_pools(team, batch, places, stride, [&](Size place, Size first) LOPT_INLINE {
     const Vec value = load(y + place), which = load(chosen + place);
@@ -298,7 +300,7 @@ LOPT_TEAM void pool_backward(const Team& team, bool largest, Size batch, Size pl
 }
 
 template <class Team>
-LOPT_TEAM void mean_forward(const Team& team, Size batch, Size places, Size width, const float* x, float* y) {
+LOPT_CALLED void mean_forward(const Team& team, Size batch, Size places, Size width, const float* x, float* y) {
   const Size stride = padded(width);
   const float share = 1.0f / static_cast<float>(places);
   team.grid(batch, stride, [&](Size b, Size j, int) LOPT_INLINE {
@@ -310,7 +312,7 @@ LOPT_TEAM void mean_forward(const Team& team, Size batch, Size places, Size widt
 }
 
 template <class Team>
-LOPT_TEAM void mean_backward(const Team& team, Size batch, Size places, Size width, const float* y, float* x) {
+LOPT_CALLED void mean_backward(const Team& team, Size batch, Size places, Size width, const float* y, float* x) {
   const Size stride = padded(width);
   const float share = 1.0f / static_cast<float>(places);
   team.cells(1, batch, places, stride / kLanes, [&](Size, Size b, Size place, Size v) LOPT_INLINE {
@@ -321,7 +323,7 @@ LOPT_TEAM void mean_backward(const Team& team, Size batch, Size places, Size wid
 
 // [batch * places, padded(channels)] -> [batch, padded(channels * places)], channel by channel
 template <class Team>
-LOPT_TEAM void flatten_forward(const Team& team, Size batch, Size places, Size channels, const float* x, float* y) {
+LOPT_CALLED void flatten_forward(const Team& team, Size batch, Size places, Size channels, const float* x, float* y) {
   const Size from = padded(channels), to = padded(channels * places);
   team.cells(1, batch, places, channels, [&](Size, Size b, Size place, Size c) LOPT_INLINE {
     y[b * to + c * places + place] = x[(b * places + place) * from + c];
@@ -330,7 +332,7 @@ LOPT_TEAM void flatten_forward(const Team& team, Size batch, Size places, Size c
 }
 
 template <class Team>
-LOPT_TEAM void flatten_backward(const Team& team, Size batch, Size places, Size channels, const float* y, float* x) {
+LOPT_CALLED void flatten_backward(const Team& team, Size batch, Size places, Size channels, const float* y, float* x) {
   const Size from = padded(channels), to = padded(channels * places);
   team.cells(1, batch, places, channels, [&](Size, Size b, Size place, Size c) LOPT_INLINE {
     x[(b * places + place) * from + c] = y[b * to + c * places + place];
@@ -402,8 +404,8 @@ LOPT_TEAM void transpose_in(const Team& team, Size count, Size width, const floa
 
 // x [batch * count, padded(3 width)]: queries, keys, values of all heads; `weights`: [batch, heads, count, padded(count)]
 template <class Team>
-LOPT_TEAM void attention_forward(const Team& team, const AttentionScratch& scratch, Size batch, Size count, Size heads,
-                                 Size width, const float* x, float* all_weights, float* y) {
+LOPT_CALLED void attention_forward(const Team& team, const AttentionScratch& scratch, Size batch, Size count,
+                                   Size heads, Size width, const float* x, float* all_weights, float* y) {
   const Size size = width / heads, in = padded(3 * width), out = padded(width), row = padded(count);
   const float scale = 1.0f / ::sqrtf(static_cast<float>(size));
   team.parts(batch * heads, [&](Size head, const auto& part) LOPT_INLINE {
@@ -427,8 +429,8 @@ LOPT_TEAM void attention_forward(const Team& team, const AttentionScratch& scrat
 }
 
 template <class Team>
-LOPT_TEAM void attention_backward(const Team& team, const AttentionScratch& scratch, Size batch, Size count, Size heads,
-                                  Size width, const float* y, const float* all_weights, float* x) {
+LOPT_CALLED void attention_backward(const Team& team, const AttentionScratch& scratch, Size batch, Size count,
+                                    Size heads, Size width, const float* y, const float* all_weights, float* x) {
   const Size size = width / heads, in = padded(3 * width), out = padded(width), row = padded(count);
   const float scale = 1.0f / ::sqrtf(static_cast<float>(size));
   team.parts(batch * heads, [&](Size head, const auto& part) LOPT_INLINE {

@@ -86,10 +86,9 @@ struct Layer : LayerShape {
   Size offset;  // of its parameters among all
   float*
       values;  // [rows, out_padded] what it gives, and the gradient of that; where it changes what is there, the same
-  const float* weight;   // [in, out_padded], of a convolution [3, 3, in, out_padded], of a norm its gain [out_padded]
-  float* padded_weight;  // memory for it, where it is not where the parameters are
-  float* kept;           // what backward needs of forward, or what lies between a branch and its join
-  float* row_scale;      // [rows] of norms
+  float* weight;  // in padded rows: [in, out_padded], of a convolution [3, 3, in, out_padded], of a norm [out_padded]
+  float* kept;    // what backward needs of forward, or what lies between a branch and its join
+  float* row_scale;  // [rows] of norms
 };
 
 // The branch that belongs to the join `l`.
@@ -138,11 +137,10 @@ struct Network {
       const bool in_place =
           layer.kind == kActivation || layer.kind == kBranch || layer.kind == kJoin || layer.kind == kPositions;
       layer.values = in_place ? before : arena.take(size);
-      layer.weight = nullptr;
-      layer.padded_weight = layer.kept = layer.row_scale = nullptr;
+      layer.weight = layer.kept = layer.row_scale = nullptr;
       switch (layer.kind) {
         case kDense:
-          if (kPadded) layer.padded_weight = arena.take(layer.in * layer.out_padded);
+          if (kPadded) layer.weight = arena.take(layer.in * layer.out_padded);
           at_least(longest, layer.in * layer.out_padded);
           at_least(longest, layer.out * layer.in_padded);
           offset += layer.in * layer.out + (layer.option ? layer.out : 0);
@@ -154,13 +152,13 @@ struct Network {
           offset += layer.places * layer.out;
           break;
         case kNorm:
-          if (kPadded) layer.padded_weight = arena.take(layer.out_padded);
+          if (kPadded) layer.weight = arena.take(layer.out_padded);
           layer.kept = arena.take(size);
           layer.row_scale = arena.take(layer.rows);
           offset += layer.out * (layer.option == kLayerNorm ? 2 : 1);
           break;
         case kConvolution:
-          layer.padded_weight = arena.take(9 * layer.in * layer.out_padded);
+          layer.weight = arena.take(9 * layer.in * layer.out_padded);
           layer.kept = arena.take(planes_size(batch, layer.places, layer.in));
           at_least(most_planes, planes_size(batch, layer.places, layer.out));
           at_least(longest, 9 * layer.in * layer.out_padded);
@@ -200,7 +198,7 @@ struct Network {
 
   LOPT_TEAM const Layer& last() const { return layers[p.num_layers - 1]; }
 
-  LOPT_TEAM void gather(Split split, uint64_t key, int64_t step) {
+  LOPT_CALLED void gather(Split split, uint64_t key, int64_t step) {
     const Size out = last().out, out_padded = last().out_padded;
     const Size places = static_cast<Size>(p.places), width = static_cast<Size>(p.inputs);
     team.parts(batch, [&](Size b, const auto& part) LOPT_INLINE {
@@ -239,7 +237,7 @@ struct Network {
   }
 
   // Loss of the gathered minibatch; the values of the last layer become their gradient.
-  LOPT_TEAM float forward(const float* param) {
+  LOPT_CALLED float forward(const float* param) {
     for (Size l = 0; l < p.num_layers; ++l) {
       Layer& layer = layers[l];
       const float *x = l ? layers[l - 1].values : inputs, *own = param + layer.offset;
@@ -247,8 +245,8 @@ struct Network {
       const Size size = layer.rows * layer.out_padded;
       switch (layer.kind) {
         case kDense:
-          layer.weight = as_rows(layer.in, layer.out, own, layer.padded_weight);
-          product(team, layer.rows, layer.out_padded, Factor{x, layer.in_padded, 1, layer.in}, layer.weight,
+          product(team, layer.rows, layer.out_padded, Factor{x, layer.in_padded, 1, layer.in},
+                  as_rows(layer.in, layer.out, own, layer.weight),
                   bias_of(layer.out, layer.option ? own + layer.in * layer.out : nullptr), y);
           team.sync();
           break;
@@ -263,8 +261,8 @@ struct Network {
           add(team, size, layer.kept, y);
           break;
         case kNorm:
-          layer.weight = as_rows(1, layer.out, own, layer.padded_weight);
-          norm_forward(team, layer.option == kLayerNorm, layer.rows, layer.out, x, layer.weight,
+          norm_forward(team, layer.option == kLayerNorm, layer.rows, layer.out, x,
+                       as_rows(1, layer.out, own, layer.weight),
                        bias_of(layer.out, layer.option == kLayerNorm ? own + layer.out : nullptr), layer.kept,
                        layer.row_scale, y);
           break;
@@ -276,9 +274,9 @@ struct Network {
           positions_forward(team, batch, layer.places, layer.out, own, y);
           break;
         case kConvolution:
-          pack_kernel(team, layer.in, layer.out, own, layer.padded_weight);
+          pack_kernel(team, layer.in, layer.out, own, layer.weight);
           fill_planes(team, batch, layer.places, layer.in, x, layer.kept);
-          convolve(team, batch, layer.places, layer.in, layer.out, layer.kept, layer.padded_weight,
+          convolve(team, batch, layer.places, layer.in, layer.out, layer.kept, layer.weight,
                    bias_of(layer.out, own + 9 * layer.in * layer.out), y);
           break;
         case kPool:
@@ -300,8 +298,8 @@ struct Network {
                               : squared_loss(team, end.rows, end.out, end.out_padded, target, end.values);
   }
 
-  // After forward: gradient of the loss with respect to all parameters.
-  LOPT_TEAM void backward(float* grad) {
+  // After forward with the same parameters: gradient of the loss with respect to all of them.
+  LOPT_CALLED void backward(const float* param, float* grad) {
     for (Size l = static_cast<Size>(p.num_layers) - 1; l >= 0; --l) {
       Layer& layer = layers[l];
       float *x = l ? layers[l - 1].values : inputs, *y = layer.values, *own = grad + layer.offset;
@@ -313,7 +311,7 @@ struct Network {
           if (kPadded) team.copy_rows(layer.in, layer.out, product_out, layer.out_padded, own, layer.out);
           if (layer.option) sum_rows_of(team, layer.rows, layer.out, y, own + layer.in * layer.out);
           if (l > 0) {
-            transpose(team, layer.in, layer.out, layer.weight, transposed);
+            transpose(team, layer.in, layer.out, kPadded ? layer.weight : param + layer.offset, transposed);
             product(team, layer.rows, layer.in_padded, Factor{y, layer.out_padded, 1, layer.out}, transposed, nullptr,
                     x);
           }
@@ -332,8 +330,8 @@ struct Network {
         case kNorm:
           if (layer.option == kLayerNorm) sum_rows_of(team, layer.rows, layer.out, y, own + layer.out);
           sum_products(team, layer.rows, layer.out, y, layer.kept, own);
-          norm_backward(team, layer.option == kLayerNorm, layer.rows, layer.out, y, layer.weight, layer.kept,
-                        layer.row_scale, x);
+          norm_backward(team, layer.option == kLayerNorm, layer.rows, layer.out, y,
+                        kPadded ? layer.weight : param + layer.offset, layer.kept, layer.row_scale, x);
           break;
         case kEmbedding:
           team.zero(layer.option * (layer.out / layer.in), own);
@@ -349,7 +347,7 @@ struct Network {
           unpack_kernel(team, layer.in, layer.out, product_out, own);
           sum_rows_of(team, layer.rows, layer.out, y, own + 9 * layer.in * layer.out);
           if (l == 0) break;
-          turn_kernel(team, layer.in, layer.out, layer.padded_weight, transposed);
+          turn_kernel(team, layer.in, layer.out, layer.weight, transposed);
           fill_planes(team, batch, layer.places, layer.out, y, planes);
           convolve(team, batch, layer.places, layer.out, layer.in, planes, transposed, nullptr, x);
           break;

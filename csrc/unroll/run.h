@@ -65,17 +65,30 @@ LOPT_HD float average_decay(int64_t updates) {
 
 // Takes the parameters after the step into the average, which begins as the first of them.
 template <class Team>
-LOPT_TEAM void average_iterate(const Team& team, const RunState& state, Size params, int64_t step) {
+LOPT_CALLED void average_iterate(const Team& team, const RunState& state, Size params, int64_t step) {
   if (step == 0) team.copy(params, state.param, state.average);
   const float weight = 1.0f - average_decay(step);
   team.each(params, [&](Size i) LOPT_INLINE { state.average[i] += weight * (state.param[i] - state.average[i]); });
   team.sync();
 }
 
+// The optimizer observes validation loss number `count`.
+template <class Engine>
+LOPT_CALLED void show_valid_loss(Engine& engine, const Run& r, const RunState& state, int64_t count) {
+  double sum = 0.0;
+  for (int64_t j = 0; j < r.valid_batches; ++j) {
+    engine.model.gather(kInnerValid, r.keys[kInnerValid], count * r.valid_batches + j);
+    sum += engine.model.forward(state.param);
+  }
+  if (engine.team.rank() == 0)
+    observe_valid(engine.s, state.globals, static_cast<float>(sum / static_cast<double>(r.valid_batches)));
+  engine.team.sync();
+}
+
 // Continues a run. `engine` has a team, spec `s`, `params`, `tensors`, a Network `model`, `grad`, `stats` with rows of kStats, and
 // step(state, loss, total_steps, lagged), a step of the optimizer.
 template <class Engine>
-LOPT_TEAM void continue_run(Engine& engine, const Run& r, const RunState& state) {
+LOPT_CALLED void continue_run(Engine& engine, const Run& r, const RunState& state) {
   const auto team = engine.team;
   const Spec& s = engine.s;
   auto& model = engine.model;
@@ -86,21 +99,12 @@ LOPT_TEAM void continue_run(Engine& engine, const Run& r, const RunState& state)
     const int64_t step = static_cast<int64_t>(state.updates[0]);  // training steps so far
     float train_loss = NAN;
     if (alive) {
-      if (r.valid_every > 0 && step % r.valid_every == 0) {
-        double sum = 0.0;
-        for (int64_t j = 0; j < r.valid_batches; ++j) {
-          model.gather(kInnerValid, r.keys[kInnerValid], step / r.valid_every * r.valid_batches + j);
-          sum += model.forward(state.param);
-        }
-        if (team.rank() == 0)
-          observe_valid(s, state.globals, static_cast<float>(sum / static_cast<double>(r.valid_batches)));
-        team.sync();
-      }
+      if (r.valid_every > 0 && step % r.valid_every == 0) show_valid_loss(engine, r, state, step / r.valid_every);
       model.gather(kTrain, r.keys[kTrain], step);
       train_loss = model.forward(state.param);
       alive = is_finite(train_loss);
       if (alive) {
-        model.backward(engine.grad);
+        model.backward(state.param, engine.grad);
         engine.step(state, train_loss, static_cast<float>(r.total_steps), s.lagged && step > 0);
         if (r.averaged) average_iterate(team, state, engine.params, step);
         if (s.lagged && step == 0) {  // seen in the first step already, as there was nothing before it

@@ -1,12 +1,12 @@
 // Whole inner training runs of small networks under the learned optimizer, for meta-training.
 //
-// A run is one theta, one problem, one stream of minibatches. `unroll_cpu` continues many runs, spread over threads; a run
-// keeps everything between two calls in its state buffer, so windows of any length give the same numbers.
+// A run is one theta, one problem, one stream of minibatches. Many runs are continued at once, each by a CPU thread or a CUDA
+// block; a run keeps everything between two calls in its state buffer, so windows of any length give the same numbers.
 #pragma once
 
 #include <cstdint>
 
-#include "api/kernels.h"
+#include "api/backend.h"
 
 namespace lopt {
 
@@ -86,15 +86,50 @@ LOPT_HD int64_t minibatch_row(uint64_t key, uint64_t step, uint64_t batch, uint6
 }
 
 // Writes the state before the first step (init: [parameters]) and returns its size in floats; with a null state it only
-// returns the size. -1 when no kernel is compiled for the spec.
+// returns the size. -1 when no kernel is compiled for the spec. The same for all back ends.
 int64_t start_run_cpu(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state);
 
-// The loss of minibatch `step` of a stream, and its gradient [parameters].
-float loss_and_gradient_cpu(const Problem& problem, int64_t split, uint64_t key, int64_t step, const float* param,
-                            float* grad);
+// Continues all runs. On a GPU addresses are the device's, but for `spec` and those tables that say otherwise, in which the
+// addresses of shapes are the host's; it is asynchronous.
+struct UnrollCall {
+  const Spec& spec;
+  const Problem* problems;
+  const Problem* host_problems;
+  const Run* runs;
+  const Run* host_runs;
+  int64_t num_runs;
+  const float* theta;  // [*, theta_stride]
+  int64_t theta_stride;
+  float* scratch;  // [num_runs, scratch_stride]
+  int64_t scratch_stride;
+};
 
-// Continues all runs; theta: [*, theta_stride]. False when no kernel is compiled for the spec.
-bool unroll_cpu(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,
-                int64_t theta_stride, int num_threads);
+// The loss of minibatch `step` of a stream, and its gradient [parameters]; addresses likewise.
+struct GradientCall {
+  const Problem* problem;
+  const Problem& host_problem;
+  int64_t split;
+  uint64_t key;
+  int64_t step;
+  const float* param;
+  float* loss;     // [1]
+  float* grad;     // [parameters]
+  float* scratch;  // [scratch_stride]
+};
+
+// The engine of a back end. The first returns how many floats of scratch a run of any of these problems needs, beside what a
+// multiprocessor has itself; a null spec is for a gradient. False, or -1, when no kernel is compiled for the spec. Throw
+// std::runtime_error.
+struct UnrollEngine {
+  int64_t (*scratch)(const Spec* spec, const Problem* host_problems, int64_t num_problems, const Target& target);
+  bool (*unroll)(const UnrollCall& call, const Target& target);
+  void (*loss_and_gradient)(const GradientCall& call, const Target& target);
+};
+
+const UnrollEngine& cpu_engine();   // of the selected instruction set
+const UnrollEngine& cuda_engine();  // of unroll.cu, whether nvcc compiled it or, for `sim`, the C++ compiler
+
+// The engine of this name in this module (bindings.cpp, sim.cpp); null where the module has none.
+const UnrollEngine* find_engine(const std::string& name);
 
 }  // namespace lopt

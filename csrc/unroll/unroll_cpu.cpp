@@ -161,7 +161,7 @@ struct Engine {
     theta = ThetaView(s, kColumns, theta_row);
     const RunState state(Features{}, s, params, tensors, reinterpret_cast<float*>(r.state));
     level.stats = stats = s.lagged ? state.stats : scratch_stats;
-    pack_mlp<Features, kWidth>(s, theta, packed);
+    pack_mlp<Features, kWidth>(OneThread{}, s, theta, packed);
     level.h = state.h;
     level.c = state.c;
     level.feedback = state.feedback;
@@ -174,26 +174,25 @@ struct Engine {
 
 }  // namespace
 
-bool unroll(const Spec& spec, const Problem* problems, const Run* runs, int64_t num_runs, const float* theta,
-            int64_t theta_stride, int num_threads) {
-  return with_kernel(spec.feature_set, spec.width, [&](auto features, auto width_constant) {
+bool unroll(const UnrollCall& call, const Target& target) {
+  return with_kernel(call.spec.feature_set, call.spec.width, [&](auto features, auto width_constant) {
     using EngineOf = Engine<decltype(features), decltype(width_constant)::value>;
     int64_t scratch = 0;
-    for (int64_t i = 0; i < num_runs; ++i) {
+    for (int64_t i = 0; i < call.num_runs; ++i) {
       Arena arena{nullptr};
-      EngineOf(spec, problems[runs[i].problem], arena);
+      EngineOf(call.spec, call.problems[call.runs[i].problem], arena);
       scratch = std::max(scratch, arena.used);
     }
-#pragma omp parallel num_threads(threads_for(num_threads, num_runs, 1))
+#pragma omp parallel num_threads(threads_for(target.num_threads, call.num_runs, 1))
     {
       // Zeros also where rows are padded: inputs and targets of a problem leave their padding untouched.
       std::vector<float> memory(static_cast<size_t>(scratch) + 16);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < num_runs; ++i) {
+      for (int64_t i = 0; i < call.num_runs; ++i) {
         std::fill(memory.begin(), memory.end(), 0.0f);
         Arena arena{reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63})};
-        EngineOf engine(spec, problems[runs[i].problem], arena);
-        engine.run(runs[i], theta + runs[i].theta * theta_stride);
+        EngineOf engine(call.spec, call.problems[call.runs[i].problem], arena);
+        engine.run(call.runs[i], call.theta + call.runs[i].theta * call.theta_stride);
       }
     }
   });
@@ -225,18 +224,17 @@ int64_t start_run(const Spec& spec, const Problem& problem, const float* theta_r
   return size;
 }
 
-float loss_and_gradient(const Problem& problem, int64_t split, uint64_t key, int64_t step, const float* param,
-                        float* grad) {
+void loss_and_gradient(const GradientCall& call, const Target&) {
+  const Problem& problem = *call.problem;
   Layer layers[kMaxLayers];
   Arena counted{nullptr};
   Network<Alone>(Alone{}, problem, layers, counted);
   std::vector<float> memory(static_cast<size_t>(counted.used) + 16);
   Arena arena{reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63})};
   Network<Alone> model(Alone{}, problem, layers, arena);
-  model.gather(static_cast<Split>(split), key, step);
-  const float loss = model.forward(param);
-  model.backward(grad);
-  return loss;
+  model.gather(static_cast<Split>(call.split), call.key, call.step);
+  *call.loss = model.forward(call.param);
+  model.backward(call.param, call.grad);
 }
 
 }  // namespace LOPT_ISA

@@ -62,10 +62,9 @@ def measure(preset: str, sizes: tuple[int, ...], batch: int, steps: int, repeats
     }
 
 
-def run(preset: str, sizes: tuple[int, ...], batch: int, steps: int, windows: int = 1) -> tuple[float, float]:
-    """CPU seconds and wall seconds of one inner run, in windows of ``steps`` inner steps."""
+def problem_of(sizes: tuple[int, ...], batch: int) -> tuple[engine.Problem, torch.Tensor]:
+    """A perceptron with random data, and initial parameters."""
     generator = torch.Generator().manual_seed(0)
-    theta = Theta.init_adam(preset)
     data = tuple(
         (
             torch.randn(rows, sizes[0], generator=generator),
@@ -74,7 +73,13 @@ def run(preset: str, sizes: tuple[int, ...], batch: int, steps: int, windows: in
         for rows in (512, 128, 256)
     )
     problem = engine.Problem(perceptron(sizes, "relu"), batch, data)
-    init = torch.randn(problem.num_params, generator=generator) * 0.1
+    return problem, torch.randn(problem.num_params, generator=generator) * 0.1
+
+
+def run(preset: str, sizes: tuple[int, ...], batch: int, steps: int, windows: int = 1) -> tuple[float, float]:
+    """CPU seconds and wall seconds of one inner run, in windows of ``steps`` inner steps."""
+    theta = Theta.init_adam(preset)
+    problem, init = problem_of(sizes, batch)
     flat = theta.flatten()
     inner = engine.EngineRun(0, 0, engine.start(theta.spec, problem, flat, init), (1, 2, 3), windows * steps)
     cpu, wall = time.process_time(), time.perf_counter()

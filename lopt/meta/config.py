@@ -19,6 +19,7 @@ Groups = Literal["linear", "mlp", "lstm", "all"]
 Objective = Literal["held_out", "train"]
 Weighting = Literal["mean", "linear", "last"]
 Scaling = Literal["prior", "none"]
+Backend = Literal["cpu", "cuda", "sim"]
 
 #: Those that can be named without a mixture.
 KNOWN: tuple[Family | NetworkFamily, ...] = (*FAMILIES, *NETWORK_FAMILIES)
@@ -33,6 +34,7 @@ ADDED = {
     "stats": None,
     "staleness": None,
     "keep_runs": False,
+    "backend": "cpu",
 }
 
 
@@ -207,6 +209,11 @@ class MetaTrainConfig:
     """Where workers do not wait: whether checkpoints hold the inner runs between two windows, which then travel once
     between two checkpoints. Otherwise, as where a worker dies, new runs take their place after ``--resume``."""
 
+    backend: Backend = "cpu"
+    """Whose engine makes the inner runs that it can make: ``cuda`` for that of a GPU, which every worker then needs. It
+    makes all runs of a unit at once, two for each of ``pairs_per_task``, so have many of these: a GPU has a hundred
+    multiprocessors or more. ``sim`` is for tests."""
+
     seed: int = 0
     """Every random number derives from it."""
 
@@ -229,6 +236,7 @@ class MetaTrainConfig:
             ("objective", get_args(Objective)),
             ("weighting", get_args(Weighting)),
             ("scaling", get_args(Scaling)),
+            ("backend", get_args(Backend)),
         ):
             _one_of(name, getattr(self, name), allowed)
         _positive(self, "inner_steps", "pairs", "pairs_per_task", "validation_tasks", "valid_rows")

@@ -2,7 +2,8 @@
 
 The same inner run as lopt/meta/unroll.py, for tasks that are networks of its layers (lopt/tasks/network.py), for
 perceptrons some fifty times as fast: minibatch, forward, backward, both device operations and the LSTM in one C++ loop
-(csrc/unroll/unroll_cpu.cpp). Runs are independent; they are spread over threads, and results do not depend on how many.
+(csrc/unroll). Runs are independent; they are spread over threads, or over the blocks of a GPU (cuda/unroll.cu), and
+results do not depend on how many.
 """
 
 import math
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.extension import NOT_BUILT, module_of
+from lopt.kernels.gpus import check_gpu
 from lopt.kernels.own import described
 from lopt.kernels.structs import PROBLEM, RUN, shape_records, spec_record
 from lopt.rule import ThetaSpec
@@ -59,6 +62,8 @@ KINDS: tuple[type[Layer], ...] = (
 ACTIVATIONS: tuple[Activation, ...] = ("relu", "tanh", "gelu")
 POOLS = ("max", "mean")
 LOSSES = ("softmax", "squared_error")
+
+CPU = torch.device("cpu")
 
 #: Most layers of a network.
 MAX_LAYERS = PROBLEM["kinds"].shape[0] if PROBLEM.names else 0
@@ -154,8 +159,16 @@ class Problem:
         """Number of parameters."""
         return sum(math.prod(shape) for shape in self.network.shapes.values())
 
-    def record(self) -> np.ndarray[tuple[()], np.dtype[np.void]]:
-        """The problem as csrc/unroll/unroll.h reads it; valid while this object lives."""
+    @cached_property
+    def _copies(self) -> "dict[torch.device, tuple[Table, tuple[tuple[Tensor, Tensor], ...]]]":
+        return {}
+
+    def record(self, device: torch.device = CPU) -> np.ndarray[tuple[()], np.dtype[np.void]]:
+        """The problem as csrc/unroll/unroll.h reads it, with addresses on a device; valid while this object lives."""
+        if device not in self._copies:
+            data = tuple((inputs.to(device), targets.to(device)) for inputs, targets in self.data)
+            self._copies[device] = Table(self.shapes, device), data
+        shapes, data = self._copies[device]
         record, network = np.zeros((), PROBLEM), self.network
         count, window = len(network.layers), network.places * network.inputs
         record["num_layers"] = count
@@ -164,10 +177,10 @@ class Problem:
         record["outputs"][:count] = [place.width for place in (*network.flow[1:], network.end)]
         record["tokens"], record["places"], record["inputs"] = network.tokens, network.places, network.inputs
         record["loss"], record["batch"] = LOSSES.index(network.loss), self.batch
-        record["shapes"] = self.shapes.ctypes.data
+        record["shapes"] = shapes.address
         record["rows"] = [len(inputs) - window * network.tokens for inputs, _ in self.data]
-        record["data"] = [inputs.data_ptr() for inputs, _ in self.data]
-        record["targets"] = [targets.data_ptr() for _, targets in self.data]
+        record["data"] = [inputs.data_ptr() for inputs, _ in data]
+        record["targets"] = [targets.data_ptr() for _, targets in data]
         return record
 
 
@@ -199,7 +212,7 @@ class EngineRun:
     Args:
         problem: position in the list of problems.
         theta: row of the theta matrix.
-        state: from :func:`start`; continued in place.
+        state: from :func:`start`, on the device of the engine; continued in place.
         keys: of the minibatch streams, one for each of ``SPLITS``.
         total_steps: the length the optimizer is told, 0 for none.
         averaged: whether ``outer_valid`` losses are those of the average of the iterates.
@@ -214,7 +227,7 @@ class EngineRun:
 
 
 def start(spec: ThetaSpec, problem: Problem, theta: Tensor, init: Tensor) -> Tensor:
-    """State of a run before its first step.
+    """State of a run before its first step, on the CPU; the same for all engines.
 
     Args:
         theta: ``[P]`` float32, on the CPU.
@@ -243,18 +256,47 @@ def params_of(spec: ThetaSpec, problem: Problem, state: Tensor) -> Tensor:
     return state[: problem.num_params]
 
 
-def loss_and_grad(problem: Problem, params: Tensor, split: SplitName, key: int, step: int) -> tuple[float, Tensor]:
+def device_of(backend: str) -> torch.device:
+    """Where the engine of a back end runs: the current GPU for ``cuda``, the CPU for ``cpu`` and ``sim``.
+
+    Raises:
+        ValueError: there is no such back end.
+        RuntimeError: it is not part of this build, or there is no GPU on which it runs.
+    """
+    module_of(backend)
+    if backend != "cuda":
+        return CPU
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "backend 'cuda': torch finds no GPU; use backend='cpu', or a machine with an NVIDIA GPU and a torch built "
+            "for CUDA"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    check_gpu(device)
+    return device
+
+
+def loss_and_grad(
+    problem: Problem, params: Tensor, split: SplitName, key: int, step: int, backend: str = "cpu"
+) -> tuple[float, Tensor]:
     """Loss of minibatch ``step`` of a stream, and its gradient.
 
     Args:
         params: ``[num_params]``, as in :func:`start`.
+        backend: whose engine computes it.
     """
     if params.shape != (problem.num_params,):
         raise ValueError(f"params: expected shape ({problem.num_params},), got {tuple(params.shape)}")
-    params, grad, record = params.float().contiguous(), torch.empty(problem.num_params), problem.record()
+    module, device = module_of(backend), device_of(backend)
+    params = params.to(device, torch.float32).contiguous()
+    loss, grad = torch.empty(1, device=device), torch.empty(problem.num_params, device=device)
+    table, host = Table(problem.record(device), device), problem.record()
+    index, stream = stream_of(device)
+    scratch = torch.empty(module.unroll_scratch(backend, 0, host.ctypes.data, 1, index), device=device)
     place = SPLITS.index(split), key, step
-    loss = module_of("cpu").loss_and_gradient(record.ctypes.data, *place, params.data_ptr(), grad.data_ptr())
-    return loss, grad
+    addresses = params.data_ptr(), loss.data_ptr(), grad.data_ptr(), scratch.data_ptr()
+    module.loss_and_gradient(backend, table.address, host.ctypes.data, *place, *addresses, index, stream)
+    return float(loss), grad.cpu()
 
 
 def unroll(
@@ -268,6 +310,7 @@ def unroll(
     valid_batches: int = 1,
     loss_every: int = 1,
     num_threads: int = 1,
+    backend: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Continue runs by ``steps`` steps.
 
@@ -276,10 +319,18 @@ def unroll(
         valid_every: steps between the validation losses the optimizer sees, the first before step 0; 0 for none.
         valid_batches: ``inner_valid`` minibatches that such a loss is the mean over.
         loss_every: steps between ``outer_valid`` losses; a divisor of ``steps``.
+        num_threads: of the CPU.
+        backend: whose engine runs them, on :func:`device_of` it: ``cpu``; ``cuda``, all runs at once, a block for
+            each; or ``sim``, that of CUDA on the CPU, for tests. They give the same numbers but for rounding, and
+            continue each other's runs.
 
     Returns:
         ``outer_valid`` losses after the update ``[runs, steps / loss_every]`` and train losses before the update
-        ``[runs, steps]``; NaN from where a run diverged.
+        ``[runs, steps]``, on the CPU; NaN from where a run diverged.
+
+    Raises:
+        ValueError: an argument is out of range, or a state is not on the device.
+        RuntimeError: see :func:`device_of`; or a network has numbers that the engine of a GPU cannot count.
     """
     if valid_every < 0 or valid_batches < 1:
         raise ValueError(
@@ -287,29 +338,46 @@ def unroll(
         )
     if steps < 1 or steps % loss_every:
         raise ValueError(f"steps: expected a positive multiple of loss_every={loss_every}, got {steps}")
-    theta = theta.float().contiguous()
+    module, device = module_of(backend), device_of(backend)
+    theta = theta.to(device, torch.float32).contiguous()
     if theta.dim() != 2 or theta.shape[1] != spec.num_floats:
         raise ValueError(f"theta: expected shape [n, {spec.num_floats}], got {tuple(theta.shape)}")
-    outer, train = torch.empty(len(runs), steps // loss_every), torch.empty(len(runs), steps)
-    problem_table = np.stack([problem.record() for problem in problems])
-    table = np.zeros(len(runs), RUN)
     for i, run in enumerate(runs):
         if not (0 <= run.problem < len(problems) and 0 <= run.theta < len(theta)):
             raise ValueError(f"runs[{i}]: problem {run.problem} or theta {run.theta} out of range")
-        table[i]["problem"], table[i]["theta"], table[i]["state"] = run.problem, run.theta, run.state.data_ptr()
-        table[i]["keys"] = run.keys
-        table[i]["total_steps"], table[i]["averaged"] = run.total_steps, run.averaged
-        table[i]["outer_losses"], table[i]["train_losses"] = outer[i].data_ptr(), train[i].data_ptr()
-    table["steps"], table["loss_every"] = steps, loss_every
-    table["valid_every"], table["valid_batches"] = valid_every, valid_batches
-    record = spec_record(spec)
-    module_of("cpu").unroll(
+        if run.state.device != device:
+            raise ValueError(f"runs[{i}]: expected a state on {device}, where {backend!r} runs, got {run.state.device}")
+    outer = torch.empty(len(runs), steps // loss_every, device=device)
+    train = torch.empty(len(runs), steps, device=device)
+    host_problems = np.stack([problem.record() for problem in problems])
+    problem_table = Table(np.stack([problem.record(device) for problem in problems]), device)
+    host_runs = np.zeros(len(runs), RUN)
+    for i, run in enumerate(runs):
+        row = host_runs[i]
+        row["problem"], row["theta"], row["state"] = run.problem, run.theta, run.state.data_ptr()
+        row["keys"] = run.keys
+        row["total_steps"], row["averaged"] = run.total_steps, run.averaged
+        row["outer_losses"], row["train_losses"] = outer[i].data_ptr(), train[i].data_ptr()
+    host_runs["steps"], host_runs["loss_every"] = steps, loss_every
+    host_runs["valid_every"], host_runs["valid_batches"] = valid_every, valid_batches
+    run_table, record = Table(host_runs, device), spec_record(spec)
+    index, stream = stream_of(device)
+    stride = module.unroll_scratch(backend, record.ctypes.data, host_problems.ctypes.data, len(problems), index)
+    scratch = torch.empty(len(runs), max(0, stride), device=device)
+    module.unroll(
+        backend,
         record.ctypes.data,
-        problem_table.ctypes.data,
-        table.ctypes.data,
+        problem_table.address,
+        host_problems.ctypes.data,
+        run_table.address,
+        host_runs.ctypes.data,
         len(runs),
         theta.data_ptr(),
         spec.num_floats,
+        scratch.data_ptr(),
+        stride,
         num_threads,
+        index,
+        stream,
     )
-    return outer, train
+    return outer.cpu(), train.cpu()

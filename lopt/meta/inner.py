@@ -50,16 +50,24 @@ def start(spec: AnySpec, thetas: Tensor, run: Run) -> State:
     return torch.stack([engine.start(spec, problem, theta, init) for theta in thetas])
 
 
-def unroll(spec: AnySpec, thetas: Tensor, run: Run, state: State, step: int, steps: int) -> tuple[State, Losses]:
-    """Continue the runs from ``step`` by ``steps`` steps; the given state is left as it is."""
+def unroll(
+    spec: AnySpec, thetas: Tensor, run: Run, state: State, step: int, steps: int, backend: str = "cpu"
+) -> tuple[State, Losses]:
+    """Continue the runs from ``step`` by ``steps`` steps; the given state is left as it is.
+
+    Args:
+        backend: of the fused engine (:func:`lopt.meta.engine.unroll`). States are on the CPU between two calls.
+    """
     if isinstance(spec, Rule) or (problem := _problem(run.task)) is None:
         return _torch_unroll(spec, thetas, run, state, step, steps)
-    state = state.clone()
+    state = state.to(engine.device_of(backend), copy=True)
     keys = engine.minibatch_keys(run.seed)
     runs = [engine.EngineRun(0, row, state[row], keys, run.total_steps, run.averaged) for row in range(len(thetas))]
     valid = {"valid_every": run.valid_every, "valid_batches": run.valid_batches}
-    outer, train = engine.unroll(spec, thetas, [problem], runs, steps, **valid, loss_every=run.loss_every)
-    return state, Losses(outer, train)
+    outer, train = engine.unroll(
+        spec, thetas, [problem], runs, steps, **valid, loss_every=run.loss_every, backend=backend
+    )
+    return state.cpu(), Losses(outer, train)
 
 
 def _torch_unroll(spec: AnySpec, thetas: Tensor, run: Run, state: State, step: int, steps: int) -> tuple[State, Losses]:

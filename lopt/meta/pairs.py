@@ -140,7 +140,7 @@ def unroll_group(shared: Shared, item: tuple[int, Carry | None]) -> Result:
     if carry is None:
         stop = first_stop(shared, run.horizon, window, group)
         carry = Carry((), 0, stop, inner.start(spec, thetas, run))
-    state, losses = inner.unroll(spec, thetas, run, carry.state, carry.step, window)
+    state, losses = inner.unroll(spec, thetas, run, carry.state, carry.step, window, config.backend)
 
     points = objective.per_point(losses, config.objective, run.unit, config.loss_limit)
     weights = objective.weights(config.weighting, run.horizon // run.loss_every)
@@ -196,7 +196,8 @@ def validate_task(shared: Shared, index: int) -> tuple[list[Score], float]:
         spacing, valid_batches = objective.spacing(horizon, horizon), task.num_batches(config.valid_rows)
         run = Run(task, seed, horizon, horizon if told else 0, valid_batches=valid_batches, loss_every=spacing)
         thetas = shared.theta[None]
-        _, losses = inner.unroll(shared.spec, thetas, run, inner.start(shared.spec, thetas, run), 0, horizon)
+        begun = inner.start(shared.spec, thetas, run)
+        _, losses = inner.unroll(shared.spec, thetas, run, begun, 0, horizon, config.backend)
         points = objective.per_point(losses, config.objective, run.unit, config.loss_limit)[0].double()
         last = points[-max(1, len(points) // 10) :]
         scores.append(Score(float(last.mean()), float(points.mean())))
