@@ -13,7 +13,7 @@ from lopt import Theta, kernels
 from lopt.kernels.structs import spec_record
 from lopt.meta import engine, inner, pairs
 from lopt.meta.config import MetaTrainConfig, Phase
-from lopt.tasks.network import Dense, Network, perceptron
+from lopt.tasks.network import Dense, Network, Pool, perceptron
 
 STEPS = 20
 BLOCKS = pytest.mark.parametrize(
@@ -71,9 +71,10 @@ def test_perceptrons_equal_those_of_the_cpu(preset, activation, loss, hidden, to
 @ONE
 @pytest.mark.parametrize("name", list(NETWORKS)[1:])
 def test_networks_equal_those_of_the_cpu(name: str, backend: Backend) -> None:
-    """With the shipped theta, which treats matrices as wholes."""
+    """With the shipped theta, which treats matrices as wholes; before rounding decides which of two is the largest."""
     problem = engine.Problem(NETWORKS[name], 8, make_data(NETWORKS[name]))
-    check_same(backend, noisy(Theta.load("default")), problem, total_steps=STEPS)
+    steps = STEPS // 2 if Pool("max") in NETWORKS[name].layers else STEPS
+    check_same(backend, noisy(Theta.load("default")), problem, steps, total_steps=STEPS)
 
 
 @BLOCKS

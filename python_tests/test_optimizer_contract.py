@@ -34,9 +34,13 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from lopt.optimizer import LearnedOptimizer
 from lopt.rule import Theta
-from lopt.state import SHARED, checksum
+from lopt.rule.tensor_lstm import Globals
+from lopt.state import WAITING, checksum
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
+
+#: What all tensors of the hierarchical optimizer share.
+SHARED = (*Globals._fields, *WAITING)
 warning = pytest.mark.filterwarnings
 
 
