@@ -493,6 +493,7 @@ def test_code_is_known_by_what_it_does(tmp_path: Path, monkeypatch: pytest.Monke
         (evaluate("wine-16-3", "--data", "nowhere"), "nowhere is not a folder"),
         (["evaluate", "--horizons", "0"], "horizons: expected numbers from 1 on"),
         (["evaluate", "--seeds", "1", "1"], "seeds: expected numbers from 0 on"),
+        (["evaluate", "--optimizers", "lopt", "--hint", "without"], "hint: expected none beside optimizers"),
         (["evaluate", "--theta", "nothing"], "nothing"),
     ],
 )

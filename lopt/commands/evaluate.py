@@ -113,7 +113,8 @@ class Evaluate(Spread):
     """A seed decides initial weights and minibatches."""
 
     hint: Literal["both", "with", "without"] = "both"
-    """Whether the learned optimizer is told the number of steps (total_steps); both runs it both ways."""
+    """Whether the learned optimizer is told the number of steps (total_steps); both runs it both ways. With --optimizers
+    the names say it."""
 
     references: bool = True
     """Do not run opponents, if --optimizers names none; losses are then shown relative to the initial ones."""
@@ -145,6 +146,11 @@ class Evaluate(Spread):
                 raise ValueError(f"{name}: expected numbers from {least} on, none twice, got {values}")
         if not self.seeds:
             raise ValueError("seeds: expected at least one")
+        if self.optimizers and self.hint != "both":
+            raise ValueError(
+                f"hint: expected none beside optimizers, whose names say it (lopt is told the number of steps, "
+                f"lopt-untold and lopt-averaged are not), got {self.hint!r}"
+            )
 
     def run(self, console: Console) -> Outcome:
         tasks, skipped = self._tasks()
