@@ -113,8 +113,8 @@ class Evaluate(Spread):
     """A seed decides initial weights and minibatches."""
 
     hint: Literal["both", "with", "without"] = "both"
-    """Whether the learned optimizer is told the number of steps (total_steps); both runs it both ways. With --optimizers
-    the names say it."""
+    """Whether the learned optimizer is told the number of steps (total_steps); both runs it both ways. With
+    --optimizers the names say it."""
 
     references: bool = True
     """Do not run opponents, if --optimizers names none; losses are then shown relative to the initial ones."""
