@@ -86,6 +86,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
 
 
+@pytest.fixture(scope="session")
+def kept_kernels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """``XDG_CACHE_HOME`` for kernels that tests compile: of all processes that run the tests one compiles each."""
+    folder = tmp_path_factory.getbasetemp()
+    return str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "kernels")
+
+
 @pytest.fixture
 def set_num_threads() -> Iterator[Callable[[int], None]]:
     """``torch.set_num_threads``, undone after the test."""

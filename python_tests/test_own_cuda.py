@@ -39,10 +39,10 @@ ROUNDINGS = {"ideal": 0, "ampere": 1, "hopper": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Libraries are made once for this file, and no set stays registered."""
+def kept(kept_kernels: str) -> Iterator[None]:
+    """Libraries are made once, and no set stays registered."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", kept_kernels)
         patch.setattr(tables, "_REGISTERED", {})
         OWN.register(), TWIN.register()
         yield

@@ -131,9 +131,9 @@ def test_predicted_time(sass: ModuleType, arch: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90"], indirect=True)
-def test_kernels_of_width_64(sass: ModuleType, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_width_64(sass: ModuleType, arch: str, kept_kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made where they are needed, and too wide for their weights to stay in registers: nothing spills either."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", kept_kernels)
     library = own.compiled(FEATURE_SETS["compact"], 64, 2, "cuda", (arch.removeprefix("sm_"),))
     kernels = {kernel.name: kernel for kernel in sass.kernels(arch, str(library))}
     assert [name for name, kernel in kernels.items() if kernel.counts["LDL"] or kernel.counts["STL"]] == []

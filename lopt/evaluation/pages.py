@@ -63,7 +63,7 @@ table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-
 th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
 th[aria-sort] { cursor: pointer } th[aria-sort]:hover { background: #eef4fa }
-th[aria-sort=ascending]::after { content: " ▲" } th[aria-sort=descending]::after { content: " ▼" }
+th[aria-sort=ascending]::after { content: " \\25B2" } th[aria-sort=descending]::after { content: " \\25BC" }
 details { margin: .6em 0 } summary { cursor: pointer } .wide { overflow-x: auto }
 .summary { font-size: 17px; max-width: 50em } .summary li { margin: .4em 0 }
 .curves svg { max-width: 46em; display: block } .curves text { font-size: 13px; fill: #444 } .grid { stroke: #e4e4e4 }
