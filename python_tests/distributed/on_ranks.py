@@ -25,6 +25,7 @@ def _run(rank: int, world: int, module: str, names: list[str], folder: str) -> N
         except Exception:
             found = traceback.format_exc()
         torch.save(found, Path(folder) / f"{name}.{rank}")
+    dist.barrier()  # a rank that leaves while another still talks to it may end that one
     dist.destroy_process_group()
 
 
