@@ -232,6 +232,18 @@ def test_a_source_distribution_is_small_and_whole(tmp_path: Path) -> None:
     assert {str(path.relative_to(SOURCE)) for path in there} <= names
 
 
+def test_the_repository_is_small() -> None:
+    """All that git tracks, without history, is below 8 MB: large rows are kept packed (benchmarks/pack.py)."""
+    git = ["git", "-C", str(SOURCE), "ls-files", "-z"]
+    listed = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    names = listed.stdout.split("\0")[:-1] if listed is not None else []
+    if "python_tests/test_build.py" not in names:
+        pytest.skip("this is no checkout")
+    sizes = {name: (SOURCE / name).stat().st_size for name in names if (SOURCE / name).is_file()}
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:10]
+    assert sum(sizes.values()) < 8e6, {name: sizes[name] for name in largest}
+
+
 def test_the_citation_is_of_this_version() -> None:
     assert re.findall(r"^version: (.+)$", (SOURCE / "CITATION.cff").read_text(), re.MULTILINE) == [lopt.__version__]
 

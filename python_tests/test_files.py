@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import json
 import os
 import stat
@@ -18,6 +19,7 @@ import torch
 from lopt import Theta, files
 from lopt.benchmark import rows
 from lopt.evaluation.table import Run, RunTable
+from lopt.figures import COLOURS
 from lopt.meta import checkpoint, metrics
 from lopt.meta.checkpoint import TrainState
 from lopt.meta.recipes import recipe
@@ -258,3 +260,55 @@ def test_csv_files_are_plain(tmp_path: Path) -> None:
     RunTable(tmp_path / "runs.csv").append([a_run(task="ä →")])
     with (tmp_path / "runs.csv").open(encoding="utf-8", newline="") as file:
         assert next(csv.DictReader(file))["task"] == "ä →"
+
+
+#: What `python benchmarks/pack.py` is run on.
+PACK = Path(__file__).parents[1] / "benchmarks/pack.py"
+
+
+def test_a_packed_table_is_read_and_goes_on(tmp_path: Path) -> None:
+    """Rows that are packed are those that were measured, to six digits; what they are found again by is not touched."""
+    path, third = tmp_path / "runs.csv", 1 / 3
+    curve = json.dumps([[0, third, 2 * third]])
+    some = {"lr": third, "train_loss": third, "settings": "0.3333333333", "curve": curve}
+    measured = [a_run(task_sha256=name, **some) for name in "ab"]
+    RunTable(path).append(measured)
+    whole = path.stat().st_size
+    subprocess.run([sys.executable, str(PACK), str(path)], check=True, capture_output=True)
+    assert [file.name for file in tmp_path.iterdir() if file.name != ".lock"] == ["runs.csv.gz"]
+    assert path.with_name("runs.csv.gz").stat().st_size < whole
+    kept = list(RunTable(path).rows.values())
+    short = {"train_loss": 0.333333, "curve": "[[0, 0.333333, 0.666667]]"}
+    assert kept == [dataclasses.replace(run, **short) for run in measured]
+    assert list(RunTable(path.with_name("runs.csv.gz")).rows.values()) == kept
+    assert rows.read_csv(path)[1]["task_sha256"] == "b"
+    assert not path.exists()
+    RunTable(path).append([a_run(task_sha256="c")])  # unpacks it
+    assert list(RunTable(path).rows.values()) == [*kept, a_run(task_sha256="c")]
+    path.unlink()
+    path.with_name("runs.csv.gz").write_bytes(gzip.compress(b"suite")[:-3])
+    assert "runs.csv.gz: not packed by gzip, or damaged (" in error_of(RunTable, path)
+
+
+def test_packed_metrics_are_read(tmp_path: Path) -> None:
+    line = {"iteration": 1, "inner_steps": 7, "meta_loss": -1.5}
+    (tmp_path / f"{metrics.FILE}.gz").write_bytes(gzip.compress(json.dumps(line).encode() + b"\n"))
+    assert metrics.read_metrics(tmp_path) == [line]
+
+
+def test_a_figure_in_few_colours_is_the_figure(tmp_path: Path) -> None:
+    """No pixel of a figure with lines of every colour, also half transparent, is off by more than a fourteenth."""
+    figure_module = pytest.importorskip("matplotlib.figure")
+    image_module = pytest.importorskip("PIL.Image")
+    figure = figure_module.Figure(figsize=(4, 3), dpi=100)
+    axes = figure.subplots()
+    for place, colour in enumerate(COLOURS):
+        axes.plot([0, 1, 2], [place, place + 1, 0], color=colour, alpha=1.0 if place % 2 else 0.6)
+        axes.fill_between([0, 1, 2], place, place + 0.4, color=colour, alpha=0.2)
+    figure.savefig(tmp_path / "whole.png")
+    files.save_figure(tmp_path / "few.png", figure)
+    whole, few = (
+        np.asarray(image_module.open(tmp_path / name).convert("RGB"), dtype=int) for name in ("whole.png", "few.png")
+    )
+    assert np.abs(whole - few).max() <= 255 / 14
+    assert (tmp_path / "few.png").stat().st_size < (tmp_path / "whole.png").stat().st_size / 1.5

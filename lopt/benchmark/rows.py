@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from lopt import kernels
+from lopt.files import read_bytes
 from lopt.provenance import commit, cpu_info, cpu_name, versions
 
 Row = dict[str, Any]
@@ -87,8 +89,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         ValueError: it is something else, or damaged.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, strict=True))
+        return list(csv.DictReader(io.StringIO(read_bytes(path).decode(), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a table of rows, or damaged ({error}); name another file") from error
 

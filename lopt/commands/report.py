@@ -16,7 +16,7 @@ from lopt.evaluation.opponents import opponent
 from lopt.evaluation.report import Report
 from lopt.evaluation.step_times import StepTimes
 from lopt.evaluation.table import Run, RunTable
-from lopt.files import write_text
+from lopt.files import unpacked, write_text
 from lopt.provenance import file_checksum
 
 
@@ -49,7 +49,7 @@ class MakeReport(Command):
 
     def run(self, console: Console) -> Outcome:
         path = self.folder / "runs.csv" if self.folder.is_dir() else self.folder
-        if not path.is_file():
+        if not unpacked(path).is_file():
             raise FileNotFoundError(f"folder: no runs in {path}; lopt evaluate --out {self.folder} makes them")
         out = self.out or path.with_name("report.html")
         check_option("out", out, "file")

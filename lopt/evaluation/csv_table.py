@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from filelock import FileLock
 
-from lopt.files import write_text
+from lopt.files import read_bytes, unpacked, write_text
 
 
 class Keyed(Protocol):
@@ -30,7 +30,8 @@ class CsvTable(Generic[R]):
     """The rows in a CSV file by their keys: read at once, appended to as they come in.
 
     Several processes may append to one file; they wait at ``.lock`` beside it. The last row of a process that was
-    killed while it wrote is ignored. Columns with defaults may be missing at the end.
+    killed while it wrote is ignored. Columns with defaults may be missing at the end. A file that was packed by gzip is
+    read as it is, and unpacked when rows come in.
 
     Args:
         kind: the dataclass; its fields are the columns.
@@ -40,7 +41,7 @@ class CsvTable(Generic[R]):
     """
 
     def __init__(self, path: Path, kind: Any) -> None:
-        self.path, self.kind = path, kind
+        self.path, self.kind = path.with_suffix("") if path.suffix == ".gz" else path, kind
         self.columns: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
         self.rows: dict[Any, R] = {}
         self._complete = self._read()
@@ -69,9 +70,10 @@ class CsvTable(Generic[R]):
             self._write()
 
     def _read(self) -> bool:
-        """Take in the rows of the file; whether it has all columns (or does not exist) and whole rows only."""
+        """Take in the rows of the file; whether rows can be appended to it: it has all columns and whole rows only, and
+        is not packed; or does not exist."""
         try:
-            content = self.path.read_bytes().decode() if self.path.is_file() else ""
+            content = read_bytes(self.path).decode() if unpacked(self.path).is_file() else ""
             lines = list(csv.reader(io.StringIO(content), strict=True))
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{self.path}: {_DAMAGED.format(error)}") from error
@@ -89,7 +91,7 @@ class CsvTable(Generic[R]):
                 except ValueError as error:
                     raise ValueError(f"{self.path}, row {number}: {_DAMAGED.format(error)}") from error
                 self.rows[row.key] = row
-        return header == names and content.endswith("\n")
+        return header == names and content.endswith("\n") and self.path.is_file()
 
     def _parse(self, line: Sequence[str]) -> R:
         values: dict[str, Any] = {}

@@ -62,7 +62,7 @@ def draw(panels: Sequence[Panel], title: str, path: Path, columns: int = 3) -> N
 
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(max(4.2 * columns, 6.0), 3.5 * rows + 0.7), dpi=130, layout="constrained")
+    figure = Figure(figsize=(max(4.2 * columns, 6.0), 3.5 * rows + 0.7), dpi=100, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     every = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in every[len(panels) :]:

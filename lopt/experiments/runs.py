@@ -100,9 +100,9 @@ class Run(ABC):
 
     @property
     def sha256(self) -> str:
-        """Hash of everything the result depends on, but for the code."""
+        """Beginning of the hash of everything the result depends on, but for the code."""
         fields = [self.task, self.optimizer, self.steps, self.seed, self.x, self.trial, self.lr, self.theta_sha256]
-        return hashlib.sha256(json.dumps([*fields, self.config], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*fields, self.config], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def cost(self) -> float:

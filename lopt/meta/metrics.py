@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lopt.files import write_text
+from lopt.files import read_bytes, unpacked, write_text
 
 FILE = "metrics.jsonl"
 
@@ -16,15 +16,15 @@ def append(out: Path, metrics: dict[str, Any]) -> None:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines up to the first that is not whole.
+    """The lines up to the first that is not whole; the file may be packed, as metrics.jsonl.gz.
 
     Raises:
         FileNotFoundError: there is no such file in ``out``.
     """
-    if not (out / FILE).is_file():
+    if not unpacked(out / FILE).is_file():
         raise FileNotFoundError(f"metrics: {str(out)!r} holds no {FILE}; give the folder of a meta-training run")
     lines: list[dict[str, Any]] = []
-    for text in (out / FILE).read_bytes().splitlines():
+    for text in read_bytes(out / FILE).splitlines():
         try:
             line = json.loads(text)
         except ValueError:
