@@ -81,8 +81,16 @@ def save_figure(path: str | os.PathLike[str], figure: Any) -> None:
         from PIL import Image  # matplotlib brings it
 
         with Image.open(drawn) as image:
-            flat = image.convert("RGB").quantize(SHADES, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-            flat.save(file, "PNG", optimize=True, dpi=image.info.get("dpi"))
+            whole, dpi = image.convert("RGB"), image.info["dpi"]
+        flat = whole.quantize(SHADES, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        # Each shade becomes the colour that most of its pixels have: lines keep theirs.
+        colours = np.asarray(whole, dtype=np.int64) @ (1 << 16, 1 << 8, 1)
+        pairs, counts = np.unique(np.asarray(flat, dtype=np.int64) << 24 | colours, return_counts=True)
+        palette = np.zeros(256, dtype=np.int64)
+        for pair in pairs[np.argsort(counts, kind="stable")]:
+            palette[pair >> 24] = pair & 0xFFFFFF
+        flat.putpalette([int(colour) >> shift & 255 for colour in palette[:SHADES] for shift in (16, 8, 0)])
+        flat.save(file, "PNG", optimize=True, dpi=dpi)
 
 
 def unpacked(path: Path) -> Path:

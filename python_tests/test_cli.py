@@ -112,7 +112,7 @@ def test_train_writes_the_numbers_of_the_training_loop(run: Run, tmp_path: Path)
     assert "Wrote results.json and curves.png to there" in stdout
     from matplotlib.image import imread
 
-    assert imread(tmp_path / "there" / "curves.png").shape == (630, 1890, 4)
+    assert imread(tmp_path / "there" / "curves.png").shape[:2] == (630, 1890)
 
     # which theta was at work, and how it was made
     theta = Theta.load("default")
