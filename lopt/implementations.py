@@ -1,14 +1,15 @@
 """Which code computes the steps of an optimizer, and what its constructor takes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lopt import kernels
 from lopt.options import check_total_steps, check_unknown
-from lopt.rule import AnySpec, Rule, ThetaSpec
+from lopt.rule import Rule, ThetaSpec
 from lopt.warnings import warn
 
 IMPLEMENTATIONS = ("auto", "cuda", "cpu", "reference", "sim")
@@ -62,25 +63,47 @@ def has_kernels(spec: ThetaSpec, device: str) -> bool:
     return True
 
 
-def check_implementation(impl: str, rule: Rule) -> str:
-    """What ``impl`` means for a rule of others, which is computed in plain PyTorch.
+def implementation_of_rule(impl: str, rule: Rule, params: Iterable[Tensor]) -> str:
+    """What ``impl`` means for a rule of others: ``"auto"`` takes the kernels where there are some for these parameters.
 
     Raises:
-        ValueError: it asks for kernels.
+        ValueError, RuntimeError: an explicit choice cannot be had.
     """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl={impl!r}: rule {rule.name!r} has no kernels yet; use impl='auto' or 'reference'")
-    return "reference"
+    if impl == "reference" or (impl == "auto" and kernels.NOT_BUILT):
+        if impl == "auto":
+            warn_not_built()
+        return "reference"
+    params = list(params)
+    trained = [param for param in params if param.requires_grad] or params
+    devices = sorted({str(param.device) for param in trained})
+    wanted = "cuda" if impl == "cuda" else "cpu" if impl != "auto" else trained[0].device.type
+    backend = wanted if impl == "auto" else impl
+    if len(devices) != 1:
+        why = f"parameters are on {' and '.join(devices)}, and a rule of others steps those of one device"
+    elif trained[0].device.type != wanted or wanted not in ("cpu", "cuda"):
+        why = f"parameters are on {devices[0]}, expected {wanted}"
+    elif any(param.dtype == torch.float64 for param in trained):
+        why = "kernels have no float64"
+    else:
+        try:
+            why = kernels.why_no_kernels(rule, backend)
+        except RuntimeError as error:  # not built
+            if impl != "auto":
+                raise
+            why = str(error)
+    if why and impl != "auto":
+        raise ValueError(f"impl={impl!r}: {why}; use impl='auto' or 'reference'")
+    if not why and backend == "cuda":
+        kernels.check_gpu(trained[0].device)
+    return "reference" if why else backend
 
 
-def choose_implementation(impl: str, device: torch.device, spec: AnySpec) -> str:
+def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> str:
     """What ``impl`` means for parameters on ``device``; an explicit choice is never replaced by another.
 
     Raises:
         ValueError, RuntimeError: there are no such kernels for the device or for the spec.
     """
-    if isinstance(spec, Rule):
-        return check_implementation(impl, spec)
     if impl == "auto" and kernels.NOT_BUILT:
         warn_not_built()
         return "reference"

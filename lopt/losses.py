@@ -82,7 +82,8 @@ class Losses:
         weight: Loss = 1.0,
     ) -> None:
         """Add a training loss to those of the next step, and take a validation loss, in place."""
-        like, compiled = sample(weights), implementation != "reference"
+        like, of_rule = sample(weights), isinstance(theta.spec, Rule)
+        compiled = implementation != "reference" and not of_rule
         if train is not None and not (compiled and isinstance(weight, float) and weight == 1.0):
             loss, part = (torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in (train, weight))
             given = torch.isfinite(loss) & torch.isfinite(part) & (part > 0)
@@ -98,7 +99,7 @@ class Losses:
             self.level.begin(shared, train, valid)
             return
         loss = torch.as_tensor(valid, dtype=like.dtype, device=like.device).reshape(())
-        if isinstance(theta.spec, Rule):
+        if of_rule:
             shared["valid_loss"].copy_(told(shared["valid_loss"], loss))
             return
         old = Globals(*(shared[name] for name in Globals._fields))

@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 from lopt.average import Averages
 from lopt.distributed import Ranks, Shares, check_same, is_sharded, refuse_zero
 from lopt.hooks import hook, without_grad
-from lopt.implementations import check_arguments, check_implementation, choose_implementation, run_eagerly
+from lopt.implementations import check_arguments, choose_implementation, implementation_of_rule, run_eagerly
 from lopt.in_backward import InBackward, check_possible
 from lopt.kernels import devices
 from lopt.losses import Loss, Losses
 from lopt.operands import allowed_dtypes, as_loss, as_weight, check_gradients, check_params
 from lopt.options import Options, check_group, check_total_steps, descending, describe
-from lopt.published import RuleStepper, check_options, check_total_steps_of
+from lopt.published import FactoredStepper, RuleStepper, check_options, check_total_steps_of, stepper_of
 from lopt.roles import keep_roles, kind_in_groups, roles_of_model
 from lopt.rule import Rule, Theta
 from lopt.scaling import holds_float16, unscaled
@@ -26,7 +26,7 @@ from lopt.state import SHARED, check_state, holds_shared, init_state, open_theta
 from lopt.steppers import Control, KernelStepper, ReferenceStepper, StackedTensors, Tensors
 from lopt.warnings import warn
 
-Stepper = ReferenceStepper | KernelStepper | RuleStepper
+Stepper = ReferenceStepper | KernelStepper | RuleStepper | FactoredStepper
 
 
 class LearnedOptimizer(Optimizer):
@@ -171,13 +171,12 @@ class LearnedOptimizer(Optimizer):
         self._probed = False
         if isinstance(self.theta.spec, Rule):
             check_options(self.theta.spec, state_dtype=state_dtype, sharded_state=sharded_state)
-            self.impl = impl = check_implementation(impl, self.theta.spec)
         if sharded_state and impl == "reference":
             raise ValueError("sharded_state: impl='reference' keeps whole states; use impl='auto'")
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None}
         hook(type(self))
         super().__init__(params, {**options, "role": None, "transposed": False, "averaged_steps": 0})
-        self.implementation = choose_implementation(impl, self._first_param().device, self.theta.spec)
+        self.implementation = self._choose(self._first_param().device)
         run_eagerly(type(self))
 
     # ---- Parameters -------------------------------------------------------------------------------------------------
@@ -191,7 +190,11 @@ class LearnedOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group, self._total_steps)
-            check_params(group["params"], self._first_param(), allowed_dtypes(self.impl), position)
+            by_rule = (
+                isinstance(self.theta.spec, Rule) and self.impl == "auto"
+            )  # which the reference steps where need be
+            allowed = allowed_dtypes("reference" if by_rule else self.impl)
+            check_params(group["params"], self._first_param(), allowed, position)
             self._check_devices(group["params"])
             if any(map(is_sharded, group["params"])):
                 if isinstance(self.theta.spec, Rule):
@@ -236,9 +239,16 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: there are no kernels for it.
         """
-        if self._home() == device:
-            return self.implementation
-        return choose_implementation(self.impl, device, self.theta.spec)
+        if isinstance(self.theta.spec, Rule):
+            return self.impl  # what that means is found for all parameters at once
+        return self.implementation if self._home() == device else self._choose(device)
+
+    def _choose(self, device: torch.device) -> str:
+        """What ``impl`` means for parameters on a device, of a rule of others for the parameters that there are."""
+        spec = self.theta.spec
+        if isinstance(spec, Rule):
+            return implementation_of_rule(self.impl, spec, [p for group in self.param_groups for p in group["params"]])
+        return choose_implementation(self.impl, device, spec)
 
     def _state_device(self, param: Tensor) -> torch.device:
         """Where the state of a parameter is, or will be."""
@@ -260,7 +270,7 @@ class LearnedOptimizer(Optimizer):
             if held is None or (held.device, held.dtype) != (home, dtype):
                 made_for = getattr(self, "implementation", "reference")
                 if made_for != "reference" and (made_for == "cuda") != (home.type == "cuda"):
-                    self.implementation = choose_implementation(self.impl, home, self.theta.spec)
+                    self.implementation = self._choose(home)
                 self._weights = self.theta.to(home, dtype).tensors
         return self._weights
 
@@ -314,7 +324,8 @@ class LearnedOptimizer(Optimizer):
             dtype, rule = self._accumulator_dtype(sample(weights)), isinstance(self.theta.spec, Rule)
             kept: Any = (self.param_groups, self.state, self.theta.spec, weights, dtype, self._shares)
             if rule:
-                self._stepper = RuleStepper(Tensors(*kept), self.theta)
+                self.implementation = self._choose(self._home())
+                self._stepper = stepper_of(self.implementation, Tensors(*kept), self.theta)
                 return self._stepper
             tensors = StackedTensors(*kept)
             if self.implementation == "reference":

@@ -6,9 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt import kernels
+from lopt.distributed.parts import increment_versions
 from lopt.rule import Rule, Theta
 from lopt.rule.matrices import matrices_of
+from lopt.rule.published import VeLO
 from lopt.rule.published import step as published
+from lopt.rule.published.rule import Now
+from lopt.rule.published.velo import Statistics, rank_input
 from lopt.state import Groups, sample
 from lopt.steppers import Decided, Tensors, one_thread
 
@@ -42,6 +47,24 @@ def check_total_steps_of(rule: Rule, total_steps: float | None) -> None:
             f"total_steps: rule {rule.name!r} has a schedule over the whole run; "
             "write LearnedOptimizer(..., total_steps=...)"
         )
+
+
+def stepper_of(implementation: str, tensors: Tensors, theta: Theta[Any]) -> "RuleStepper | FactoredStepper":
+    """What makes the steps."""
+    if implementation == "reference":
+        return RuleStepper(tensors, theta)
+    return FactoredStepper(implementation, tensors, theta)
+
+
+def step_sizes(tensors: Tensors, groups: Groups, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Step sizes and what is left of the parameters after weight decay, of the selected tensors whose rule says
+    ``sizes`` ``[T]``, as in :func:`lopt.rule.published.step.update`."""
+    where = torch.tensor(tensors.selected_groups, device=sizes.device)
+    lr, decay = (
+        torch.stack([torch.as_tensor(group[name], dtype=sizes.dtype, device=sizes.device) for group in groups])[where]
+        for name in ("lr", "weight_decay")
+    )
+    return published.sizes_and_keep(sizes, lr, decay)
 
 
 class RuleStepper:
@@ -87,3 +110,83 @@ class RuleStepper:
         self.decided = list(step.trace["step_size"].unbind()), [None] * len(params)
         shared["pending_loss"].zero_()
         shared["nonfinite"].add_(step.trace["nonfinite"])
+
+
+class FactoredStepper:
+    """Steps by the kernels of rules whose MLP sees factored second moments.
+
+    Parameters that are not contiguous pass through a staging copy.
+    """
+
+    def __init__(self, backend: str, tensors: Tensors, theta: Theta[Any]) -> None:
+        self.tensors, self.rule = tensors, theta.spec
+        shapes = [tuple(param.shape) for param in tensors.params]
+        self.matrices = matrices_of(shapes, tensors.kinds)
+        decays = [values.tolist() for values in self.rule.decays(tensors.weights)]
+        self.plan = kernels.FactoredPlan(backend, self.rule, decays, shapes, tensors.kinds, tensors.home)
+        self.index = torch.zeros(0, dtype=torch.int64)
+        if isinstance(self.rule, VeLO):
+            self.ranks = tensors.weights["initial_h"].new_tensor([rank_input(shape) for shape in shapes])
+        else:
+            self.plan.weights[:] = kernels.pack_factored(self.rule, tensors.weights)
+
+    @property
+    def decided(self) -> Decided:
+        """What the last step was, copied."""
+        sizes = torch.where(self.plan.rests, torch.nan, self.plan.step_size)[self.index]
+        return list(sizes.unbind()), [None] * len(sizes)
+
+    def select(self) -> None:
+        """Take the tensors that have a gradient now."""
+        tensors = self.tensors
+        tensors.select()
+        for row, state in zip(tensors.selected, tensors.selected_states, strict=True):
+            self.plan.hold(row, state)
+        self.plan.select(tensors.selected)
+        self.index = torch.tensor(tensors.selected, dtype=torch.int64, device=tensors.home)
+
+    def step(
+        self, params: list[Tensor], grads: list[Tensor], groups: Groups, shared: Mapping[str, Tensor], total_steps: int
+    ) -> None:
+        """One step; ``shared`` is the state of all tensors, written, with the losses since the last step in it."""
+        plan, index, home = self.plan, self.index, self.tensors.home
+        copies = kernels.contiguous(params)
+        plan.set_tensors(copies, kernels.contiguous(grads))
+        stats = plan.accumulate(shared["step"])
+        with one_thread(home):
+            total, count = shared["pending_loss"]
+            loss = torch.where(count > 0, total / count, torch.full_like(total, torch.nan))
+            train, last = published.next_loss(shared["train_loss"], loss)
+            now = Now(shared["step"], last, torch.full_like(total, total_steps), plan.rests[index])
+            if isinstance(self.rule, VeLO):
+                sizes = self._advance(self.rule, stats[index], shared, now)
+            else:
+                sizes = total.new_full((len(params),), self.rule.step_multiplier)
+            plan.step_size[index], plan.keep[index] = step_sizes(self.tensors, groups, sizes)
+        plan.apply()
+        for param, copy in zip(params, copies, strict=True):
+            if copy is not param:
+                param.copy_(copy)
+        increment_versions(params)
+        shared["train_loss"].copy_(train)
+        shared["step"].add_(1)
+        shared["pending_loss"].zero_()
+        bad = stats[index, kernels.MEASURES.index("nonfinite")].double().sum()
+        shared["nonfinite"].add_(torch.stack([bad, now.rest.sum()]).to(torch.int64))
+
+    def _advance(self, rule: VeLO, stats: Tensor, shared: Mapping[str, Tensor], now: Now) -> Tensor:
+        """VeLO's LSTM: writes its state and the tensors' MLPs, and returns the sizes of their steps ``[T]``."""
+        weights, states = self.tensors.weights, self.tensors.selected_states
+        new, common = rule.losses({name: shared[name] for name in rule.shared}, now, stats)
+        means, variances = stats[:, 2:6], stats[:, 6:10]  # of mom and rms
+        parts = means[:, :3], means[:, 3:], variances[:, :3], variances[:, 3:]
+        inputs = rule.inputs_of(self.ranks[self.index], Statistics(stats[:, 1], *parts), common)
+        before = [torch.stack([state[name] for state in states]) for name in ("h", "c")]
+        length, mlps, after = rule.advance(weights, inputs, before, now)
+        self.plan.weights[self.index] = kernels.pack_factored(rule, mlps)
+        for name, old, value in zip(("h", "c"), before, after, strict=True):
+            rows = torch.where(now.rest[:, None], old, value).unbind()
+            torch._foreach_copy_([state[name] for state in states], list(rows))
+        for name, value in new.items():
+            shared[name].copy_(value)
+        return length * torch.sqrt(stats[:, 1] + 1e-9) * rule.step_multiplier

@@ -1,6 +1,7 @@
 // The pybind11 module lopt._C: the back ends `cpu` and `cuda`, the unroll engine, and how all of it was built.
 #include "api/bind_backend.h"
 #include "api/bind_engine.h"
+#include "api/bind_factored.h"
 #include "api/contracts.h"
 #include "api/seen.h"
 #include "cpu/cpu_dispatch.h"
@@ -26,6 +27,8 @@ const UnrollEngine* find_engine(const std::string& name) {
   return nullptr;
 }
 
+const FactoredKernels* find_factored(const std::string& name) { return name == "cpu" ? &cpu_factored() : nullptr; }
+
 }  // namespace lopt
 
 PYBIND11_MODULE(_C, m) {
@@ -38,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = LOPT_COMPILER;             // name and version of the C++ compiler
   m.attr("build_type") = LOPT_BUILD_TYPE;         // CMake's
   lopt::bind_backends(m);
+  lopt::bind_factored(m);
   lopt::bind_contracts(m);
   lopt::bind_seen(m);
   m.def(

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "api/factored.h"
 #include "api/kernels.h"
 #include "api/rule_tables.h"
 #include "rule/theta_view.h"
@@ -49,6 +50,10 @@ py::dict struct_fields() {
   LOPT_STRUCT(Spec, LOPT_SPEC)
   LOPT_STRUCT(TensorShape, LOPT_TENSOR_SHAPE)
   LOPT_STRUCT(AdvanceParams, LOPT_ADVANCE_PARAMS)
+  LOPT_STRUCT(FactoredTensor, LOPT_FACTORED_TENSOR)
+  LOPT_STRUCT(Tile, LOPT_TILE)
+  LOPT_STRUCT(Piece, LOPT_PIECE)
+  LOPT_STRUCT(FactoredParams, LOPT_FACTORED_PARAMS)
   LOPT_STRUCT(Problem, LOPT_PROBLEM)
   LOPT_STRUCT(Run, LOPT_RUN)
   return structs;
@@ -77,6 +82,19 @@ int packed_weights(int feature_set, int width) {
   return size;
 }
 
+// Of a learned optimizer of others: floats in one row of weights, and in a tensor's own; columns; measures of a tensor;
+// entries of a piece. Zeros when no kernel is compiled for it.
+std::vector<int64_t> factored_sizes(int rule, int width) {
+  std::vector<int64_t> sizes(5);
+  with_factored(rule, width, [&](auto columns, auto width_constant) {
+    using Columns = decltype(columns);
+    constexpr int kWidth = decltype(width_constant)::value;
+    sizes = {FactoredMlp<Columns::kNumColumns, kWidth, Columns::kNumTimes>::kSize,
+             FactoredMlp<Columns::kNumColumns, kWidth>::kSize, Columns::kNumColumns, Measure::kCount, kPiece};
+  });
+  return sizes;
+}
+
 }  // namespace
 
 void bind_contracts(py::module_& m) {
@@ -86,6 +104,10 @@ void bind_contracts(py::module_& m) {
   m.def("theta_layout", &theta_layout, "spec"_a, "Name, offset and size of every tensor of theta, in floats.");
   m.def("packed_weights", &packed_weights, "feature_set"_a, "width"_a,
         "Floats in one packed row of MLP weights; 0 when no kernel is compiled for this combination.");
+  m.def(
+      "factored_sizes", &factored_sizes, "rule"_a, "width"_a,
+      "Of a learned optimizer of others: floats in one row of MLP weights, and in a tensor's own; columns; measures of "
+      "a tensor; entries of a piece. Zeros when no kernel is compiled for it.");
 }
 
 }  // namespace lopt

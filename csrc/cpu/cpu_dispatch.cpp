@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "api/backend.h"
+#include "api/factored.h"
 #include "unroll/unroll.h"
 
 namespace lopt {
@@ -26,6 +26,8 @@ namespace lopt {
   int64_t start_run(const Spec& spec, const Problem& problem, const float* theta, const float* init, float* state); \
   bool unroll(const UnrollCall& call, const Target& target);                                                        \
   void loss_and_gradient(const GradientCall& call, const Target& target);                                           \
+  bool factored_accumulate(const FactoredParams& params, const Target& target);                                     \
+  bool factored_apply(const FactoredParams& params, const Target& target);                                          \
   }
 LOPT_DECLARE(baseline)
 #ifdef LOPT_X86_LEVELS
@@ -45,15 +47,18 @@ struct CpuKernels {
   decltype(&baseline::multiply_add_rate) multiply_add_rate;
   decltype(&baseline::start_run) start_run;
   UnrollEngine engine;
+  FactoredKernels factored;
 };
 
-#define LOPT_KERNELS(name, isa)                                               \
-  {                                                                           \
-    name, {isa::begin, isa::accumulate, isa::advance, isa::apply, isa::sweep, \
-           isa::write, kNativeSide,     isa::finish,  write_words},           \
-        isa::multiply_add_rate, isa::start_run, {                             \
-      no_scratch, isa::unroll, isa::loss_and_gradient                         \
-    }                                                                         \
+#define LOPT_KERNELS(name, isa)                                                                                 \
+  {                                                                                                             \
+      name,                                                                                                     \
+      {isa::begin, isa::accumulate, isa::advance, isa::apply, isa::sweep, isa::write, kNativeSide, isa::finish, \
+       write_words},                                                                                            \
+      isa::multiply_add_rate,                                                                                   \
+      isa::start_run,                                                                                           \
+      {no_scratch, isa::unroll, isa::loss_and_gradient},                                                        \
+      {isa::factored_accumulate, isa::factored_apply},                                                          \
   }
 
 constexpr CpuKernels kKernels[] = {
@@ -126,5 +131,7 @@ int64_t start_run_cpu(const Spec& spec, const Problem& problem, const float* the
 }
 
 const UnrollEngine& cpu_engine() { return selected()->engine; }
+
+const FactoredKernels& cpu_factored() { return selected()->factored; }
 
 }  // namespace lopt

@@ -5,11 +5,14 @@
 #include "../../cuda/advance.cu"
 #include "../../cuda/write.cu"
 #include "api/bind_engine.h"
+#include "api/bind_factored.h"
 
 namespace lopt {
 
 const Backend* find_backend(const std::string& name) { return name == "sim" ? &cuda_backend() : nullptr; }
 const UnrollEngine* find_engine(const std::string& name) { return name == "sim" ? &cuda_engine() : nullptr; }
+
+const FactoredKernels* find_factored(const std::string&) { return nullptr; }
 
 }  // namespace lopt
 
@@ -17,6 +20,7 @@ PYBIND11_MODULE(_sim, m) {
   using namespace pybind11::literals;
   m.doc() = "The CUDA kernels of lopt on the CPU, one fiber per CUDA thread; for tests.";
   lopt::bind_backends(m);
+  lopt::bind_factored(m);
   lopt::bind_engines(m);
   m.def(
       "reverse_order", [](bool reverse) { lopt::sim::reverse_order = reverse; }, "reverse"_a,

@@ -12,6 +12,7 @@ from lopt.kernels.extension import (
     simd_selected,
     source_sha256,
 )
+from lopt.kernels.factored import MEASURES, FactoredPlan, pack_factored, why_no_kernels
 from lopt.kernels.gpus import check_gpu
 from lopt.kernels.own import CannotCompile, described, own_backend
 from lopt.kernels.places import Place, Places
@@ -23,12 +24,14 @@ __all__ = [
     "BACKENDS",
     "DTYPES",
     "FEATURE_SET_INDEX",
+    "MEASURES",
     "NOT_BUILT",
     "PRECISIONS",
     "SHARED",
     "WIDTHS",
     "_C",
     "CannotCompile",
+    "FactoredPlan",
     "Levels",
     "Operands",
     "Place",
@@ -47,8 +50,10 @@ __all__ = [
     "is_number",
     "module_of",
     "own_backend",
+    "pack_factored",
     "pack_mlp",
     "simd_selected",
     "source_sha256",
     "step",
+    "why_no_kernels",
 ]

@@ -53,7 +53,7 @@ def pack_mlp(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> Tensor:
     return torch.nn.functional.pad(flat, (0, size - flat.shape[-1])).contiguous()
 
 
-def _check(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], numel: int, device: torch.device) -> None:
+def check_operand(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], numel: int, device: torch.device) -> None:
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}; convert it or use impl='reference'")
@@ -72,7 +72,7 @@ def contiguous(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.contiguous().resolve_neg() for tensor in tensors]
 
 
-def _check_length(name: str, found: int, expected: int) -> None:
+def check_length(name: str, found: int, expected: int) -> None:
     if found != expected:
         raise ValueError(f"{name}: expected {expected} entries, one for each tensor, got {found}")
 
@@ -143,7 +143,7 @@ class Plan:
         features = table_of(feature_set)
         theta_index = [0] * len(params) if theta_index is None else list(theta_index)
         for name, values in (("mom", mom), ("rms", rms), ("theta_index", theta_index)):
-            _check_length(name, len(values), len(params))
+            check_length(name, len(values), len(params))
         self.backend, self.features, self.layers = resolved(backend, feature_set, width, layers), features, layers
         self.index, self.precision = index_of(feature_set), PRECISIONS.index(precision)
         self.device = device or params[0].device
@@ -162,7 +162,7 @@ class Plan:
             if m is not None and r is not None:
                 if self.sizes[i] == 0:
                     raise ValueError(f"params[{i}]: empty; leave empty tensors out")
-                _check(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
+                check_operand(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
                 self.hold(i, m, r)
 
         num_chunks = int(self.chunks_of.sum())
@@ -218,7 +218,7 @@ class Plan:
         dtypes = (self.state_dtype,) if self.state_dtype in STATE_DTYPES else STATE_DTYPES
         decays = len(self.features.mom_decays), len(self.features.rms_decays)
         for name, tensor, planes in (("mom", mom, decays[0]), ("rms", rms, decays[1])):
-            _check(f"{name}[{row}]", tensor, dtypes, planes * self.sizes[row], self.device)
+            check_operand(f"{name}[{row}]", tensor, dtypes, planes * self.sizes[row], self.device)
             self.all_entries[row][name] = tensor.data_ptr()
         self.keep_alive[row] = mom, rms
 
@@ -256,12 +256,12 @@ class Plan:
     def set_tensors(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Check this step's gradients of the selected tensors, and the parameters, which may have moved, and point the
         plan to them."""
-        _check_length("params", len(params), self.num_tensors)
-        _check_length("grads", len(grads), self.num_tensors)
+        check_length("params", len(params), self.num_tensors)
+        check_length("grads", len(grads), self.num_tensors)
         entries = self.tensors.host
         for name, tensors in (("params", params), ("grads", grads)):
             for i, (tensor, numel) in enumerate(zip(tensors, entries["numel"].tolist(), strict=True)):
-                _check(f"{name}[{i}]", tensor, tuple(DTYPES), numel, self.device)
+                check_operand(f"{name}[{i}]", tensor, tuple(DTYPES), numel, self.device)
         for name, tensors in (("param_dtype", params), ("grad_dtype", grads)):
             entries[name] = [DTYPES[tensor.dtype] for tensor in tensors]
         entries["param"] = list(map(Tensor.data_ptr, params))

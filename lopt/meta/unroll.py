@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lopt import kernels
 from lopt.average import decay_at
-from lopt.implementations import check_implementation, has_kernels, warn_not_built
+from lopt.implementations import has_kernels, warn_not_built
 from lopt.meta.objective import Losses, Unit
 from lopt.rule import AnySpec, Rule, Theta, ThetaSpec, reference
 from lopt.rule.features import STATS
@@ -294,7 +294,10 @@ def _stepper(
     if impl not in get_args(Impl):
         raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
     if isinstance(spec, Rule):
-        check_implementation(impl, spec)
+        if impl not in ("auto", "reference"):
+            raise ValueError(
+                f"impl={impl!r}: inner runs of rule {spec.name!r} go by torch; use impl='auto' or 'reference'"
+            )
         return _Published(spec, weights, run, state)
     like = sample(weights)
     if impl == "auto":

@@ -14,6 +14,7 @@ from lopt.rule import reference
 from lopt.rule.constants import LARGEST
 from lopt.rule.losses import LossState, init_loss, told
 from lopt.rule.matrices import Kind
+from lopt.rule.published.parts import factored_dims
 from lopt.rule.published.rule import Now, Rule, Weights
 
 #: Names of what all tensors share by every rule, beside what it has for itself: numbers of updates, state of the loss.
@@ -24,7 +25,9 @@ class State(NamedTuple):
     """Everything a rule remembers between two steps."""
 
     shared: dict[str, Tensor]  # SHARED, and the rule's own
-    tensors: list[dict[str, Tensor]]  # accumulators of the rule's per_param are [K, *shape]
+    tensors: list[
+        dict[str, Tensor]
+    ]  # accumulators of the rule's per_param are [K, *shape]; rows and columns lie so, too
 
 
 class Step(NamedTuple):
@@ -45,7 +48,8 @@ def init_shared(rule: Rule, weights: Weights) -> dict[str, Tensor]:
 def init_param(rule: Rule, weights: Weights, shape: Sequence[int], kind: Kind) -> dict[str, Tensor]:
     """State of a tensor before its first step."""
     order = source_order(shape, kind)
-    return _turned(rule, rule.init_param(weights, [shape[dim] for dim in order], kind), _inverse(order))
+    turned = [shape[dim] for dim in order]
+    return _turned(rule, rule.init_param(weights, turned, kind), _inverse(order), factored_dims(turned))
 
 
 def source_order(shape: Sequence[int], kind: Kind) -> tuple[int, ...]:
@@ -62,12 +66,25 @@ def _inverse(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=lambda dim: order[dim]))
 
 
-def _turned(rule: Rule, state: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
-    """A tensor's state with its accumulators permuted."""
+def _turned(
+    rule: Rule, state: Mapping[str, Tensor], order: Sequence[int], left_out: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """A tensor's state with its accumulators permuted, and so the rows and columns of second moments.
+
+    Args:
+        left_out: the dimensions, before they are permuted, that ``column`` and ``row`` do not have.
+    """
     dims = (0, *(1 + dim for dim in order))
-    return {
-        name: value.permute(dims).contiguous() if name in rule.per_param else value for name, value in state.items()
-    }
+
+    def turn(name: str, value: Tensor) -> Tensor:
+        if name in rule.per_param:
+            return value.permute(dims).contiguous()
+        if left_out is None or name not in ("row", "column"):
+            return value
+        gone = 1 + left_out[name == "row"]
+        return value.unsqueeze(gone).permute(dims).squeeze(dims.index(gone)).contiguous()
+
+    return {name: turn(name, value) for name, value in state.items()}
 
 
 def _finite(tensor: Tensor, infinite: float) -> Tensor:
@@ -75,12 +92,19 @@ def _finite(tensor: Tensor, infinite: float) -> Tensor:
     return torch.clamp(torch.nan_to_num(tensor, 0.0, infinite, -infinite), -LARGEST, LARGEST)
 
 
-def _next_loss(state: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+def next_loss(state: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
     """State of the training loss after this step's, where NaN repeats the last one, and the last one that is known."""
     old = LossState.of(state)
     new = told(state, torch.where(torch.isfinite(loss) | (old.updates == 0), loss, old.last))
     known = LossState.of(new)
     return new, torch.where(known.updates > 0, known.last, torch.full_like(known.last, torch.nan))
+
+
+def sizes_and_keep(sizes: Tensor, lr: Tensor, weight_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Step sizes, of tensors whose rule says ``sizes`` ``[T]``, and what is left of the parameters after weight decay:
+    ``s = lr size`` and ``max(1 - s weight_decay, 0)``. NaN stays NaN, of a tensor that rests."""
+    sizes = torch.where(torch.isnan(sizes), sizes, torch.where(lr > 0, lr * sizes, 0.0))
+    return sizes, torch.where((sizes > 0) & (weight_decay > 0), torch.clamp(1.0 - sizes * weight_decay, min=0.0), 1.0)
 
 
 def update(
@@ -127,22 +151,28 @@ def update(
     here = [_finite(value, 0.0).permute(order).contiguous() for value, order in zip(values, orders, strict=True)]
     clean = [_finite(grad, LARGEST).permute(order).contiguous() for grad, order in zip(raw, orders, strict=True)]
     rest = torch.stack([torch.logical_not(torch.isfinite(value)).any() for value in values])
-    before = [_turned(rule, old, order) for old, order in zip(state.tensors, orders, strict=True)]
-    train, last = _next_loss(state.shared["train_loss"], loss)
+    left_out = [factored_dims(value.shape) for value in here]
+    before = [
+        _turned(rule, old, order, dims and (order[dims[0]], order[dims[1]]))
+        for old, order, dims in zip(state.tensors, orders, left_out, strict=True)
+    ]
+    train, last = next_loss(state.shared["train_loss"], loss)
     total = torch.as_tensor(float(total_steps), dtype=like.dtype, device=like.device)
     now = Now(state.shared["step"], last, total, rest)
     made = rule.update(weights, {name: state.shared[name] for name in rule.shared}, here, clean, before, now)
 
     rates, decays = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (lr, weight_decay))
-    sizes = torch.where(rest, torch.nan, torch.where(rates > 0, rates * torch.stack(made.sizes), 0.0))
-    keep = torch.where((sizes > 0) & (decays > 0), torch.clamp(1.0 - sizes * decays, min=0.0), 1.0)
+    sizes, keep = sizes_and_keep(torch.where(rest, torch.nan, torch.stack(made.sizes)), rates, decays)
     written = [
         reference.write(value, direction.permute(_inverse(order)), sizes[t], keep[t])
         for t, (value, direction, order) in enumerate(zip(values, made.directions, orders, strict=True))
     ]
     tensors = [
         _turned(
-            rule, {name: torch.where(rest[t], old[name], value) for name, value in new.items()}, _inverse(orders[t])
+            rule,
+            {name: torch.where(rest[t], old[name], value) for name, value in new.items()},
+            _inverse(orders[t]),
+            left_out[t],
         )
         for t, (old, new) in enumerate(zip(before, made.states, strict=True))
     ]

@@ -5,7 +5,7 @@ Source: arXiv:2211.09760, as HyperV2 in google/learned_optimization.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,6 +150,10 @@ class VeLO(Rule):
             "c": weights["initial_c"].clone(),
         }
 
+    def decays(self, weights: Weights) -> tuple[Tensor, ...]:
+        """Of momenta, second moments and factored ones."""
+        return tuple(round_decays(d, weights["initial_h"]) for d in (MOM_DECAYS, RMS_DECAYS, FACTORED_DECAYS))
+
     def update(
         self,
         weights: Weights,
@@ -160,22 +164,12 @@ class VeLO(Rule):
         now: Now,
     ) -> Update:
         like = weights["initial_h"]
-        total = like.new_full((), 10.0) if self.bugged_losses else now.total_steps
-        shared = next_losses(shared, now.loss, loss_decays(total))
-        time = torch.tanh(10.0 * (now.step.to(like) / now.total_steps - like.new_tensor(PHASES)))
-        common = (time, loss_inputs(shared, loss_decays(total)))
+        shared, common = self.losses(shared, now, like)
         inputs = torch.stack([self._input(p, s, *common) for p, s in zip(params, states, strict=True)])
-        # The largest over all tensors, and so over all that do not rest; those count as zero, the least there is.
-        mixed = torch.relu(inputs @ weights["mix.w"] + weights["mix.b"])
-        mixed = torch.where(now.rest[:, None], 0.0, mixed).amax(dim=0)
         before = [torch.stack([state[name] for state in states]) for name in ("h", "c")]
-        h, c = parts.lstm(weights, inputs @ weights["enter.w"] + weights["enter.b"] + mixed, *before)
-        shares = h @ weights["controls.w"] + weights["controls.b"]
-        length = (h @ weights["step.w"] + weights["step.b"])[:, 0]
-        h, c = before if self.bugged_lstm else (h, c)
-        mlps = self._mlps(weights, shares)
+        length, mlps, (h, c) = self.advance(weights, inputs, before, now)
 
-        decays = [round_decays(d, like) for d in (MOM_DECAYS, RMS_DECAYS, FACTORED_DECAYS)]
+        decays = self.decays(weights)
         kept, columns, directions, sizes = [], [], [], []
         for t, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
             grad = torch.clamp(grad, -parts.GRADIENT_BOUND, parts.GRADIENT_BOUND)
@@ -188,6 +182,26 @@ class VeLO(Rule):
             kept.append({"mom": mom, "rms": rms, **factored.state, "h": h[t], "c": c[t]})
             columns.append(seen)
         return Update(directions, sizes, shared, kept, {"lstm_input": inputs, "columns": columns})
+
+    def losses(self, shared: State, now: Now, like: Tensor) -> tuple[State, tuple[Tensor, Tensor]]:
+        """State after this step's loss, and what the LSTM sees that is the same for all tensors: time and losses."""
+        total = like.new_full((), 10.0) if self.bugged_losses else now.total_steps
+        shared = next_losses(shared, now.loss, loss_decays(total))
+        time = torch.tanh(10.0 * (now.step.to(like) / now.total_steps - like.new_tensor(PHASES)))
+        return shared, (time, loss_inputs(shared, loss_decays(total)))
+
+    def advance(
+        self, weights: Weights, inputs: Tensor, before: Sequence[Tensor], now: Now
+    ) -> tuple[Tensor, dict[str, Tensor], Sequence[Tensor]]:
+        """One step of the LSTM of all tensors: inputs ``[T, in]``, h and c ``[T, lstm_width]`` -> factors of the step
+        ``[T]``, the tensors' MLPs ``[T, ...]``, h and c."""
+        # The largest over all tensors, and so over all that do not rest; those count as zero, the least there is.
+        mixed = torch.relu(inputs @ weights["mix.w"] + weights["mix.b"])
+        mixed = torch.where(now.rest[:, None], 0.0, mixed).amax(dim=0)
+        h, c = parts.lstm(weights, inputs @ weights["enter.w"] + weights["enter.b"] + mixed, *before)
+        shares = h @ weights["controls.w"] + weights["controls.b"]
+        length = (h @ weights["step.w"] + weights["step.b"])[:, 0]
+        return length, self._mlps(weights, shares), before if self.bugged_lstm else (h, c)
 
     def _mlps(self, weights: Weights, shares: Tensor) -> dict[str, Tensor]:
         """The weights of the MLP of each tensor ``[T, ...]``, mixed from the bank by ``shares`` ``[T, bank_size]``."""
@@ -205,10 +219,36 @@ class VeLO(Rule):
         mean = parts.column_mean(mom)
         var = parts.column_mean(torch.square(mom - mean)).reshape(-1)
         around = parts.column_mean(torch.square(rms - mean)).reshape(-1)  # of rms around the means of mom: VeLO's
-        rank = param.new_tensor([float(sum(size > 1 for size in param.shape) == i) for i in range(RANKS)])
+        rank = param.new_tensor(rank_input(param.shape))
         mode = [param.new_tensor([float(self.validation_mode)])] if self.validation_input else []
         sizes = [parts.log_size(x, 10.0) for x in (parts.column_mean(rms).reshape(-1), var, around)]
         return torch.cat([time, losses, sizes[0], rank, *sizes[1:], *mode])
+
+    def inputs_of(self, ranks: Tensor, stats: "Statistics", common: tuple[Tensor, Tensor]) -> Tensor:
+        """The same of all tensors ``[T, in]``, from their statistics and ``ranks`` ``[T, 5]``."""
+        scale = torch.rsqrt(torch.clamp(stats.param_square, min=1e-9))[:, None]
+        mom, rms = stats.mom_mean * scale, stats.rms_mean * scale
+        var, rms_var = (x * torch.square(scale) for x in (stats.mom_var, stats.rms_var))
+        sizes = [parts.log_size(x, 10.0) for x in (rms, var, rms_var + torch.square(rms - mom))]
+        mode = [torch.full_like(scale, float(self.validation_mode))] if self.validation_input else []
+        seen = [x.expand(len(ranks), -1) for x in common]
+        return torch.cat([*seen, sizes[0], ranks, *sizes[1:], *mode], dim=1)
+
+
+class Statistics(NamedTuple):
+    """Of T tensors, before a step: the mean square of the parameter ``[T]``, means and variances of momenta ``[T, 3]``
+    and of second moments ``[T, 1]``."""
+
+    param_square: Tensor
+    mom_mean: Tensor
+    rms_mean: Tensor
+    mom_var: Tensor
+    rms_var: Tensor
+
+
+def rank_input(shape: Sequence[int]) -> list[float]:
+    """1 at the number of dimensions above 1, which is below 5, and 0."""
+    return [float(sum(size > 1 for size in shape) == i) for i in range(RANKS)]
 
 
 def loss_decays(total_steps: Tensor) -> Tensor:

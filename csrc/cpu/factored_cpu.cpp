@@ -1,0 +1,434 @@
+// Steps of learned optimizers of others on the CPU, by the phases of api/factored.h: all tensors, in tiles over threads.
+// Compiled once per instruction set; cpu_dispatch.cpp picks. Order of summation: float within a run of 32 vectors, or 16
+// lines, double between them, and tiles in their order: results do not depend on the number of threads.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/numbers.h"
+// It includes simd.h, which comes first: see there.
+#include "api/factored.h"
+#include "cpu/threads.h"
+
+namespace lopt {
+namespace LOPT_ISA {
+namespace {
+
+constexpr int64_t kRun = 32 * kLanes;  // elements that are read and summed at once
+constexpr int64_t kSummedLines = 16;   // in float
+
+// f(at, count) for runs of contiguous elements of a tile, from element `at` of the tensor on.
+template <class Function>
+void for_runs(const Lines& lines, const Tile& tile, const Function& f) {
+  const Extent extent(lines.tensor, tile);
+  const int64_t size = lines.size();
+  const bool together = extent.width == size;  // its lines follow each other
+  const int64_t count = together ? extent.lines * size : extent.width;
+  for (int64_t line = 0; line < (together ? 1 : extent.lines); ++line) {
+    const int64_t first = (tile.line + line) * size + tile.begin;
+    for (int64_t begin = 0; begin < count; begin += kRun) f(first + begin, std::min(kRun, count - begin));
+  }
+}
+
+// ---- measure -----------------------------------------------------------------------------------------------------------
+
+// What is not finite, and squares of parameters.
+void measure_elements(const FactoredParams& params, const Tile& tile, const Lines& lines, double* measures) {
+  alignas(64) float param_buffer[kRun], grad_buffer[kRun];
+  const Numbers param = Numbers::at(lines.tensor.param, lines.tensor.param_dtype, 0);
+  const Numbers grad = Numbers::at(params.grads[tile.tensor], lines.tensor.grad_dtype, 0);
+  std::fill_n(measures, int{Measure::kCount}, 0.0);
+  for_runs(lines, tile, [&](int64_t at, int64_t count) {
+    const float *p_at = param.read(at, count, param_buffer), *g_at = grad.read(at, count, grad_buffer);
+    Vec nonfinite{}, square{};
+    for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      const Vec raw = load(g_at + i, lanes), p = bounded(load(p_at + i, lanes));
+      nonfinite += raw - raw == Vec{} ? Vec{} : splat(1.0f);
+      square += p * p;
+    });
+    measures[Measure::nonfinite] += sum_lanes(nonfinite);
+    measures[Measure::param_square] += sum_lanes(square);
+  });
+}
+
+// Squares of gradients, summed along the lines of a tile and across them.
+void measure_squares(const FactoredParams& params, const Tile& tile, const Lines& lines, float bound) {
+  static thread_local std::vector<float> squares, values, sums;
+  const FactoredTensor& tensor = lines.tensor;
+  const Extent extent(tensor, tile);
+  const int64_t width = extent.width, size = lines.size(), per_line = lines.per_line();
+  for (std::vector<float>* buffer : {&squares, &values, &sums})
+    buffer->resize(std::max(buffer->size(), static_cast<size_t>(width)));
+  const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
+  double* const across = params.sums + lines.across_sums(tile.line, tile.begin);
+  std::fill_n(across, width, 0.0);
+  for (int64_t first = 0; first < extent.lines; first += kSummedLines) {
+    const int64_t end = std::min(first + kSummedLines, extent.lines);
+    std::fill_n(sums.data(), width, 0.0f);
+    for (int64_t line = tile.line + first; line < tile.line + end; ++line) {
+      double* const along = params.sums + lines.along_sums(line, tile.begin);
+      std::fill_n(along, per_line, 0.0);
+      const float* const values_at = grad.read(line * size + tile.begin, width, values.data());
+      for (int64_t begin = 0; begin < width; begin += kRun) {
+        Vec total{};
+        for_vectors(std::min(kRun, width - begin), [&](int64_t i, int lanes) LOPT_INLINE {
+          const Vec g = clip_gradient(load(values_at + begin + i, lanes), bound), square = g * g;
+          total += square;
+          store(squares.data() + begin + i, square, lanes);
+          store(sums.data() + begin + i, load(sums.data() + begin + i, lanes) + square, lanes);
+        });
+        if (per_line == 1) along[0] += sum_lanes(total);
+      }
+      if (per_line == 1) continue;
+      int64_t inner = tile.begin % tensor.inner, group = tile.begin / (tensor.length * tensor.inner) * tensor.inner;
+      int64_t left = tensor.length * tensor.inner - tile.begin % (tensor.length * tensor.inner);
+      for (int64_t i = 0; i < width; ++i) {
+        along[group + inner] += squares[static_cast<size_t>(i)];
+        if (++inner == tensor.inner) inner = 0;
+        if (--left == 0) left = tensor.length * tensor.inner, group += tensor.inner;
+      }
+    }
+    for (int64_t i = 0; i < width; ++i) across[i] += sums[static_cast<size_t>(i)];
+  }
+}
+
+// ---- Of tensors and their rows and columns -----------------------------------------------------------------------------
+
+void begin_tensor(const FactoredParams& params, const FactoredTensor& tensor) {
+  double total[Measure::kCount]{};
+  for (int64_t i = tensor.first_tile; i < tensor.first_tile + tensor.num_tiles; ++i)
+    for (int c = 0; c < Measure::kCount; ++c) total[c] += params.measures[i * Measure::kCount + c];
+  float* stats = params.stats + tensor.row * Measure::kCount;
+  stats[Measure::nonfinite] = static_cast<float>(total[Measure::nonfinite]);
+  stats[Measure::param_square] = static_cast<float>(total[Measure::param_square] / static_cast<double>(tensor.numel));
+}
+
+void update_piece(const FactoredParams& params, const Piece& piece) {
+  const FactoredTensor& tensor = params.tensors[piece.tensor];
+  if (rests(params, tensor)) return;
+  const Lines lines{tensor};
+  const int64_t count = piece.is_along ? lines.num_along() : lines.num_across();
+  float* const moments = reinterpret_cast<float*>(piece.is_along ? tensor.along : tensor.across);
+  for (int64_t i = piece.begin; i < std::min(piece.begin + kPiece, count); ++i)
+    next_moments(params, moments, count, i, mean_square(params, lines, piece.is_along, i));
+}
+
+// Inverse roots of means, and factors: of a column mean c that is c^(-1/2), of a row mean r it is (r / mean of r)^(-1/2).
+void find_factors(const FactoredParams& params, const FactoredTensor& tensor) {
+  const Lines lines{tensor};
+  if (!lines.factored() || rests(params, tensor)) return;
+  for (const bool is_along : {true, false}) {
+    const int64_t count = is_along ? lines.num_along() : lines.num_across();
+    const float* const moments = reinterpret_cast<const float*>(is_along ? tensor.along : tensor.across);
+    float* const to = params.factors + (is_along ? lines.along_factors() : lines.across_factors());
+    const bool is_row = is_along == (tensor.along_is_row != 0);
+    for (int k = 0; k < kFactoredDecays; ++k) {
+      const float* const from = moments + k * count;
+      float *const root = to + k * count, *const factor = to + (kFactoredDecays + k) * count;
+      for (int64_t i = 0; i < count; ++i) root[i] = inverse_root(from[i]);
+      if (!is_row) {
+        for (int64_t i = 0; i < count; ++i) factor[i] = safe_inverse_root(from[i]);
+        continue;
+      }
+      for (int64_t w = 0; w < lines.num_whole(); ++w) {
+        const RowEntries row(lines, is_along, w);
+        double sum = 0.0;
+        for (int64_t i = 0; i < row.count; ++i) sum += from[row.first + i * row.stride];
+        const float mean = static_cast<float>(sum / static_cast<double>(row.count)) + 1e-9f;
+        for (int64_t i = 0; i < row.count; ++i) {
+          const int64_t at = row.first + i * row.stride;
+          factor[at] = safe_inverse_root(from[at] / mean);
+        }
+      }
+    }
+  }
+}
+
+template <class Columns, int kWidth>
+void fold_tensor(const FactoredParams& params, const FactoredTensor& tensor) {
+  constexpr int kColumns = Columns::kNumColumns, kSize = FactoredMlp<kColumns, kWidth>::kSize;
+  double total[kColumns]{};
+  for (int64_t i = tensor.first_tile; i < tensor.first_tile + tensor.num_tiles; ++i)
+    for (int c = 0; c < kColumns; ++c) total[c] += params.squares[i * kColumns + c];
+  float scale[kColumns];
+  for (int c = 0; c < kColumns; ++c) scale[c] = column_scale(total[c] / static_cast<double>(tensor.numel));
+  float times[Columns::kNumTimes + 1];
+  for (int i = 0; i < Columns::kNumTimes; ++i) times[i] = tanh_time(i, static_cast<float>(*params.step));
+  const float* const weights = params.weights + tensor.row * params.weight_stride;
+  float* const own = params.own_weights + tensor.row * kSize;
+  for (int i = 0; i < kSize; ++i)
+    own[i] = folded_weight<Columns, kWidth>(i, weights, scale, tensor.along_is_row != 0, times);
+}
+
+// ---- accumulate and apply ----------------------------------------------------------------------------------------------
+
+// Means, inverse roots and factors of the elements of a run, each from an address on: kFactorPlanes of them along, and
+// across. kSame: all elements of the run have one entry along.
+template <bool kSame>
+struct Spread {
+  const float *along[kFactorPlanes], *across[kFactorPlanes];
+
+  Factors<Vec> at(int64_t i, int lanes) const {
+    Vec a[kFactorPlanes], b[kFactorPlanes];
+    LOPT_UNROLL
+    for (int j = 0; j < kFactorPlanes; ++j) {
+      a[j] = kSame ? splat(*along[j]) : load(along[j] + i, lanes);
+      b[j] = load(across[j] + i, lanes);
+    }
+    return Factors<Vec>::of(a, b);
+  }
+};
+
+// The same, made for runs that may go over the ends of lines.
+struct Spreads {
+  const FactoredParams& params;
+  const Lines lines;
+  alignas(64) float along_buffer[kFactorPlanes * kRun], across_buffer[kFactorPlanes * kRun];
+
+  const float* plane(bool is_along, int j) const {
+    const int64_t count = is_along ? lines.num_along() : lines.num_across();
+    if (j < kFactoredDecays)
+      return reinterpret_cast<const float*>(is_along ? lines.tensor.along : lines.tensor.across) + j * count;
+    return params.factors + (is_along ? lines.along_factors() : lines.across_factors()) + (j - kFactoredDecays) * count;
+  }
+
+  bool same(int64_t at, int64_t count) const {
+    return lines.per_line() == 1 && at % lines.size() + count <= lines.size();
+  }
+
+  Spread<true> of_line(int64_t at) const {
+    Spread<true> spread;
+    const int64_t size = lines.size(), line = at / size;
+    for (int j = 0; j < kFactorPlanes; ++j) {
+      spread.along[j] = plane(true, j) + line;
+      spread.across[j] = plane(false, j) + line / lines.tensor.lines * size + at % size;
+    }
+    return spread;
+  }
+
+  Spread<false> of(int64_t at, int64_t count) {
+    Spread<false> spread;
+    const int64_t size = lines.size(), per_line = lines.per_line(), inner = lines.tensor.inner;
+    const int64_t period = lines.tensor.length * inner;
+    for (int j = 0; j < kFactorPlanes; ++j) {
+      const float *const along = plane(true, j), *const across = plane(false, j);
+      for (int64_t done = 0; done < count;) {
+        const int64_t line = (at + done) / size, begin = (at + done) % size,
+                      piece = std::min(count - done, size - begin);
+        std::copy_n(across + line / lines.tensor.lines * size + begin, piece, across_buffer + j * kRun + done);
+        float* const to = along_buffer + j * kRun + done;
+        const float* const from = along + line * per_line;
+        if (per_line == 1) {
+          std::fill_n(to, piece, *from);
+        } else {
+          int64_t group = begin / period * inner, left = period - begin % period, entry = begin % inner;
+          for (int64_t i = 0; i < piece; ++i) {
+            to[i] = from[group + entry];
+            if (++entry == inner) entry = 0;
+            if (--left == 0) left = period, group += inner;
+          }
+        }
+        done += piece;
+      }
+      spread.along[j] = along_buffer + j * kRun;
+      spread.across[j] = across_buffer + j * kRun;
+    }
+    return spread;
+  }
+};
+
+// Second moments of a tensor that is not factored, of the elements of a run.
+template <class Columns>
+struct NotFactored {
+  const float* moments;
+  int64_t stride;
+
+  Factors<Vec> at(int64_t i, int lanes) const {
+    Vec r[kFactoredDecays];
+    LOPT_UNROLL
+    for (int k = 0; k < kFactoredDecays; ++k) r[k] = load(moments + k * stride + i, lanes);
+    return Columns::not_factored(r);
+  }
+};
+
+// f(at, count, factors) for the runs of a tile.
+template <class Columns, class Function>
+void for_factored_runs(const FactoredParams& params, const Tile& tile, const Function& f) {
+  const FactoredTensor& tensor = params.tensors[tile.tensor];
+  Spreads spreads{params, {tensor}, {}, {}};
+  for_runs(spreads.lines, tile, [&](int64_t at, int64_t count) {
+    if (!spreads.lines.factored())
+      f(at, count, NotFactored<Columns>{reinterpret_cast<const float*>(tensor.along) + at, tensor.numel});
+    else if (spreads.same(at, count))
+      f(at, count, spreads.of_line(at));
+    else
+      f(at, count, spreads.of(at, count));
+  });
+}
+
+// The next value of `count` accumulators.
+template <class Input>
+void accumulate_run(float* values, float decay, int64_t count, const Input& input) {
+  for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+    store(values + i, next_accumulator(load(values + i, lanes), decay, input(i, lanes)), lanes);
+  });
+}
+
+template <class Columns>
+void accumulate_tile(const FactoredParams& params, int64_t index) {
+  constexpr int kColumns = Columns::kNumColumns;
+  alignas(64) float param_buffer[kRun], grad_buffer[kRun];
+  const Tile& tile = params.tiles[index];
+  const FactoredTensor& tensor = params.tensors[tile.tensor];
+  if (rests(params, tensor)) return;
+  const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
+  const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
+  float *const mom = reinterpret_cast<float*>(tensor.mom), *const rms = reinterpret_cast<float*>(tensor.rms);
+  float* const moments = reinterpret_cast<float*>(tensor.along);
+  const bool factored = tensor.across != 0;
+  double* const total = params.squares + index * kColumns;
+  std::fill_n(total, kColumns, 0.0);
+  for_factored_runs<Columns>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
+    const float *const p_at = param.read(at, count, param_buffer), *const g_at = grad.read(at, count, grad_buffer);
+    if (!factored)
+      for (int k = 0; k < kFactoredDecays; ++k)
+        accumulate_run(moments + k * tensor.numel + at, params.factored_decay[k], count,
+                       [&](int64_t i, int lanes) LOPT_INLINE {
+                         const Vec g = clip_gradient(load(g_at + i, lanes), Columns::kGradientBound);
+                         return g * g + 1e-30f;
+                       });
+    Vec squares[kColumns]{};
+    for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      const Vec g = clip_gradient(load(g_at + i, lanes), Columns::kGradientBound);
+      Vec m[Columns::kNumMom], r[Columns::kNumRms], x[kColumns];
+      LOPT_UNROLL
+      for (int k = 0; k < Columns::kNumMom; ++k) {
+        float* const address = mom + k * tensor.numel + at + i;
+        m[k] = next_accumulator(load(address, lanes), params.mom_decay[k], g);
+        store(address, m[k], lanes);
+      }
+      LOPT_UNROLL
+      for (int k = 0; k < Columns::kNumRms; ++k) {
+        float* const address = rms + k * tensor.numel + at + i;
+        r[k] = next_accumulator(load(address, lanes), params.rms_decay[k], g * g);
+        store(address, r[k], lanes);
+      }
+      Columns::columns(g, seen_param(load(p_at + i, lanes)), m, r, factors.at(i, lanes), x);
+      const Vec mask = lane_mask(lanes);
+      LOPT_UNROLL
+      for (int c = 0; c < kColumns; ++c) squares[c] += x[c] * x[c] * mask;
+    });
+    for (int c = 0; c < kColumns; ++c) total[c] += sum_lanes(squares[c]);
+  });
+}
+
+template <class Columns, int kWidth>
+struct FactoredApplier {
+  static constexpr int kColumns = Columns::kNumColumns;
+  static constexpr int kSums = kWidth < kRegisters / 2 ? kWidth : kRegisters / 2;  // of a layer, in registers
+  const float *mom, *rms;
+  int64_t stride;
+  const float* weights;
+  float magnitude_rate, step_size, keep;
+
+  // kVectors vectors of `lanes` parameters each, which share the loads of weights.
+  template <int kVectors, class F>
+  LOPT_INLINE void rows(float* p_at, const float* g_at, int64_t at, int64_t i, int lanes, const F& factors) const {
+    Vec p[kVectors], x[kColumns * kVectors], direction[kVectors];
+    LOPT_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t j = i + v * kLanes;
+      Vec m[Columns::kNumMom], r[Columns::kNumRms], raw[kColumns];
+      p[v] = load(p_at + j, lanes);
+      LOPT_UNROLL
+      for (int k = 0; k < Columns::kNumMom; ++k) m[k] = load(mom + k * stride + at + j, lanes);
+      LOPT_UNROLL
+      for (int k = 0; k < Columns::kNumRms; ++k) r[k] = load(rms + k * stride + at + j, lanes);
+      Columns::columns(clip_gradient(load(g_at + j, lanes), Columns::kGradientBound), seen_param(p[v]), m, r,
+                       factors.at(j, lanes), raw);
+      LOPT_UNROLL
+      for (int c = 0; c < kColumns; ++c) x[c * kVectors + v] = raw[c];
+    }
+    factored_direction<kColumns, kWidth, kVectors, kSums / kVectors>(x, weights, magnitude_rate, direction);
+    LOPT_UNROLL
+    for (int v = 0; v < kVectors; ++v)
+      store(p_at + i + v * kLanes, next_param(p[v], direction[v], step_size, keep), lanes);
+  }
+};
+
+template <class Columns, int kWidth>
+void apply_tile(const FactoredParams& params, int64_t index) {
+  using Applier = FactoredApplier<Columns, kWidth>;
+  alignas(64) float param_buffer[kRun], grad_buffer[kRun];
+  const Tile& tile = params.tiles[index];
+  const FactoredTensor& tensor = params.tensors[tile.tensor];
+  const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
+  if (rests(params, tensor) || !moves(step_size, keep)) return;
+  const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
+  const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
+  const Applier applier{reinterpret_cast<const float*>(tensor.mom),
+                        reinterpret_cast<const float*>(tensor.rms),
+                        tensor.numel,
+                        params.own_weights + tensor.row * FactoredMlp<Columns::kNumColumns, kWidth>::kSize,
+                        params.magnitude_rate,
+                        step_size,
+                        keep};
+  for_factored_runs<Columns>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
+    float* const p_at = param.read(at, count, param_buffer);
+    const float* const g_at = grad.read(at, count, grad_buffer);
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) applier.template rows<2>(p_at, g_at, at, i, kLanes, factors);
+    for (; i < count; i += kLanes)
+      applier.template rows<1>(p_at, g_at, at, i, static_cast<int>(std::min<int64_t>(count - i, kLanes)), factors);
+    param.write(at, count, p_at);
+  });
+}
+
+int threads_of(const FactoredParams& params, const Target& target) {
+  constexpr int64_t kGrain = 8192;  // parameters
+  int64_t count = 0;
+  for (int64_t t = 0; t < params.num_tensors && count < target.num_threads * kGrain; ++t)
+    count += params.tensors[t].numel;
+  return threads_for(target.num_threads, count, kGrain);
+}
+
+}  // namespace
+
+bool factored_accumulate(const FactoredParams& params, const Target& target) {
+  return with_factored(params.rule, params.width, [&](auto columns, auto) {
+    using Columns = decltype(columns);
+#pragma omp parallel num_threads(threads_of(params, target))
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < params.num_tiles; ++i) {
+        const Lines lines{params.tensors[params.tiles[i].tensor]};
+        measure_elements(params, params.tiles[i], lines, params.measures + i * Measure::kCount);
+        if (lines.factored()) measure_squares(params, params.tiles[i], lines, Columns::kGradientBound);
+      }
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < params.num_tensors; ++t) begin_tensor(params, params.tensors[t]);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < params.num_pieces; ++i) update_piece(params, params.pieces[i]);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < params.num_tensors; ++t) find_factors(params, params.tensors[t]);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < params.num_tiles; ++i) accumulate_tile<Columns>(params, i);
+    }
+  });
+}
+
+bool factored_apply(const FactoredParams& params, const Target& target) {
+  return with_factored(params.rule, params.width, [&](auto columns, auto width_constant) {
+    using Columns = decltype(columns);
+    constexpr int kWidth = decltype(width_constant)::value;
+#pragma omp parallel num_threads(threads_of(params, target))
+    {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < params.num_tensors; ++t) fold_tensor<Columns, kWidth>(params, params.tensors[t]);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < params.num_tiles; ++i) apply_tile<Columns, kWidth>(params, params.num_tiles - 1 - i);
+    }
+  });
+}
+
+}  // namespace LOPT_ISA
+}  // namespace lopt

@@ -1,0 +1,209 @@
+// Learned optimizers of others whose MLP sees factored second moments: what it sees of one parameter, and the MLP.
+//
+// A tensor in memory is [outer, lines, groups, length, inner], where `lines` and `length` are its two largest dimensions and
+// the others are all those before, between and behind them. A line, [groups, length, inner], is contiguous. Second moments
+// are means along both: `along` is the mean over length, [outer, lines, groups, inner], and `across` the mean over lines,
+// [outer, groups, length, inner]. The one that keeps the second largest dimension is Adafactor's row, the other its column.
+//
+// Values are of type V: float, or a SIMD vector of floats (simd.h). No loads or stores from memory here.
+// Source: lopt/rule/published/{parts,small_fc,adafactor_mlp}.py, which are the definition.
+#pragma once
+
+#include "rule/constants.h"
+#include "rule/maths.h"
+#include "rule/mlp.h"
+
+namespace lopt {
+
+constexpr int kFactoredDecays = 3;
+
+// What is known of one parameter's second moments, for each decay: the means along and across, their inverse roots, and what
+// gradients and momenta are multiplied by.
+template <class V>
+struct Factors {
+  V along[kFactoredDecays], across[kFactoredDecays], along_root[kFactoredDecays], across_root[kFactoredDecays];
+  V of_grad[kFactoredDecays], of_mom[kFactoredDecays];
+
+  // From an entry of `along` and one of `across`: mean, inverse root and factor, each for all decays.
+  LOPT_HD static Factors of(const V* along, const V* across) {
+    Factors f;
+    LOPT_UNROLL
+    for (int k = 0; k < kFactoredDecays; ++k) {
+      f.along[k] = along[k];
+      f.across[k] = across[k];
+      f.along_root[k] = along[kFactoredDecays + k];
+      f.across_root[k] = across[kFactoredDecays + k];
+      f.of_grad[k] = f.of_mom[k] = along[2 * kFactoredDecays + k] * across[2 * kFactoredDecays + k];
+    }
+    return f;
+  }
+};
+constexpr int kFactorPlanes = 3 * kFactoredDecays;
+
+// One entry of a row or column: its inverse root as a column of the MLP's input, and its factor.
+template <class V>
+LOPT_HD V inverse_root(V moment) {
+  return rsqrt_of(moment + 1e-8f);
+}
+template <class V>
+LOPT_HD V safe_inverse_root(V moment) {
+  return rsqrt_of(max_of(moment, V{} + 1e-9f));
+}
+
+// Columns are in the order of the rule, with `along` where it has the row and `across` where it has the column; `turned` is
+// the place of a column in the rule where it is the other way around.
+
+// small_fc_lopt: 28 columns, and eleven times.
+struct SmallFCColumns {
+  static constexpr int kNumMom = 3, kNumRms = 1;
+  LOPT_ENUM(Column, kNumColumns, grad, param, mom0, mom1, mom2, rms, mom0_over_rms, mom1_over_rms, mom2_over_rms,
+            rsqrt_rms, grad_factored0, grad_factored1, grad_factored2, along0, along1, along2, across0, across1,
+            across2, rsqrt_along0, rsqrt_along1, rsqrt_along2, rsqrt_across0, rsqrt_across1, rsqrt_across2,
+            mom_factored0, mom_factored1, mom_factored2);
+  static constexpr int kNumTimes = 11;
+  static constexpr float kGradientBound = kLargest;
+
+  // Of a tensor of less than two dimensions, which is not factored: row and column are the second moments themselves.
+  template <class V>
+  LOPT_HD static Factors<V> not_factored(const V* moments) {
+    Factors<V> f;
+    LOPT_UNROLL
+    for (int k = 0; k < kFactoredDecays; ++k) {
+      f.along[k] = f.across[k] = moments[k];
+      f.along_root[k] = f.across_root[k] = inverse_root(moments[k]);
+      f.of_grad[k] = safe_inverse_root(moments[k] + 1e-9f);
+      f.of_mom[k] = rsqrt_of(moments[k] + 1e-6f);
+    }
+    return f;
+  }
+
+  template <class V>
+  LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, V* x) {
+    const V inverse = rsqrt_of(rms[0] + 1e-6f);
+    x[Column::grad] = grad;
+    x[Column::param] = param;
+    x[Column::rms] = rms[0];
+    x[Column::rsqrt_rms] = inverse;
+    LOPT_UNROLL
+    for (int k = 0; k < kNumMom; ++k) {
+      x[Column::mom0 + k] = mom[k];
+      x[Column::mom0_over_rms + k] = mom[k] * inverse;
+      x[Column::grad_factored0 + k] = grad * f.of_grad[k];
+      x[Column::along0 + k] = f.along[k];
+      x[Column::across0 + k] = f.across[k];
+      x[Column::rsqrt_along0 + k] = f.along_root[k];
+      x[Column::rsqrt_across0 + k] = f.across_root[k];
+      x[Column::mom_factored0 + k] = mom[k] * f.of_mom[k];
+    }
+  }
+};
+
+// VeLO: 30 columns, and nothing else.
+struct VeLOColumns {
+  static constexpr int kNumMom = 3, kNumRms = 1;
+  LOPT_ENUM(Column, kNumColumns, grad, small_grad, param, mom0, mom1, mom2, rms, mom0_over_rms, mom1_over_rms,
+            mom2_over_rms, rsqrt_rms, grad_factored0, grad_factored1, grad_factored2, grad_over_rms, along0, along1,
+            along2, across0, across1, across2, rsqrt_along0, rsqrt_along1, rsqrt_along2, rsqrt_across0, rsqrt_across1,
+            rsqrt_across2, mom_factored0, mom_factored1, mom_factored2);
+  static constexpr int kNumTimes = 0;
+  static constexpr float kGradientBound = 1000.0f, kSmallGradient = 0.1f;
+
+  template <class V>
+  LOPT_HD static Factors<V> not_factored(const V* moments) {
+    Factors<V> f = SmallFCColumns::not_factored(moments);
+    LOPT_UNROLL
+    for (int k = 0; k < kFactoredDecays; ++k) f.of_mom[k] = rsqrt_of(moments[k]);
+    return f;
+  }
+
+  template <class V>
+  LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, V* x) {
+    const V inverse = rsqrt_of(rms[0] + 1e-6f);
+    x[Column::grad] = grad;
+    x[Column::small_grad] = clamp_of(grad, kSmallGradient);
+    x[Column::param] = param;
+    x[Column::rms] = rms[0];
+    x[Column::rsqrt_rms] = inverse;
+    x[Column::grad_over_rms] = grad * inverse;
+    LOPT_UNROLL
+    for (int k = 0; k < kNumMom; ++k) {
+      x[Column::mom0 + k] = mom[k];
+      x[Column::mom0_over_rms + k] = mom[k] * inverse;
+      x[Column::grad_factored0 + k] = grad * f.of_grad[k];
+      x[Column::along0 + k] = f.along[k];
+      x[Column::across0 + k] = f.across[k];
+      x[Column::rsqrt_along0 + k] = f.along_root[k];
+      x[Column::rsqrt_across0 + k] = f.across_root[k];
+      x[Column::mom_factored0 + k] = mom[k] * f.of_mom[k];
+    }
+  }
+};
+
+template <class Columns>
+LOPT_HD int turned(int column) {
+  constexpr int kMeans = Columns::along0, kRoots = Columns::rsqrt_along0, kSide = kFactoredDecays;
+  static_assert(Columns::across0 == kMeans + kSide && Columns::rsqrt_across0 == kRoots + kSide, "along before across");
+  for (int first : {kMeans, kRoots})
+    if (column >= first && column < first + 2 * kSide) return column < first + kSide ? column + kSide : column - kSide;
+  return column;
+}
+
+// ---- The MLP: two hidden layers ----------------------------------------------------------------------------------------
+
+// Offsets into one row of weights, in floats: the first layer has `times` more inputs, which are the same for all
+// parameters. A tensor's own row, with the columns' scales and the times folded into the first layer, has none of them.
+template <int kColumns, int kWidth, int kTimes = 0>
+struct FactoredMlp {
+  static constexpr int kW1 = 0;                                   // [columns + times, width]
+  static constexpr int kB1 = kW1 + (kColumns + kTimes) * kWidth;  // [width]
+  static constexpr int kW2 = kB1 + kWidth;                        // [width, width]
+  static constexpr int kB2 = kW2 + kWidth * kWidth;               // [width]
+  static constexpr int kW3 = kB2 + kWidth;                        // [width, 2]: direction, magnitude
+  static constexpr int kB3 = kW3 + 2 * kWidth;                    // [2]
+  static constexpr int kSize = (kB3 + 2 + 3) / 4 * 4;             // padded to 16 bytes
+};
+
+// tanh(step / 1 - 1), tanh(step / 3 - 1), ..
+LOPT_HD float tanh_time(int i, float step) { return ::tanhf(step / wave(i) - 1.0f); }
+
+// Column c's factor: it is divided by its root mean square over the tensor.
+LOPT_HD float column_scale(double mean_square) { return 1.0f / ::sqrtf(1e-5f + static_cast<float>(mean_square)); }
+
+// Element i of a tensor's own row of weights, from the rule's, the columns' scales and `tanh_time`s; along_is_row: see above.
+template <class Columns, int kWidth>
+LOPT_HD float folded_weight(int i, const float* weights, const float* scale, bool along_is_row, const float* times) {
+  using From = FactoredMlp<Columns::kNumColumns, kWidth, Columns::kNumTimes>;
+  using To = FactoredMlp<Columns::kNumColumns, kWidth>;
+  if (i < To::kB1) {
+    const int c = i / kWidth;
+    return weights[(along_is_row ? c : turned<Columns>(c)) * kWidth + i % kWidth] * scale[c];
+  }
+  if (i >= To::kB3 + 2) return 0.0f;  // padding
+  if (i >= To::kW2) return weights[i - To::kW2 + From::kW2];
+  const int j = i - To::kB1;
+  float bias = weights[From::kB1 + j];
+  for (int t = 0; t < Columns::kNumTimes; ++t) bias += times[t] * weights[(Columns::kNumColumns + t) * kWidth + j];
+  return bias;
+}
+
+// The direction of kRows rows of x [columns, kRows], by a tensor's own row of weights.
+template <int kColumns, int kWidth, int kRows, int kBlock, class V>
+LOPT_HD void factored_direction(const V* x, const float* weights, float magnitude_rate, V* direction) {
+  using Layout = FactoredMlp<kColumns, kWidth>;
+  V first[kWidth * kRows], magnitude[kRows];
+  unrolled<kRows>([&](auto r) LOPT_INLINE {
+    direction[r] = weights[Layout::kB3] - V{};
+    magnitude[r] = weights[Layout::kB3 + 1] - V{};
+  });
+  relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, weights + Layout::kB1,
+                                              [&](int j, int r, const V& value)
+                                                  LOPT_INLINE { first[j * kRows + r] = value; });
+  relu_layer<kWidth, kWidth, kRows, kBlock>(first, weights + Layout::kW2, weights + Layout::kB2,
+                                            [&](int j, int r, const V& value) LOPT_INLINE {
+                                              direction[r] += value * weights[Layout::kW3 + 2 * j];
+                                              magnitude[r] += value * weights[Layout::kW3 + 2 * j + 1];
+                                            });
+  unrolled<kRows>([&](auto r) LOPT_INLINE { direction[r] = direction[r] * exp_of(magnitude[r] * magnitude_rate); });
+}
+
+}  // namespace lopt

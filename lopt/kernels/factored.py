@@ -1,0 +1,308 @@
+"""FactoredPlan: steps of the learned optimizers of others whose MLP sees factored second moments.
+
+Two operations over one list of tensors, each one call for any number of them (csrc/api/factored.h): ``accumulate``
+updates the accumulators, rows and columns, and finds what the MLP's inputs are divided by; ``apply`` writes the
+parameters. Equivalent to ``lopt.rule.published``, with two exact rewrites: root mean squares of columns and inputs that
+are constant in a tensor are folded into the first layer of its MLP.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lopt.kernels.devices import Table, stream_of
+from lopt.kernels.extension import _C, NOT_BUILT, module_of
+from lopt.kernels.plan import DTYPES, check_length, check_operand
+from lopt.kernels.structs import FACTORED, FACTORED_TENSOR, PIECE, TILE
+from lopt.rule.matrices import Kind
+from lopt.rule.published import Rule, SmallFC, VeLO, parts
+from lopt.rule.published.step import source_order
+
+#: A rule with kernels of this kind.
+FactoredRule = SmallFC | VeLO
+#: Those that have them now, and what the kernels know them by (enum FactoredRule in csrc/api/factored.h).
+RULE_INDEX: dict[type[Rule], int] = {SmallFC: 0}
+#: What is measured of a tensor before a step; struct Measure in csrc/api/factored.h.
+MEASURES = (
+    *("nonfinite", "param_square", "mom0_mean", "mom1_mean", "mom2_mean", "rms_mean"),
+    *("mom0_var", "mom1_var", "mom2_var", "rms_var"),
+)
+#: Elements of a line, lines and elements of a tile, at least; tiles at most that share a line's place.
+TILE_WIDTH, TILE_LINES, TILE_SIZE, TILES_HIGH = 1024, 16, 16384, 128
+FACTOR_PLANES = 2 * 3  # inverse roots and factors, for each decay
+
+
+class Sizes(NamedTuple):
+    """Of a rule's kernels, zeros where there are none."""
+
+    weights: int  # floats in one row of MLP weights,
+    own_weights: int  # and in a tensor's own
+    columns: int
+    measures: int  # of a tensor
+    piece: int  # entries
+
+
+@cache
+def sizes_of(rule: Rule) -> Sizes:
+    """What lopt._C says."""
+    layers = rule.mlp_layers if isinstance(rule, SmallFC) else 2
+    if NOT_BUILT or not isinstance(rule, FactoredRule) or type(rule) not in RULE_INDEX or layers != 2:
+        return Sizes(0, 0, 0, 0, 0)
+    return Sizes(*_C.factored_sizes(RULE_INDEX[type(rule)], rule.mlp_width))
+
+
+def why_no_kernels(rule: Rule, backend: str) -> str:
+    """Why a back end has no kernels for a rule; empty where it has.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`lopt.kernels.module_of`.
+    """
+    if not module_of(backend).has_factored(backend) or type(rule) not in RULE_INDEX:
+        return f"rule {rule.name!r} has no kernels for {backend!r}"
+    if not sizes_of(rule).weights:
+        fields = ", ".join(f"{name}={x}" for name, x in rule.to_json().items() if name.startswith("mlp_"))
+        return f"rule {rule.name!r} has no kernels for {fields}"
+    if isinstance(rule, SmallFC) and len(rule.mom_decays) != 3:
+        return f"rule {rule.name!r} has kernels for three momenta, got {len(rule.mom_decays)}"
+    return ""
+
+
+def pack_factored(rule: FactoredRule, weights: Mapping[str, Tensor]) -> Tensor:
+    """The MLP ``mlp.*`` as the kernels read it, ``[..., size]`` float32 (FactoredMlp in csrc/rule/factored.h)."""
+    lead = weights["mlp.b1"].shape[:-1]
+    names = (f"mlp.{kind}{i}" for i in (1, 2, 3) for kind in "wb")
+    used = (weights[name] if name[-1] != "3" else weights[name][..., :2] for name in names)  # VeLO has a third output
+    flat = torch.cat([value.reshape(*lead, -1) for value in used], dim=-1).float()
+    return torch.nn.functional.pad(flat, (0, sizes_of(rule).weights - flat.shape[-1])).contiguous()
+
+
+class Lines(NamedTuple):
+    """How a tensor lies: ``[outer, lines, groups, length, inner]``, with means over ``length`` (along) and ``lines``
+    (across); of less than two dimensions one line, without means."""
+
+    outer: int
+    lines: int
+    groups: int
+    length: int
+    inner: int
+    factored: bool
+    along_is_row: bool = True
+
+    @classmethod
+    def of(cls, shape: Sequence[int], kind: Kind) -> "Lines":
+        """Of a tensor in torch's layout."""
+        order = source_order(shape, kind)
+        dims = parts.factored_dims([shape[dim] for dim in order])
+        if dims is None:
+            return cls(1, 1, 1, math.prod(shape), 1, False)
+        second, largest = (order[dim] for dim in dims)
+        a, b = sorted((second, largest))
+        sizes = (math.prod(shape[:a]), shape[a], math.prod(shape[a + 1 : b]), shape[b], math.prod(shape[b + 1 :]))
+        return cls(*sizes, True, a == second)
+
+    @property
+    def size(self) -> int:
+        """Elements of a line."""
+        return self.groups * self.length * self.inner
+
+    @property
+    def num_along(self) -> int:
+        """Number of means over ``length``."""
+        return self.outer * self.lines * self.groups * self.inner
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Lines and elements of each in a tile, at most."""
+        if not self.factored:
+            return 1, min(self.size, TILE_SIZE)
+        width = min(self.size, max(TILE_WIDTH, self.groups * self.inner))
+        return min(self.lines, max(TILE_LINES, TILE_SIZE // width, -(-self.lines // TILES_HIGH))), width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of the lines of one ``outer``, and of a line."""
+        lines, width = self.tile
+        return -(-self.lines // lines), -(-self.size // width)
+
+    @property
+    def num_sums(self) -> int:
+        """Sums of squares that all tiles make."""
+        high, wide = self.grid
+        return self.num_along * wide + self.outer * high * self.size if self.factored else 0
+
+    @property
+    def num_factors(self) -> int:
+        """Inverse roots and factors."""
+        return FACTOR_PLANES * (self.num_along + self.outer * self.size) if self.factored else 0
+
+    def tiles(self) -> np.ndarray:
+        """``[N, 2]``: first line, and first element of it, of every tile."""
+        (lines, width), (high, wide) = self.tile, self.grid
+        firsts = np.arange(self.outer)[:, None] * self.lines + np.arange(high)[None] * lines
+        grid = np.meshgrid(firsts.reshape(-1), np.arange(wide) * width, indexing="ij")
+        return np.stack([axis.reshape(-1) for axis in grid], axis=1)
+
+    def pieces(self, piece: int) -> np.ndarray:
+        """``[N, 2]``: whether of means along, and the first of them, of every piece of that many entries."""
+        if not self.factored:
+            return np.zeros((0, 2), dtype=np.int64)
+        counts = ((1, self.num_along), (0, self.outer * self.size))
+        return np.concatenate(
+            [np.array([(along, i) for i in range(0, count, piece)], dtype=np.int64) for along, count in counts]
+        )
+
+
+class FactoredPlan:
+    """Addresses, sizes and scratch memory for the kernels over one list of R tensors.
+
+    Args:
+        backend: ``"cpu"``, ``"cuda"`` or ``"sim"``.
+        rule: one for which :func:`why_no_kernels` says nothing.
+        decays: of momenta, second moments and factored ones.
+        shapes, kinds: of the tensors, none empty.
+        device: of everything.
+
+    Attributes:
+        weights: ``[R, size]`` of :func:`pack_factored`, ``[1, size]`` where a rule has one for all tensors, to be
+            written before :meth:`apply`.
+        step_size, keep: ``[R]``, likewise: of the step, and what is left of the parameter after weight decay.
+        stats: ``[R, len(MEASURES)]`` written by :meth:`accumulate`: number of gradient elements that are not finite;
+            mean square of the parameter before the step, NaN where it rests; of VeLO means and variances of ``mom`` and
+            ``rms`` before the step.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        rule: FactoredRule,
+        decays: Sequence[Sequence[float]],
+        shapes: Sequence[Sequence[int]],
+        kinds: Sequence[Kind],
+        device: torch.device,
+    ) -> None:
+        self.module, self.backend, self.device, self.rule = module_of(backend), backend, device, rule
+        self.lines = [Lines.of(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+        self.num_rows = len(shapes)
+        sizes = sizes_of(rule)
+        self.all_entries = entries = np.zeros(self.num_rows, FACTORED_TENSOR)
+        entries["numel"], entries["row"] = [math.prod(shape) for shape in shapes], np.arange(self.num_rows)
+        for name in ("outer", "lines", "groups", "length", "inner", "along_is_row"):
+            entries[name] = [getattr(lines, name) for lines in self.lines]
+        for i, name in enumerate(("tile_lines", "tile_width")):
+            entries[name] = [lines.tile[i] for lines in self.lines]
+        num_tiles = sum(lines.outer * math.prod(lines.grid) for lines in self.lines)
+        totals = {}
+        for name in ("sums", "factors"):
+            counts = [getattr(lines, f"num_{name}") for lines in self.lines]
+            entries[name], totals[name] = np.cumsum([0, *counts[:-1]]), sum(counts)
+
+        def table(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        self.stats = table(self.num_rows, sizes.measures)
+        self.step_size, self.keep = table(self.num_rows), table(self.num_rows)
+        self.weights = table(self.num_rows if isinstance(rule, VeLO) else 1, sizes.weights)  # one for all, or for each
+        self._tables = {
+            "measures": table(num_tiles, sizes.measures, dtype=torch.float64),
+            "sums": table(totals["sums"], dtype=torch.float64),
+            "factors": table(totals["factors"]),
+            "squares": table(num_tiles, sizes.columns, dtype=torch.float64),
+            "own_weights": table(self.num_rows, sizes.own_weights),
+            "stats": self.stats,
+            "step_size": self.step_size,
+            "keep": self.keep,
+            "weights": self.weights,
+        }
+        self.record = np.zeros((), FACTORED)
+        for name, value in self._tables.items():
+            self.record[name] = value.data_ptr()
+        self.record["weight_stride"] = sizes.weights if isinstance(rule, VeLO) else 0
+        self.record["rule"], self.record["width"] = RULE_INDEX[type(rule)], rule.mlp_width
+        self.record["magnitude_rate"] = rule.magnitude_rate
+        for name, values in zip(("mom", "rms", "factored"), decays, strict=True):
+            self.record[f"{name}_decay"][: len(values)] = values
+        self.address = self.record.ctypes.data
+        self.keep_alive: dict[int, list[Tensor]] = {}
+        self.selected: list[int] = []
+        self._operands: list[Tensor] = []
+
+    @property
+    def rests(self) -> Tensor:
+        """``[R]``: tensors with parameters that are not finite, which are left as they are."""
+        return torch.isnan(self.stats[:, MEASURES.index("param_square")])
+
+    def hold(self, row: int, state: Mapping[str, Tensor]) -> None:
+        """Give tensor ``row`` its accumulators: ``mom``, ``rms``, and ``row`` and ``column`` or ``diagonal``."""
+        lines, entry = self.lines[row], self.all_entries[row]
+        numel = int(entry["numel"])
+        across = lines.outer * lines.size
+        expected = {"mom": (3, numel), "rms": (1, numel)}
+        named = {"mom": "mom", "rms": "rms"}
+        if lines.factored:
+            named |= (
+                {"along": "row", "across": "column"} if lines.along_is_row else {"along": "column", "across": "row"}
+            )
+            expected |= {named["along"]: (3, lines.num_along), named["across"]: (3, across)}
+        else:
+            named["along"] = "diagonal"
+            expected["diagonal"] = (3, numel)
+        for name, (planes, count) in expected.items():
+            check_operand(f"{name}[{row}]", state[name], (torch.float32,), planes * count, self.device)
+        for field, name in named.items():
+            entry[field] = state[name].data_ptr()
+        self.keep_alive[row] = [state[name] for name in expected]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Let the operations work on these tensors, each of which was given its accumulators."""
+        self.selected = list(rows)
+        entries = self.all_entries[self.selected]
+        piece = sizes_of(self.rule).piece
+        tiles, pieces = ([self.lines[row].tiles() for row in rows], [self.lines[row].pieces(piece) for row in rows])
+        counts = [len(part) for part in tiles]
+        entries["first_tile"], entries["num_tiles"] = np.cumsum([0, *counts[:-1]])[: len(counts)], counts
+        tables = {"tiles": np.zeros(sum(counts), TILE), "pieces": np.zeros(sum(map(len, pieces)), PIECE)}
+        for (name, record), found in zip(tables.items(), (tiles, pieces), strict=True):
+            record["tensor"] = np.repeat(np.arange(len(rows)), [len(part) for part in found])
+            for i, field in enumerate((record.dtype.names or ())[1:]):
+                record[field] = np.concatenate([part[:, i] for part in found]) if found else 0
+            self.record[f"num_{name}"] = len(record)
+        tables |= {"tensors": entries, "grads": np.zeros(len(rows), dtype=np.int64)}
+        self.record["num_tensors"] = len(rows)
+        self._selected = {name: Table(value, self.device) for name, value in tables.items()}
+        for name, value in self._selected.items():
+            self.record[name] = value.address
+
+    def set_tensors(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Check this step's parameters and gradients of the selected tensors, contiguous ones, and point to them; they
+        are kept alive until :meth:`apply` is done."""
+        entries = self._selected["tensors"].host
+        for name, tensors in (("params", params), ("grads", grads)):
+            check_length(name, len(tensors), len(self.selected))
+            for i, (tensor, numel) in enumerate(zip(tensors, entries["numel"].tolist(), strict=True)):
+                check_operand(f"{name}[{i}]", tensor, tuple(DTYPES), numel, self.device)
+            entries[f"{name.removesuffix('s')}_dtype"] = [DTYPES[tensor.dtype] for tensor in tensors]
+        entries["param"] = list(map(Tensor.data_ptr, params))
+        self._selected["grads"].host[:] = list(map(Tensor.data_ptr, grads))
+        for name in ("tensors", "grads"):
+            self.record[name] = self._selected[name].send()
+        self._operands = [*params, *grads]
+
+    def accumulate(self, step: Tensor) -> Tensor:
+        """The next accumulators, in place, and what ``apply`` needs of this step; ``stats``.
+
+        Args:
+            step: ``[]`` int64, steps so far; :meth:`apply` reads it too.
+        """
+        self.record["step"], self._step = step.data_ptr(), step
+        self.module.factored_accumulate(self.backend, self.address, torch.get_num_threads(), *stream_of(self.device))
+        return self.stats
+
+    def apply(self) -> None:
+        """The next parameters, by ``weights``, ``step_size`` and ``keep``; after :meth:`accumulate`."""
+        self.module.factored_apply(self.backend, self.address, torch.get_num_threads(), *stream_of(self.device))
+        self._operands = []  # zero_grad frees their memory
