@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lopt.distributed import local_of
-from lopt.figures import COLOURS, require_matplotlib
+from lopt.figures import COLOURS, plain, require_matplotlib
 from lopt.files import save_figure, write_text
 from lopt.optimizer import LearnedOptimizer
 from lopt.rule.losses import LossState
@@ -224,9 +224,7 @@ def plot(rows: list[Row], path: str | os.PathLike[str], title: str = "") -> None
         [Line2D([], [], color=KINDS[kind]) for kind in present], present, frameon=False, fontsize=9, ncols=2
     )
     for axes in panels:
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     for axes in panels[2:]:
         axes.set_xlabel("step")
     save_figure(path, figure)

@@ -15,15 +15,17 @@ import torch
 
 from lopt import LearnedOptimizer, kernels
 from lopt.cli import main
-from lopt.evaluation import compare, suites
-from lopt.evaluation.adam_grid import GRID, LRS, AdamConfig, adam_results, train_adam
+from lopt.evaluation import compare
+from lopt.evaluation.adam_grid import GRID, LRS, adam_results
 from lopt.evaluation.compare import Learned, Plan, execute
 from lopt.evaluation.runs import limit, result, train_task
 from lopt.evaluation.scores import REFERENCES, Reference, ratio, score, summarise
-from lopt.evaluation.suites import HeldOutTask, load, suite
+from lopt.evaluation.suites import suite
 from lopt.evaluation.table import Run, RunTable
 from lopt.rule import Theta
-from lopt.tasks import datasets
+from lopt.tasks import datasets, held_out
+from lopt.tasks.adam import AdamConfig, train_adam
+from lopt.tasks.held_out import HeldOutTask, load
 from lopt.tasks.task import SPLITS
 
 WINE = HeldOutTask(data="wine", sizes=(13, 6, 3), batch_size=16)
@@ -78,7 +80,7 @@ def test_task_fits_its_data(task: HeldOutTask) -> None:
 
 
 @pytest.mark.parametrize(("data", "rows"), [("digits", 1797), ("breast-cancer", 569), ("wine", 178), ("diabetes", 442)])
-def test_splits_have_the_promised_shares_and_are_deterministic(data: suites.DataName, rows: int) -> None:
+def test_splits_have_the_promised_shares_and_are_deterministic(data: held_out.DataName, rows: int) -> None:
     first = load(data)
     assert [len(first[name].targets) for name in SPLITS] == pytest.approx(
         [0.6 * rows, 0.1 * rows, 0.1 * rows, 0.2 * rows], abs=1
@@ -91,7 +93,7 @@ def test_splits_have_the_promised_shares_and_are_deterministic(data: suites.Data
 
 
 def test_splits_are_disjoint() -> None:
-    splits = suites._split(torch.arange(178), torch.arange(178))
+    splits = held_out._split(torch.arange(178), torch.arange(178))
     rows = torch.cat([splits[name].inputs for name in SPLITS])
     assert torch.equal(rows, torch.arange(178))
     # in real data: no input row of one split is in another (these sets have no duplicate rows)
@@ -112,26 +114,26 @@ def test_tables_are_standardised_by_their_training_rows() -> None:
 
 
 def test_spirals_and_friedman_follow_their_formulas() -> None:
-    points, arms = suites._spirals()
+    points, arms = held_out._spirals()
     radius = np.hypot(points[:, 0], points[:, 1])
     angle = np.arctan2(points[:, 1], points[:, 0]) / (2 * np.pi) - arms / 3 - radius
     distance = np.abs(angle - np.round(angle)) * 2 * np.pi * radius
     assert np.sqrt(np.mean(distance**2)) < 0.3 * 2 * np.pi * 0.03 * 4  # noise .03 only, arms are 1/3 of a turn apart
-    x, y = suites._friedman1()
+    x, y = held_out._friedman1()
     noise = y - (10 * np.sin(np.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4])
     assert noise.mean() == pytest.approx(0.0, abs=0.1)
     assert noise.std() == pytest.approx(1.0, abs=0.05)
 
 
 def test_character_windows_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = suites._windows("Ab\n\n c" * 10)  # "ab cab cab c...": period "ab c", of 4 characters
+    splits = held_out._windows("Ab\n\n c" * 10)  # "ab cab cab c...": period "ab c", of 4 characters
     rows = torch.cat([splits[name].inputs for name in SPLITS]).view(-1, 3, 28)
     targets = torch.cat([splits[name].targets for name in SPLITS])
     text = [0, 1, 26, 2] * 10
     assert rows.argmax(2).tolist() == [text[i : i + 3] for i in range(37)]
     assert targets.tolist() == text[3:40]
     assert torch.equal(rows.sum(2), torch.ones(37, 3))
-    assert suites._windows("?!" * 20)["train"].targets.unique().tolist() == [27]
+    assert held_out._windows("?!" * 20)["train"].targets.unique().tolist() == [27]
 
 
 def test_minibatches_are_epochs_and_can_start_anywhere() -> None:

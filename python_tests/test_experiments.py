@@ -20,12 +20,10 @@ from lopt import LearnedOptimizer, Theta, cli
 from lopt.commands.experiment import Name
 from lopt.evaluation.opponents import FACTORS, LEARNED
 from lopt.evaluation.runs import train_task
-from lopt.evaluation.suites import HeldOutTask
 from lopt.experiments import EXPERIMENTS, implicit_regularization, normalised_table, self_training, training
 from lopt.experiments.axes import FewRows
 from lopt.experiments.experiment import execute
 from lopt.experiments.implicit_regularization import Valley
-from lopt.experiments.resnet import Drawings, ResNet
 from lopt.experiments.rows import Row, RowTable, best, relative, select, values
 from lopt.experiments.runs import Result, Run, Setting
 from lopt.experiments.self_training import MetaRun
@@ -37,6 +35,8 @@ from lopt.meta.metrics import read_metrics
 from lopt.meta.pairs import Shared
 from lopt.rule import unflatten
 from lopt.tasks import datasets
+from lopt.tasks.held_out import HeldOutTask
+from lopt.tasks.resnet import Drawings, ResNet
 
 #: A meta-training whose outer optimizer is learned; only the tensors of the second phase's group move in it.
 SELF = MetaTrainConfig(

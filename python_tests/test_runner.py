@@ -28,10 +28,11 @@ from lopt.evaluation import compare, csv_table, opponents, sampled_suites, table
 from lopt.evaluation.compare import Learned, Plan, execute, missing_packages
 from lopt.evaluation.opponents import LEARNED, OPPONENTS, TUNING_FREE, make_optimizer
 from lopt.evaluation.runs import EVALUATION, Result, evaluation_batches, train_task
-from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint, suite, unavailable
+from lopt.evaluation.suites import data_of, family_of, fingerprint, suite, unavailable
 from lopt.evaluation.table import LOSSES, TIMED, Run, RunTable
 from lopt.tasks import datasets, sample_task
 from lopt.tasks.data import catalogue
+from lopt.tasks.held_out import HeldOutTask
 from lopt.tasks.image_tasks import ImageTask
 from lopt.tasks.task import SPLITS, Task
 

@@ -12,7 +12,7 @@ from lopt.cli import main
 from lopt.evaluation import runs
 from lopt.evaluation.runs import Training, train_task
 from lopt.evaluation.step_times import StepTimes, measure
-from lopt.evaluation.suites import HeldOutTask
+from lopt.tasks.held_out import HeldOutTask
 
 WINE = HeldOutTask(data="wine", sizes=(13, 6, 3), batch_size=16)
 

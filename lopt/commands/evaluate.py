@@ -25,7 +25,6 @@ from lopt.evaluation.runs import LOSS_LIMIT
 from lopt.evaluation.scores import NO_WORSE, REFERENCES, Score, scores
 from lopt.evaluation.step_times import StepTimes
 from lopt.evaluation.suites import (
-    HeldOutTask,
     SuiteName,
     data_of,
     family_of,
@@ -37,6 +36,7 @@ from lopt.evaluation.suites import (
 from lopt.evaluation.table import Run, RunTable
 from lopt.provenance import commit, versions
 from lopt.tasks.data import catalogue
+from lopt.tasks.held_out import HeldOutTask
 from lopt.tasks.task import Task
 from lopt.tasks.text_tasks import TextData
 

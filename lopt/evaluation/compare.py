@@ -27,12 +27,13 @@ from lopt.evaluation.opponents import LEARNED, Opponent, make_optimizer, opponen
 from lopt.evaluation.processes import in_processes
 from lopt.evaluation.runs import Result, result, train_task
 from lopt.evaluation.step_times import StepTime, StepTimes, measure
-from lopt.evaluation.suites import HeldOutTask, data_of, family_of, fingerprint
+from lopt.evaluation.suites import data_of, family_of, fingerprint
 from lopt.evaluation.table import KEY, LOSSES, Run, RunTable
 from lopt.meta.executors import Executor
 from lopt.optimizer import LearnedOptimizer
 from lopt.provenance import origin
 from lopt.rule import WEIGHTS, Theta, shipped
+from lopt.tasks.held_out import HeldOutTask
 from lopt.tasks.scripts import Script
 from lopt.tasks.task import Task
 

@@ -14,7 +14,7 @@ from lopt.evaluation.opponents import LEARNED, OPPONENTS
 from lopt.evaluation.pages import Curves, HtmlPage, MarkdownPage, Page, Table
 from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
 from lopt.evaluation.scores import NO_WORSE
-from lopt.figures import COLOURS, require_matplotlib
+from lopt.figures import COLOURS, logarithmic, require_matplotlib
 
 PER: tuple[Per, ...] = ("step", "second")
 
@@ -339,7 +339,6 @@ class Report:
     def _forest(self, horizon: int) -> str:
         """Ratios with their intervals, one line per opponent, as an inline figure."""
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullLocator
 
         figure = Figure(figsize=(11, 1.2 + 0.32 * len(self.others)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
@@ -355,10 +354,7 @@ class Report:
                     label = ours if row == next(i for i, c in enumerate(found) if c is not None) else None
                     axes.plot([one.ratio], [y], "o", color=COLOURS[at], markersize=5, label=label)
             axes.axvline(1.0, color="0.4", linewidth=0.8)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter("{x:g}")
+            logarithmic(axes, "x")
             axes.set_title(f"{measure} loss, ratio (left is better)", loc="left", fontsize=10)
             axes.set_yticks(range(len(self.others)), [self.runs.label(other) for other in self.others])
             axes.grid(axis="x", color="0.92")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lopt.evaluation.adam_grid import Schedule
 from lopt.evaluation.table import LossName, Run
+from lopt.tasks.adam import Schedule
 
 #: A ratio up to this counts as "no worse".
 NO_WORSE = 1.02

@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lopt.evaluation.suites import CONTEXT, HeldOutTask, Splits
 from lopt.experiments.experiment import Experiment
-from lopt.experiments.figures import ADAM, GREY, LEARNED, MORE, Line, Panel, draw
+from lopt.experiments.figures import ADAM, LEARNED, MORE
 from lopt.experiments.rows import Row, best, mean, relative, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import ADAM as ADAM_NAME
 from lopt.experiments.training import BLIND, EIGHT, TaskRun, learned, tuned
 from lopt.experiments.words import LOSSES, TUNED, bullets, change, table, tally
+from lopt.figures import GREY, Line, Panel, draw
+from lopt.tasks.held_out import CONTEXT, HeldOutTask, Splits
 from lopt.tasks.task import VALID_ROWS, Batch
 
 #: The learned optimizers of the axes; blind is the one that is told no validation losses.

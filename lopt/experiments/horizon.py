@@ -4,13 +4,14 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.evaluation.suites import CONTEXT, HeldOutTask
 from lopt.experiments.experiment import Experiment
-from lopt.experiments.figures import ADAM, LEARNED, OTHER, Line, Panel, draw
+from lopt.experiments.figures import ADAM, LEARNED, OTHER
 from lopt.experiments.rows import Row, best, mean, relative, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
 from lopt.experiments.words import LOSSES, TUNED, bullets, table, tally
+from lopt.figures import Line, Panel, draw
+from lopt.tasks.held_out import CONTEXT, HeldOutTask
 
 CONSTANT, COSINE = "adam-tuned", "adamw-cosine-tuned"
 RIVALS = {CONSTANT: ("Adam, best lr", ADAM), COSINE: ("AdamW cosine, best lr", OTHER)}

@@ -14,10 +14,11 @@ import torch
 
 from lopt.evaluation.opponents import FACTORS, OPPONENTS, make_optimizer
 from lopt.experiments.experiment import Experiment
-from lopt.experiments.figures import ADAM, GREY, LOPT, MORE, OTHER, UNTOLD, Line, Panel, draw
+from lopt.experiments.figures import ADAM, LOPT, MORE, OTHER, UNTOLD
 from lopt.experiments.rows import Row, mean, select, values
 from lopt.experiments.runs import Result, Run, Setting
 from lopt.experiments.words import bullets, number, table
+from lopt.figures import GREY, Line, Panel, draw
 
 POINTS = 50  # of a path
 SGD, ADAM_NAME = "sgd-tuned", "adam-tuned"

@@ -11,12 +11,11 @@ from pathlib import Path
 from lopt.evaluation.opponents import OPPONENTS
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import LEARNED as LABELS
-from lopt.experiments.figures import Line, Panel, draw
 from lopt.experiments.rows import Row, best, mean, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
 from lopt.experiments.words import LOSSES, bullets, number, table
-from lopt.figures import COLOURS
+from lopt.figures import COLOURS, Line, Panel, draw
 from lopt.tasks import SAMPLED_FAMILIES, Task, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.families import with_batch_size

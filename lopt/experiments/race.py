@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.experiments.figures import ADAM, GREY, LEARNED, OTHER, Line, Panel, draw
+from lopt.experiments.figures import ADAM, LEARNED, OTHER
 from lopt.experiments.rows import Row, best, mean, relative, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
 from lopt.experiments.words import LOSSES, TUNED, bullets, change, number, table
+from lopt.figures import GREY, Line, Panel, draw
 from lopt.tasks.task import Task
 
 RIVALS = {"adam-tuned": ("Adam, best lr", ADAM), "adamw-cosine-tuned": ("AdamW cosine, best lr", OTHER)}

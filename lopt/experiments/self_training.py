@@ -14,10 +14,11 @@ from typing import Any
 from rich.console import Console
 
 from lopt.experiments.experiment import Experiment
-from lopt.experiments.figures import ADAM, GREY, LOPT, OTHER, Line, Panel, draw
+from lopt.experiments.figures import ADAM, LOPT, OTHER
 from lopt.experiments.rows import Row, best, mean, select, values
 from lopt.experiments.runs import Result, Run, Setting
 from lopt.experiments.words import bullets, number, table
+from lopt.figures import GREY, Line, Panel, draw
 from lopt.meta import trainer
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.metrics import read_metrics

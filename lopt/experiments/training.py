@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt.evaluation.adam_grid import AdamConfig, adam_results
+from lopt.evaluation.adam_grid import adam_results
 from lopt.evaluation.opponents import FACTORS, OPPONENTS, make_optimizer
 from lopt.evaluation.runs import RECORDED, limit, train_task
 from lopt.experiments.runs import Result, Run
 from lopt.optimizer import LearnedOptimizer
+from lopt.tasks.adam import AdamConfig
 from lopt.tasks.task import VALID_ROWS, Task
 
 #: Adam's learning rates along an axis: eight, a third of a decade apart, from 2.2e-4 to 4.6e-2. The paper's eight end

@@ -7,11 +7,12 @@ from pathlib import Path
 from lopt.evaluation.scores import ratio
 from lopt.evaluation.suites import suite
 from lopt.experiments.experiment import Experiment
-from lopt.experiments.figures import ADAM, GREY, LOPT, Line, Panel, draw
+from lopt.experiments.figures import ADAM, LOPT
 from lopt.experiments.rows import Row, mean, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import BLIND, TaskRun, learned
 from lopt.experiments.words import LOSSES, bullets, table, tally
+from lopt.figures import GREY, Line, Panel, draw
 from lopt.tasks.task import VALID_ROWS
 
 

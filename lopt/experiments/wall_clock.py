@@ -5,11 +5,12 @@ from pathlib import Path
 
 from lopt.experiments.axes import available, perceptron
 from lopt.experiments.experiment import Experiment
-from lopt.experiments.figures import ADAM, LOPT, OTHER, Line, Panel, draw
+from lopt.experiments.figures import ADAM, LOPT, OTHER
 from lopt.experiments.rows import Row, best, mean, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
 from lopt.experiments.words import bullets, change, number, table
+from lopt.figures import Line, Panel, draw
 
 TUNED, FIXED = "adam-tuned", "adamw-cosine"
 SHOWN = {"lopt": ("lopt", LOPT), TUNED: ("Adam, best lr", ADAM), FIXED: ("AdamW cosine, 1e-3", OTHER)}

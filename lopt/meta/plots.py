@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from lopt.figures import COLOURS, plain
 from lopt.files import save_figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 SMOOTHING = 50  # iterations averaged in the line
 
 
@@ -54,9 +54,7 @@ def meta_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     below.set_title("Validation: the same at the end of a run, on tasks never trained on", loc="left", fontsize=10.5)
     below.set_xlabel("million inner steps")
     for axes in (above, below):
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     save_figure(path, figure)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopt.tasks.adam import AdamConfig, batched_losses, train_adam
 from lopt.tasks.task import Task
 
 #: The two learning rates of :func:`check`, and the length of its runs: the longer where the shorter shows no progress.
@@ -66,31 +67,20 @@ def adam_losses(
         ([0, 10, 20], torch.Size([2, 3]))
     """
     evaluation = list(islice(task.batches(seed, "train"), 4))
-    train = task.batches(seed, "train", start=len(evaluation))
-    rates = torch.tensor(list(learning_rates))
-    count = len(rates)
-    params = {name: value.expand(count, *value.shape) for name, value in task.init(seed).items()}
-    mom = {name: torch.zeros_like(value) for name, value in params.items()}
-    rms = {name: torch.zeros_like(value) for name, value in params.items()}
-    losses_of: Any = torch.vmap(task.loss, in_dims=(0, None))
-    gradients_of: Any = torch.vmap(torch.func.grad(task.loss), in_dims=(0, None))
+    shapes = {name: torch.Size(shape) for name, shape in task.shapes.items()}
     at = sorted({round(steps * point / points) for point in range(points + 1)})
     recorded = []
-    with torch.no_grad():
-        for step in range(steps + 1):
-            if on_step is not None:
-                on_step(step, steps)
-            if step in at:
-                recorded.append(torch.stack([losses_of(params, batch) for batch in evaluation]).mean(dim=0))
-            if step == steps:
-                break
-            grads = gradients_of(params, next(train))
-            scale = math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
-            for name, grad in grads.items():
-                mom[name] = 0.9 * mom[name] + 0.1 * grad
-                rms[name] = 0.999 * rms[name] + 0.001 * grad.square()
-                rate = (rates * scale).reshape(count, *[1] * (grad.ndim - 1))
-                params[name] = params[name] - rate * mom[name] / (rms[name].sqrt() + 1e-8)
+
+    def record(step: int, params: Tensor) -> None:
+        if on_step is not None:
+            on_step(step, steps)
+        if step in at:
+            with torch.no_grad():
+                losses = [batched_losses(task, params, shapes, batch) for batch in evaluation]
+            recorded.append(torch.stack(losses).mean(dim=0))
+
+    configs = [AdamConfig(rate) for rate in learning_rates]
+    train_adam(task, seed, steps, configs, start=len(evaluation), on_step=record)
     return at, torch.stack(recorded, dim=1)
 
 

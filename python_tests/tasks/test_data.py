@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lopt.evaluation import suites
 from lopt.tasks import augmentation, sample_task
 from lopt.tasks.augmentation import Augmentation
 from lopt.tasks.data import catalogue, readers, texts
+from lopt.tasks.held_out import DataName
 from lopt.tasks.seeds import generator
 from lopt.tasks.task import SPLITS, Batch
 from lopt.tasks.text_tasks import TextData
@@ -31,7 +31,7 @@ def need(name: str) -> None:
 
 def test_what_the_suite_uses_is_held_out() -> None:
     held_out = set(catalogue.HELD_OUT)
-    assert set(get_args(suites.DataName)) <= held_out
+    assert set(get_args(DataName)) <= held_out
     assert not held_out & set(catalogue.META_TRAIN)
     assert not set(catalogue.VALIDATION) & (held_out | set(catalogue.META_TRAIN))
     assert set(catalogue.CORE) <= set(catalogue.META_TRAIN)

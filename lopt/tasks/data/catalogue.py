@@ -107,7 +107,7 @@ SOURCES: dict[str, Source] = {
     "wordnet": Source("text", _TEST, WORDNET, texts.wordnet, None, 26),
 }
 
-#: Held out as well, though other modules make them: lopt/evaluation/suites.py, and MNIST's and CIFAR's own files.
+#: Held out as well, though other modules make them: lopt/tasks/held_out.py, and MNIST's and CIFAR's own files.
 ALSO_HELD_OUT = ("spirals", "friedman1", "characters", "fashion-mnist-7x7", "cifar-10", "cifar-100")
 
 
