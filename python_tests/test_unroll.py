@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from meta_cases import Double
 from torch import Tensor
 
 from lopt import LearnedOptimizer, Theta
@@ -36,30 +37,6 @@ def population(preset: str, rows: int, spread: float = 0.02, stats: str = "curre
     theta = Theta.init_adam(preset).with_spec(stats=stats)
     noise = torch.randn(rows, theta.num_floats, generator=torch.Generator().manual_seed(1))
     return theta, theta.flatten() + spread * noise
-
-
-@dataclass(frozen=True)
-class Double(Task):
-    """A task in float64."""
-
-    task: Task
-
-    @property
-    def name(self) -> str:
-        return f"{self.task.name}-float64"
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.task.config
-
-    def init(self, seed: int) -> dict[str, Tensor]:
-        return {name: value.double() for name, value in self.task.init(seed).items()}
-
-    def loss(self, params: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return self.task.loss(params, batch)
-
-    def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Batch]:
-        return (Batch(batch.inputs.double(), batch.targets) for batch in self.task.batches(seed, split, start))
 
 
 @pytest.mark.parametrize("preset", ["compact", "spectral", "paper"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lopt.meta.es import ESTIMATORS, EstimatorName
+from lopt.meta.es import EstimatorName
 from lopt.rule.spec import PRESETS
 from lopt.tasks.distribution import TaskDistribution
 from lopt.tasks.families import NETWORK_FAMILIES, NetworkFamily
@@ -37,6 +37,9 @@ ADDED = {
     "backend": "cpu",
 }
 
+#: Estimators that look at whole runs.
+WHOLE_RUNS: tuple[EstimatorName, ...] = ("es", "backprop")
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -57,10 +60,12 @@ class Phase:
     ``lstm`` (all others) or ``all``."""
 
     estimator: EstimatorName = "es"
-    """Meta-gradient estimator, see :mod:`lopt.meta.es`; ``es`` looks at whole runs, the others at windows."""
+    """Meta-gradient estimator. ``es`` looks at pairs of whole runs, others of :mod:`lopt.meta.es` at windows of them;
+    ``backprop`` differentiates whole runs (:mod:`lopt.meta.backprop`)."""
 
     window: int | None = None
-    """Inner steps between two updates of theta; none for ``es``. Lengths are rounded to whole windows."""
+    """Inner steps between two updates of theta; none for those that look at whole runs. Lengths are rounded to whole
+    windows."""
 
     lr: float = 1.0
     """Factor of the learning rate."""
@@ -73,12 +78,13 @@ class Phase:
         lengths: tuple[int, ...] = tuple(self.horizon)
         object.__setattr__(self, "horizon", lengths)
         _one_of("groups", self.groups, get_args(Groups))
-        _one_of("estimator", self.estimator, tuple(ESTIMATORS))
+        _one_of("estimator", self.estimator, get_args(EstimatorName))
         _positive(self, "share", "lr", *(() if self.max_params is None else ("max_params",)))
         if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
             raise ValueError(f"horizon: expected shortest and longest length with 1 <= shortest, got {lengths}")
-        if (self.window is None) != (self.estimator == "es"):
-            raise ValueError(f"window: expected None for es and a number of steps for others, got {self.window}")
+        if (self.window is None) != (self.estimator in WHOLE_RUNS):
+            whole = " and ".join(WHOLE_RUNS)
+            raise ValueError(f"window: expected None for {whole}, a number of steps for others, got {self.window}")
         if self.window is not None and not 1 <= self.window <= lengths[1]:
             raise ValueError(f"window: expected 1 to the longest horizon {lengths[1]}, got {self.window}")
 
@@ -148,7 +154,7 @@ class MetaTrainConfig:
     """Rows of the validation loss, rounded up to whole minibatches. What is noise in it looks like overfitting."""
 
     pairs: int = 128
-    """Antithetic pairs of perturbed thetas in an iteration."""
+    """Antithetic pairs of perturbed thetas in an iteration; of ``backprop`` runs of theta."""
 
     pairs_per_task: int = 1
     """Pairs that share a task, with its initial parameters and minibatches: runs that PyTorch makes at once, where the
@@ -244,6 +250,8 @@ class MetaTrainConfig:
         _positive(self, "loss_limit", "delta_clip", "sigma", "lr", "final_lr", "gradient_clip")
         if self.pairs % self.pairs_per_task:
             raise ValueError(f"pairs: expected a multiple of pairs_per_task={self.pairs_per_task}, got {self.pairs}")
+        if self.pairs_per_task > 1 and any(phase.estimator == "backprop" for phase in self.phases):
+            raise ValueError(f"pairs_per_task: expected 1 for backprop, got {self.pairs_per_task}")
         if isinstance(self.tasks, tuple) and (not self.tasks or not set(self.tasks) <= set(KNOWN)):
             raise ValueError(f"tasks: expected some of {list(KNOWN)} or a mixture, got {list(self.tasks)}")
         if not self.phases or abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:

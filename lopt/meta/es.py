@@ -18,6 +18,8 @@ runs go on after it:
     nres            of the whole run  eps                                    each from its own
     ==============  ================  =====================================  ==========================
 
+``backprop`` is none of these: :mod:`lopt.meta.backprop` differentiates whole runs under theta itself.
+
 ``es`` is unbiased for the smoothed loss of whole runs. ``truncated_es`` is biased towards short-term gains. ``pes`` and
 ``nres`` are unbiased over the windows of a run; the variance of ``pes`` grows with their number, that of ``nres`` does
 not. Over runs of several lengths, windows count equally, so a run counts in proportion to its length.
@@ -33,7 +35,7 @@ import torch
 from torch import Tensor
 
 W = TypeVar("W")
-EstimatorName = Literal["es", "truncated_es", "pes", "nres"]
+EstimatorName = Literal["es", "truncated_es", "pes", "nres", "backprop"]
 
 
 class Estimator(NamedTuple):
@@ -58,7 +60,7 @@ class Estimator(NamedTuple):
         return windows if self.sums_eps else windows[:1] if self.one_eps_per_run else windows[-1:]
 
 
-ESTIMATORS: dict[EstimatorName, Estimator] = {
+ESTIMATORS: dict[str, Estimator] = {
     "es": Estimator(),
     "truncated_es": Estimator(shares_state=True),
     "pes": Estimator(sums_eps=True),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopt.meta import es, outer, pairs
+from lopt.meta import backprop, es, outer, pairs
 from lopt.meta.checkpoint import TrainState
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.executors import Executor
@@ -58,14 +58,8 @@ class Learner:
             The iteration's line of metrics, and whether a validation is due.
         """
         config, state, scale = self.config, self.state, self.shared.scale
-        self.prepare(results)
-        chosen = [self._directions.pop((result.iteration, result.group)) for result in results]
-        delta = torch.tensor([delta for result in results for delta in result.deltas])
-        if config.equalise:
-            families = [result.family for result in results for _ in result.deltas]
-            delta = es.equalised(delta, families)
         trained = scale > 0
-        gradient = es.es_gradient(torch.cat(chosen), delta, config.sigma) * trained
+        gradient = self.gradient(results) * trained
         clipped = torch.clamp(gradient, -config.gradient_clip, config.gradient_clip)
         meta_loss, lr = sum(result.meta_loss for result in results) / len(results), config.lr_at(state.inner_steps)
         noise = _by_family(results)
@@ -99,11 +93,24 @@ class Learner:
         done, every = state.inner_steps >= config.inner_steps, config.validate_every
         return metrics, done or state.inner_steps // every > before // every
 
+    def gradient(self, results: Sequence[Result]) -> Tensor:
+        """``[P]``, with respect to ``z``."""
+        gradients = [result.gradient * self.shared.scale for result in results if result.gradient is not None]
+        if gradients:
+            return backprop.mean_direction(torch.stack(gradients))
+        self.prepare(results)
+        chosen = [self._directions.pop((result.iteration, result.group)) for result in results]
+        delta = torch.tensor([delta for result in results for delta in result.deltas])
+        if self.config.equalise:
+            families = [result.family for result in results for _ in result.deltas]
+            delta = es.equalised(delta, families)
+        return es.es_gradient(torch.cat(chosen), delta, self.config.sigma)
+
     def prepare(self, results: Sequence[Result]) -> None:
         """Do now what :meth:`update` has to do for each of these: so nobody waits while it is done for all."""
         for result in results:
             key = result.iteration, result.group
-            if key not in self._directions:
+            if result.gradient is None and key not in self._directions:
                 self._directions[key] = self.direction(result)
 
     def direction(self, result: Result) -> Tensor:
@@ -151,7 +158,8 @@ class Learner:
 
 
 def _by_family(results: Sequence[Result]) -> dict[str, Any]:
-    """Of each family its pairs and the root mean square of their differences of meta-loss; and CPU seconds.
+    """Of each family its pairs and the root mean square of their differences of meta-loss, or its runs and that of the
+    norms of their gradients; and CPU seconds.
 
     The noise of the meta-gradient is proportional to these squares, so they say what each family adds to it.
     """
@@ -160,8 +168,13 @@ def _by_family(results: Sequence[Result]) -> dict[str, Any]:
         found.setdefault(result.family, []).append(result)
     lines, seconds = {}, {}
     for family, some in sorted(found.items()):
-        deltas = [delta for result in some for delta in result.deltas]
+        deltas = [delta for result in some for delta in _sizes(result)]
         size = math.sqrt(sum(delta * delta for delta in deltas) / len(deltas))
         lines[family] = {"pairs": len(deltas), "delta": round(size, 5)}
         seconds[family] = round(sum(result.cpu_seconds for result in some), 3)
     return {"families": lines, "family_cpu_seconds": seconds}
+
+
+def _sizes(result: Result) -> tuple[float, ...]:
+    """Differences of meta-loss, or the norm of a gradient."""
+    return result.deltas if result.gradient is None else (float(result.gradient.norm()),)

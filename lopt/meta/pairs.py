@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lopt.meta import es, inner, objective
+from lopt.meta import backprop, es, inner, objective
 from lopt.meta.config import MetaTrainConfig
 from lopt.meta.es import ESTIMATORS
 from lopt.meta.executors import kept
 from lopt.meta.unroll import Run
-from lopt.rule import AnySpec
+from lopt.rule import AnySpec, Rule
 from lopt.tasks.seeds import derive, generator
 from lopt.tasks.task import Task
 
@@ -65,6 +65,7 @@ class Result(NamedTuple):
     cpu_seconds: float
     carry: Carry | None  # None when the runs have ended
     worker: str  # by which it was computed
+    gradient: Tensor | None = None  # [P] of the meta-loss, where the estimator gives it and no differences
 
 
 def perturbation(config: MetaTrainConfig, iteration: int, pair: int, num_floats: int) -> Tensor:
@@ -129,6 +130,8 @@ def unroll_group(shared: Shared, item: tuple[int, Carry | None]) -> Result:
     clock = time.process_time()
     config, spec, (group, carry) = shared.config, shared.spec, item
     phase = config.phases[shared.phase]
+    if phase.estimator == "backprop":
+        return _differentiate(shared, group)
     estimator = ESTIMATORS[phase.estimator]
     key = shared.iteration, group
     keys = (*(() if carry is None else carry.keys), key)
@@ -166,6 +169,30 @@ def unroll_group(shared: Shared, item: tuple[int, Carry | None]) -> Result:
         cpu_seconds=time.process_time() - clock,
         carry=after,
         worker=kept().worker,
+    )
+
+
+def _differentiate(shared: Shared, group: int) -> Result:
+    """A whole run under theta, and the gradient of its meta-loss."""
+    clock = time.process_time()
+    config, key = shared.config, (shared.iteration, group)
+    if isinstance(shared.spec, Rule):
+        raise TypeError(f"estimator: backprop runs lopt's own optimizer, theta is one of {shared.spec.name}; take es")
+    run = sample_run(config, shared.phase, *key)
+    found = backprop.estimate(shared.spec, shared.theta, run, config)
+    return Result(
+        shared.iteration,
+        group,
+        (key,),
+        family=run.task.name.partition("-")[0],
+        deltas=(),
+        meta_loss=found.meta_loss,
+        divergences=int(objective.diverged(found.losses).sum()),
+        inner_steps=found.losses.train.numel(),
+        cpu_seconds=time.process_time() - clock,
+        carry=None,
+        worker=kept().worker,
+        gradient=found.gradient,
     )
 
 

@@ -93,14 +93,30 @@ def raw_columns(spec: ThetaSpec, grad: Tensor, param: Tensor, mom: Tensor, rms: 
     )
 
 
+def moment_values(spec: ThetaSpec, grad: Tensor, param: Tensor, mom: Tensor, rms: Tensor) -> Tensor:
+    """``[moments, numel]``, of which the column maps need the means over the tensor."""
+    if spec.feature_set not in FEATURE_SETS:
+        return spec.features.values(spec.features.moment_trees, grad, param, mom, rms)
+    if spec.feature_set == "paper":
+        return torch.square(raw_columns(spec, grad, param, mom, rms))
+    return torch.cat([torch.square(torch.cat([param[None], grad[None], mom])), rms[1:2]])
+
+
 def moments(spec: ThetaSpec, grad: Tensor, param: Tensor, mom: Tensor, rms: Tensor) -> Tensor:
     """``[moments]`` means over the tensor that the column maps need."""
-    if spec.feature_set not in FEATURE_SETS:
-        return spec.features.values(spec.features.moment_trees, grad, param, mom, rms).mean(dim=1)
-    if spec.feature_set == "paper":
-        return torch.square(raw_columns(spec, grad, param, mom, rms)).mean(dim=1)
-    values = torch.cat([torch.square(torch.cat([param[None], grad[None], mom])), rms[1:2]])
-    return values.mean(dim=1)
+    return moment_values(spec, grad, param, mom, rms).mean(dim=1)
+
+
+def bounded(param: Tensor) -> Tensor:
+    """Parameters as the statistics see them: NaN for what is not finite."""
+    return torch.where(torch.isfinite(param), torch.clamp(param, -LARGEST, LARGEST), torch.nan)
+
+
+def accumulators(spec: ThetaSpec, grad: Tensor, mom: Tensor, rms: Tensor) -> tuple[Tensor, Tensor]:
+    """Momenta and second moments after a clipped gradient."""
+    mom_decay = round_decays(spec.mom_decays, grad)[:, None]
+    rms_decay = round_decays(spec.rms_decays, grad)[:, None]
+    return mom_decay * mom + (1.0 - mom_decay) * grad, rms_decay * rms + (1.0 - rms_decay) * torch.square(grad)
 
 
 def accumulate(
@@ -125,11 +141,8 @@ def accumulate(
     """
     nonfinite = torch.logical_not(torch.isfinite(grad)).sum().to(grad.dtype)
     grad = clip_gradient(grad, limit)
-    param = torch.where(torch.isfinite(param), torch.clamp(param, -LARGEST, LARGEST), torch.nan)  # for the statistics
-    mom_decay = round_decays(spec.mom_decays, grad)[:, None]
-    rms_decay = round_decays(spec.rms_decays, grad)[:, None]
-    mom = mom_decay * mom + (1.0 - mom_decay) * grad
-    rms = rms_decay * rms + (1.0 - rms_decay) * torch.square(grad)
+    param = bounded(param)
+    mom, rms = accumulators(spec, grad, mom, rms)
     if rounding is not None:
         rounded = rounding(torch.cat([mom, rms]))
         mom, rms = rounded[: len(mom)], rounded[len(mom) :]
