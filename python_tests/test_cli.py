@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lopt import LearnedOptimizer, Theta
 from lopt.cli import main
 from lopt.commands import common, doctor, progress
 from lopt.commands import train as train_command
-from lopt.evaluation.baselines import adam
+from lopt.evaluation.opponents import make_optimizer
 from lopt.evaluation.training import TrainResult, mlp, train
 from lopt.rule import PRESETS, WEIGHTS, shipped
 from lopt.tasks import datasets
@@ -90,7 +91,7 @@ def test_train_writes_the_numbers_of_the_training_loop(run: Run, tmp_path: Path)
 
     runs = {(entry["optimizer"], entry["seed"]): entry for entry in numbers["runs"]}
     assert list(runs) == [(name, seed) for name in ("lopt", "adam", "adamw-cosine") for seed in (3, 4)]
-    for name, make in (("lopt", learned), ("adam", adam)):
+    for name, make in (("lopt", learned), ("adam", partial(make_optimizer, "adam"))):
         for seed in (3, 4):
             result, entry = expected(make, seed), runs[name, seed]
             assert entry["batch_losses"] == list(result.batch_losses)

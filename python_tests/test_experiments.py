@@ -19,13 +19,13 @@ from torch.nn import functional
 from lopt import LearnedOptimizer, Theta, cli
 from lopt.commands.experiment import Name
 from lopt.evaluation.opponents import FACTORS, LEARNED
-from lopt.evaluation.runs import train_task
+from lopt.evaluation.runs import RECORDED, Result, train_task
 from lopt.experiments import EXPERIMENTS, implicit_regularization, normalised_table, self_training, training
 from lopt.experiments.axes import FewRows
 from lopt.experiments.experiment import execute
 from lopt.experiments.implicit_regularization import Valley
 from lopt.experiments.rows import Row, RowTable, best, relative, select, values
-from lopt.experiments.runs import Result, Run, Setting
+from lopt.experiments.runs import Run, Setting
 from lopt.experiments.self_training import MetaRun
 from lopt.experiments.training import BLIND, TaskRun
 from lopt.meta import checkpoint, es, outer, pairs, trainer
@@ -37,6 +37,7 @@ from lopt.rule import unflatten
 from lopt.tasks import datasets
 from lopt.tasks.held_out import HeldOutTask
 from lopt.tasks.resnet import Drawings, ResNet
+from lopt.tasks.task import SplitName
 
 #: A meta-training whose outer optimizer is learned; only the tensors of the second phase's group move in it.
 SELF = MetaTrainConfig(
@@ -132,8 +133,8 @@ def test_sgd_in_the_valley_keeps_the_sum_and_is_the_recursion() -> None:
         v = 0.9 * v + (x - y)
         x, y = x - 0.01 * v, y + 0.01 * v
     assert (result.curve["x"][-1], result.curve["y"][-1]) == pytest.approx((x, y), abs=1e-5)
-    assert result.initial[0] == 0.75**2 / 2
-    assert result.final[2] == pytest.approx((x - y) ** 2 / 2, abs=1e-5)
+    assert result.initial["train"] == 0.75**2 / 2
+    assert result.losses["test"] == pytest.approx((x - y) ** 2 / 2, abs=1e-5)
 
 
 def test_adam_in_the_valley_lands_where_float64_does() -> None:
@@ -195,7 +196,7 @@ def test_adams_of_a_batch_are_those_by_themselves() -> None:
     assert len({run.batch for run in runs}) == 1
     for run, found in zip(runs, runs[0].measure_batch(runs), strict=True):
         alone = run.measure()
-        assert found.final == pytest.approx(alone.final, rel=1e-4)
+        assert found.losses == pytest.approx(alone.losses, rel=1e-4)
         assert found.initial == pytest.approx(alone.initial, rel=1e-6)
         assert (found.diverged, found.curve) == (False, {})
     others = [wine("adam-tuned", **one) for one in ({"seed": 1}, {"steps": 21}, {"x": 1.0})]
@@ -205,7 +206,7 @@ def test_adams_of_a_batch_are_those_by_themselves() -> None:
 
 
 def test_a_blind_optimizer_is_one_that_was_never_told() -> None:
-    losses = [run.measure().final for run in (wine("lopt"), wine(BLIND))]
+    losses = [run.measure().losses for run in (wine("lopt"), wine(BLIND))]
     assert losses[0] != losses[1]
     params = {name: value.requires_grad_() for name, value in WINE.init(0).items()}
     optimizer = LearnedOptimizer(params.values(), total_steps=20)
@@ -215,7 +216,7 @@ def test_a_blind_optimizer_is_one_that_was_never_told() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(loss=loss)
-    assert losses[1][0] == pytest.approx(float(WINE.loss(params, WINE.splits["train"]).detach()), rel=1e-6)
+    assert losses[1]["train"] == pytest.approx(float(WINE.loss(params, WINE.splits["train"]).detach()), rel=1e-6)
 
 
 def test_few_rows_are_the_first_of_the_training_split() -> None:
@@ -273,8 +274,8 @@ def test_a_meta_run_is_the_meta_training(tmp_path: Path) -> None:
     lines = read_metrics(tmp_path)
     assert result.curve["validation"] == [line["validation_mean"] for line in lines if "validation" in line]
     assert result.curve["meta_loss"] == [line["meta_loss"] for line in lines[1:]]
-    assert result.initial[2] == lines[0]["validation_mean"]
-    assert result.final[2] == pytest.approx(sum(result.curve["validation"][-4:]) / 4, rel=1e-12)
+    assert result.initial["test"] == lines[0]["validation_mean"]
+    assert result.losses["test"] == pytest.approx(sum(result.curve["validation"][-4:]) / 4, rel=1e-12)
     other = dataclasses.replace(run, settings=dataclasses.replace(config, sigma=0.1))
     assert other.sha256 != run.sha256
 
@@ -359,6 +360,14 @@ def test_what_a_result_depends_on_is_in_the_key(tmp_path: Path, monkeypatch: pyt
 # ---- Texts and figures -----------------------------------------------------------------------------------------------
 
 
+def a_result(initial: Sequence[float], losses: Sequence[float], seconds: float = 1.0, **more: Any) -> Result:
+    """Losses of train, outer_valid and test rows."""
+    ends: tuple[dict[SplitName, float], ...] = tuple(
+        dict(zip(RECORDED, values, strict=True)) for values in (initial, losses)
+    )
+    return Result(initial=ends[0], losses=ends[1], diverged=False, seconds=seconds, **more)
+
+
 def fake(run: Run, factor: float) -> Row:
     """A row with made-up losses, those of the learned optimizer ``factor`` times those of an Adam at its best."""
     ours = run.optimizer in LEARNED
@@ -381,7 +390,7 @@ def fake(run: Run, factor: float) -> Row:
         curve = {"step": [0.0, 1.0], "x": [x, end], "y": [y, end]}
     if isinstance(run, MetaRun):
         loss = loss - 2
-    return Row.of(run, Result(initial=(2.0,) * 3, final=(loss,) * 3, seconds=2.0 if ours else 1.0, curve=curve))
+    return Row.of(run, a_result((2.0,) * 3, (loss,) * 3, seconds=2.0 if ours else 1.0, curve=curve))
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +429,7 @@ def test_what_tuning_picks_and_what_is_compared() -> None:
 
     def row(optimizer: str, trial: int, seed: int, train: float, valid: float, test: float) -> Row:
         run = wine(optimizer, trial=trial, seed=seed)
-        return Row.of(run, Result(initial=(1.0, 2.0, 3.0), final=(train, valid, test), seconds=1.0))
+        return Row.of(run, a_result((1.0, 2.0, 3.0), (train, valid, test)))
 
     rows = [
         *(row("adam-tuned", 0, seed, 0.2, 0.4 + 0.2 * seed, 0.1) for seed in (0, 1)),
@@ -442,7 +451,7 @@ def test_normalised_losses_of_a_table() -> None:
 
     def row(task: str, optimizer: str, trial: int, valid: float, test: float) -> Row:
         run = dataclasses.replace(wine(optimizer, trial=trial), task=task)
-        return Row.of(run, Result(initial=(2.0,) * 3, final=(1.0, valid, test), seconds=1.0))
+        return Row.of(run, a_result((2.0,) * 3, (1.0, valid, test)))
 
     rows = [row("a", "lopt", 0, 1.0, 0.5), row("b", "lopt", 0, 1.0, 3.0), row("a", "adam-tuned", 0, 0.7, 1.0)]
     rows += [row("a", "adam-tuned", 1, 0.8, 0.0), row("b", "adam-tuned", 0, 0.9, 0.1)]
@@ -457,7 +466,7 @@ def test_the_share_of_the_best_adam_in_self_training() -> None:
         settings = dataclasses.replace(SELF, outer="adam")
         fields: dict[str, Any] = {"optimizer": optimizer, "trial": trial, "lr": 0.01 * (trial + 1), "steps": 6}
         run = MetaRun(task="random", settings=settings, **fields)
-        return Row.of(run, Result(initial=(-0.1,) * 3, final=(end,) * 3, seconds=1.0))
+        return Row.of(run, a_result((-0.1,) * 3, (end,) * 3))
 
     rows = [row("lopt", 0, -1.0), row("adam", 0, -0.6), row("adam", 1, -1.1), row("adam-decay", 0, -0.9)]
     said = "\n".join(self_training.text([*rows, row("adam-decay", 1, -0.5)]))

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from torch.nn import functional
 
 from lopt import LearnedOptimizer
 from lopt.evaluation import plots, training
-from lopt.evaluation.baselines import adam, adamw_cosine
-from lopt.evaluation.training import MakeOptimizer, Record, TrainResult, batches, evaluate, mlp, train
+from lopt.evaluation.opponents import make_optimizer
+from lopt.evaluation.runs import OptimizerFactory
+from lopt.evaluation.training import Record, TrainResult, batches, evaluate, mlp, train
 from lopt.tasks.datasets import Dataset, Split
 
 
@@ -40,6 +42,9 @@ def blobs(rows: int = 40) -> Dataset:
 
 def sgd(params: Iterable[Tensor], total_steps: int) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+adam, adamw_cosine = partial(make_optimizer, "adam"), partial(make_optimizer, "adamw-cosine")
 
 
 def params_of(model: nn.Module) -> list[Tensor]:
@@ -119,13 +124,13 @@ def test_evaluate_against_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("make", [sgd, adam, adamw_cosine])
-def test_the_loop_is_the_one_everybody_writes(make: MakeOptimizer) -> None:
+def test_the_loop_is_the_one_everybody_writes(make: OptimizerFactory) -> None:
     data, steps, seed = blobs(), 23, 4
     model = mlp(2, (6,), 3, seed=2)
     result = train(model, data, make, steps=steps, batch_size=9, seed=seed, num_records=5)
 
     other = mlp(2, (6,), 3, seed=2)
-    optimizer = make(other.parameters(), steps)
+    optimizer = make(list(other.parameters()), steps)
     losses, records = [], []
     for step, index in enumerate(islice(batches(40, 9, 2 * seed), steps)):
         if step % 5 == 0:
@@ -148,9 +153,9 @@ def test_the_loop_is_the_one_everybody_writes(make: MakeOptimizer) -> None:
 
 def test_cosine() -> None:
     param = torch.zeros(1, requires_grad=True)
-    optimizer = adamw_cosine([param], total_steps=8, lr=0.5)
+    optimizer = adamw_cosine([param], steps=8)
     for step in range(9):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25 * (1 + math.cos(math.pi * step / 8)), abs=1e-15)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0005 * (1 + math.cos(math.pi * step / 8)), abs=1e-15)
         param.grad = torch.ones(1)
         optimizer.step()
 

@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,9 @@ from lopt.commands.common import Command, Outcome, OutFolder, Seed, say, show_ta
 from lopt.commands.progress import Status, progress
 from lopt.commands.weights import describe_theta
 from lopt.evaluation import plots
-from lopt.evaluation.baselines import adam, adamw_cosine
-from lopt.evaluation.training import MakeOptimizer, Record, TrainResult, mlp, train
+from lopt.evaluation.opponents import make_optimizer
+from lopt.evaluation.runs import OptimizerFactory
+from lopt.evaluation.training import Record, TrainResult, mlp, train
 from lopt.figures import require_matplotlib
 from lopt.optimizer import LearnedOptimizer
 from lopt.provenance import commit, versions
@@ -105,7 +107,9 @@ class Train(Command):
         steps = self.steps
         if self.epochs is not None:
             steps = math.ceil(self.epochs * (len(data.train.targets) // self.batch_size))
-        makers: dict[OptimizerName, MakeOptimizer] = {"adam": adam, "adamw-cosine": adamw_cosine}
+        makers: dict[OptimizerName, OptimizerFactory] = {
+            name: partial(make_optimizer, name) for name in ("adam", "adamw-cosine")
+        }
         learned: dict[str, Any] | None = None
         if "lopt" in self.optimizers:
             makers["lopt"], learned = self._learned_optimizer()
@@ -153,7 +157,7 @@ class Train(Command):
         say(console, f"Wrote {written} to {self.out}")
         return Outcome(0, numbers)
 
-    def _learned_optimizer(self) -> tuple[MakeOptimizer, dict[str, Any]]:
+    def _learned_optimizer(self) -> tuple[OptimizerFactory, dict[str, Any]]:
         """How the learned optimizer is made, and what to say about it; fails here if an option is wrong."""
 
         def make(params: Iterable[Tensor], total_steps: int) -> torch.optim.Optimizer:
@@ -168,7 +172,7 @@ class Train(Command):
         }
 
     def _train(
-        self, console: Console, data: Dataset, steps: int, makers: dict[OptimizerName, MakeOptimizer]
+        self, console: Console, data: Dataset, steps: int, makers: dict[OptimizerName, OptimizerFactory]
     ) -> dict[OptimizerName, list[TrainResult]]:
         """All runs of all optimizers, with a bar per optimizer on a terminal and a line per run elsewhere."""
         runs: dict[OptimizerName, list[TrainResult]] = {}

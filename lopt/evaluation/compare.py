@@ -24,7 +24,7 @@ import lopt
 from lopt import kernels
 from lopt.evaluation.adam_grid import GRID, adam_results
 from lopt.evaluation.opponents import LEARNED, Opponent, make_optimizer, opponent
-from lopt.evaluation.processes import in_processes
+from lopt.evaluation.processes import fill
 from lopt.evaluation.runs import Result, result, train_task
 from lopt.evaluation.step_times import StepTime, StepTimes, measure
 from lopt.evaluation.suites import data_of, family_of, fingerprint
@@ -151,9 +151,10 @@ class Plan:
             losses: dict[str, Any] = {LOSSES[split]: value for split, value in outcome.losses.items()}
             losses |= {f"initial_{LOSSES[split]}": value for split, value in outcome.initial.items()}
             losses |= {"curve": "", "times": ""}
-            if outcome.points:
-                losses["curve"] = json.dumps([(step, train, test) for step, _, train, test in outcome.points])
-                losses["times"] = json.dumps([round(seconds, 6) for _, seconds, _, _ in outcome.points])
+            if outcome.curve:
+                at = outcome.curve
+                losses["curve"] = json.dumps(list(zip(at["step"], at["train"], at["test"], strict=True)))
+                losses["times"] = json.dumps([round(seconds, 6) for seconds in at["seconds"]])
             found.append(
                 Run(
                     **shared,
@@ -218,26 +219,21 @@ def execute(
     """
     missing = plan.missing(table)
     missing.sort(key=_cost, reverse=True)  # the long ones first, so that no worker is left alone with one at the end
-    done = 0
-
-    def report() -> None:
-        if on_done is not None:
-            on_done(done, len(missing))
-
-    report()
-    failures: list[str] = []
     learned = pickle.dumps(plan.learned)  # bytes, since tensors would travel as open files
-    for job, outcome in in_processes(partial(_work, learned, plan.points), missing, workers, data):
-        if isinstance(outcome, Exception):
-            failures.append(f"{job.optimizer} on {job.task.name}: {type(outcome).__name__}: {outcome}")
-        else:
-            table.append(plan.runs(job, outcome))
-        done += 1
-        report()
-    if missing:
-        table.tidy()
-    if failures:
-        raise RuntimeError(f"{len(failures)} of {len(missing)} jobs failed; the first: {failures[0]}")
+    try:
+        fill(
+            table,
+            missing,
+            partial(_work, learned, plan.points),
+            plan.runs,
+            name=lambda job: f"{job.optimizer} on {job.task.name}",
+            workers=workers,
+            on_done=on_done,
+            data=data,
+        )
+    finally:
+        if missing:
+            table.tidy()
     return [table.rows[key] for job in plan.jobs for key in plan.keys(job)]
 
 
@@ -260,37 +256,28 @@ def measure_steps(plan: Plan, table: StepTimes, on_done: Callable[[int, int], No
         ]
 
     missing = [task for task in plan.tasks if not all(key in table.rows for key in keys(task))]
-    done = 0
-
-    def report() -> None:
-        if on_done is not None:
-            on_done(done, len(missing))
-
-    report()
 
     def measured(task: Task) -> dict[str, list[float]]:
         return measure(task, {name: partial(_make, plan.learned, task, name, 0) for name in names})
 
-    for task, found in in_processes(measured, missing, workers=1):
-        table.append(
-            [
-                StepTime(
-                    suite=plan.suite,
-                    task=task.name,
-                    task_sha256=sha256,
-                    optimizer=name,
-                    impl=impl,
-                    seconds=statistics.median(found[name]),
-                    least=min(found[name]),
-                    most=max(found[name]),
-                    **here,
-                )
-                for (_, sha256, name, impl, _) in keys(task)
-                if found[name]
-            ]
-        )
-        done += 1
-        report()
+    def rows(task: Task, found: dict[str, list[float]]) -> list[StepTime]:
+        return [
+            StepTime(
+                suite=plan.suite,
+                task=task.name,
+                task_sha256=sha256,
+                optimizer=name,
+                impl=impl,
+                seconds=statistics.median(found[name]),
+                least=min(found[name]),
+                most=max(found[name]),
+                **here,
+            )
+            for (_, sha256, name, impl, _) in keys(task)
+            if found[name]
+        ]
+
+    fill(table, missing, measured, rows, name=lambda task: task.name, on_done=on_done)
     if missing:
         table.tidy()
 
@@ -303,21 +290,18 @@ def _make(
     return make_optimizer(name, params, steps, trial, task=task, **more)
 
 
-def _work(learned: bytes, points: int, job: Job) -> list[Result] | Exception:
-    """The results of a job, or the error it ended in."""
-    try:
-        if job.optimizer == ADAM_GRID:
-            return adam_results(job.task, job.seed, job.horizon)
-        curve = train_task(
-            job.task,
-            partial(_make, pickle.loads(learned), job.task, job.optimizer, job.trial),
-            job.seed,
-            job.horizon,
-            record_every=math.ceil(job.horizon / points),
-        )
-        return [result(curve)]
-    except Exception as error:  # one broken run must not cost the others; the caller says what failed
-        return error
+def _work(learned: bytes, points: int, job: Job) -> list[Result]:
+    """The results of a job."""
+    if job.optimizer == ADAM_GRID:
+        return adam_results(job.task, job.seed, job.horizon)
+    curve = train_task(
+        job.task,
+        partial(_make, pickle.loads(learned), job.task, job.optimizer, job.trial),
+        job.seed,
+        job.horizon,
+        record_every=math.ceil(job.horizon / points),
+    )
+    return [result(curve)]
 
 
 def missing_packages(names: Sequence[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lopt.evaluation.scores import FLOOR, NO_WORSE
+from lopt.evaluation.scores import NO_WORSE, ratio
 from lopt.evaluation.table import Run
 
 Measure = Literal["train", "test"]
@@ -161,9 +161,8 @@ class Runs:
             mine, theirs = (statistics.fmean(column) for column in zip(*losses, strict=True))
             start = statistics.fmean(_initial(a, measure) for a, _ in pairs)
             base = self._base(place, measure)
-            floor = FLOOR * (start - base)
             task = place[0] if horizon is not None else f"{place[0]}, {place[1]} steps"
-            ratios[task] = (mine - base + floor) / (theirs - base + floor)
+            ratios[task] = ratio(mine - base, theirs - base, start - base)
             both[task] = mine, theirs
         if not ratios:
             return None

@@ -1,11 +1,13 @@
 """Work spread over processes of one thread each, which end with their parent."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from lopt.evaluation.csv_table import CsvTable
 from lopt.meta.executors import Executor, LocalProcesses
 from lopt.tasks import datasets
 
@@ -53,3 +55,50 @@ def _unit(shared: tuple[Callable[[Any], Any], Path | None], job: Any) -> Any:
     if data is not None:
         datasets.FASHION_MNIST_FOLDER = data
     return work(job)
+
+
+def fill(
+    table: CsvTable[Any],
+    jobs: Sequence[Job],
+    work: Callable[[Job], Result],
+    rows: Callable[[Job, Result], Sequence[Any]],
+    *,
+    name: Callable[[Job], str],
+    runs: Callable[[Job], int] = lambda _: 1,
+    workers: int | Executor = 1,
+    on_done: Callable[[int, int], None] | None = None,
+    data: Path | None = None,
+) -> None:
+    """Do jobs that ``table`` lacks; the rows of each are in it, and in its file, as soon as it has ended.
+
+    A job is done by one thread and depends on nothing but itself: the number of workers changes no result.
+
+    Args:
+        work: see :func:`in_processes`, as for ``workers`` and ``data``.
+        rows: of a job and what came of it.
+        name: of a job, for errors.
+        runs: how many a job counts for.
+        on_done: called with the numbers of runs done and to do, at the beginning and after every job.
+
+    Raises:
+        RuntimeError: jobs that failed, after all others have ended.
+    """
+    report = on_done or (lambda done, total: None)
+    done, total, failures = 0, sum(map(runs, jobs)), list[str]()
+    report(done, total)
+    for job, outcome in in_processes(partial(_outcome, work), jobs, workers, data):
+        if isinstance(outcome, Exception):
+            failures.append(f"{name(job)}: {type(outcome).__name__}: {outcome}")
+        else:
+            table.append(rows(job, outcome))
+        done += runs(job)
+        report(done, total)
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(jobs)} jobs failed; the first: {failures[0]}")
+
+
+def _outcome(work: Callable[[Job], Result], job: Job) -> Result | Exception:
+    try:
+        return work(job)
+    except Exception as error:  # one broken run must not cost the others; the caller says what failed
+        return error

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -236,10 +236,10 @@ class Result:
     """What became of one run.
 
     Args:
-        losses: at the end, of some splits, with divergence counted as :func:`limit` does.
+        losses: at the end, of some splits, as they count (:func:`limit`).
         initial: of the same splits, before the first step.
         state_bytes_per_param: of the optimizer; nan if not measured.
-        points: step, seconds of training until there, training and test loss, along the run.
+        curve: along the run, lists of the same length by name: "step", "seconds" of training until there, and losses.
     """
 
     losses: dict[SplitName, float]
@@ -247,7 +247,7 @@ class Result:
     diverged: bool
     seconds: float
     state_bytes_per_param: float = math.nan
-    points: tuple[tuple[int, float, float, float], ...] = ()
+    curve: dict[str, list[float]] = field(default_factory=dict)
 
 
 def counted(
@@ -266,17 +266,17 @@ def counted(
 
 
 def result(curve: Curve) -> Result:
-    """The result of a run, with its curve in points; losses that are not finite there count as at the end."""
-    train, test = (
-        [limit([loss], [values[0]])[0][0] for loss in values]
-        for values in (curve.losses["train"], curve.losses["test"])
-    )
+    """The result of a run with its curve; losses that are not finite there count as at the end."""
+    along = {"step": list(curve.steps), "seconds": list(curve.times)} | {
+        str(split): [limit([loss], [curve.losses[split][0]])[0][0] for loss in curve.losses[split]]
+        for split in RECORDED
+    }
     return counted(
         curve.final,
         curve.initial,
         curve.seconds,
         state_bytes_per_param=curve.state_bytes_per_param,
-        points=tuple(zip(curve.steps, curve.times, train, test, strict=True)),
+        curve=along,
     )
 
 

@@ -1,19 +1,17 @@
-"""Train one model with one optimizer and record what happened: the loop every comparison is made of."""
+"""Train a model where it is, as :mod:`lopt.evaluation.runs` trains tasks, and record losses and accuracy."""
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lopt.evaluation.runs import VALID_EVERY, OptimizerFactory, Training
 from lopt.tasks.datasets import Dataset, Split
-from lopt.tasks.task import VALID_ROWS
-
-#: ``make_optimizer(params, total_steps)``: every optimizer, learned or not, is made this way.
-MakeOptimizer = Callable[[Iterable[Tensor], int], torch.optim.Optimizer]
+from lopt.tasks.task import VALID_ROWS, Batch, SplitName, Task
 
 #: Losses and accuracies of a split are those of its first 10,000 rows (all of them in small data sets).
 EVALUATION_ROWS = 10_000
@@ -56,13 +54,13 @@ class TrainResult:
 def train(
     model: nn.Module,
     data: Dataset,
-    make_optimizer: MakeOptimizer,
+    make_optimizer: OptimizerFactory,
     *,
     steps: int,
     batch_size: int,
     seed: int = 0,
     num_records: int = 100,
-    valid_every: int = 10,
+    valid_every: int = VALID_EVERY,
     valid_rows: int = VALID_ROWS,
     on_record: Callable[[Record], None] | None = None,
 ) -> TrainResult:
@@ -82,24 +80,17 @@ def train(
         ValueError: a count below one, or a batch that does not fit into the training split.
 
     Example:
-        >>> from lopt.evaluation.baselines import adam
         >>> from lopt.tasks.datasets import digits
+        >>> adam = lambda params, steps: torch.optim.Adam(params)
         >>> result = train(mlp(64, (32,), 10), digits(), adam, steps=200, batch_size=32)
         >>> result.final.test_accuracy > 0.8
         True
     """
-    counts = {"steps": steps, "num_records": num_records, "valid_every": valid_every, "valid_rows": valid_rows}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
-    train_batches = batches(len(data.train.targets), batch_size, 2 * seed)
-    rows = len(data.inner_valid.targets)
-    valid_batches = batches(rows, min(valid_rows, rows), 2 * seed + 1)
-    optimizer = make_optimizer(model.parameters(), steps)
-    observe = getattr(optimizer, "observe", None)
-    batch_losses: list[Tensor] = []
+    if num_records < 1:
+        raise ValueError(f"num_records: expected at least 1, got {num_records}")
+    task = _Supervised(model, data, batch_size, min(valid_rows, len(data.inner_valid.targets)))
+    run = Training(task, make_optimizer, seed, steps, valid_every=valid_every, valid_rows=valid_rows)
     records: list[Record] = []
-    seconds = 0.0
 
     def record(step: int) -> None:
         train_loss, _ = evaluate(model, data.train)
@@ -114,21 +105,33 @@ def train(
         interval = math.ceil(steps / num_records)
         for begin in range(0, steps, interval):
             end = min(begin + interval, steps)
-            start = time.perf_counter()
-            for step in range(begin, end):
-                if observe is not None and step % valid_every == 0:
-                    with torch.no_grad():
-                        observe(valid_loss=_loss(model.eval(), data.inner_valid, next(valid_batches)))
-                loss = _loss(model.train(), data.train, next(train_batches))
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                batch_losses.append(loss.detach())
-                step_arguments = {} if observe is None else {"loss": batch_losses[-1]}
-                optimizer.step(**step_arguments)  # type: ignore[call-overload]
-            batch_losses[-1].item()  # waits for the device, so that the clock is honest
-            seconds += time.perf_counter() - start
+            run.advance(end - begin)
             record(end)
-    return TrainResult(steps, tuple(torch.stack(batch_losses).tolist()), tuple(records), seconds)
+    return TrainResult(steps, tuple(torch.stack(run.batch_losses).tolist()), tuple(records), run.seconds)
+
+
+class _Supervised(Task):
+    """A model that is trained where it is: its parameters are those of the task, and losses are those of the model, in
+    train mode where there are gradients."""
+
+    def __init__(self, model: nn.Module, data: Dataset, batch_size: int, valid_rows: int) -> None:
+        self.model, self.data = model, data
+        self.sizes: dict[SplitName, int] = {"train": batch_size, "inner_valid": valid_rows}
+
+    def init(self, seed: int) -> dict[str, Tensor]:
+        return {name: param for name, param in self.model.named_parameters() if param.requires_grad}
+
+    def loss(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
+        return functional.cross_entropy(self.model.train(torch.is_grad_enabled())(batch.inputs), batch.targets)
+
+    def batches(self, seed: int, split: SplitName, start: int = 0) -> Iterator[Batch]:
+        rows: Split = getattr(self.data, split)
+        order = batches(len(rows.targets), self.sizes[split], 2 * seed + (split != "train"))
+        there = (index.to(rows.targets.device) for index in order)
+        return (Batch(rows.inputs[index], rows.targets[index]) for index in there)
+
+    def num_batches(self, rows: int) -> int:
+        return 1
 
 
 def batches(rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -179,8 +182,3 @@ def mlp(inputs: int, hidden: tuple[int, ...], outputs: int, seed: int = 0) -> nn
             layers += [nn.Linear(inputs, width), nn.ReLU()]
             inputs = width
         return nn.Sequential(*layers, nn.Linear(inputs, outputs))
-
-
-def _loss(model: nn.Module, split: Split, index: Tensor) -> Tensor:
-    index = index.to(split.targets.device)
-    return functional.cross_entropy(model(split.inputs[index]), split.targets[index])

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lopt.evaluation.processes import in_processes
+from lopt.evaluation.processes import fill
+from lopt.evaluation.runs import Result
 from lopt.experiments.rows import Row, RowTable
-from lopt.experiments.runs import Result, Run, Setting
+from lopt.experiments.runs import Run, Setting
 from lopt.files import write_text
 from lopt.meta.executors import Executor
 
@@ -80,14 +81,17 @@ def execute(
         batches.setdefault(run.batch or key, []).append(run)
     missing = [batch for batch in batches.values() if any(run.sha256 not in table.rows for run in batch)]
     missing.sort(key=lambda batch: -sum(run.cost for run in batch))  # the long ones first
-    done, total = 0, sum(map(len, missing))
-    if on_done is not None:
-        on_done(done, total)
-    for batch, results in in_processes(_measure, missing, workers, data):
-        table.append([Row.of(run, result) for run, result in zip(batch, results, strict=True)])
-        done += len(batch)
-        if on_done is not None:
-            on_done(done, total)
+    fill(
+        table,
+        missing,
+        _measure,
+        lambda batch, results: [Row.of(run, result) for run, result in zip(batch, results, strict=True)],
+        name=lambda batch: f"{batch[0].optimizer} on {batch[0].task}",
+        runs=len,
+        workers=workers,
+        on_done=on_done,
+        data=data,
+    )
     if missing:
         table.tidy(runs)
     return [table.rows[run.sha256] for run in runs]

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from lopt.evaluation.opponents import FACTORS, OPPONENTS, make_optimizer
+from lopt.evaluation.runs import RECORDED, Result
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, LOPT, MORE, OTHER, UNTOLD
 from lopt.experiments.rows import Row, mean, select, values
-from lopt.experiments.runs import Result, Run, Setting
+from lopt.experiments.runs import Run, Setting
 from lopt.experiments.words import bullets, number, table
 from lopt.figures import GREY, Line, Panel, draw
 
@@ -65,8 +66,8 @@ class Valley(Run):
         first, last = (((x - y) ** 2 / 2) for _, x, y in (path[0], path[-1]))
         steps, x, y = (list(map(float, column)) for column in zip(*path, strict=True))
         return Result(
-            initial=(first,) * 3,
-            final=(last,) * 3,
+            initial=dict.fromkeys(RECORDED, first),
+            losses=dict.fromkeys(RECORDED, last),
             seconds=time.perf_counter() - began,
             diverged=not math.isfinite(last),
             curve={"step": steps, "x": x, "y": y},

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lopt.experiments.figures import ADAM, LEARNED, OTHER
-from lopt.experiments.rows import Row, best, mean, relative, select, values
+from lopt.experiments.rows import Row, best, line, mean, relative, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
 from lopt.experiments.words import LOSSES, TUNED, bullets, change, number, table
-from lopt.figures import GREY, Line, Panel, draw
+from lopt.figures import GREY, Panel, draw
 from lopt.tasks.task import Task
 
 RIVALS = {"adam-tuned": ("Adam, best lr", ADAM), "adamw-cosine-tuned": ("AdamW cosine, best lr", OTHER)}
@@ -33,18 +33,13 @@ def figure(title: str, rows: Sequence[Row], path: Path) -> None:
             here, lines = select(rows, task=task), []
             for name in RIVALS:
                 for trial in values(select(here, optimizer=name), "trial"):
-                    lines.append(_line("other lrs", select(here, optimizer=name, trial=trial), split, GREY, 0.6))
+                    lines.append(line("other lrs", select(here, optimizer=name, trial=trial), "step", split, GREY, 0.6))
             for name, (label, colour) in (*RIVALS.items(), *reversed(LEARNED.items())):
-                lines.append(_line(label, best(select(here, optimizer=name), f"{split}_loss"), split, colour))
+                lines.append(line(label, best(select(here, optimizer=name), f"{split}_loss"), "step", split, colour))
             top = 1.1 * lines[-1].y[0]
-            lines = [line._replace(y=[min(value, top) for value in line.y]) for line in lines]
+            lines = [one._replace(y=[min(value, top) for value in one.y]) for one in lines]
             panels.append(Panel(f"{task}\n{word} loss", lines, "step", log="y"))
     draw(panels, title, path, columns=2)
-
-
-def _line(label: str, rows: Sequence[Row], split: str, colour: str, width: float = 1.8) -> Line:
-    y = [sum(column) / len(rows) for column in zip(*(row.along(split) for row in rows), strict=True)]
-    return Line(label, rows[0].along("step"), y, colour, width=width)
 
 
 def text(rows: Sequence[Row]) -> list[str]:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lopt.evaluation.csv_table import CsvTable
+from lopt.evaluation.runs import RECORDED, Result
 from lopt.evaluation.scores import ratio
-from lopt.experiments.runs import Result, Run
+from lopt.evaluation.table import LOSSES
+from lopt.experiments.runs import Run
+from lopt.figures import Line
 from lopt.provenance import origin
 
 
@@ -48,8 +51,8 @@ class Row:
         """The row of a run that has ended."""
         columns: dict[str, Any] = {name: getattr(run, name) for name in ("task", "optimizer", "trial", "seed", "steps")}
         columns |= {"lr": float(run.lr), "x": float(run.x), "theta_sha256": run.theta_sha256, "run_sha256": run.sha256}
-        for name, first, last in zip(("train", "valid", "test"), result.initial, result.final, strict=True):
-            columns |= {f"{name}_loss": last, f"initial_{name}_loss": first}
+        for split in RECORDED:
+            columns |= {LOSSES[split]: result.losses[split], f"initial_{LOSSES[split]}": result.initial[split]}
         curve = {name: [float(f"{value:.6g}") for value in values] for name, values in result.curve.items()}
         made: dict[str, Any] = dict(origin())
         return cls(
@@ -86,6 +89,16 @@ class RowTable(CsvTable[Row]):
 def mean(rows: Sequence[Row], column: str) -> float:
     """Mean of a column; of none, NaN."""
     return math.fsum(getattr(row, column) for row in rows) / len(rows) if rows else math.nan
+
+
+def average(rows: Sequence[Row], name: str) -> list[float]:
+    """Mean over the rows of a list of their curves, point by point."""
+    return [sum(column) / len(rows) for column in zip(*(row.along(name) for row in rows), strict=True)]
+
+
+def line(label: str, rows: Sequence[Row], at: str, what: str, colour: str, width: float = 1.8) -> Line:
+    """The average of the rows, one list of their curves against another."""
+    return Line(label, average(rows, at), average(rows, what), colour, width=width)
 
 
 def select(rows: Sequence[Row], **columns: Any) -> list[Row]:

@@ -7,10 +7,11 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
+from lopt.evaluation.runs import Result
 from lopt.provenance import file_checksum
 
 Scale = Literal["small", "full"]
@@ -36,22 +37,6 @@ class Setting:
     def pick(self, small: T, full: T) -> T:
         """The one of the two that belongs to the scale."""
         return small if self.scale == "small" else full
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run gave.
-
-    Args:
-        initial, final: losses of train, outer_valid and test rows, before the first and after the last step.
-        curve: lists of equal length along the run, by name.
-    """
-
-    initial: tuple[float, float, float]
-    final: tuple[float, float, float]
-    seconds: float
-    diverged: bool = False
-    curve: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

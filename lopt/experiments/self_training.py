@@ -13,12 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
+from lopt.evaluation.runs import RECORDED, Result
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, LOPT, OTHER
-from lopt.experiments.rows import Row, best, mean, select, values
-from lopt.experiments.runs import Result, Run, Setting
+from lopt.experiments.rows import Row, best, line, mean, select, values
+from lopt.experiments.runs import Run, Setting
 from lopt.experiments.words import bullets, number, table
-from lopt.figures import GREY, Line, Panel, draw
+from lopt.figures import GREY, Panel, draw
 from lopt.meta import trainer
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.metrics import read_metrics
@@ -57,8 +58,8 @@ class MetaRun(Run):
         blocks = [losses[begin : begin + size] for begin in range(0, len(losses) - size + 1, size)]
         at = [line["iteration"] for line in validated]
         return Result(
-            initial=(first,) * 3,
-            final=(last,) * 3,
+            initial=dict.fromkeys(RECORDED, first),
+            losses=dict.fromkeys(RECORDED, last),
             seconds=time.perf_counter() - began,
             diverged=last > first,
             curve={
@@ -119,20 +120,15 @@ def figure(rows: Sequence[Row], path: Path) -> None:
                 of = select(here, optimizer=name)
                 chosen = best(of, "test_loss")
                 for trial in values(of, "trial"):
-                    lines.append(_line("Adam, other lrs", select(of, trial=trial), at, what, GREY, 0.7))
-                lines.append(_line(f"{label}, best lr", chosen, at, what, colour))
-            lines.sort(key=lambda line: line.width)
-            lines.append(_line("lopt", select(here, optimizer="lopt"), at, what, LOPT))
-            shown = [value for line in lines if line.width > 1 for value in line.y]
+                    lines.append(line("Adam, other lrs", select(of, trial=trial), at, what, GREY, 0.7))
+                lines.append(line(f"{label}, best lr", chosen, at, what, colour))
+            lines.sort(key=lambda one: one.width)
+            lines.append(line("lopt", select(here, optimizer="lopt"), at, what, LOPT))
+            shown = [value for one in lines if one.width > 1 for value in one.y]
             top = max(shown) + 0.3 * (max(shown) - min(shown))
-            lines = [line._replace(y=[min(value, top) for value in line.y]) for line in lines]
+            lines = [one._replace(y=[min(value, top) for value in one.y]) for one in lines]
             panels.append(Panel(f"start: {start}; {title}", lines, "outer iteration", "meta-loss"))
     draw(panels, "Self-training: meta-loss by outer optimizer", path, columns=2)
-
-
-def _line(label: str, rows: Sequence[Row], at: str, what: str, colour: str, width: float = 1.8) -> Line:
-    y = [sum(column) / len(rows) for column in zip(*(row.along(what) for row in rows), strict=True)]
-    return Line(label, rows[0].along(at), y, colour, width=width)
 
 
 def text(rows: Sequence[Row]) -> list[str]:

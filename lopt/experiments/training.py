@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lopt.evaluation.adam_grid import adam_results
 from lopt.evaluation.opponents import FACTORS, OPPONENTS, make_optimizer
-from lopt.evaluation.runs import RECORDED, limit, train_task
-from lopt.experiments.runs import Result, Run
+from lopt.evaluation.runs import Result, result, train_task
+from lopt.experiments.runs import Run
 from lopt.optimizer import LearnedOptimizer
 from lopt.tasks.adam import AdamConfig
 from lopt.tasks.task import VALID_ROWS, Task
@@ -55,19 +55,8 @@ class TaskRun(Run):
     def measure(self) -> Result:
         every = max(1, self.steps // self.points)
         curve = train_task(self.problem, self.build, self.seed, self.steps, record_every=every)
-        initial, final = ([ends[split] for split in RECORDED] for ends in (curve.initial, curve.final))
-        losses, diverged = limit(final, initial)
-        along: dict[str, list[float]] = {}
-        if self.points > 1:
-            along = {"step": list(map(float, curve.steps)), "seconds": list(curve.times)}
-            along |= {str(split): list(curve.losses[split]) for split in RECORDED}
-        return Result(
-            initial=(initial[0], initial[1], initial[2]),
-            final=(losses[0], losses[1], losses[2]),
-            seconds=curve.seconds,
-            diverged=diverged or curve.diverged,
-            curve=along,
-        )
+        found = result(curve)
+        return found if self.points > 1 else replace(found, curve={})
 
     @property
     def batch(self) -> str:
@@ -78,15 +67,7 @@ class TaskRun(Run):
 
     def measure_batch(self, runs: Sequence["TaskRun"]) -> list[Result]:
         configs = [replace(BATCHED[run.optimizer], lr=run.lr) for run in runs]
-        return [
-            Result(
-                initial=(one.initial["train"], one.initial["outer_valid"], one.initial["test"]),
-                final=(one.losses["train"], one.losses["outer_valid"], one.losses["test"]),
-                seconds=one.seconds,
-                diverged=one.diverged,
-            )
-            for one in adam_results(self.problem, self.seed, self.steps, configs)
-        ]
+        return adam_results(self.problem, self.seed, self.steps, configs)
 
     def build(self, params: list[Tensor], steps: int) -> torch.optim.Optimizer:
         """The optimizer of this run."""

@@ -6,11 +6,11 @@ from pathlib import Path
 from lopt.experiments.axes import available, perceptron
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, LOPT, OTHER
-from lopt.experiments.rows import Row, best, mean, select, values
+from lopt.experiments.rows import Row, average, best, line, mean, select, values
 from lopt.experiments.runs import Run, Setting
 from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
 from lopt.experiments.words import bullets, change, number, table
-from lopt.figures import Line, Panel, draw
+from lopt.figures import Panel, draw
 
 TUNED, FIXED = "adam-tuned", "adamw-cosine"
 SHOWN = {"lopt": ("lopt", LOPT), TUNED: ("Adam, best lr", ADAM), FIXED: ("AdamW cosine, 1e-3", OTHER)}
@@ -35,17 +35,12 @@ def chosen(rows: Sequence[Row], task: str) -> dict[str, list[Row]]:
     return {name: best(select(rows, task=task, optimizer=name), "train_loss") for name in SHOWN}
 
 
-def average(rows: Sequence[Row], name: str) -> list[float]:
-    """Mean over the seeds, point by point."""
-    return [sum(column) / len(rows) for column in zip(*(row.along(name) for row in rows), strict=True)]
-
-
 def figure(rows: Sequence[Row], path: Path) -> None:
     panels = []
     for task in values(rows, "task"):
         for axis, word in (("seconds", "seconds"), ("step", "steps")):
             lines = [
-                Line(SHOWN[name][0], average(found, axis), average(found, "train"), SHOWN[name][1])
+                line(SHOWN[name][0], found, axis, "train", SHOWN[name][1])
                 for name, found in reversed(chosen(rows, task).items())
             ]
             panels.append(Panel(task, lines, word, "training loss", log="y"))
