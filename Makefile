@@ -99,18 +99,21 @@ format: $(TOOLS_READY)
 	$(BIN)/clang-format -i $(SOURCES)
 
 # The site of all pages and docstrings, in build/docs, without network. A warning, as of a broken link, is an error; all is
-# made anew, as a page that did not change may link to one that did.
+# made anew, as a page that did not change may link to one that did. With SITE=FOLDER it is put there too, beside those of
+# other versions, under the name of this one or NAME.
 docs: $(DOCS_READY) install
 	$(PY) -m sphinx -q -E -a -W --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
+	$(if $(SITE),$(PY) docs/versions.py build/docs $(SITE) $(or $(NAME),$$($(PY) -c 'import lopt; print(lopt.__version__)')))
 	@echo 'Open build/docs/index.html'
 
-# dist/: a source distribution, and a wheel made of it that is marked for the Linux it fits. The OpenMP of a process is
+# In DIST: a source distribution, and a wheel made of it that is marked for the Linux it fits. The OpenMP of a process is
 # torch's, so the wheel brings none.
+DIST = dist
 release: $(RELEASE_READY)
-	rm -rf dist
-	$(PY) -m build --no-isolation --outdir dist/built
-	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist dist/built/*.whl
-	mv dist/built/*.tar.gz dist && rm -r dist/built
+	rm -rf $(DIST)
+	$(PY) -m build --no-isolation --outdir $(DIST)/built
+	PATH="$(BIN):$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 --wheel-dir $(DIST) $(DIST)/built/*.whl
+	mv $(DIST)/built/*.tar.gz $(DIST) && rm -r $(DIST)/built
 
 # A second build of the package, beside the first one. libstdc++ is loaded early for ASAN to see torch's exceptions; Python
 # and torch leave memory behind at exit, so leaks are not reported. pytest must not capture what ASAN says last.

@@ -11,6 +11,7 @@ import re
 import statistics
 from functools import cache
 from pathlib import Path
+from runpy import run_path
 from types import ModuleType
 from urllib.parse import unquote
 
@@ -98,8 +99,8 @@ def test_code_keeps_its_lines(tmp_path: Path) -> None:
     assert code_of(page).splitlines() == ["", "", "x = 1", "", "", "", "", "", "y = x + 1"]
 
 
-#: Pages that may have more words: lists, the record of what was tried, and the results, each with its rows.
-LONG = ("docs/reference/", "docs/notebook/", "docs/results.md")
+#: Pages that may have more words: lists, and the record of what was tried.
+LONG = ("docs/reference/", "docs/notebook/")
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=lambda page: str(page.relative_to(ROOT)))
@@ -206,3 +207,26 @@ def _table(text: str) -> list[list[str]]:
     """Cells of the first table of a page: its head and its rows."""
     lines = text[text.index("\n| ") :].strip().partition("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def test_versions_of_the_site_stand_side_by_side(tmp_path: Path) -> None:
+    """The list is in order, newest first; what is made again replaces itself; the site begins with a release."""
+    made = run_path(str(ROOT / "docs/versions.py"))
+    built, site = tmp_path / "built", tmp_path / "site"
+    (built / "docs").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"expected a built site, with docs/index\.html; run make docs"):
+        made["publish"](built, site, "0.1.0")
+    (built / "docs/index.html").write_text("old")
+    (built / "gone.html").touch()
+    for name in ("0.9.0", "main", "0.10.0"):
+        names = made["publish"](built, site, name)
+    (built / "docs/index.html").write_text("new")
+    (built / "gone.html").unlink()
+    assert made["publish"](built, site, "0.9.0") == names == ["0.10.0", "0.9.0", "main"]
+    assert (site / "versions.js").read_text() == 'window.LOPT_VERSIONS = ["0.10.0", "0.9.0", "main"];\n'
+    assert "url=0.10.0/docs/index.html" in (site / "index.html").read_text()
+    assert [(site / name / "docs/index.html").read_text() for name in names] == ["old", "new", "old"]
+    assert [(site / name / "gone.html").exists() for name in names] == [True, False, True]
+    for name in ("../x", ".git", ""):
+        with pytest.raises(ValueError, match="name: expected that of a version"):
+            made["publish"](built, site, name)
