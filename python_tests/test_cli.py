@@ -183,10 +183,10 @@ def test_train_on_a_folder(run: Run, tmp_path: Path) -> None:
 
 
 def test_diverged_runs_are_null_in_the_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def explode(params: Iterable[Tensor], total_steps: int) -> torch.optim.Optimizer:
+    def explode(name: str, params: Iterable[Tensor], total_steps: int) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=1e30)
 
-    monkeypatch.setattr(train_command, "adam", explode)
+    monkeypatch.setattr(train_command, "make_optimizer", explode)
     numbers = run(*TINY, "--optimizers", "adam", "--seeds", "0", "1")
     assert numbers["runs"][0]["records"][-1]["train_loss"] is None
     assert numbers["summary"]["adam"]["train_loss"]["mean"] is None
