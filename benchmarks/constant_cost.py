@@ -9,14 +9,16 @@ in the same run. Optimizers take turns; gradients are new tensors in every step,
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from lopt import LearnedOptimizer
 
+Optimizers = Mapping[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]]
+
 MODELS = {"perceptron 64-64-10": ((64, 64), (64,), (10, 64), (10,)), "1,000 tensors of 100": ((10, 10),) * 1000}
-OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
+OPTIMIZERS: Optimizers = {
     "lopt": LearnedOptimizer,
     "lopt train-loss": lambda params: LearnedOptimizer(params, "train-loss"),  # which treats no matrices as wholes
     "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
@@ -24,14 +26,16 @@ OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer
 }
 
 
-def measure(shapes: Sequence[tuple[int, ...]], steps: int, repeats: int) -> dict[str, float]:
+def measure(
+    shapes: Sequence[tuple[int, ...]], steps: int, repeats: int, makers: Optimizers = OPTIMIZERS
+) -> dict[str, float]:
     """CPU seconds per step of every optimizer, the median of ``repeats``."""
     generator = torch.Generator().manual_seed(0)
     start = [0.1 * torch.randn(shape, generator=generator) for shape in shapes]
     grads = [0.01 * torch.randn(shape, generator=generator) for shape in shapes]
-    params = {name: [torch.nn.Parameter(x.clone()) for x in start] for name in OPTIMIZERS}
-    optimizers = {name: make(params[name]) for name, make in OPTIMIZERS.items()}
-    loss, seconds = torch.tensor(1.0), {name: list[float]() for name in OPTIMIZERS}
+    params = {name: [torch.nn.Parameter(x.clone()) for x in start] for name in makers}
+    optimizers = {name: make(params[name]) for name, make in makers.items()}
+    loss, seconds = torch.tensor(1.0), {name: list[float]() for name in makers}
     for _ in range(repeats + 1):
         for name, optimizer in optimizers.items():
             spent = 0.0

@@ -84,6 +84,8 @@ def implementation_of_rule(impl: str, rule: Rule, params: Iterable[Tensor]) -> s
         why = f"parameters are on {devices[0]}, expected {wanted}"
     elif any(param.dtype == torch.float64 for param in trained):
         why = "kernels have no float64"
+    elif any(param.numel() >= 2**31 for param in trained):
+        why = "a parameter has 2^31 elements or more"
     else:
         try:
             why = kernels.why_no_kernels(rule, backend)

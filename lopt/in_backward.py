@@ -20,12 +20,15 @@ from torch import Tensor
 from lopt.hooks import without_grad
 from lopt.kernels import devices
 from lopt.operands import allowed_dtypes, check_operands
+from lopt.published import FactoredStepper
 from lopt.rule import Rule
 from lopt.rule.features import STATS
 from lopt.steppers import KernelStepper
 from lopt.warnings import called_from, warn
 
 LearnedOptimizer = Any  # which is above this module
+#: Steps that can be taken a tensor at a time.
+InBackwardStepper = KernelStepper | FactoredStepper
 
 
 def check_possible(optimizer: LearnedOptimizer) -> None:
@@ -37,9 +40,9 @@ def check_possible(optimizer: LearnedOptimizer) -> None:
     why = None
     spec = optimizer.theta.spec
     stats = getattr(spec, "stats", None)
-    if isinstance(spec, Rule):
+    if isinstance(spec, Rule) and not spec.tensors_alone:
         why = f"rule {spec.name!r} steps all tensors at once; use step() alone"
-    elif stats != "lagged":
+    elif not isinstance(spec, Rule) and stats != "lagged":
         why = (
             f"theta has stats={stats!r}: the step of every tensor depends on the gradients of all tensors in the same "
             "step; use a theta with stats='lagged', or step() alone"
@@ -79,8 +82,8 @@ class InBackward:
         self._lock = threading.RLock()  # the backward pass has a thread for each device
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._waiting = False  # gradients of this step wait for step()
-        self._begun: KernelStepper | None = None
-        self._stepper: KernelStepper | None = None  # of which the following is known
+        self._begun: InBackwardStepper | None = None
+        self._stepper: InBackwardStepper | None = None  # of which the following is known
         self._rows: dict[int, int] = {}  # by id of the parameter
         self._names: list[str] = []  # of the rows
         self._first: list[int] = []  # rows of tensors without a step
@@ -146,7 +149,7 @@ class InBackward:
         check_possible(optimizer)
         optimizer._averages.check()
         stepper = optimizer._ready()
-        assert isinstance(stepper, KernelStepper)
+        assert isinstance(stepper, InBackwardStepper)
         params = stepper.tensors.params
         if stepper is not self._stepper:
             self._stepper, self._rows = stepper, {id(param): row for row, param in enumerate(params)}
@@ -167,16 +170,18 @@ class InBackward:
         if optimizer._losses.queued:
             optimizer._deliver()
         self._order(stepper)
-        self._before = [value.clone() for value in stepper.tensors.rows]
+        self._before = [] if isinstance(stepper, FactoredStepper) else [value.clone() for value in stepper.tensors.rows]
         self._swept: set[int] = set()
         stepper.begin(some, options, shared, optimizer.total_steps or 0)
         self._begun = stepper
 
-    def _without_step(self, stepper: KernelStepper) -> list[int]:
+    def _without_step(self, stepper: InBackwardStepper) -> list[int]:
+        if isinstance(stepper, FactoredStepper):
+            return [row for row, state in enumerate(stepper.tensors.states) if state is None]
         updates = stepper.tensors.rows.updates.tolist()
         return [row for row, state in enumerate(stepper.tensors.states) if state is None or updates[row] == 0]
 
-    def _sweep(self, stepper: KernelStepper, row: int, param: Tensor) -> None:
+    def _sweep(self, stepper: InBackwardStepper, row: int, param: Tensor) -> None:
         place, grad = self._names[row], param.grad
         if row in self._swept:
             raise RuntimeError(
@@ -197,7 +202,7 @@ class InBackward:
         param.grad = None
         self._swept.add(row)
 
-    def _order(self, stepper: KernelStepper) -> None:
+    def _order(self, stepper: InBackwardStepper) -> None:
         """What comes now comes after what this step did before, on whatever stream a gradient came."""
         for device in stepper.devices:
             if device.type == "cuda":
@@ -244,7 +249,9 @@ class InBackward:
         self._order(stepper)
         stepper.finish()
         rested = [row for row in self._rest if row not in self._swept]
-        if rested:  # they counted for the others as in the step before, and are as they were
+        if rested and not isinstance(
+            stepper, FactoredStepper
+        ):  # they counted for the others as in the step before, and are as they were
             for before, now in zip(self._before, stepper.tensors.rows, strict=True):
                 now[rested] = before[rested]
             stepper.plan.stats[rested, STATS.index("nonfinite")] = 0.0
@@ -264,7 +271,7 @@ class InBackward:
         """The usual step was taken, of gradients that waited for it, or came by another way."""
         self._waiting = False
         self._free()
-        if isinstance(self.optimizer._stepper, KernelStepper):
+        if isinstance(self.optimizer._stepper, InBackwardStepper):
             self._order(self.optimizer._stepper)
         if self._first and self._stepper is not None and self._stepper is self.optimizer._stepper:
             self._first = self._without_step(self._stepper)

@@ -1,6 +1,7 @@
 """Steps of an optimizer by a rule that others published (:mod:`lopt.rule.published`)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,7 +86,6 @@ class RuleStepper:
         """One step; ``shared`` is the state of all tensors, written, with the losses since the last step in it."""
         tensors, rule, states = self.tensors, self.rule, self.tensors.selected_states
         device = sample(tensors.weights).device
-        total, count = shared["pending_loss"]
         own = {name: shared[name] for name in (*published.SHARED, *rule.shared)}
         with one_thread(device):
             step = published.update(
@@ -94,7 +94,7 @@ class RuleStepper:
                 published.State(own, states),
                 params,
                 grads,
-                torch.where(count > 0, total / count, torch.full_like(total, torch.nan)),
+                _pending(shared),
                 kinds=[tensors.kinds[row] for row in tensors.selected],
                 total_steps=total_steps,
                 lr=tensors.option("lr", groups),
@@ -112,6 +112,12 @@ class RuleStepper:
         shared["nonfinite"].add_(step.trace["nonfinite"])
 
 
+def _pending(shared: Mapping[str, Tensor]) -> Tensor:
+    """Mean of the losses since the last step, NaN where there is none."""
+    total, count = shared["pending_loss"]
+    return torch.where(count > 0, total / count, torch.full_like(total, torch.nan))
+
+
 class FactoredStepper:
     """Steps by the kernels of rules whose MLP sees factored second moments.
 
@@ -125,6 +131,7 @@ class FactoredStepper:
         decays = [values.tolist() for values in self.rule.decays(tensors.weights)]
         self.plan = kernels.FactoredPlan(backend, self.rule, decays, shapes, tensors.kinds, tensors.home)
         self.index = torch.zeros(0, dtype=torch.int64)
+        self._alone: dict[int, kernels.FactoredSelection] = {}  # by row
         if isinstance(self.rule, VeLO):
             self.ranks = tensors.weights["initial_h"].new_tensor([rank_input(shape) for shape in shapes])
         else:
@@ -136,10 +143,10 @@ class FactoredStepper:
         sizes = torch.where(self.plan.rests, torch.nan, self.plan.step_size)[self.index]
         return list(sizes.unbind()), [None] * len(sizes)
 
-    def select(self) -> None:
-        """Take the tensors that have a gradient now."""
+    def select(self, rows: Sequence[int] | None = None) -> None:
+        """Take the tensors that have a gradient now, or those that will have one."""
         tensors = self.tensors
-        tensors.select()
+        tensors.select(rows)
         for row, state in zip(tensors.selected, tensors.selected_states, strict=True):
             self.plan.hold(row, state)
         self.plan.select(tensors.selected)
@@ -149,30 +156,76 @@ class FactoredStepper:
         self, params: list[Tensor], grads: list[Tensor], groups: Groups, shared: Mapping[str, Tensor], total_steps: int
     ) -> None:
         """One step; ``shared`` is the state of all tensors, written, with the losses since the last step in it."""
-        plan, index, home = self.plan, self.index, self.tensors.home
+        plan, index, rule = self.plan, self.index, self.rule
+        with self._tensors(params, grads):
+            stats = plan.accumulate(shared["step"])
+            with one_thread(self.tensors.home):
+                train, last = published.next_loss(shared["train_loss"], _pending(shared))
+                total = torch.full_like(last, total_steps)
+                now = Now(shared["step"], last, total, plan.rests[index])
+                if isinstance(rule, VeLO):
+                    sizes = self._advance(rule, stats[index], shared, now)
+                else:
+                    sizes = last.new_full((len(params),), rule.step_multiplier)
+                plan.step_size[index], plan.keep[index] = step_sizes(self.tensors, groups, sizes)
+            plan.apply()
+        self._finish(shared, train)
+        self._count(shared, index)
+
+    @contextmanager
+    def _tensors(self, params: list[Tensor], grads: list[Tensor]) -> Iterator[None]:
+        """Let the plan see these tensors."""
         copies = kernels.contiguous(params)
-        plan.set_tensors(copies, kernels.contiguous(grads))
-        stats = plan.accumulate(shared["step"])
-        with one_thread(home):
-            total, count = shared["pending_loss"]
-            loss = torch.where(count > 0, total / count, torch.full_like(total, torch.nan))
-            train, last = published.next_loss(shared["train_loss"], loss)
-            now = Now(shared["step"], last, torch.full_like(total, total_steps), plan.rests[index])
-            if isinstance(self.rule, VeLO):
-                sizes = self._advance(self.rule, stats[index], shared, now)
-            else:
-                sizes = total.new_full((len(params),), self.rule.step_multiplier)
-            plan.step_size[index], plan.keep[index] = step_sizes(self.tensors, groups, sizes)
-        plan.apply()
+        self.plan.set_tensors(copies, kernels.contiguous(grads))
+        yield
         for param, copy in zip(params, copies, strict=True):
             if copy is not param:
                 param.copy_(copy)
         increment_versions(params)
+
+    def _count(self, shared: Mapping[str, Tensor], index: Tensor) -> None:
+        bad = self.plan.stats[index, kernels.MEASURES.index("nonfinite")].double().sum()
+        shared["nonfinite"].add_(torch.stack([bad, self.plan.rests[index].sum()]).to(torch.int64))
+
+    def _finish(self, shared: Mapping[str, Tensor], train: Tensor) -> None:
         shared["train_loss"].copy_(train)
         shared["step"].add_(1)
         shared["pending_loss"].zero_()
-        bad = stats[index, kernels.MEASURES.index("nonfinite")].double().sum()
-        shared["nonfinite"].add_(torch.stack([bad, now.rest.sum()]).to(torch.int64))
+
+    # A step of a rule whose tensors know nothing of each other, a tensor at a time (lopt.in_backward).
+
+    def begin(self, rows: list[int], groups: Groups, shared: Mapping[str, Tensor], total_steps: int) -> None:
+        """What comes before the first gradient; ``rows`` will have one, and had one before."""
+        if rows != self.tensors.selected:
+            self.select(rows)
+        self._shared = shared
+        with one_thread(self.tensors.home):
+            self._train, last = published.next_loss(shared["train_loss"], _pending(shared))
+            sizes = last.new_full((len(rows),), self.rule.step_multiplier)
+            self.plan.step_size[self.index], self.plan.keep[self.index] = step_sizes(self.tensors, groups, sizes)
+
+    def sweep(self, row: int, grad: Tensor) -> None:
+        """One tensor."""
+        plan, together = self.plan, self.plan.selected
+        if row not in self._alone:
+            self._alone[row] = plan.selection([row])
+        plan.use(self._alone[row])
+        try:
+            with self._tensors([self.tensors.params[row]], [grad]):
+                plan.accumulate(self._shared["step"])
+                plan.apply()
+        finally:
+            plan.use(together)
+        self._count(self._shared, torch.tensor([row], device=grad.device))
+
+    def finish(self) -> None:
+        """What comes after the last tensor."""
+        self._finish(self._shared, self._train)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where something is done in a step."""
+        return {self.tensors.home}
 
     def _advance(self, rule: VeLO, stats: Tensor, shared: Mapping[str, Tensor], now: Now) -> Tensor:
         """VeLO's LSTM: writes its state and the tensors' MLPs, and returns the sizes of their steps ``[T]``."""

@@ -196,7 +196,7 @@ def test_loss_decays_are_those_of_the_authors(name: str, golden: Callable[[str],
 
 #: The reference alone has float64; ``"auto"`` is the kernels where there are some.
 IMPLS = [("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
-KERNELS = ("small_fc_lopt",)
+KERNELS = ("small_fc_lopt", "velo")
 
 
 @pytest.mark.parametrize(("impl", "dtype"), IMPLS, ids=["auto", "float32", "float64"])
@@ -522,8 +522,9 @@ def test_lr_and_weight_decay(name: str) -> None:
 def test_what_is_not_finite_harms_nothing_else(name: str) -> None:
     """NaN in gradients counts as 0; a tensor with such parameters rests, the others step as if it were not there.
 
-    To rounding: products over other numbers of tensors add in another order.
+    To rounding: products over other numbers of tensors add in another order, and VeLO makes much of it.
     """
+    rtol = 1e-4 if name == "velo" else 2e-5
     clean, hurt = make_params(), make_params()
     alone = [param for i, param in enumerate(clean) if i != 3]
     bad, nan = (make(name, hurt), torch.tensor(torch.nan))
@@ -540,7 +541,7 @@ def test_what_is_not_finite_harms_nothing_else(name: str) -> None:
         bad.step(loss=1.0)
     for i, (param, other) in enumerate(zip(clean, hurt, strict=True)):
         if i != 3:
-            assert torch.allclose(param, other, rtol=2e-5, atol=1e-5), i
+            assert torch.allclose(param, other, rtol=rtol, atol=1e-5), i
     assert hurt[3].isinf().sum() == 1
     assert torch.equal(hurt[3].detach().flatten()[1:], make_params()[3].detach().flatten()[1:])
     assert bad.nonfinite_gradients == 3
@@ -637,8 +638,9 @@ def test_what_is_not_there_is_refused() -> None:
     for options, message in refused:
         with pytest.raises(ValueError, match=message):
             LearnedOptimizer(params, theta, **options)
-    with pytest.raises(ValueError, match="step_in_backward: rule 'mlp_lopt' steps all tensors at once"):
-        LearnedOptimizer(params, theta).step_in_backward()
+    for name, message in (("velo", "rule 'velo' steps all tensors at once"), ("mlp_lopt", "rule 'mlp_lopt' steps all")):
+        with pytest.raises(ValueError, match=f"step_in_backward: {message}"):
+            LearnedOptimizer(params, small_theta(name)).step_in_backward()
     for call in (lambda: theta.carried(Theta.init("compact").spec), lambda: Theta.init_adam("velo")):
         with pytest.raises(ValueError, match="is there for the hierarchical optimizer alone, got rule"):
             call()

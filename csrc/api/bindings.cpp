@@ -27,7 +27,13 @@ const UnrollEngine* find_engine(const std::string& name) {
   return nullptr;
 }
 
-const FactoredKernels* find_factored(const std::string& name) { return name == "cpu" ? &cpu_factored() : nullptr; }
+const FactoredKernels* find_factored(const std::string& name) {
+  if (name == "cpu") return &cpu_factored();
+#if LOPT_WITH_CUDA
+  if (name == "cuda") return &cuda_factored();
+#endif
+  return nullptr;
+}
 
 }  // namespace lopt
 

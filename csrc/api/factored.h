@@ -106,9 +106,13 @@ enum FactoredRule : int32_t { kSmallFC = 0, kVeLO = 1, kNumFactoredRules };
 // Of a tile sums, of a tensor in `stats`:
 //   nonfinite     number of NaN and Inf gradient elements
 //   param_square  sum, and mean, of param^2 before the step; NaN where a parameter is not finite: the tensor rests
+//   .._mean, .._var  where Columns::kSeesMoments, of mom and rms before the step: mean, and sum of squared deviations from
+//                    it, and variance
 struct Measure {
-  LOPT_ENUM(Column, kCount, nonfinite, param_square);
+  LOPT_ENUM(Column, kCount, nonfinite, param_square, mom0_mean, mom1_mean, mom2_mean, rms_mean, mom0_var, mom1_var,
+            mom2_var, rms_var);
 };
+constexpr int kSeenMoments = 4;  // accumulators of which there are means and variances
 
 // Calls f(Columns{}, IntConstant<width>{}) for a compiled combination; false for any other.
 template <class Function>
@@ -145,9 +149,12 @@ struct Lines {
     const int64_t outer = line / tensor.lines, tile = line % tensor.lines / tensor.tile_lines;
     return tensor.sums + num_along() * wide() + (outer * high() + tile) * size() + at;
   }
-  // Planes of factors: three inverse roots and three factors of `along`, then of `across`.
+  // Planes of three inverse roots, three factors, and for the CPU what `width` units have from an entry, of `along`, then of
+  // `across`.
   LOPT_HD int64_t along_factors() const { return tensor.factors; }
-  LOPT_HD int64_t across_factors() const { return tensor.factors + 2 * kFactoredDecays * num_along(); }
+  LOPT_HD int64_t across_factors(int width) const {
+    return tensor.factors + (2 * kFactoredDecays + width) * num_along();
+  }
 };
 
 // The entries of `along` or `across`, whichever are rows, whose mean is number `whole`: they differ in the second largest
@@ -184,7 +191,13 @@ struct Extent {
     const int64_t size = tensor.groups * tensor.length * tensor.inner - tile.begin;
     width = size < tensor.tile_width ? size : tensor.tile_width;
   }
+  LOPT_HD int64_t count() const { return lines * width; }
 };
+
+// Mean of the entries of rows as they are divided by it.
+LOPT_HD float row_mean(double sum, int64_t count) {
+  return static_cast<float>(sum / static_cast<double>(count)) + 1e-9f;
+}
 
 // Whether a tensor is left as it is.
 LOPT_HD bool rests(const FactoredParams& params, const FactoredTensor& tensor) {

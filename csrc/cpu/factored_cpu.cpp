@@ -2,6 +2,7 @@
 // Compiled once per instruction set; cpu_dispatch.cpp picks. Order of summation: float within a run of 32 vectors, or 16
 // lines, double between them, and tiles in their order: results do not depend on the number of threads.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/numbers.h"
@@ -29,6 +30,9 @@ void for_runs(const Lines& lines, const Tile& tile, const Function& f) {
   }
 }
 
+// The first `lanes` lanes of x, 0 in the others.
+LOPT_HD Vec masked(Vec x, int lanes) { return lanes < kLanes ? x * lane_mask(lanes) : x; }
+
 // ---- measure -----------------------------------------------------------------------------------------------------------
 
 // What is not finite, and squares of parameters.
@@ -47,6 +51,44 @@ void measure_elements(const FactoredParams& params, const Tile& tile, const Line
     });
     measures[Measure::nonfinite] += sum_lanes(nonfinite);
     measures[Measure::param_square] += sum_lanes(square);
+  });
+}
+
+// Means of the accumulators before the step, and sums of squared deviations from them.
+void measure_moments(const Tile& tile, const Lines& lines, double* measures) {
+  const FactoredTensor& tensor = lines.tensor;
+  double *const mean = measures + Measure::mom0_mean, *const squares = measures + Measure::mom0_var;
+  double seen = 0.0;
+  const float* values[kSeenMoments];
+  for (int k = 0; k < kSeenMoments; ++k)
+    values[k] = k < 3 ? reinterpret_cast<const float*>(tensor.mom) + k * tensor.numel
+                      : reinterpret_cast<const float*>(tensor.rms);
+  for_runs(lines, tile, [&](int64_t at, int64_t count) {
+    Vec sum[kSeenMoments]{}, deviation[kSeenMoments]{};
+    float center[kSeenMoments];
+    double of_run[kSeenMoments];
+    for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      LOPT_UNROLL
+      for (int k = 0; k < kSeenMoments; ++k) sum[k] += load(values[k] + at + i, lanes);
+    });
+    for (int k = 0; k < kSeenMoments; ++k)
+      center[k] = static_cast<float>(of_run[k] = sum_lanes(sum[k]) / static_cast<double>(count));
+    for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      LOPT_UNROLL
+      for (int k = 0; k < kSeenMoments; ++k) {
+        const Vec d = masked(load(values[k] + at + i, lanes) - center[k], lanes);
+        deviation[k] += d * d;
+      }
+    });
+    for (int k = 0; k < kSeenMoments; ++k) {
+      const double of_deviation = sum_lanes(deviation[k]);
+      if (seen == 0.0) {
+        mean[k] = of_run[k], squares[k] = of_deviation;
+      } else {
+        merge_moments(mean[k], squares[k], seen, of_run[k], of_deviation, static_cast<double>(count));
+      }
+    }
+    seen += static_cast<double>(count);
   });
 }
 
@@ -94,12 +136,24 @@ void measure_squares(const FactoredParams& params, const Tile& tile, const Lines
 // ---- Of tensors and their rows and columns -----------------------------------------------------------------------------
 
 void begin_tensor(const FactoredParams& params, const FactoredTensor& tensor) {
-  double total[Measure::kCount]{};
-  for (int64_t i = tensor.first_tile; i < tensor.first_tile + tensor.num_tiles; ++i)
-    for (int c = 0; c < Measure::kCount; ++c) total[c] += params.measures[i * Measure::kCount + c];
+  double total[Measure::kCount]{}, numel = static_cast<double>(tensor.numel);
+  const auto each_tile = [&](const auto& f) {
+    for (int64_t i = tensor.first_tile; i < tensor.first_tile + tensor.num_tiles; ++i)
+      f(params.measures + i * Measure::kCount, static_cast<double>(Extent(tensor, params.tiles[i]).count()));
+  };
+  each_tile([&](const double* of_tile, double count) {
+    for (int c = 0; c < Measure::mom0_mean; ++c) total[c] += of_tile[c];
+    for (int c = Measure::mom0_mean; c < Measure::mom0_var; ++c) total[c] += of_tile[c] * (count / numel);
+  });
+  each_tile([&](const double* of_tile, double count) {
+    for (int k = 0; k < kSeenMoments; ++k) {
+      const double away = of_tile[Measure::mom0_mean + k] - total[Measure::mom0_mean + k];
+      total[Measure::mom0_var + k] += (of_tile[Measure::mom0_var + k] + count * away * away) / numel;
+    }
+  });
+  total[Measure::param_square] /= numel;
   float* stats = params.stats + tensor.row * Measure::kCount;
-  stats[Measure::nonfinite] = static_cast<float>(total[Measure::nonfinite]);
-  stats[Measure::param_square] = static_cast<float>(total[Measure::param_square] / static_cast<double>(tensor.numel));
+  for (int c = 0; c < Measure::kCount; ++c) stats[c] = static_cast<float>(total[c]);
 }
 
 void update_piece(const FactoredParams& params, const Piece& piece) {
@@ -119,7 +173,7 @@ void find_factors(const FactoredParams& params, const FactoredTensor& tensor) {
   for (const bool is_along : {true, false}) {
     const int64_t count = is_along ? lines.num_along() : lines.num_across();
     const float* const moments = reinterpret_cast<const float*>(is_along ? tensor.along : tensor.across);
-    float* const to = params.factors + (is_along ? lines.along_factors() : lines.across_factors());
+    float* const to = params.factors + (is_along ? lines.along_factors() : lines.across_factors(params.width));
     const bool is_row = is_along == (tensor.along_is_row != 0);
     for (int k = 0; k < kFactoredDecays; ++k) {
       const float* const from = moments + k * count;
@@ -133,83 +187,149 @@ void find_factors(const FactoredParams& params, const FactoredTensor& tensor) {
         const RowEntries row(lines, is_along, w);
         double sum = 0.0;
         for (int64_t i = 0; i < row.count; ++i) sum += from[row.first + i * row.stride];
-        const float mean = static_cast<float>(sum / static_cast<double>(row.count)) + 1e-9f;
+        const float share = 1.0f / row_mean(sum, row.count);
         for (int64_t i = 0; i < row.count; ++i) {
           const int64_t at = row.first + i * row.stride;
-          factor[at] = safe_inverse_root(from[at] / mean);
+          factor[at] = safe_inverse_root(from[at] * share);
         }
       }
     }
   }
 }
 
+// Of all entries of `along` or `across`: sums of squares of means and inverse roots, and what the units of the first layer
+// have from them. weights: of their columns, in a tensor's own row.
+struct Entries {
+  int64_t count;
+  const float *means, *roots;
+  float* units;
+
+  Entries(const FactoredParams& params, const Lines& lines, bool is_along)
+      : count(is_along ? lines.num_along() : lines.num_across()),
+        means(reinterpret_cast<const float*>(is_along ? lines.tensor.along : lines.tensor.across)) {
+    float* const factors = params.factors + (is_along ? lines.along_factors() : lines.across_factors(params.width));
+    roots = factors;
+    units = factors + 2 * kFactoredDecays * count;
+  }
+
+  double mean_square(const float* plane) const {
+    double sum = 0.0;
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(plane[i]) * plane[i];
+    return sum / static_cast<double>(count);
+  }
+
+  template <int kWidth>
+  void find_units(const float* bias, const float* of_means, const float* of_roots) const {
+    for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      Vec x[2 * kFactoredDecays];
+      for (int k = 0; k < kFactoredDecays; ++k) {
+        x[k] = load(means + k * count + i, lanes);
+        x[kFactoredDecays + k] = load(roots + k * count + i, lanes);
+      }
+      for (int j = 0; j < kWidth; ++j) {
+        Vec sum = splat(bias ? bias[j] : 0.0f);
+        for (int k = 0; k < kFactoredDecays; ++k)
+          sum += x[k] * of_means[k * kWidth + j] + x[kFactoredDecays + k] * of_roots[k * kWidth + j];
+        store(units + j * count + i, sum, lanes);
+      }
+    });
+  }
+};
+
 template <class Columns, int kWidth>
 void fold_tensor(const FactoredParams& params, const FactoredTensor& tensor) {
-  constexpr int kColumns = Columns::kNumColumns, kSize = FactoredMlp<kColumns, kWidth>::kSize;
+  constexpr int kColumns = Columns::kNumColumns;
+  using Layout = FactoredMlp<kColumns, kWidth>;
+  const Lines lines{tensor};
+  const bool factored = lines.factored();
   double total[kColumns]{};
   for (int64_t i = tensor.first_tile; i < tensor.first_tile + tensor.num_tiles; ++i)
     for (int c = 0; c < kColumns; ++c) total[c] += params.squares[i * kColumns + c];
   float scale[kColumns];
   for (int c = 0; c < kColumns; ++c) scale[c] = column_scale(total[c] / static_cast<double>(tensor.numel));
+  if (factored) {
+    for (const bool is_along : {true, false}) {
+      const Entries entries(params, lines, is_along);
+      const int side = is_along ? 0 : kFactoredDecays;
+      for (int k = 0; k < kFactoredDecays; ++k) {
+        scale[Columns::along0 + side + k] = column_scale(entries.mean_square(entries.means + k * entries.count));
+        scale[Columns::rsqrt_along0 + side + k] = column_scale(entries.mean_square(entries.roots + k * entries.count));
+      }
+    }
+  }
   float times[Columns::kNumTimes + 1];
   for (int i = 0; i < Columns::kNumTimes; ++i) times[i] = tanh_time(i, static_cast<float>(*params.step));
   const float* const weights = params.weights + tensor.row * params.weight_stride;
-  float* const own = params.own_weights + tensor.row * kSize;
-  for (int i = 0; i < kSize; ++i)
+  float* const own = params.own_weights + tensor.row * Layout::kSize;
+  for (int i = 0; i < Layout::kSize; ++i)
     own[i] = folded_weight<Columns, kWidth>(i, weights, scale, tensor.along_is_row != 0, times);
+  if (!factored) return;
+  const float *const of_means = own + Columns::along0 * kWidth, *const of_roots = own + Columns::rsqrt_along0 * kWidth;
+  constexpr int kSide = kFactoredDecays * kWidth;
+  Entries(params, lines, true).find_units<kWidth>(own + Layout::kB1, of_means, of_roots);
+  Entries(params, lines, false).find_units<kWidth>(nullptr, of_means + kSide, of_roots + kSide);
 }
 
 // ---- accumulate and apply ----------------------------------------------------------------------------------------------
 
-// Means, inverse roots and factors of the elements of a run, each from an address on: kFactorPlanes of them along, and
-// across. kSame: all elements of the run have one entry along.
-template <bool kSame>
+// Factors, and what kUnits units of the first layer have, of the elements of a run: each plane from an address on, along
+// and across. kSame: all elements of the run have one entry along.
+template <int kUnits, bool kSame>
 struct Spread {
-  const float *along[kFactorPlanes], *across[kFactorPlanes];
+  static constexpr bool kFactored = true;
+  static constexpr int kPlanes = kFactoredDecays + kUnits;
+  const float *along[kPlanes], *across[kPlanes];
 
+  Vec load_along(int plane, int64_t i, int lanes) const {
+    return kSame ? splat(*along[plane]) : load(along[plane] + i, lanes);
+  }
   Factors<Vec> at(int64_t i, int lanes) const {
-    Vec a[kFactorPlanes], b[kFactorPlanes];
+    Vec a[kFactoredDecays], b[kFactoredDecays];
     LOPT_UNROLL
-    for (int j = 0; j < kFactorPlanes; ++j) {
-      a[j] = kSame ? splat(*along[j]) : load(along[j] + i, lanes);
-      b[j] = load(across[j] + i, lanes);
+    for (int k = 0; k < kFactoredDecays; ++k) {
+      a[k] = load_along(k, i, lanes);
+      b[k] = load(across[k] + i, lanes);
     }
-    return Factors<Vec>::of(a, b);
+    return own_factors(a, b);
+  }
+  Vec unit(int j, int64_t i, int lanes) const {
+    return load_along(kFactoredDecays + j, i, lanes) + load(across[kFactoredDecays + j] + i, lanes);
   }
 };
 
 // The same, made for runs that may go over the ends of lines.
+template <int kUnits>
 struct Spreads {
+  static constexpr int kPlanes = kFactoredDecays + kUnits;
   const FactoredParams& params;
   const Lines lines;
-  alignas(64) float along_buffer[kFactorPlanes * kRun], across_buffer[kFactorPlanes * kRun];
+  alignas(64) float along_buffer[kPlanes * kRun], across_buffer[kPlanes * kRun];
 
   const float* plane(bool is_along, int j) const {
     const int64_t count = is_along ? lines.num_along() : lines.num_across();
-    if (j < kFactoredDecays)
-      return reinterpret_cast<const float*>(is_along ? lines.tensor.along : lines.tensor.across) + j * count;
-    return params.factors + (is_along ? lines.along_factors() : lines.across_factors()) + (j - kFactoredDecays) * count;
+    const int64_t first = is_along ? lines.along_factors() : lines.across_factors(params.width);
+    return params.factors + first + (kFactoredDecays + j) * count;
   }
 
   bool same(int64_t at, int64_t count) const {
     return lines.per_line() == 1 && at % lines.size() + count <= lines.size();
   }
 
-  Spread<true> of_line(int64_t at) const {
-    Spread<true> spread;
+  Spread<kUnits, true> of_line(int64_t at) const {
+    Spread<kUnits, true> spread;
     const int64_t size = lines.size(), line = at / size;
-    for (int j = 0; j < kFactorPlanes; ++j) {
+    for (int j = 0; j < kPlanes; ++j) {
       spread.along[j] = plane(true, j) + line;
       spread.across[j] = plane(false, j) + line / lines.tensor.lines * size + at % size;
     }
     return spread;
   }
 
-  Spread<false> of(int64_t at, int64_t count) {
-    Spread<false> spread;
+  Spread<kUnits, false> of(int64_t at, int64_t count) {
+    Spread<kUnits, false> spread;
     const int64_t size = lines.size(), per_line = lines.per_line(), inner = lines.tensor.inner;
     const int64_t period = lines.tensor.length * inner;
-    for (int j = 0; j < kFactorPlanes; ++j) {
+    for (int j = 0; j < kPlanes; ++j) {
       const float *const along = plane(true, j), *const across = plane(false, j);
       for (int64_t done = 0; done < count;) {
         const int64_t line = (at + done) / size, begin = (at + done) % size,
@@ -239,6 +359,7 @@ struct Spreads {
 // Second moments of a tensor that is not factored, of the elements of a run.
 template <class Columns>
 struct NotFactored {
+  static constexpr bool kFactored = false;
   const float* moments;
   int64_t stride;
 
@@ -251,10 +372,10 @@ struct NotFactored {
 };
 
 // f(at, count, factors) for the runs of a tile.
-template <class Columns, class Function>
+template <class Columns, int kUnits, class Function>
 void for_factored_runs(const FactoredParams& params, const Tile& tile, const Function& f) {
   const FactoredTensor& tensor = params.tensors[tile.tensor];
-  Spreads spreads{params, {tensor}, {}, {}};
+  Spreads<kUnits> spreads{params, {tensor}, {}, {}};
   for_runs(spreads.lines, tile, [&](int64_t at, int64_t count) {
     if (!spreads.lines.factored())
       f(at, count, NotFactored<Columns>{reinterpret_cast<const float*>(tensor.along) + at, tensor.numel});
@@ -287,7 +408,9 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
   const bool factored = tensor.across != 0;
   double* const total = params.squares + index * kColumns;
   std::fill_n(total, kColumns, 0.0);
-  for_factored_runs<Columns>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
+  for_factored_runs<Columns, 0>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
+    // Squares of columns that entries have in common are summed over the entries, by fold.
+    constexpr int kSquared = std::decay_t<decltype(factors)>::kFactored ? kElementColumns<Columns> : kColumns;
     const float *const p_at = param.read(at, count, param_buffer), *const g_at = grad.read(at, count, grad_buffer);
     if (!factored)
       for (int k = 0; k < kFactoredDecays; ++k)
@@ -296,7 +419,7 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
                          const Vec g = clip_gradient(load(g_at + i, lanes), Columns::kGradientBound);
                          return g * g + 1e-30f;
                        });
-    Vec squares[kColumns]{};
+    Vec squares[kSquared]{};
     for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
       const Vec g = clip_gradient(load(g_at + i, lanes), Columns::kGradientBound);
       Vec m[Columns::kNumMom], r[Columns::kNumRms], x[kColumns];
@@ -313,11 +436,10 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
         store(address, r[k], lanes);
       }
       Columns::columns(g, seen_param(load(p_at + i, lanes)), m, r, factors.at(i, lanes), x);
-      const Vec mask = lane_mask(lanes);
       LOPT_UNROLL
-      for (int c = 0; c < kColumns; ++c) squares[c] += x[c] * x[c] * mask;
+      for (int c = 0; c < kSquared; ++c) squares[c] += masked(x[c] * x[c], lanes);
     });
-    for (int c = 0; c < kColumns; ++c) total[c] += sum_lanes(squares[c]);
+    for (int c = 0; c < kSquared; ++c) total[c] += sum_lanes(squares[c]);
   });
 }
 
@@ -333,7 +455,8 @@ struct FactoredApplier {
   // kVectors vectors of `lanes` parameters each, which share the loads of weights.
   template <int kVectors, class F>
   LOPT_INLINE void rows(float* p_at, const float* g_at, int64_t at, int64_t i, int lanes, const F& factors) const {
-    Vec p[kVectors], x[kColumns * kVectors], direction[kVectors];
+    constexpr int kIn = F::kFactored ? kElementColumns<Columns> : kColumns;
+    Vec p[kVectors], x[kIn * kVectors], direction[kVectors];
     LOPT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int64_t j = i + v * kLanes;
@@ -346,9 +469,15 @@ struct FactoredApplier {
       Columns::columns(clip_gradient(load(g_at + j, lanes), Columns::kGradientBound), seen_param(p[v]), m, r,
                        factors.at(j, lanes), raw);
       LOPT_UNROLL
-      for (int c = 0; c < kColumns; ++c) x[c * kVectors + v] = raw[c];
+      for (int c = 0; c < kIn; ++c) x[c * kVectors + v] = raw[c];
     }
-    factored_direction<kColumns, kWidth, kVectors, kSums / kVectors>(x, weights, magnitude_rate, direction);
+    const auto start = [&](int unit, int v) LOPT_INLINE {
+      if constexpr (F::kFactored)
+        return factors.unit(unit, i + v * kLanes, lanes);
+      else
+        return splat(weights[FactoredMlp<kColumns, kWidth>::kB1 + unit]);
+    };
+    factored_direction<Columns, kIn, kWidth, kVectors, kSums / kVectors>(x, weights, magnitude_rate, start, direction);
     LOPT_UNROLL
     for (int v = 0; v < kVectors; ++v)
       store(p_at + i + v * kLanes, next_param(p[v], direction[v], step_size, keep), lanes);
@@ -372,7 +501,7 @@ void apply_tile(const FactoredParams& params, int64_t index) {
                         params.magnitude_rate,
                         step_size,
                         keep};
-  for_factored_runs<Columns>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
+  for_factored_runs<Columns, kWidth>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
     float* const p_at = param.read(at, count, param_buffer);
     const float* const g_at = grad.read(at, count, grad_buffer);
     int64_t i = 0;
@@ -402,6 +531,7 @@ bool factored_accumulate(const FactoredParams& params, const Target& target) {
       for (int64_t i = 0; i < params.num_tiles; ++i) {
         const Lines lines{params.tensors[params.tiles[i].tensor]};
         measure_elements(params, params.tiles[i], lines, params.measures + i * Measure::kCount);
+        if (Columns::kSeesMoments) measure_moments(params.tiles[i], lines, params.measures + i * Measure::kCount);
         if (lines.factored()) measure_squares(params, params.tiles[i], lines, Columns::kGradientBound);
       }
 #pragma omp for schedule(static)

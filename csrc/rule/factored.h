@@ -40,6 +40,15 @@ struct Factors {
 };
 constexpr int kFactorPlanes = 3 * kFactoredDecays;
 
+// The same of an element's own columns alone: from factors along and across.
+template <class V>
+LOPT_HD Factors<V> own_factors(const V* along, const V* across) {
+  Factors<V> f{};
+  LOPT_UNROLL
+  for (int k = 0; k < kFactoredDecays; ++k) f.of_grad[k] = f.of_mom[k] = along[k] * across[k];
+  return f;
+}
+
 // One entry of a row or column: its inverse root as a column of the MLP's input, and its factor.
 template <class V>
 LOPT_HD V inverse_root(V moment) {
@@ -50,17 +59,19 @@ LOPT_HD V safe_inverse_root(V moment) {
   return rsqrt_of(max_of(moment, V{} + 1e-9f));
 }
 
-// Columns are in the order of the rule, with `along` where it has the row and `across` where it has the column; `turned` is
-// the place of a column in the rule where it is the other way around.
+// Columns are in the order of the rule, but those that all elements of an entry have in common come last; `along` stands
+// where the rule has the row and `across` where it has the column; `turned` is the place of a column where it is the other
+// way around.
 
 // small_fc_lopt: 28 columns, and eleven times.
 struct SmallFCColumns {
   static constexpr int kNumMom = 3, kNumRms = 1;
   LOPT_ENUM(Column, kNumColumns, grad, param, mom0, mom1, mom2, rms, mom0_over_rms, mom1_over_rms, mom2_over_rms,
-            rsqrt_rms, grad_factored0, grad_factored1, grad_factored2, along0, along1, along2, across0, across1,
-            across2, rsqrt_along0, rsqrt_along1, rsqrt_along2, rsqrt_across0, rsqrt_across1, rsqrt_across2,
-            mom_factored0, mom_factored1, mom_factored2);
+            rsqrt_rms, grad_factored0, grad_factored1, grad_factored2, mom_factored0, mom_factored1, mom_factored2,
+            along0, along1, along2, across0, across1, across2, rsqrt_along0, rsqrt_along1, rsqrt_along2, rsqrt_across0,
+            rsqrt_across1, rsqrt_across2);
   static constexpr int kNumTimes = 11;
+  static constexpr bool kSeesMoments = false;
   static constexpr float kGradientBound = kLargest;
 
   // Of a tensor of less than two dimensions, which is not factored: row and column are the second moments themselves.
@@ -102,17 +113,19 @@ struct SmallFCColumns {
 struct VeLOColumns {
   static constexpr int kNumMom = 3, kNumRms = 1;
   LOPT_ENUM(Column, kNumColumns, grad, small_grad, param, mom0, mom1, mom2, rms, mom0_over_rms, mom1_over_rms,
-            mom2_over_rms, rsqrt_rms, grad_factored0, grad_factored1, grad_factored2, grad_over_rms, along0, along1,
-            along2, across0, across1, across2, rsqrt_along0, rsqrt_along1, rsqrt_along2, rsqrt_across0, rsqrt_across1,
-            rsqrt_across2, mom_factored0, mom_factored1, mom_factored2);
+            mom2_over_rms, rsqrt_rms, grad_factored0, grad_factored1, grad_factored2, grad_over_rms, mom_factored0,
+            mom_factored1, mom_factored2, along0, along1, along2, across0, across1, across2, rsqrt_along0, rsqrt_along1,
+            rsqrt_along2, rsqrt_across0, rsqrt_across1, rsqrt_across2);
   static constexpr int kNumTimes = 0;
+  static constexpr bool kSeesMoments = true;  // whether its LSTM sees means and variances of the accumulators
   static constexpr float kGradientBound = 1000.0f, kSmallGradient = 0.1f;
+  static constexpr float kLeastMoment = 1e-37f;  // below all that there are: a lane without one is 0
 
   template <class V>
   LOPT_HD static Factors<V> not_factored(const V* moments) {
     Factors<V> f = SmallFCColumns::not_factored(moments);
     LOPT_UNROLL
-    for (int k = 0; k < kFactoredDecays; ++k) f.of_mom[k] = rsqrt_of(moments[k]);
+    for (int k = 0; k < kFactoredDecays; ++k) f.of_mom[k] = rsqrt_of(max_of(moments[k], V{} + kLeastMoment));
     return f;
   }
 
@@ -138,6 +151,10 @@ struct VeLOColumns {
     }
   }
 };
+
+// Columns before this one are an element's own.
+template <class Columns>
+constexpr int kElementColumns = Columns::along0;
 
 template <class Columns>
 LOPT_HD int turned(int column) {
@@ -186,19 +203,31 @@ LOPT_HD float folded_weight(int i, const float* weights, const float* scale, boo
   return bias;
 }
 
-// The direction of kRows rows of x [columns, kRows], by a tensor's own row of weights.
-template <int kColumns, int kWidth, int kRows, int kBlock, class V>
-LOPT_HD void factored_direction(const V* x, const float* weights, float magnitude_rate, V* direction) {
-  using Layout = FactoredMlp<kColumns, kWidth>;
-  V first[kWidth * kRows], magnitude[kRows];
+// The direction of kRows rows of x [kIn, kRows], the first kIn columns, by a tensor's own row of weights. start(j, row):
+// what unit j of the first layer has from its bias and all other columns.
+template <class Columns, int kIn, int kWidth, int kRows, int kBlock, class V, class Start>
+LOPT_HD void factored_direction(const V* x, const float* weights, float magnitude_rate, const Start& start,
+                                V* direction) {
+  using Layout = FactoredMlp<Columns::kNumColumns, kWidth>;
+  V hidden[kWidth * kRows], magnitude[kRows];
+  LOPT_UNROLL_ON_DEVICE
+  for (int first = 0; first < kWidth; first += kBlock) {
+    V sum[kBlock * kRows];
+    unrolled<kBlock * kRows>([&](auto k) LOPT_INLINE { sum[k] = start(first + k / kRows, k % kRows); });
+    LOPT_UNROLL_ON_DEVICE
+    for (int i = 0; i < kIn; ++i) {
+      unrolled<kBlock>([&](auto j) LOPT_INLINE {
+        const float weight = weights[Layout::kW1 + i * kWidth + first + j];
+        unrolled<kRows>([&](auto r) LOPT_INLINE { sum[j * kRows + r] += x[i * kRows + r] * weight; });
+      });
+    }
+    unrolled<kBlock * kRows>([&](auto k) LOPT_INLINE { hidden[first * kRows + k] = max_of(sum[k], V{}); });
+  }
   unrolled<kRows>([&](auto r) LOPT_INLINE {
     direction[r] = weights[Layout::kB3] - V{};
     magnitude[r] = weights[Layout::kB3 + 1] - V{};
   });
-  relu_layer<kColumns, kWidth, kRows, kBlock>(x, weights + Layout::kW1, weights + Layout::kB1,
-                                              [&](int j, int r, const V& value)
-                                                  LOPT_INLINE { first[j * kRows + r] = value; });
-  relu_layer<kWidth, kWidth, kRows, kBlock>(first, weights + Layout::kW2, weights + Layout::kB2,
+  relu_layer<kWidth, kWidth, kRows, kBlock>(hidden, weights + Layout::kW2, weights + Layout::kB2,
                                             [&](int j, int r, const V& value) LOPT_INLINE {
                                               direction[r] += value * weights[Layout::kW3 + 2 * j];
                                               magnitude[r] += value * weights[Layout::kW3 + 2 * j + 1];

@@ -12,7 +12,7 @@ namespace lopt {
 const Backend* find_backend(const std::string& name) { return name == "sim" ? &cuda_backend() : nullptr; }
 const UnrollEngine* find_engine(const std::string& name) { return name == "sim" ? &cuda_engine() : nullptr; }
 
-const FactoredKernels* find_factored(const std::string&) { return nullptr; }
+const FactoredKernels* find_factored(const std::string& name) { return name == "sim" ? &cuda_factored() : nullptr; }
 
 }  // namespace lopt
 

@@ -11,13 +11,16 @@ from lopt.benchmark.rows import Row
 from lopt.benchmark.shapes import Layout
 from lopt.benchmark.timing import Timer, Timing
 from lopt.benchmark.traffic import Traffic
-from lopt.benchmark.variants import Variant
+from lopt.benchmark.variants import RULES, Variant
+from lopt.rule import ThetaSpec
 
 STEP_SIZE = 1e-6  # parameters move, and stay where they are
 
 
 def counted(variant: Variant, dtype: torch.dtype) -> Traffic:
     """What a step of it moves and holds, for parameters and gradients of ``dtype``."""
+    if not isinstance(variant.spec, ThetaSpec):
+        return traffic.factored(variant.name, variant.spec, dtype.itemsize, dtype.itemsize)
     return traffic.learned(variant.name, variant.spec, dtype.itemsize, dtype.itemsize, variant.state.itemsize)
 
 
@@ -28,6 +31,8 @@ def bytes_needed(variant: Variant, layout: Layout, dtype: torch.dtype) -> int:
 
 def measure(variant: Variant, layout: Layout, dtype: torch.dtype, timer: Timer, peaks: Peaks) -> list[Row]:
     """One row for ``accumulate``, one for ``apply``; one for ``sweep`` where statistics lag. On random operands."""
+    if variant.preset in RULES:
+        raise ValueError(f"presets: kernels of {variant.preset!r} are measured as a whole; use lopt bench step")
     device = timer.device
     generator = torch.Generator(device=device).manual_seed(0)
     theta = variant.theta().to(device)

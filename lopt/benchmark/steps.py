@@ -11,7 +11,7 @@ from lopt.benchmark.peaks import Peaks
 from lopt.benchmark.rows import Row
 from lopt.benchmark.shapes import Layout
 from lopt.benchmark.timing import Timer
-from lopt.benchmark.variants import Variant
+from lopt.benchmark.variants import RULES, Variant
 
 LEARNING_RATE = 1e-6  # parameters move, and stay where they are
 
@@ -37,7 +37,12 @@ def measure(
     foreach = timer.measure(torch.optim.AdamW(params, LEARNING_RATE, foreach=True).step)
     rows.append(kernels.row("step", "AdamW foreach", None, layout, dtype, timer, foreach, peaks, None, adamw=fused))
     for variant in variants:
-        optimizer = LearnedOptimizer(params, variant.theta(), precision=variant.precision, state_dtype=variant.state)
+        options = {
+            "precision": variant.precision,
+            "state_dtype": variant.state,
+            "total_steps": 1000 if variant.preset in RULES else None,
+        }
+        optimizer = LearnedOptimizer(params, variant.theta(), **options)  # type: ignore[arg-type]
         loss = torch.ones((), device=timer.device)
         timing = timer.measure(lambda opt=optimizer, loss=loss: opt.step(loss=loss))  # type: ignore[misc]
         moved = kernels.counted(variant, dtype).step

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from lopt.kernels.factored import FactoredRule
 from lopt.rule import ThetaSpec
+from lopt.rule.published import VeLO
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,32 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
         held=read,
         single_sweep=one_sweep,
         flops=2 * multiply_adds,
+    )
+
+
+def factored(name: str, rule: FactoredRule, param_bytes: int = 4, grad_bytes: int = 4) -> Traffic:
+    """Counted for a rule of others with factored second moments, whose rows and columns are left out.
+
+    One pass reads parameter and gradient, of VeLO momenta and the second moment too; one reads all of them and writes
+    the latter; one reads all again and writes the parameter.
+
+    Example:
+        >>> from lopt.rule.published import SmallFC
+        >>> factored("small_fc_lopt", SmallFC()).step
+        76
+    """
+    state, velo = 4 * 4, isinstance(rule, VeLO)
+    read = param_bytes + grad_bytes + state
+    measured = read if velo else param_bytes + grad_bytes
+    columns, width = (30 if velo else 28), rule.mlp_width
+    return Traffic(
+        name,
+        accumulate=measured + read + state,
+        apply=read + param_bytes,
+        state=state,
+        held=read,
+        single_sweep=read + state + param_bytes,
+        flops=2 * (columns * width + width * width + 2 * width),
     )
 
 

@@ -4,11 +4,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from lopt.kernels.factored import FactoredRule
 from lopt.rule import PRESETS, Theta, ThetaSpec
+from lopt.rule.published import SmallFC, VeLO
+
+#: Learned optimizers of others that have kernels.
+RULES: dict[str, FactoredRule] = {"small_fc_lopt": SmallFC(), "velo": VeLO()}
 
 STATS: tuple[Literal["current", "lagged"], ...] = ("current", "lagged")
 STATE_DTYPES = ("float32", "bfloat16")
@@ -17,7 +22,7 @@ PRECISIONS: tuple[Literal["high", "fast"], ...] = ("high", "fast")
 
 @dataclass(frozen=True)
 class Variant:
-    """A preset, whether its statistics lag, and two arguments of LearnedOptimizer."""
+    """A preset, or a rule of others, whether its statistics lag, and two arguments of LearnedOptimizer."""
 
     preset: str
     stats: Literal["current", "lagged"] = "current"
@@ -26,7 +31,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("presets", self.preset, tuple(PRESETS)),
+            ("presets", self.preset, (*PRESETS, *RULES)),
             ("stats", self.stats, STATS),
             ("state_dtypes", self.state_dtype, STATE_DTYPES),
             ("precisions", self.precision, PRECISIONS),
@@ -34,8 +39,13 @@ class Variant:
             if value not in known:
                 raise ValueError(f"{name}: expected some of {', '.join(known)}, got {value!r}")
 
+        if self.preset in RULES and (self.stats, self.state_dtype) != ("current", "float32"):
+            raise ValueError(f"presets: {self.preset!r} has stats='current' and a float32 state alone")
+
     @property
-    def spec(self) -> ThetaSpec:
+    def spec(self) -> ThetaSpec | FactoredRule:
+        if self.preset in RULES:
+            return RULES[self.preset]
         return dataclasses.replace(PRESETS[self.preset], stats=self.stats)
 
     @property
@@ -50,8 +60,10 @@ class Variant:
         words += ["lagged stats"] * (self.stats != "current") + ["bfloat16 state"] * (self.state_dtype != "float32")
         return ", ".join(words + [self.precision] * (self.precision != "high"))
 
-    def theta(self) -> Theta:
+    def theta(self) -> Theta[Any]:
         """Random weights."""
+        if self.preset in RULES:
+            return Theta.init(self.preset, seed=0)
         return Theta.init(self.preset, seed=0).with_spec(stats=self.stats)
 
 

@@ -12,7 +12,7 @@ from lopt.kernels.extension import (
     simd_selected,
     source_sha256,
 )
-from lopt.kernels.factored import MEASURES, FactoredPlan, pack_factored, why_no_kernels
+from lopt.kernels.factored import MEASURES, FactoredPlan, FactoredSelection, pack_factored, why_no_kernels
 from lopt.kernels.gpus import check_gpu
 from lopt.kernels.own import CannotCompile, described, own_backend
 from lopt.kernels.places import Place, Places
@@ -32,6 +32,7 @@ __all__ = [
     "_C",
     "CannotCompile",
     "FactoredPlan",
+    "FactoredSelection",
     "Levels",
     "Operands",
     "Place",

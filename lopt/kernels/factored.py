@@ -26,7 +26,7 @@ from lopt.rule.published.step import source_order
 #: A rule with kernels of this kind.
 FactoredRule = SmallFC | VeLO
 #: Those that have them now, and what the kernels know them by (enum FactoredRule in csrc/api/factored.h).
-RULE_INDEX: dict[type[Rule], int] = {SmallFC: 0}
+RULE_INDEX: dict[type[Rule], int] = {SmallFC: 0, VeLO: 1}
 #: What is measured of a tensor before a step; struct Measure in csrc/api/factored.h.
 MEASURES = (
     *("nonfinite", "param_square", "mom0_mean", "mom1_mean", "mom2_mean", "rms_mean"),
@@ -34,7 +34,9 @@ MEASURES = (
 )
 #: Elements of a line, lines and elements of a tile, at least; tiles at most that share a line's place.
 TILE_WIDTH, TILE_LINES, TILE_SIZE, TILES_HIGH = 1024, 16, 16384, 128
-FACTOR_PLANES = 2 * 3  # inverse roots and factors, for each decay
+FACTOR_PLANES = (
+    2 * 3
+)  # inverse roots and factors, for each decay; for each unit of the first layer there is another one
 
 
 class Sizes(NamedTuple):
@@ -73,9 +75,16 @@ def why_no_kernels(rule: Rule, backend: str) -> str:
 
 
 def pack_factored(rule: FactoredRule, weights: Mapping[str, Tensor]) -> Tensor:
-    """The MLP ``mlp.*`` as the kernels read it, ``[..., size]`` float32 (FactoredMlp in csrc/rule/factored.h)."""
+    """The MLP ``mlp.*`` as the kernels read it, ``[..., size]`` float32 (FactoredMlp in csrc/rule/factored.h).
+
+    The columns that all elements of a row or column have in common come behind the others there, before the times.
+    """
     lead = weights["mlp.b1"].shape[:-1]
     names = (f"mlp.{kind}{i}" for i in (1, 2, 3) for kind in "wb")
+    columns, inputs = sizes_of(rule).columns, weights["mlp.w1"].shape[-2]
+    moved = [*range(columns - 15), *range(columns - 3, columns), *range(columns - 15, columns - 3)]
+    order = torch.tensor([*moved, *range(columns, inputs)], device=weights["mlp.b1"].device)
+    weights = {**weights, "mlp.w1": weights["mlp.w1"].index_select(-2, order)}
     used = (weights[name] if name[-1] != "3" else weights[name][..., :2] for name in names)  # VeLO has a third output
     flat = torch.cat([value.reshape(*lead, -1) for value in used], dim=-1).float()
     return torch.nn.functional.pad(flat, (0, sizes_of(rule).weights - flat.shape[-1])).contiguous()
@@ -135,10 +144,9 @@ class Lines(NamedTuple):
         high, wide = self.grid
         return self.num_along * wide + self.outer * high * self.size if self.factored else 0
 
-    @property
-    def num_factors(self) -> int:
-        """Inverse roots and factors."""
-        return FACTOR_PLANES * (self.num_along + self.outer * self.size) if self.factored else 0
+    def num_factors(self, width: int) -> int:
+        """What is made of rows and columns, for an MLP of that width."""
+        return (FACTOR_PLANES + width) * (self.num_along + self.outer * self.size) if self.factored else 0
 
     def tiles(self) -> np.ndarray:
         """``[N, 2]``: first line, and first element of it, of every tile."""
@@ -155,6 +163,13 @@ class Lines(NamedTuple):
         return np.concatenate(
             [np.array([(along, i) for i in range(0, count, piece)], dtype=np.int64) for along, count in counts]
         )
+
+
+class FactoredSelection(NamedTuple):
+    """Some of a plan's tensors, with the tables over them that kernels read."""
+
+    rows: list[int]
+    tables: dict[str, Table]
 
 
 class FactoredPlan:
@@ -197,8 +212,9 @@ class FactoredPlan:
             entries[name] = [lines.tile[i] for lines in self.lines]
         num_tiles = sum(lines.outer * math.prod(lines.grid) for lines in self.lines)
         totals = {}
-        for name in ("sums", "factors"):
-            counts = [getattr(lines, f"num_{name}") for lines in self.lines]
+        of_each = {"sums": [lines.num_sums for lines in self.lines]}
+        of_each["factors"] = [lines.num_factors(rule.mlp_width) for lines in self.lines]
+        for name, counts in of_each.items():
             entries[name], totals[name] = np.cumsum([0, *counts[:-1]]), sum(counts)
 
         def table(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -228,7 +244,7 @@ class FactoredPlan:
             self.record[f"{name}_decay"][: len(values)] = values
         self.address = self.record.ctypes.data
         self.keep_alive: dict[int, list[Tensor]] = {}
-        self.selected: list[int] = []
+        self.selected = FactoredSelection([], {})
         self._operands: list[Tensor] = []
 
     @property
@@ -257,39 +273,45 @@ class FactoredPlan:
             entry[field] = state[name].data_ptr()
         self.keep_alive[row] = [state[name] for name in expected]
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Let the operations work on these tensors, each of which was given its accumulators."""
-        self.selected = list(rows)
-        entries = self.all_entries[self.selected]
-        piece = sizes_of(self.rule).piece
+    def selection(self, rows: Sequence[int]) -> "FactoredSelection":
+        """What :meth:`use` takes: these tensors, each of which was given its accumulators."""
+        entries, piece = self.all_entries[list(rows)], sizes_of(self.rule).piece
         tiles, pieces = ([self.lines[row].tiles() for row in rows], [self.lines[row].pieces(piece) for row in rows])
         counts = [len(part) for part in tiles]
         entries["first_tile"], entries["num_tiles"] = np.cumsum([0, *counts[:-1]])[: len(counts)], counts
         tables = {"tiles": np.zeros(sum(counts), TILE), "pieces": np.zeros(sum(map(len, pieces)), PIECE)}
-        for (name, record), found in zip(tables.items(), (tiles, pieces), strict=True):
+        for record, found in zip(tables.values(), (tiles, pieces), strict=True):
             record["tensor"] = np.repeat(np.arange(len(rows)), [len(part) for part in found])
             for i, field in enumerate((record.dtype.names or ())[1:]):
                 record[field] = np.concatenate([part[:, i] for part in found]) if found else 0
-            self.record[f"num_{name}"] = len(record)
         tables |= {"tensors": entries, "grads": np.zeros(len(rows), dtype=np.int64)}
-        self.record["num_tensors"] = len(rows)
-        self._selected = {name: Table(value, self.device) for name, value in tables.items()}
-        for name, value in self._selected.items():
-            self.record[name] = value.address
+        return FactoredSelection(list(rows), {name: Table(value, self.device) for name, value in tables.items()})
+
+    def use(self, selection: "FactoredSelection") -> None:
+        """Let the operations work on these tensors."""
+        self.selected = selection
+        for name, table in selection.tables.items():
+            self.record[name] = table.address
+        for name in ("tensors", "tiles", "pieces"):
+            self.record[f"num_{name}"] = len(selection.tables[name].host)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Let the operations work on these tensors, each of which was given its accumulators."""
+        self.use(self.selection(rows))
 
     def set_tensors(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Check this step's parameters and gradients of the selected tensors, contiguous ones, and point to them; they
         are kept alive until :meth:`apply` is done."""
-        entries = self._selected["tensors"].host
+        entries = self.selected.tables["tensors"].host
         for name, tensors in (("params", params), ("grads", grads)):
-            check_length(name, len(tensors), len(self.selected))
+            check_length(name, len(tensors), len(self.selected.rows))
             for i, (tensor, numel) in enumerate(zip(tensors, entries["numel"].tolist(), strict=True)):
                 check_operand(f"{name}[{i}]", tensor, tuple(DTYPES), numel, self.device)
             entries[f"{name.removesuffix('s')}_dtype"] = [DTYPES[tensor.dtype] for tensor in tensors]
         entries["param"] = list(map(Tensor.data_ptr, params))
-        self._selected["grads"].host[:] = list(map(Tensor.data_ptr, grads))
+        self.selected.tables["grads"].host[:] = list(map(Tensor.data_ptr, grads))
         for name in ("tensors", "grads"):
-            self.record[name] = self._selected[name].send()
+            self.record[name] = self.selected.tables[name].send()
         self._operands = [*params, *grads]
 
     def accumulate(self, step: Tensor) -> Tensor:

@@ -65,6 +65,16 @@ def test_step_rows_of_variants(timer: Timer) -> None:
         variants(("compact",), precisions=("exact",))
 
 
+def test_rules_of_others_are_stepped_whole(timer: Timer) -> None:
+    variant = Variant("small_fc_lopt")
+    rows, _ = steps.measure([variant], shapes.even(100, 2), torch.float32, timer, PEAKS, False)
+    assert [(row["preset"], row["bytes_per_param"]) for row in rows] == [("", 28), ("", None), ("small_fc_lopt", 76)]
+    with pytest.raises(ValueError, match="presets: kernels of 'small_fc_lopt' are measured as a whole; use lopt bench"):
+        kernels.measure(variant, shapes.even(100, 2), torch.float32, timer, PEAKS)
+    with pytest.raises(ValueError, match="presets: 'velo' has stats='current' and a float32 state alone"):
+        Variant("velo", "lagged")
+
+
 def test_host_time_is_a_column_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = Timer(CPU, 1)
     timer.device = torch.device("cuda", 0)

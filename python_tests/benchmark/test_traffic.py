@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from lopt.benchmark import traffic
+from lopt.benchmark.variants import RULES
 from lopt.rule import PRESETS
 
 
@@ -46,6 +47,14 @@ def test_a_bfloat16_state_is_half_of_the_state_wherever_it_moves(preset: str) ->
 def test_the_skip_and_the_width_count() -> None:
     plain = dataclasses.replace(PRESETS["compact"], linear_skip=False, mlp_width=16)
     assert traffic.learned("compact", plain).flops == 2 * (12 * 16 + 16 * 16 + 2 * 16)
+
+
+def test_rules_of_others_as_counted_by_hand() -> None:
+    """Four accumulators, read and written, then read; gradient and parameter three times, of VeLO accumulators too."""
+    counted = [traffic.factored(name, rule) for name, rule in RULES.items()]
+    assert [(one.accumulate, one.apply, one.step) for one in counted] == [(48, 28, 76), (64, 28, 92)]
+    assert [(one.state, one.held, one.single_sweep) for one in counted] == [(16, 24, 44)] * 2
+    assert [one.flops for one in counted] == [2 * (28 * 4 + 4 * 4 + 4 * 2), 2 * (30 * 4 + 4 * 4 + 4 * 2)]
 
 
 def test_adamw() -> None:

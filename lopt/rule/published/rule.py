@@ -51,6 +51,7 @@ class Rule(ABC):
         name: in theta files.
         source: where it was published.
         needs_total_steps: whether it cannot do without the number of steps.
+        tensors_alone: whether the step of a tensor depends on no other.
         per_param: names in a tensor's state of accumulators ``[K, *shape]``; the first one is ``mom``.
         shared: names of what all tensors share, in :meth:`init_shared`.
         jax_key, pylo_key: an array by which files of others are known to be of this rule, the first of all rules of
@@ -60,6 +61,7 @@ class Rule(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     needs_total_steps: ClassVar[bool] = False
+    tensors_alone: ClassVar[bool] = False
     per_param: ClassVar[tuple[str, ...]] = ("mom", "rms")
     shared: ClassVar[tuple[str, ...]] = ()
     jax_key: ClassVar[str]

@@ -40,6 +40,7 @@ class SmallFC(Rule):
     source: ClassVar[str] = "arXiv:2203.11860"
     jax_key: ClassVar[str] = "nn|*|w0"
     pylo_key: ClassVar[str | None] = "network.input.weight"
+    tensors_alone: ClassVar[bool] = True
 
     mlp_width: int = 4
     mlp_layers: int = 2
