@@ -30,10 +30,11 @@ from lopt.meta import pairs, trainer
 from lopt.meta.asynchronous import Estimate, Window
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.es import ESTIMATORS, EstimatorName
-from lopt.meta.executors import Feed, Units, kept
+from lopt.meta.executors import Feed, kept
 from lopt.meta.metrics import read_metrics
 from lopt.meta.pairs import Result, Score, Shared
 from lopt.meta.simulated import Simulated
+from lopt.meta.units import Units
 
 PROBES = 5000
 STEPS = 100  # inner steps that a unit is said to have made

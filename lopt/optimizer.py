@@ -1,4 +1,7 @@
-"""LearnedOptimizer: a ``torch.optim.Optimizer`` whose update rule is a small neural network."""
+"""LearnedOptimizer: a ``torch.optim.Optimizer`` whose update rule is a small neural network.
+
+One file, since torch wants one class: what a user touches, a third of it docstrings. Its parts stand beside it.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +26,8 @@ from lopt.roles import keep_roles, kind_in_groups, roles_of_model
 from lopt.rule import Rule, Theta
 from lopt.scaling import holds_float16, unscaled
 from lopt.state import SHARED, check_state, holds_shared, init_state, open_theta, restore_state, sample, share_state
-from lopt.steppers import Control, KernelStepper, ReferenceStepper, StackedTensors, Tensors
+from lopt.steppers import KernelStepper, ReferenceStepper
+from lopt.tensors import Control, StackedTensors, Tensors
 from lopt.warnings import warn
 
 Stepper = ReferenceStepper | KernelStepper | RuleStepper | FactoredStepper

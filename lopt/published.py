@@ -16,7 +16,7 @@ from lopt.rule.published import step as published
 from lopt.rule.published.rule import Now
 from lopt.rule.published.velo import Statistics, rank_input
 from lopt.state import Groups, sample
-from lopt.steppers import Decided, Tensors, one_thread
+from lopt.tensors import Decided, Tensors, one_thread
 
 
 def check_options(

@@ -22,10 +22,11 @@ from lopt import Theta
 from lopt.meta import inner, pairs
 from lopt.meta import unroll as torch_unroll
 from lopt.meta.config import MetaTrainConfig, Phase
-from lopt.meta.executors import LocalProcesses, pack
+from lopt.meta.executors import LocalProcesses
 from lopt.meta.metrics import read_metrics
 from lopt.meta.pairs import Shared
 from lopt.meta.recipes import recipe
+from lopt.meta.units import pack
 from lopt.meta.unroll import Run
 from lopt.rule import unflatten
 from lopt.tasks import Batch, OwnTasks, Task, TaskDistribution, check_task, from_module

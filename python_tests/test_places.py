@@ -12,7 +12,8 @@ from torch import nn
 
 from lopt import LearnedOptimizer, Theta, steppers
 from lopt.rule import PRESETS
-from lopt.steppers import KernelStepper, Name
+from lopt.steppers import KernelStepper
+from lopt.tensors import Name
 
 CPU = torch.device("cpu")
 

@@ -23,7 +23,7 @@ from lopt.cli import main
 from lopt.commands import progress
 from lopt.commands.common import Command, check_option
 from lopt.commands.console import ASCII, show_everywhere
-from lopt.commands.tasks import torch_optimizers
+from lopt.commands.task_facts import torch_optimizers
 from lopt.commands.weights import describe_theta
 from lopt.rule import shipped
 

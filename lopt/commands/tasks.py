@@ -4,10 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +15,7 @@ from rich.console import Console
 from lopt.benchmark.rows import Row, append_csv
 from lopt.commands.common import Command, Outcome, OutFile, OutFolder, Seed, say, show_table, write_json
 from lopt.commands.progress import progress
+from lopt.commands.task_facts import check_row, task_facts, torch_optimizers
 from lopt.evaluation.runs import RECORDED, OptimizerFactory, train_task
 from lopt.figures import require_matplotlib
 from lopt.optimizer import LearnedOptimizer
@@ -26,7 +24,6 @@ from lopt.tasks import FAMILIES, NETWORK_FAMILIES, SAMPLED_FAMILIES, Task, measu
 from lopt.tasks.data import catalogue
 from lopt.tasks.families import Family, with_batch_size
 from lopt.tasks.measure import Check
-from lopt.tasks.text_tasks import TextData
 
 #: Groups of data sets that --data knows besides their names.
 GROUPS = {
@@ -334,53 +331,6 @@ class Gallery(TasksCommand):
         plots.gallery(panels, self.out)
         say(console, f"Wrote {self.out}")
         return Outcome(0, {"command": "tasks gallery", "figure": self.out})
-
-
-@cache
-def torch_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """The classes of torch.optim, by name, that take a step on a matrix and a vector with nothing but gradients.
-
-    Not among them: those that need a closure, sparse gradients, or matrices alone.
-    """
-    found: dict[str, Callable[..., torch.optim.Optimizer]] = {}
-    for name in dir(torch.optim):
-        kind = getattr(torch.optim, name)
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
-            params = [torch.ones(2, 3, requires_grad=True), torch.ones(2, requires_grad=True)]
-            for param in params:
-                param.grad = torch.ones_like(param)
-            with suppress(ValueError, TypeError, RuntimeError, NotImplementedError):
-                kind(params).step()  # type: ignore[call-arg]
-                found[name] = kind
-    return found
-
-
-def check_row(family: str, checks: Mapping[int, Check]) -> Row:
-    """Of the tasks of a family, by seed: how many are finite at the start and make progress, and which do not."""
-    return {
-        "family": family,
-        "tasks": len(checks),
-        "finite": sum(check.finite_loss and check.finite_gradient for check in checks.values()),
-        "progress": sum(check.progress for check in checks.values()),
-        "diverged_seeds": " ".join(str(seed) for seed, check in checks.items() if check.diverged),
-        "stuck_seeds": " ".join(str(seed) for seed, check in checks.items() if not check.progress),
-    }
-
-
-def task_facts(task: Task) -> dict[str, Any]:
-    """What can be said of a task: sizes, initial loss, floor, time per step, the hash of its text."""
-    data = getattr(task, "data", None)
-    sha = {"text_sha256": catalogue.corpus(data.name, data.variant).sha256} if isinstance(data, TextData) else {}
-    return {
-        "name": task.name,
-        "num_params": task.num_params,
-        "tensors": len(task.init(0)),
-        "initial_loss": task.initial_loss(0),
-        "loss_floor": task.loss_floor,
-        "ms_per_step": 1e3 * measure.seconds_per_step(task),
-        **sha,
-        "config": task.config,
-    }
 
 
 def _family(name: str) -> Family:

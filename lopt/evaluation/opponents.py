@@ -6,11 +6,10 @@ its first k trials (``NAME@k``); which of them counts is decided on outer_valid.
 Opponents from packages need ``pip install 'lopt[bench]'``.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from os import PathLike
 from typing import Any
 
@@ -18,13 +17,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lopt.evaluation.builders import (
+    AveragedLearned,
+    Build,
+    Trial,
+    averaged,
+    cosine,
+    imported,
+    in_training,
+    mechanic,
+    muon,
+    script,
+    torch_optimizer,
+    with_steps,
+)
 from lopt.evaluation.task_set import ORDER, Adam8p, NAdamW, adam8p_config, nadamw_config
 from lopt.optimizer import LearnedOptimizer
 from lopt.rule import Theta
-from lopt.tasks.scripts import Script
 from lopt.tasks.task import Task
-
-Trial = Mapping[str, Any]
 
 #: Names of the learned optimizer: told the number of steps, not told, and not told with an average of its iterates.
 LEARNED = ("lopt", "lopt-untold", "lopt-averaged")
@@ -50,14 +60,13 @@ class Opponent:
         name: short, for tables and the command line.
         trials: hyperparameters to try, in the order of the budget.
         package: the distribution that must be installed; None for torch and this package alone.
-        build: ``build(leaf tensors, steps, trial, task)``, the optimizer with its schedule inside; of the task only
-            which of its parameters are what, None where that is not known.
+        build: the optimizer with its schedule inside.
     """
 
     name: str
     trials: tuple[Trial, ...]
     package: str | None
-    build: Callable[[Sequence[Tensor], int, Trial, Task | None], Optimizer]
+    build: Build
 
     @property
     def version(self) -> str | None:
@@ -108,7 +117,7 @@ def make_optimizer(
         if trial != 0:
             raise ValueError(f"trial: {name} has only trial 0, got {trial}")
         given = params if task is None else [task.group(params)]
-        kind = _AveragedLearned if name == "lopt-averaged" else LearnedOptimizer
+        kind = AveragedLearned if name == "lopt-averaged" else LearnedOptimizer
         return kind(given, theta, total_steps=steps if name == "lopt" else None, impl=impl)
     found = opponent(name)
     if not 0 <= trial < len(found.trials):
@@ -152,211 +161,6 @@ def evaluating(optimizer: Optimizer) -> Iterator[None]:
             optimizer.train()  # type: ignore[attr-defined]
 
 
-# ---- How they are built ---------------------------------------------------------------------------------------------
-
-
-class _Joined(Optimizer):
-    """Several optimizers, each with parameters of its own, as one: shared groups, shared state."""
-
-    def __init__(self, parts: Sequence[Optimizer]) -> None:
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        self.parts = parts
-        for part in parts:
-            part.state = self.state
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every part."""
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
-        for part in self.parts:
-            part.step()
-        return value
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of every part."""
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-
-class _AveragedLearned(LearnedOptimizer):
-    """The learned optimizer, evaluated at the average of its iterates."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options, average=True)
-        self._inside = ExitStack()
-
-    def eval(self) -> None:
-        """The parameters become the averages."""
-        self._inside.enter_context(self.averaged())
-
-    def train(self) -> None:
-        """The parameters become the iterates again."""
-        self._inside.close()
-
-
-class _Averaged(_Joined):
-    """An optimizer whose iterates x are averaged: after step k = 1, 2, ... ``a += (1 - d) (x - a)`` with
-    ``d = min(decay, k / (k + 9))``. What is evaluated is a."""
-
-    def __init__(self, optimizer: Optimizer, decay: float = 0.998) -> None:
-        super().__init__([optimizer])
-        self.decay, self.steps = decay, 0
-        self.params = [param for group in self.param_groups for param in group["params"]]
-        self.averages = [param.detach().clone() for param in self.params]
-        self.state["averages"] = self.averages  # type: ignore[index]  # counts as state
-        self.register_step_post_hook(self._average)
-
-    @torch.no_grad()
-    def _average(self, *_: Any) -> None:
-        self.steps += 1
-        kept = min(self.decay, self.steps / (self.steps + 9))
-        torch._foreach_lerp_(self.averages, self.params, 1 - kept)
-
-    def eval(self) -> None:
-        """The parameters become the averages."""
-        self._exchange()
-
-    def train(self) -> None:
-        """The parameters become the iterates again."""
-        self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for param, average in zip(self.params, self.averages, strict=True):
-            kept = param.clone()
-            param.copy_(average)
-            average.copy_(kept)
-
-
-def _scheduled(optimizer: Optimizer, steps: int, warmup: float = 0.0, falling: bool = True) -> Optimizer:
-    """The optimizer, whose learning rates rise in a straight line for the first ``warmup`` of the steps and then, if
-    ``falling``, fall to 0 along half a cosine, ``lr (1 + cos(pi t / steps)) / 2``."""
-    rising = round(warmup * steps)
-
-    def factor(t: int) -> float:
-        if t < rising:
-            return (t + 1) / (rising + 1)
-        if not falling:
-            return 1.0
-        return (1 + math.cos(math.pi * (t - rising) / max(steps - rising, 1))) / 2
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    optimizer.register_step_post_hook(lambda *_: schedule.step())
-    return optimizer
-
-
-Build = Callable[[Sequence[Tensor], int, Trial, Task | None], Optimizer]
-
-
-def _torch(kind: type[Optimizer]) -> Build:
-    return lambda params, steps, trial, task: kind(params, **trial)
-
-
-def _imported(module: str, name: str) -> Build:
-    """The class of that name in a module that is imported when it is needed."""
-
-    def build(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
-        optimizer: Optimizer = getattr(import_module(module), name)(params, **trial)
-        return optimizer
-
-    return build
-
-
-def _cosine(build: Build, warmup: float = 0.0) -> Build:
-    return lambda params, steps, trial, task: _scheduled(build(params, steps, trial, task), steps, warmup)
-
-
-def _averaged(build: Build, warmup: float = 0.0) -> Build:
-    """With constant learning rates, but for the warm-up."""
-
-    def averaged(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
-        return _scheduled(_Averaged(build(params, steps, trial, task)), steps, warmup, falling=False)
-
-    return averaged
-
-
-def _in_training(build: Build) -> Build:
-    """Schedule-free optimizers refuse a step before they are told that training begins."""
-
-    def training(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
-        optimizer = build(params, steps, trial, task)
-        optimizer.train()  # type: ignore[attr-defined]
-        return optimizer
-
-    return training
-
-
-def _muon(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
-    """Muon for hidden matrices and kernels, AdamW for embeddings, first and last layer, vectors.
-
-    A trial's ``lr`` is Muon's and, unless it has ``adamw``, that of AdamW too: Muon's steps are then scaled to its.
-    """
-    if task is None:
-        hidden = [param for param in params if param.ndim >= 2]
-        transposed = [False] * len(hidden)
-    else:
-        named = {name: param for name, param in zip(task.shapes, params, strict=True) if name in task.hidden_weights}
-        hidden, transposed = list(named.values()), [name in task.transposed for name in named]
-    rest = [param for param in params if not any(param is other for other in hidden)]
-    lr, adamw = trial["lr"], trial.get("adamw")
-    scale = "match_rms_adamw" if adamw is None else "original"
-    parts: list[Optimizer] = []
-    if hidden:
-        parts.append(_MatrixMuon(hidden, transposed, lr=lr, weight_decay=0.01, adjust_lr_fn=scale))
-    if rest:
-        parts.append(torch.optim.AdamW(rest, **(adamw or {"lr": lr})))
-    return _Joined(parts)
-
-
-class _MatrixMuon(torch.optim.Muon):
-    """Muon for matrices, transposed where they are ``[in, out]``, and for kernels as ``[out, in * window]``."""
-
-    def __init__(self, params: Sequence[Tensor], transposed: Sequence[bool], **options: Any) -> None:
-        self.originals = list(zip(params, transposed, strict=True))
-        super().__init__([self._matrix(param.detach(), turned) for param, turned in self.originals], **options)
-        self.register_step_pre_hook(self._take_gradients)
-
-    @staticmethod
-    def _matrix(param: Tensor, transposed: bool) -> Tensor:
-        """In the memory of the parameter, or of its gradient."""
-        return param.T if transposed else param.view(len(param), -1)
-
-    def _take_gradients(self, *_: Any) -> None:
-        """Those of the parameters."""
-        for (param, turned), matrix in zip(self.originals, self.param_groups[0]["params"], strict=True):
-            matrix.grad = None if param.grad is None else self._matrix(param.grad.contiguous(), turned)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of the parameters."""
-        for param, _ in self.originals:
-            param.grad = None
-
-
-def _script(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
-    """The script's own line, or with ``lr`` Adam with so many times its learning rate."""
-    if not isinstance(task, Script):
-        raise ValueError(f"optimizer: script and script-adams are for tasks of the suite scripts, got {task}")
-    named = dict(zip(task.shapes, params, strict=True))
-    return task.own_line(named, steps) if trial["line"] == "own" else task.adam(named, trial["lr"])
-
-
-def _mechanic(params: Sequence[Tensor], steps: int, trial: Trial, task: Task | None) -> Optimizer:
-    # Without stored offsets its first steps, 1e-8 of AdamW's, are lost in the rounding of float32 parameters.
-    kind = import_module("mechanic_pytorch").mechanize(torch.optim.AdamW, store_delta=True)
-    optimizer: Optimizer = kind(params, **trial)
-    return optimizer
-
-
-def _with_steps(kind: Callable[..., Optimizer], **fixed: Any) -> Build:
-    """An optimizer that is told the number of steps."""
-    return lambda params, steps, trial, task: kind(params, steps, **trial, **fixed)
-
-
-# ---- The table ------------------------------------------------------------------------------------------------------
-
-
 def _each(lrs: Iterable[float], **fixed: Any) -> tuple[Trial, ...]:
     return tuple({"lr": lr, **fixed} for lr in lrs)
 
@@ -366,14 +170,14 @@ def _lrs(default: float, **fixed: Any) -> tuple[Trial, ...]:
 
 
 _ADAM, _ADAMW, _NADAM, _SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.SGD
-_NADAMW = _with_steps(NAdamW)
+_NADAMW = with_steps(NAdamW)
 #: What its authors recommend. Source: github.com/KellerJordan/Muon, README.
 _MUON: Trial = {"lr": 0.02, "adamw": {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.01}}
 _LIST = tuple(nadamw_config(seed) for seed in ORDER)
-_SOAP = _cosine(_imported("pytorch_optimizer", "SOAP"))
-_SHAMPOO = _cosine(_imported("pytorch_optimizer", "Shampoo"))
-_SCHEDULE_FREE = _in_training(_imported("schedulefree", "AdamWScheduleFree"))
-_PRODIGY_PLUS = _in_training(_imported("prodigyplus", "ProdigyPlusScheduleFree"))
+_SOAP = cosine(imported("pytorch_optimizer", "SOAP"))
+_SHAMPOO = cosine(imported("pytorch_optimizer", "Shampoo"))
+_SCHEDULE_FREE = in_training(imported("schedulefree", "AdamWScheduleFree"))
+_PRODIGY_PLUS = in_training(imported("prodigyplus", "ProdigyPlusScheduleFree"))
 _PRODIGY_PLUS_TRIAL = {"lr": 1.0, "split_groups": False}  # there is one group; otherwise it says so on the terminal
 
 #: All opponents by name. Where no schedule is named the learning rate is constant.
@@ -381,48 +185,48 @@ OPPONENTS: dict[str, Opponent] = {
     found.name: found
     for found in (
         # tuning-free
-        Opponent("adam", ({"lr": 1e-3},), None, _torch(_ADAM)),
-        Opponent("adamw", ({"lr": 1e-3},), None, _torch(_ADAMW)),
-        Opponent("adamw-cosine", ({"lr": 1e-3},), None, _cosine(_torch(_ADAMW))),
-        Opponent("adamw-averaged", ({"lr": 1e-3},), None, _averaged(_torch(_ADAMW))),
-        Opponent("adam-cosine-3e-2", ({"lr": 3e-2},), None, _cosine(_torch(_ADAM))),
-        Opponent("nadam", ({"lr": 2e-3},), None, _torch(_NADAM)),
-        Opponent("muon", (_MUON,), None, _cosine(_muon)),
+        Opponent("adam", ({"lr": 1e-3},), None, torch_optimizer(_ADAM)),
+        Opponent("adamw", ({"lr": 1e-3},), None, torch_optimizer(_ADAMW)),
+        Opponent("adamw-cosine", ({"lr": 1e-3},), None, cosine(torch_optimizer(_ADAMW))),
+        Opponent("adamw-averaged", ({"lr": 1e-3},), None, averaged(torch_optimizer(_ADAMW))),
+        Opponent("adam-cosine-3e-2", ({"lr": 3e-2},), None, cosine(torch_optimizer(_ADAM))),
+        Opponent("nadam", ({"lr": 2e-3},), None, torch_optimizer(_NADAM)),
+        Opponent("muon", (_MUON,), None, cosine(muon)),
         Opponent("nadamw-list-1", _LIST[:1], None, _NADAMW),
-        Opponent("prodigy", ({"lr": 1.0},), "prodigyopt", _imported("prodigyopt", "Prodigy")),
-        Opponent("prodigy-cosine", ({"lr": 1.0},), "prodigyopt", _cosine(_imported("prodigyopt", "Prodigy"))),
-        Opponent("dog", ({"lr": 1.0},), "dog-optimizer", _imported("dog", "DoG")),
-        Opponent("mechanic", ({"lr": 1.0},), "mechanic-pytorch", _mechanic),
+        Opponent("prodigy", ({"lr": 1.0},), "prodigyopt", imported("prodigyopt", "Prodigy")),
+        Opponent("prodigy-cosine", ({"lr": 1.0},), "prodigyopt", cosine(imported("prodigyopt", "Prodigy"))),
+        Opponent("dog", ({"lr": 1.0},), "dog-optimizer", imported("dog", "DoG")),
+        Opponent("mechanic", ({"lr": 1.0},), "mechanic-pytorch", mechanic),
         Opponent("schedule-free", ({"lr": 2.5e-3},), "schedulefree", _SCHEDULE_FREE),
         Opponent("prodigy-schedule-free", (_PRODIGY_PLUS_TRIAL,), "prodigy-plus-schedule-free", _PRODIGY_PLUS),
         Opponent("soap", ({"lr": 3e-3},), "pytorch-optimizer", _SOAP),
         # for the suite scripts: the script's own optimizer, and Adam with 1, 3 and 1/3 times its learning rate
-        Opponent("script", ({"lr": 1.0, "line": "own"},), None, _script),
-        Opponent("script-adams", _each((1.0, 3.0, 1 / 3), line="adam"), None, _script),
+        Opponent("script", ({"lr": 1.0, "line": "own"},), None, script),
+        Opponent("script-adams", _each((1.0, 3.0, 1 / 3), line="adam"), None, script),
         # tuned for each task: 14 learning rates
-        Opponent("adam-tuned", _lrs(1e-3), None, _torch(_ADAM)),
-        Opponent("adamw-tuned", _lrs(1e-3), None, _torch(_ADAMW)),
-        Opponent("adamw-cosine-tuned", _lrs(1e-3), None, _cosine(_torch(_ADAMW))),
-        Opponent("nadam-tuned", _lrs(2e-3), None, _torch(_NADAM)),
-        Opponent("sgd-tuned", _lrs(1e-2, momentum=0.9), None, _torch(_SGD)),
-        Opponent("sgd-cosine-tuned", _lrs(1e-2, momentum=0.9), None, _cosine(_torch(_SGD))),
+        Opponent("adam-tuned", _lrs(1e-3), None, torch_optimizer(_ADAM)),
+        Opponent("adamw-tuned", _lrs(1e-3), None, torch_optimizer(_ADAMW)),
+        Opponent("adamw-cosine-tuned", _lrs(1e-3), None, cosine(torch_optimizer(_ADAMW))),
+        Opponent("nadam-tuned", _lrs(2e-3), None, torch_optimizer(_NADAM)),
+        Opponent("sgd-tuned", _lrs(1e-2, momentum=0.9), None, torch_optimizer(_SGD)),
+        Opponent("sgd-cosine-tuned", _lrs(1e-2, momentum=0.9), None, cosine(torch_optimizer(_SGD))),
         Opponent("schedule-free-tuned", _lrs(2.5e-3), "schedulefree", _SCHEDULE_FREE),
         Opponent("soap-tuned", _lrs(3e-3), "pytorch-optimizer", _SOAP),
         Opponent("shampoo-tuned", _lrs(1e-1), "pytorch-optimizer", _SHAMPOO),
         # tuned for each task: 8 learning rates, with warm-up and then cosine, or constant where iterates are averaged
-        Opponent("adamw-warmup-tuned", _each(LRS), None, _cosine(_torch(_ADAMW), WARMUP)),
-        Opponent("muon-warmup-tuned", _each(MUON_LRS), None, _cosine(_muon, WARMUP)),
+        Opponent("adamw-warmup-tuned", _each(LRS), None, cosine(torch_optimizer(_ADAMW), WARMUP)),
+        Opponent("muon-warmup-tuned", _each(MUON_LRS), None, cosine(muon, WARMUP)),
         Opponent(
             "soap-warmup-tuned",
             _each(LRS),
             "pytorch-optimizer",
-            _cosine(_imported("pytorch_optimizer", "SOAP"), WARMUP),
+            cosine(imported("pytorch_optimizer", "SOAP"), WARMUP),
         ),
-        Opponent("adamw-averaged-warmup-tuned", _each(LRS), None, _averaged(_torch(_ADAMW), WARMUP)),
+        Opponent("adamw-averaged-warmup-tuned", _each(LRS), None, averaged(torch_optimizer(_ADAMW), WARMUP)),
         # tuned for each task: 1000 configurations; mind the budget, as in nadamw-list@10
         Opponent("nadamw-list", _LIST, None, _NADAMW),
-        Opponent("nadamw-list-jax", _LIST, None, _with_steps(NAdamW, warmup="max")),
-        Opponent("adam8p", tuple(adam8p_config(seed) for seed in range(1000)), None, _with_steps(Adam8p)),
+        Opponent("nadamw-list-jax", _LIST, None, with_steps(NAdamW, warmup="max")),
+        Opponent("adam8p", tuple(adam8p_config(seed) for seed in range(1000)), None, with_steps(Adam8p)),
     )
 }
 

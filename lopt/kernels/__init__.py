@@ -14,9 +14,10 @@ from lopt.kernels.extension import (
 )
 from lopt.kernels.factored import MEASURES, FactoredPlan, FactoredSelection, pack_factored, why_no_kernels
 from lopt.kernels.gpus import check_gpu
+from lopt.kernels.operands import DTYPES, contiguous, pack_mlp
 from lopt.kernels.own import CannotCompile, described, own_backend
 from lopt.kernels.places import Place, Places
-from lopt.kernels.plan import DTYPES, PRECISIONS, Plan, Selection, contiguous, pack_mlp
+from lopt.kernels.plan import PRECISIONS, Plan, Selection
 from lopt.kernels.seen import Operands, Seen, is_number
 from lopt.kernels.tensor_level import SHARED, Levels, TensorLevel, apply_inputs, flat_inputs, step
 

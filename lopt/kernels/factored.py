@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lopt.kernels.devices import Table, stream_of
 from lopt.kernels.extension import _C, NOT_BUILT, module_of
-from lopt.kernels.plan import DTYPES, check_length, check_operand
+from lopt.kernels.operands import DTYPES, check_length, check_operand
 from lopt.kernels.structs import FACTORED, FACTORED_TENSOR, PIECE, TILE
 from lopt.rule.matrices import Kind
 from lopt.rule.published import Rule, SmallFC, VeLO, parts

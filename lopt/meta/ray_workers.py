@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 
 from lopt import kernels
-from lopt.meta.executors import MAX_LOSSES, ONE_THREAD, Executor, Feed, Unit, Units, answer, fail, kept, usable_cores
+from lopt.meta.executors import MAX_LOSSES, ONE_THREAD, Executor, Feed, Unit, kept, usable_cores
+from lopt.meta.units import Units, answer, fail
 from lopt.provenance import cpu_info, package_sha256, versions
 
 S = TypeVar("S")
@@ -255,7 +256,7 @@ class _Worker:
         self._units = Units(common)
 
     def work(self, message: bytes) -> bytes:
-        """The answer of a unit, see :func:`lopt.meta.executors.answer`."""
+        """The answer of a unit, see :func:`lopt.meta.units.answer`."""
         return pickle.dumps(answer(Units.run, self._units, message))
 
 

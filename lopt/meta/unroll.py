@@ -14,6 +14,8 @@ whose loss cannot be vmapped goes through its runs one by one, with a warning.
 A run ends at its first train or outer_valid loss that is not finite: its later losses are NaN, and so are its
 parameters after the window. This runs any task; perceptrons have a faster engine of the same meaning.
 
+One file: what a run is, the three ways to step it, and the loop, which are read together.
+
 Source: arXiv:2009.11243, section 3.2 (what each split is for).
 """
 

@@ -5,6 +5,8 @@ A :class:`Theta` is a spec (the architecture: sizes, constants) with one named f
 (:mod:`lopt.rule.published`). A theta is created at random as in its paper (:meth:`Theta.init`), as an imitation of Adam
 (:meth:`Theta.init_adam`), from a file, or from the weights of others.
 
+One file, since it is one class; half of it are docstrings.
+
 Source: arXiv:2009.11243, section 3.3 and appendix C; constants of the port.
 """
 
