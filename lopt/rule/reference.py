@@ -1,8 +1,8 @@
 """The whole optimizer in plain PyTorch: the definition of correct.
 
-Pure functions of any floating dtype, in one file to be read beside the paper: nothing is folded, fused or reduced early, and every
-intermediate is in the trace that :func:`update` returns. The kernels (csrc/, cuda/) compute the same two operations,
-:func:`accumulate` and :func:`apply`, and are tested against this file. Everything can be vmapped.
+Pure functions of any floating dtype, in one file to be read beside the paper: nothing is folded, fused or reduced
+early, and every intermediate is in the trace that :func:`update` returns. The kernels (csrc/, cuda/) compute the same
+two operations, :func:`accumulate` and :func:`apply`, and are tested against this file. Everything can be vmapped.
 
 One update, with K decays, in order::
 
