@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from lopt.benchmark.rows import append_csv, environment
+from lopt.benchmark.rows import environment
 from lopt.meta import pairs, trainer
 from lopt.meta.asynchronous import Estimate, Window
 from lopt.meta.config import MetaTrainConfig, Phase
@@ -35,6 +35,7 @@ from lopt.meta.metrics import read_metrics
 from lopt.meta.pairs import Result, Score, Shared
 from lopt.meta.simulated import Simulated
 from lopt.meta.units import Units
+from lopt.tables import append_csv
 
 PROBES = 5000
 STEPS = 100  # inner steps that a unit is said to have made

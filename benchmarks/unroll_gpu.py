@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from lopt import Theta
-from lopt.benchmark.rows import append_csv, environment
+from lopt.benchmark.rows import environment
 from lopt.benchmark.unroll import PROBLEMS, problem_of
 from lopt.meta import engine
+from lopt.tables import append_csv
 
 PREDICTED = Path(__file__).resolve().parents[1] / "benchmarks/results/unroll_predicted.csv"
 CHECKED = 20  # steps

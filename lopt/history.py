@@ -4,8 +4,6 @@ There is nothing to tune, but a run can be read: where a step fades too early, w
 which tensor rests. :class:`History` keeps it, as a table and as a figure.
 """
 
-import csv
-import io
 import math
 import os
 from collections.abc import Mapping
@@ -22,6 +20,7 @@ from lopt.files import save_figure, write_text
 from lopt.optimizer import LearnedOptimizer
 from lopt.rule.losses import LossState
 from lopt.rule.matrices import Matrix
+from lopt.tables import read_lines, text_of
 
 #: Kinds of tensors, and what a figure draws them with.
 KINDS = dict(zip(("input", "hidden", "output", "vector"), COLOURS, strict=False))
@@ -134,11 +133,8 @@ class History:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :attr:`rows` into a CSV file; ``lopt plot`` draws it."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in self.rows)
-        write_text(path, out.getvalue())
+        rows = ([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in self.rows)
+        write_text(path, text_of([Row._fields, *rows]))
 
     def plot(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Draw it into a PNG file, see :func:`plot`."""
@@ -170,8 +166,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
         ValueError: it is something else.
     """
     kinds = [Row.__annotations__[name] for name in Row._fields]
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        lines = list(csv.reader(file))
+    lines, _ = read_lines(Path(path), "not a table that History.save wrote ({}); write it again")
     if not lines or tuple(lines[0]) != Row._fields:
         raise ValueError(f"{path}: expected a table that History.save wrote, with the columns {', '.join(Row._fields)}")
     try:

@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("tyro", reason="the command line needs tyro, which this environment lacks")
 
-from lopt.benchmark import peaks, rows, suite, unroll
+from lopt import tables
+from lopt.benchmark import peaks, suite, unroll
 from lopt.cli import main
 
 
@@ -53,7 +54,7 @@ def test_layouts_are_measured_written_and_compared(what, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "bytes per parameter" in printed
     assert "paper" in printed
-    read = rows.read_csv(out)
+    read = tables.read_csv(out)
     assert len(read) == 4 * 4  # layouts; two presets and two operations, or four optimizers
     assert {row["layout"] for row in read} == {"1 x 100", "10 x 10", "1 x 1,000", "10 x 100"}
     for row in read:

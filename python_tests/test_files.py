@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lopt import Theta, files
+from lopt import Theta, files, tables
 from lopt.benchmark import rows
 from lopt.evaluation.table import Run, RunTable
 from lopt.figures import COLOURS
@@ -207,7 +207,7 @@ def test_a_damaged_table_is_named_with_its_row(damage: bytes, message: str, tmp_
 
 def test_rows_of_lopt_bench_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    rows.append_csv(path, [{"name": "step", "ns_per_param": 2.0}])
+    tables.append_csv(path, [{"name": "step", "ns_per_param": 2.0}])
     assert rows.read_timings(path) == [{"name": "step", "ns_per_param": "2.0"}]
     for damaged, where, what in (
         (b"name,ns_per_param\nstep,1\nstep,x\n", ", row 3: not of lopt bench", "ValueError("),
@@ -281,7 +281,7 @@ def test_a_packed_table_is_read_and_goes_on(tmp_path: Path) -> None:
     short = {"train_loss": 0.333333, "curve": "[[0, 0.333333, 0.666667]]"}
     assert kept == [dataclasses.replace(run, **short) for run in measured]
     assert list(RunTable(path.with_name("runs.csv.gz")).rows.values()) == kept
-    assert rows.read_csv(path)[1]["task_sha256"] == "b"
+    assert tables.read_csv(path)[1]["task_sha256"] == "b"
     assert not path.exists()
     RunTable(path).append([a_run(task_sha256="c")])  # unpacks it
     assert list(RunTable(path).rows.values()) == [*kept, a_run(task_sha256="c")]

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from lopt.benchmark import kernels, rows, shapes
+from lopt import tables
+from lopt.benchmark import kernels, shapes
 from lopt.benchmark.peaks import Peaks
 from lopt.benchmark.timing import Timer, Timing
 from lopt.benchmark.variants import Variant
@@ -226,7 +227,7 @@ def test_measure_goes_on_and_shows_what_was_measured(make: Make, tmp_path: Path)
         *("step", "lopt", Variant("compact", "lagged"), shapes.even(100, 1), torch.float32),
         *(timer, timing, Peaks(1e11, 1e12), 52, None, Timing(1e-3, 1e-3, 1e-3)),
     )
-    rows.append_csv(tmp_path / "kept.csv", [{**some, "machine": "H999"}])
+    tables.append_csv(tmp_path / "kept.csv", [{**some, "machine": "H999"}])
     script = make(
         f'*"benchmark step"*vit-b16*high*) cp {tmp_path}/kept.csv {tmp_path}/out/step.csv; sleep 600;;\n'
         '*"benchmark kernel"*) echo "out of memory"; exit 1;;'

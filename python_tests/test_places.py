@@ -10,7 +10,7 @@ from optimizer_cases import assert_same_bits, make_theta
 from test_in_backward import Net, everything, loss_of, net, train
 from torch import nn
 
-from lopt import LearnedOptimizer, Theta, steppers
+from lopt import LearnedOptimizer, Theta, tensors
 from lopt.rule import PRESETS
 from lopt.steppers import KernelStepper
 from lopt.tensors import Name
@@ -26,7 +26,7 @@ def scattered(monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, ...] = (0, 1,
         number = seen.setdefault(param.data_ptr(), len(seen))
         return Name(CPU, numbers[number % len(numbers)])
 
-    monkeypatch.setattr(steppers, "place_of", place_of)
+    monkeypatch.setattr(tensors, "place_of", place_of)
 
 
 def pair(

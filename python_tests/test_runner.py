@@ -22,9 +22,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lopt import tables
 from lopt.cli import main
 from lopt.commands.evaluate import LINE_UP
-from lopt.evaluation import compare, csv_table, opponents, sampled_suites, table
+from lopt.evaluation import compare, opponents, sampled_suites, table
 from lopt.evaluation.compare import Learned, Plan, execute, missing_packages
 from lopt.evaluation.opponents import LEARNED, OPPONENTS, TUNING_FREE, make_optimizer
 from lopt.evaluation.runs import EVALUATION, Result, evaluation_batches, train_task
@@ -463,7 +464,7 @@ def test_a_writer_waits_until_the_other_is_killed(tmp_path: Path) -> None:
 @pytest.mark.results
 def test_tables_need_nothing_of_unix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    spec = importlib.util.spec_from_file_location("elsewhere", str(csv_table.__file__))
+    spec = importlib.util.spec_from_file_location("elsewhere", str(tables.__file__))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

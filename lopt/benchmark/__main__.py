@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from lopt.benchmark import rows, shapes, suite
+from lopt.benchmark import shapes, suite
 from lopt.benchmark.rows import Row
 from lopt.benchmark.variants import PRECISIONS, STATE_DTYPES, STATS, variants
+from lopt.tables import append_csv
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     chosen = suite.Suite(options.what, ways, tuple(layouts), dtype, device, options.repeats, not options.no_peers)
     found: list[Row] = []
     for some in chosen.run(say):
-        rows.append_csv(options.out, some)
+        append_csv(options.out, some)
         show(suite.result_table(some))
         found += some
     for remark in suite.remarks(found):

@@ -1,8 +1,6 @@
-"""Rows of benchmark results: where and by what they were measured, CSV files of them, comparison with older ones."""
+"""Rows of benchmark results: where and by what they were measured, and comparison with older ones."""
 
-import csv
 import datetime
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,8 @@ from typing import Any
 import torch
 
 from lopt import kernels
-from lopt.files import read_bytes
 from lopt.provenance import commit, cpu_info, cpu_name, versions
+from lopt.tables import read_csv
 
 Row = dict[str, Any]
 
@@ -60,42 +58,8 @@ def _load() -> float:
         return float("nan")
 
 
-def append_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Append ``rows`` of equal columns to a CSV file, which begins with a line of their names.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    columns = list(rows[0])
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            found = next(csv.reader(file), [])
-        if found != columns:
-            raise ValueError(f"{path}: has the columns {found}, these rows have {columns}; name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file that :func:`append_csv` wrote.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is something else, or damaged.
-    """
-    try:
-        return list(csv.DictReader(io.StringIO(read_bytes(path).decode(), newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a table of rows, or damaged ({error}); name another file") from error
-
-
 def read_timings(path: Path) -> list[dict[str, str]]:
-    """Rows that can be compared with others, see :func:`read_csv`."""
+    """Rows that can be compared with others, see :func:`lopt.tables.read_csv`."""
     rows = read_csv(path)
     for number, row in enumerate(rows, 2):
         try:

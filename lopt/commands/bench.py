@@ -13,6 +13,7 @@ from lopt.benchmark import plots, rows, shapes, suite, unroll
 from lopt.benchmark.rows import Row
 from lopt.benchmark.variants import variants
 from lopt.commands.common import Command, Outcome, OutFile, say, show_table
+from lopt.tables import append_csv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class Bench(Command):
         found: list[Row] = []
         for some in chosen.run(lambda text: say(console, text)):
             if self.out is not None:
-                rows.append_csv(self.out, some)  # now: a long run may be cut short
+                append_csv(self.out, some)  # now: a long run may be cut short
             found += some
         show_table(console, *suite.traffic_table(self.presets, dtype))
         say(console, "")
@@ -130,7 +131,7 @@ class Bench(Command):
             for sizes, batch in unroll.PROBLEMS:
                 found.append({**unroll.measure(preset, sizes, batch, count, self.repeats), **environment})
         if self.out is not None:
-            rows.append_csv(self.out, found)
+            append_csv(self.out, found)
         show_table(
             console,
             ["problem", "steps/s per core", "20% to 80%", "two processes", "memory, 10 x horizon"],
@@ -155,7 +156,7 @@ class Bench(Command):
             for family in unroll.TORCH_TASKS
         ]
         if self.out is not None:
-            rows.append_csv(self.out, found)
+            append_csv(self.out, found)
         show_table(
             console,
             ["problem", f"steps/s, {unroll.RUNS} runs", "20% to 80%", "steps/s, 1 run", "ratio", "MB per run"],

@@ -12,7 +12,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from lopt.benchmark.rows import Row, append_csv
+from lopt.benchmark.rows import Row
 from lopt.commands.common import Command, Outcome, OutFile, OutFolder, Seed, say, show_table, write_json
 from lopt.commands.progress import progress
 from lopt.commands.task_facts import check_row, task_facts, torch_optimizers
@@ -20,6 +20,7 @@ from lopt.evaluation.runs import RECORDED, OptimizerFactory, train_task
 from lopt.figures import require_matplotlib
 from lopt.optimizer import LearnedOptimizer
 from lopt.provenance import commit, cpu_name, versions
+from lopt.tables import append_csv
 from lopt.tasks import FAMILIES, NETWORK_FAMILIES, SAMPLED_FAMILIES, Task, measure, plots, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.families import Family, with_batch_size

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from lopt.evaluation.csv_table import CsvTable
 from lopt.meta.executors import Executor, LocalProcesses
+from lopt.tables import CsvTable
 from lopt.tasks import datasets
 
 Job = TypeVar("Job")

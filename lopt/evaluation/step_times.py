@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lopt.evaluation.csv_table import CsvTable
 from lopt.evaluation.runs import VALID_EVERY, OptimizerFactory, Training
+from lopt.tables import CsvTable
 from lopt.tasks.task import Task
 
 #: Every optimizer takes so many steps in its turn, so many times, the first of which does not count.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lopt.evaluation.csv_table import CsvTable
+from lopt.tables import CsvTable
 from lopt.tasks.task import SplitName
 
 LossName = Literal["train_loss", "valid_loss", "test_loss", "inner_valid_loss"]

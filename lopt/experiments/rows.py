@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopt.evaluation.csv_table import CsvTable
 from lopt.evaluation.runs import RECORDED, Result
 from lopt.evaluation.scores import ratio
 from lopt.evaluation.table import LOSSES
 from lopt.experiments.runs import Run
 from lopt.figures import Line
 from lopt.provenance import origin
+from lopt.tables import CsvTable
 
 
 @dataclass(frozen=True, kw_only=True)

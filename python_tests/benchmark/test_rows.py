@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lopt import tables
 from lopt.benchmark import rows
 
 ROW = {"benchmark": "kernel", "name": "apply", "preset": "paper", "layout": "1 x 10", "machine": "this", "threads": 2}
@@ -16,19 +17,19 @@ def timed(ns: float, **changes: object) -> rows.Row:
 
 def test_files_give_back_what_was_appended(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "rows.csv"
-    rows.append_csv(path, [timed(1.5)])
-    rows.append_csv(path, [timed(2.5), timed(3.5)])
-    read = rows.read_csv(path)
+    tables.append_csv(path, [timed(1.5)])
+    tables.append_csv(path, [timed(2.5), timed(3.5)])
+    read = tables.read_csv(path)
     assert [float(row["ns_per_param"]) for row in read] == [1.5, 2.5, 3.5]
     assert rows.identity(read[0]) == rows.identity(timed(1.5))
 
 
 def test_files_of_other_columns_stay_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    rows.append_csv(path, [timed(1.5)])
+    tables.append_csv(path, [timed(1.5)])
     before = path.read_text()
     with pytest.raises(ValueError, match=r"rows\.csv: has the columns .* name another file"):
-        rows.append_csv(path, [{"steps": 1}])
+        tables.append_csv(path, [{"steps": 1}])
     assert path.read_text() == before
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("tyro", reason="the command line needs tyro, which this environment lacks")
 
-from lopt.benchmark.rows import read_csv
 from lopt.cli import main
 from lopt.evaluation.runs import train_task
+from lopt.tables import read_csv
 from lopt.tasks import NETWORK_FAMILIES, SAMPLED_FAMILIES, measure, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.losg import LosgTask

@@ -1,10 +1,14 @@
-"""A CSV file of rows that grows while runs come in: what is in it is not run again."""
+"""CSV files: how they are read and written, and tables that grow while runs come in.
+
+:class:`CsvTable` has rows of one dataclass, each found again by its key: what is in it is not run again.
+:func:`append_csv` adds rows as they are, of whatever columns the file has, and :func:`read_csv` reads them.
+"""
 
 import csv
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -24,6 +28,7 @@ class Keyed(Protocol):
 R = TypeVar("R", bound=Keyed)
 
 _DAMAGED = "not a table of runs, or damaged ({}); mend or move the file, or choose another --out"
+_OTHER = "not a table of rows, or damaged ({}); name another file"
 
 
 class CsvTable(Generic[R]):
@@ -72,11 +77,7 @@ class CsvTable(Generic[R]):
     def _read(self) -> bool:
         """Take in the rows of the file; whether rows can be appended to it: it has all columns and whole rows only, and
         is not packed; or does not exist."""
-        try:
-            content = read_bytes(self.path).decode() if unpacked(self.path).is_file() else ""
-            lines = list(csv.reader(io.StringIO(content), strict=True))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{self.path}: {_DAMAGED.format(error)}") from error
+        lines, ended = read_lines(self.path, _DAMAGED) if unpacked(self.path).is_file() else ([], True)
         if not lines:
             return True
         names, header = list(self.columns), lines[0]
@@ -84,14 +85,14 @@ class CsvTable(Generic[R]):
         if len(header) < required or header != names[: len(header)]:
             columns = ", ".join(names)
             raise ValueError(f"{self.path}: expected the columns {columns}; move the file or choose another --out")
-        for number, line in enumerate(lines[1:] if content.endswith("\n") else lines[1:-1], 2):
+        for number, line in enumerate(lines[1:] if ended else lines[1:-1], 2):
             if len(line) == len(header):
                 try:
                     row = self._parse(line)
                 except ValueError as error:
                     raise ValueError(f"{self.path}, row {number}: {_DAMAGED.format(error)}") from error
                 self.rows[row.key] = row
-        return header == names and content.endswith("\n") and self.path.is_file()
+        return header == names and ended and self.path.is_file()
 
     def _parse(self, line: Sequence[str]) -> R:
         values: dict[str, Any] = {}
@@ -106,13 +107,55 @@ class CsvTable(Generic[R]):
         self._complete = True
 
     def _text(self, rows: Iterable[Any], header: bool) -> str:
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        if header:
-            writer.writerow(self.columns)
-        writer.writerows(dataclasses.astuple(row) for row in rows)
-        return text.getvalue()
+        return text_of([*([list(self.columns)] if header else []), *map(dataclasses.astuple, rows)])
 
     def _alone(self) -> FileLock:
         """While inside, no other process writes into the folder's tables; a process that is killed lets go."""
         return FileLock(self.path.parent / ".lock")
+
+
+def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append ``rows`` of equal columns to a CSV file, which begins with a line of their names.
+
+    Raises:
+        ValueError: the file has other columns, or is no CSV file.
+    """
+    columns, new = list(rows[0]), not path.exists()
+    if not new:
+        found = (read_lines(path, _OTHER)[0] or [[]])[0]
+        if found != columns:
+            raise ValueError(f"{path}: has the columns {found}, these rows have {columns}; name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text_of([*([columns] if new else []), *([row[name] for name in columns] for row in rows)]))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, packed or not, such as :func:`append_csv` writes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else, or damaged.
+    """
+    lines, _ = read_lines(path, _OTHER)
+    return [dict(zip(lines[0], line, strict=False)) for line in lines[1:] if line]
+
+
+def read_lines(path: Path, damaged: str) -> tuple[list[list[str]], bool]:
+    """The cells of every line of a CSV file, packed or not, and whether the last line has ended.
+
+    Args:
+        damaged: what is said of a file that is none, with ``{}`` for the reason.
+    """
+    try:
+        content = read_bytes(path).decode()
+        return list(csv.reader(io.StringIO(content, newline=""), strict=True)), content.endswith("\n")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: {damaged.format(error)}") from error
+
+
+def text_of(lines: Iterable[Sequence[Any]]) -> str:
+    """Lines of cells as a CSV file has them."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
