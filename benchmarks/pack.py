@@ -1,4 +1,4 @@
-"""Make the rows of a finished measurement small enough to keep: six digits of every measured number, then gzip.
+"""Make the rows of a finished measurement small enough to keep: six digits of what was measured, four of seconds; gzip.
 
     python benchmarks/pack.py FILE...
 
@@ -14,6 +14,10 @@ import re
 from pathlib import Path
 
 DIGITS = 6
+CLOCK = 4
+
+#: Columns of what a clock said.
+TIMED = ("seconds", "steps_per_second", "times", "least", "most")
 
 #: Columns that rows are found again by.
 EXACT = ("lr", "settings")
@@ -22,14 +26,14 @@ EXACT = ("lr", "settings")
 NUMBER = re.compile(r"(?<![\w.+-])-?\d+\.\d+(?:e[+-]?\d+)?(?![\w.])")
 
 
-def rounded(text: str) -> str:
-    """The text with at most :data:`DIGITS` digits in each number that has a point.
+def rounded(text: str, digits: int = DIGITS) -> str:
+    """The text with at most so many digits in each number that has a point.
 
     Example:
         >>> rounded("[100, 0.123456789, 2.5e-05], torch 2.13.0")
         '[100, 0.123457, 2.5e-05], torch 2.13.0'
     """
-    return NUMBER.sub(lambda found: min(found[0], repr(float(f"{float(found[0]):.{DIGITS}g}")), key=len), text)
+    return NUMBER.sub(lambda found: min(found[0], repr(float(f"{float(found[0]):.{digits}g}")), key=len), text)
 
 
 def packed(name: str, text: str) -> bytes:
@@ -40,8 +44,10 @@ def packed(name: str, text: str) -> bytes:
         writer = csv.writer(kept, lineterminator="\n")
         writer.writerow(header)
         for line in lines:
-            pairs = zip(header, line, strict=True)
-            writer.writerow([cell if column in EXACT else rounded(cell) for column, cell in pairs])
+            writer.writerow(
+                cell if column in EXACT else rounded(cell, CLOCK if column in TIMED else DIGITS)
+                for column, cell in zip(header, line, strict=True)
+            )
         text = kept.getvalue()
     else:
         text = rounded(text)
