@@ -15,7 +15,7 @@ from lopt.tasks.seeds import SEEDS
 from lopt.tasks.synthetic import ENGINE_FAMILIES, FAMILIES, Family
 from lopt.tasks.task import VALID_ROWS
 
-Groups = Literal["linear", "mlp", "lstm", "all"]
+Groups = Literal["direction", "linear", "mlp", "lstm", "all"]
 Objective = Literal["held_out", "train"]
 Weighting = Literal["mean", "linear", "last"]
 Scaling = Literal["prior", "none"]
@@ -56,8 +56,8 @@ class Phase:
     """Shortest and longest inner run in steps; lengths are drawn log-uniformly in between."""
 
     groups: Groups = "all"
-    """Tensors of theta that are trained: ``linear`` (skip, step control and gate), ``mlp`` (these and the MLP),
-    ``lstm`` (all others) or ``all``."""
+    """Tensors of theta that are trained: ``direction`` (skip and MLP), ``linear`` (skip, step control and gate),
+    ``mlp`` (all of these), ``lstm`` (all others) or ``all``."""
 
     estimator: EstimatorName = "es"
     """Meta-gradient estimator. ``es`` looks at pairs of whole runs, others of :mod:`lopt.meta.es` at windows of them;
@@ -167,8 +167,8 @@ class MetaTrainConfig:
     """Standard deviation of the perturbations, in these units."""
 
     outer: str = "adam"
-    """Outer optimizer: ``adam``, or the theta of a learned one, a shipped name or a file. The latter has no use for the
-    settings of Adam below."""
+    """Outer optimizer: ``adam``; ``sgd``, with the first of ``betas``; or the theta of a learned one, a shipped name or
+    a file. The latter has no use for the settings below."""
 
     lr: float = 0.03
     """Learning rate of Adam at the start, in these units."""

@@ -63,9 +63,9 @@ class Learner:
         clipped = torch.clamp(gradient, -config.gradient_clip, config.gradient_clip)
         meta_loss, lr = sum(result.meta_loss for result in results) / len(results), config.lr_at(state.inner_steps)
         noise = _by_family(results)
-        if config.outer == "adam":
+        if config.outer in outer.PLAIN:
             warmup = config.warmup_from_file if config.from_file else config.warmup
-            state.moments, direction = outer.adam(state.moments, clipped, trained, config.betas, warmup)
+            state.moments, direction = outer.PLAIN[config.outer](state.moments, clipped, trained, config.betas, warmup)
             state.theta = state.theta - lr * scale * direction
             noise["signal"] = round(outer.signal(state.moments, trained, config.betas), 4)
         else:

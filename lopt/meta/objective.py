@@ -24,6 +24,7 @@ from lopt.meta.config import Objective, Weighting
 
 FLOOR = 0.01
 LOSSES_PER_RUN = 100  # about so many outer_valid losses are taken
+FEWER = 20  # the same where each of them is differentiated
 
 
 class Losses(NamedTuple):
@@ -84,6 +85,6 @@ def diverged(losses: Losses) -> Tensor:
     return torch.logical_not(torch.isfinite(losses.outer[:, -1]))
 
 
-def spacing(horizon: int, window: int) -> int:
-    """Steps between outer_valid losses: the largest divisor of ``window`` that gives at least a hundred in a run."""
-    return max(step for step in range(1, max(1, horizon // LOSSES_PER_RUN) + 1) if window % step == 0)
+def spacing(horizon: int, window: int, points: int = LOSSES_PER_RUN) -> int:
+    """Steps between outer_valid losses: the largest divisor of ``window`` that gives at least ``points`` in a run."""
+    return max(step for step in range(1, max(1, horizon // points) + 1) if window % step == 0)

@@ -1,4 +1,4 @@
-"""The outer optimizer: Adam or a learned one, in coordinates in which a unit means about the same for every tensor.
+"""The outer optimizer: Adam, SGD or a learned one, in coordinates whose unit means about the same for every tensor.
 
 ``theta = theta_0 + scale z``. Perturbations are ``sigma scale eps``, the meta-gradient is that with respect to ``z``,
 and Adam moves ``z``; the origin cancels, so theta itself is what is kept. ``scale`` is the standard deviation that
@@ -19,6 +19,7 @@ from lopt.meta.config import Groups, Scaling
 from lopt.optimizer import LearnedOptimizer
 from lopt.rule import AnySpec, Theta, unflatten
 
+DIRECTION = ("skip", "mlp.")
 LINEAR = ("skip", "step.", "gate.")
 MLP = ("mlp.", *LINEAR)  # the other tensors belong to the LSTM
 VECTOR = 0.3  # scale of what is no weight matrix
@@ -38,6 +39,7 @@ def scales(spec: AnySpec, scaling: Scaling, groups: Groups) -> Tensor:
             scale = 1 / math.sqrt(shape[-2]) if len(shape) >= 2 else DIRECT if direct else VECTOR
         trained = {
             "all": True,
+            "direction": name.startswith(DIRECTION),
             "linear": name.startswith(LINEAR),
             "mlp": name.startswith(MLP),
             "lstm": not name.startswith(MLP),
@@ -70,6 +72,19 @@ def signal(moments: Moments, trained: Tensor, betas: tuple[float, float]) -> flo
     return float(torch.square(moments.mean)[trained].sum() / expected) if expected > 0 else 1.0
 
 
+def _follow(
+    moments: Moments, gradient: Tensor, trained: Tensor, betas: tuple[float, float], warmup: int
+) -> tuple[Moments, Tensor, Tensor, Tensor]:
+    """New moments; mean and square of the gradients without the bias of their start; what moves."""
+    mean = torch.where(trained, betas[0] * moments.mean + (1.0 - betas[0]) * gradient, moments.mean)
+    square = torch.where(trained, betas[1] * moments.square + (1.0 - betas[1]) * gradient**2, moments.square)
+    gradients = moments.gradients + trained
+    unbiased, root = (
+        moment / (1.0 - beta ** gradients.clamp(min=1.0)) for moment, beta in zip((mean, square), betas, strict=True)
+    )
+    return Moments(mean, square, gradients), unbiased, root, trained & (gradients > warmup)
+
+
 def adam(
     moments: Moments, gradient: Tensor, trained: Tensor, betas: tuple[float, float], warmup: int = 0
 ) -> tuple[Moments, Tensor]:
@@ -85,14 +100,23 @@ def adam(
 
     Source: arXiv:1412.6980.
     """
-    mean = torch.where(trained, betas[0] * moments.mean + (1.0 - betas[0]) * gradient, moments.mean)
-    square = torch.where(trained, betas[1] * moments.square + (1.0 - betas[1]) * gradient**2, moments.square)
-    gradients = moments.gradients + trained
-    moves = trained & (gradients > warmup)
-    corrected = [m / (1.0 - beta ** gradients.clamp(min=1.0)) for m, beta in zip((mean, square), betas, strict=True)]
-    direction = corrected[0] / (corrected[1].sqrt() + 1e-8)
-    return Moments(mean, square, gradients), torch.where(moves, direction, torch.zeros_like(direction))
+    moments, mean, square, moves = _follow(moments, gradient, trained, betas, warmup)
+    return moments, torch.where(moves, mean / (square.sqrt() + 1e-8), 0.0)
 
+
+def sgd(
+    moments: Moments, gradient: Tensor, trained: Tensor, betas: tuple[float, float], warmup: int = 0
+) -> tuple[Moments, Tensor]:
+    """One step along the mean of the gradients; arguments and result are those of :func:`adam`.
+
+    Adam moves a component whose gradient is noise as far as one whose gradient never changes; this does not.
+    """
+    moments, mean, _, moves = _follow(moments, gradient, trained, betas, warmup)
+    return moments, torch.where(moves, mean, 0.0)
+
+
+#: Outer optimizers that need no theta.
+PLAIN = {"adam": adam, "sgd": sgd}
 
 _theta = lru_cache(maxsize=4)(Theta.load)
 

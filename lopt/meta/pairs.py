@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lopt.meta import backprop, es, inner, objective
-from lopt.meta.config import MetaTrainConfig
+from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.es import ESTIMATORS
 from lopt.meta.executors import kept
 from lopt.meta.unroll import Run
@@ -82,12 +82,17 @@ def perturbations(config: MetaTrainConfig, key: Key, num_floats: int) -> Tensor:
     return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
+def _points(phase: Phase) -> int:
+    """Losses of a run that the meta-loss is made of."""
+    return objective.FEWER if phase.estimator == "backprop" else objective.LOSSES_PER_RUN
+
+
 def horizon_of(config: MetaTrainConfig, phase: int, iteration: int, group: int) -> int:
     """Length of the runs that ``group`` begins at ``iteration``: log-uniform, rounded to whole windows or losses."""
     shortest, longest = config.phases[phase].horizon
     random = generator(config.seed, "horizon", iteration, group)
     horizon = round(math.exp(random.uniform(math.log(shortest), math.log(longest))))
-    unit = config.phases[phase].window or max(1, horizon // objective.LOSSES_PER_RUN)
+    unit = config.phases[phase].window or max(1, horizon // _points(config.phases[phase]))
     return unit * max(1, round(horizon / unit))
 
 
@@ -97,7 +102,7 @@ def sample_run(config: MetaTrainConfig, phase: int, iteration: int, group: int) 
     random = generator(config.seed, "run", iteration, group)
     task = _task(config, random, config.phases[phase].max_params)
     told = random.random() < config.tell_horizon
-    spacing = objective.spacing(horizon, config.phases[phase].window or horizon)
+    spacing = objective.spacing(horizon, config.phases[phase].window or horizon, _points(config.phases[phase]))
     seed, shown = int(random.integers(2**63)), random.random() < config.show_valid
     valid = {"valid_every": 10 if shown else 0, "valid_batches": task.num_batches(config.valid_rows)}
     averaged = not told and random.random() < config.averaged

@@ -206,7 +206,7 @@ def _theta(config: MetaTrainConfig, spec: AnySpec, state: TrainState, best: bool
         "command": command,
         "config": config.to_json(),
         "start_sha256": state.start_sha256,
-        "outer_sha256": None if config.outer == "adam" else file_checksum(config.outer),
+        "outer_sha256": None if config.outer in outer.PLAIN else file_checksum(config.outer),
         "iteration": of if best else state.iteration,
         "iterations": state.iteration,
         "inner_steps": state.inner_steps,
