@@ -17,7 +17,7 @@ from lopt.meta.metrics import read_metrics
 from lopt.meta.recipes import check_fields
 from lopt.meta.train import meta_train
 
-RecipeName = Literal["default", "train-loss", "continue", "paper", "networks", "mixture", "tiny"]
+RecipeName = Literal["default", "train-loss", "continue", "paper", "networks", "mixture", "backprop", "tiny"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.tasks import ENGINE_FAMILIES, FAMILIES, SAMPLED_FAMILIES
-from lopt.tasks.data import catalogue
 from lopt.tasks.distribution import TaskDistribution
 
 CURRICULUM = (
@@ -138,9 +137,7 @@ NETWORKS: dict[str, Any] = {
 #: thousands, too. Few gradients, of which most is signal: steps along their mean.
 BACKPROP: dict[str, Any] = {
     "init": "default",
-    "tasks": TaskDistribution(
-        (("token_transformer", 1.0),), data=(*catalogue.CORE, "stdlib-source"), max_seconds=None, max_params=40_000
-    ),
+    "tasks": TaskDistribution((("text_transformer", 1.0),), data=("stdlib-source",), max_seconds=None),
     "phases": (Phase(1.0, (60, 160), "direction", "backprop"),),
     "pairs": 24,
     "outer": "sgd",

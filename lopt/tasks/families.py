@@ -46,7 +46,7 @@ SampledFamily = Literal[
     "transformer_language_model",
     "vit",
 ]
-NetworkFamily = Literal["token_perceptron", "token_transformer", "small_convolution"]
+NetworkFamily = Literal["token_perceptron", "token_transformer", "text_transformer", "small_convolution"]
 Family = synthetic.Family | SampledFamily | NetworkFamily
 
 #: ``sampler(random, names of data sets) -> task``; those without data ignore the names.
@@ -67,6 +67,7 @@ SAMPLERS: dict[SampledFamily | NetworkFamily, Callable[[Random, tuple[str, ...]]
     "vit": attention.sample_vit,
     "token_perceptron": network_tasks.sample_token_perceptron,
     "token_transformer": network_tasks.sample_token_transformer,
+    "text_transformer": network_tasks.sample_text_transformer,
     "small_convolution": network_tasks.sample_small_convolution,
 }
 
@@ -96,6 +97,7 @@ _TYPES: tuple[type[SampledTask], ...] = (
     *scripts.SCRIPTS,
     network_tasks.TokenPerceptron,
     network_tasks.TokenTransformer,
+    network_tasks.TextTransformer,
     network_tasks.SmallConvolution,
 )
 TYPES: dict[str, type[SampledTask]] = {kind.__name__: kind for kind in _TYPES}

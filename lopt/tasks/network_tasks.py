@@ -4,6 +4,7 @@
 
     token_perceptron     the last symbols, embedded, side by side -> dense -> blocks x + mlp(norm(x)) -> norm -> head
     token_transformer    embeddings + positions -> blocks x + attention(norm(x)), x + mlp(norm(x)) -> norm -> head
+    text_transformer     the same, on the frequent symbols of a text, of sizes nearer to what people train
     small_convolution    one or two 3 x 3 convolutions with pools -> mean or all places -> dense layers
 
 Norms are layer norms, with biases everywhere, or root mean squares, without biases. Half of the networks start with
@@ -45,7 +46,7 @@ from lopt.tasks.network import (
 from lopt.tasks.pieces import Initialiser, Layout, Params, Random, flip, log_int, pick
 from lopt.tasks.sampled import SampledTask
 from lopt.tasks.seeds import minibatch_key, minibatch_rows
-from lopt.tasks.streams import StreamData, sample_stream
+from lopt.tasks.streams import GENERATORS, StreamData, sample_stream
 from lopt.tasks.task import Batch, SplitName
 
 SMALL = Initialiser("random_normal", 0.02)
@@ -194,6 +195,13 @@ class TokenTransformer(TokenTask):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextTransformer(TokenTransformer):
+    """A token transformer whose stream is a text."""
+
+    family: ClassVar[str] = "text_transformer"
+
+
+@dataclass(frozen=True, kw_only=True)
 class SmallConvolution(NetworkTask):
     """A convolutional classifier of images of at most 16 x 16 pixels; larger ones are made smaller by means of squares.
 
@@ -286,6 +294,28 @@ def sample_token_transformer(random: Random, names: tuple[str, ...]) -> TokenTra
         data=sample_stream(random, names),
         context=log_int(random, 8, 32),
         blocks=_blocks(random, heads * log_int(random, 4, 16)),
+        heads=heads,
+        small=flip(random),
+        bare=flip(random, BARE),
+    )
+
+
+def sample_text_transformer(random: Random, names: tuple[str, ...]) -> TextTransformer:
+    """48 or 64 symbols of a text, 16 or 32 at once, one or two blocks with two or four heads of 8 or 12; minibatches of
+    8 or 16 windows of 100,000 symbols."""
+    texts = catalogue.of_kind(names, ("text",))
+    name = pick(random, [name for name in texts if name not in GENERATORS] or list(texts))
+    heads = pick(random, [2, 4])
+    return TextTransformer(
+        data=StreamData(
+            name=name,
+            seed=int(random.integers(catalogue.variants(name))),
+            vocabulary=pick(random, [48, 64]),
+            train_symbols=100_000,
+            batch_size=pick(random, [8, 16]),
+        ),
+        context=pick(random, [16, 32]),
+        blocks=Blocks(count=pick(random, [1, 2]), width=heads * pick(random, [8, 12]), layer_norm=flip(random)),
         heads=heads,
         small=flip(random),
         bare=flip(random, BARE),

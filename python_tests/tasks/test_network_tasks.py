@@ -66,7 +66,7 @@ def test_token_networks_are_language_models() -> None:
     assert sum(isinstance(layer, Attention) for layer in transformer.network.layers) == 1
 
 
-@pytest.mark.parametrize("family", ["token_perceptron", "token_transformer"])
+@pytest.mark.parametrize("family", ["token_perceptron", "token_transformer", "text_transformer"])
 def test_a_quarter_of_the_language_models_hide_their_roles(family: NetworkFamily) -> None:
     tasks = sampled(family, 60)
     bare = [task for task in tasks if task.bare]
