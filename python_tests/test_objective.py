@@ -81,6 +81,10 @@ def test_scales_are_those_of_the_initialisation() -> None:
     assert int((mlp > 0).sum()) == 24 * 8 + 8 + 8 * 8 + 8 + 8 * 6 + 6 + 12 + 36
     assert torch.equal(linear[mlp == 0], torch.zeros(int((mlp == 0).sum())))
     assert torch.equal(mlp + lstm, outer.scales(spec, "prior", "all"))
+    direction = unflatten(spec, outer.scales(spec, "prior", "direction"))
+    assert {name for name, scale in direction.items() if scale.any()} == {
+        name for name in spec.shapes() if name.startswith(("mlp.", "skip"))
+    }
     assert bool((mlp * lstm == 0).all())
     assert set(outer.scales(spec, "none", "lstm").tolist()) == {0.0, 1.0}
 
@@ -109,3 +113,12 @@ def test_components_are_trained_and_warmed_up_on_their_own(generator: torch.Gene
         if step >= 2:
             alone, expected = outer.adam(alone, gradient[1:], trained[1:], (0.9, 0.99), warmup=3)
             assert float(direction[1]) == float(expected)
+
+
+def test_sgd_follows_the_mean_of_the_gradients(generator: torch.Generator) -> None:
+    moments, trained, seen = outer.Moments.zeros(3), torch.tensor([True, True, False]), torch.zeros(0, 3)
+    for step in range(1, 6):
+        seen = torch.cat([seen, torch.randn(1, 3, generator=generator)])
+        moments, direction = outer.sgd(moments, seen[-1], trained, (0.8, 0.95), warmup=2)
+        weights = 0.2 * 0.8 ** torch.arange(step - 1, -1, -1) / (1.0 - 0.8**step)
+        torch.testing.assert_close(direction, torch.where(trained & (step > 2), weights @ seen, torch.zeros(3)))

@@ -129,6 +129,7 @@ CHECKSUMS: dict[Family, tuple[int, str, int, int]] = {
     "vit": (8, "vit-templates-10-2x48-4x4", 0x9BC04046, 0x545E32FB),
     "token_perceptron": (7, "token_perceptron-markov-55-3-3x25-small", 0xE98A7526, 0x1ED4F07B),
     "token_transformer": (7, "token_transformer-brackets-18-11-3x14-small", 0x2D53FF92, 0x377FF74D),
+    "text_transformer": (7, "text_transformer-babble-64-32-1x16-small", 0xCA4A6F83, 0xC8BBA6DD),
     "small_convolution": (7, "small_convolution-textures-0-5-7-fan-in", 0xD433459B, 0x1A0D0C69),
 }
 
