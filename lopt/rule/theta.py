@@ -145,7 +145,7 @@ class Theta(Generic[Spec]):
         tensor the update is Adam's with betas (.9, .999). A tensor's step is ``step_multiplier`` (.04) of its root mean
         square (bounded, see :func:`lopt.rule.tensor_lstm.tensor_scale`), and shorter in its first ten updates; given
         ``total_steps`` it starts at twice that and falls linearly to 1%. Both factors were set on synthetic tasks
-        (benchmarks/step_size.py, before there was a warm-up): final training loss .99 and .85 times that of constant
+        (docs/notebook, step_size.py, before the warm-up): final training loss .99 and .85 times that of constant
         Adam with the best of five learning rates for each task. Where the optimizer sees a validation loss, a rise of
         it (:func:`lopt.rule.losses.loss_rise`) lowers the log of the step by ``stop_early`` times that input: to
         half once a hundredth of what was gained is lost, to a hundredth in the end.
@@ -155,7 +155,7 @@ class Theta(Generic[Spec]):
 
         ``paper``: no column has Adam's pair of decays. Two hidden units carry ``+-x`` of the column nearest to Adam's
         direction, ``mom1 / sqrt(rms1)`` with decays .9 and .9: cosine .990 on random gradients, and a fitted
-        combination of all five does no better (benchmarks/adam_fit.py). The normaliser gives that column unit mean
+        combination of all five does no better (docs/notebook, adam_fit.py). The normaliser gives that column unit mean
         square, so the step is that of Adam with a learning rate of 1e-3.
         """
         spec = hierarchical(cls.init(preset, seed), "init_adam").spec

@@ -7,7 +7,7 @@ for the embedding; ``geometric`` measures the steps of a matrix by the geometric
 those of all matrices, which the library does not (by the reference, with another
 :func:`lopt.rule.tensor_lstm.tensor_scale`).
 
-    python benchmarks/embedding.py 300:1 300:.02 1000:1
+    python docs/notebook/scripts/embedding.py 300:1 300:.02 1000:1
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 from train_text import ACCUMULATED, ROWS, Transformer, loss_of, windows
 
 from lopt import LearnedOptimizer

@@ -5,7 +5,7 @@ offsets to the weight from the rise of the validation loss (loss_rise in lopt.ru
 scores each on synthetic validation tasks (runs of 200, 1000 and 5000 steps, told and untold) by the mean over runs of
 log(final held-out loss / initial loss + .01), and writes the best theta. Held-out tasks play no part.
 
-    python benchmarks/stop_early.py THETA OUT
+    python docs/notebook/scripts/stop_early.py THETA OUT
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ show, and steps that are too long. This script scores a theta at several clips o
 told and untold, by the mean over runs of log(final held-out loss / initial loss + .01), and writes the theta with the
 best mean of both. Held-out tasks play no part.
 
-    python benchmarks/feature_clip.py THETA OUT
+    python docs/notebook/scripts/feature_clip.py THETA OUT
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ Scores thetas between ``default`` (held-out loss) and ``train-loss`` on the firs
 .01), for both losses; then the differences from ``default`` with their standard errors over tasks. Held-out tasks play
 no part.
 
-    python benchmarks/both_losses.py
+    python docs/notebook/scripts/both_losses.py
 """
 
 import math

@@ -4,7 +4,7 @@ Scores a compact theta, the same with the logarithm of every step raised, and th
 begins with, on 16 validation tasks of every synthetic family: the mean over runs of 200 and 1000 steps, told and
 untold, of log(final held-out loss / initial loss + .01). Held-out tasks play no part.
 
-    python benchmarks/by_family.py THETA
+    python docs/notebook/scripts/by_family.py THETA
 """
 
 import math

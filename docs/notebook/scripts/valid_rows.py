@@ -4,7 +4,7 @@ Scores it on the first 100 validation tasks of the recipe ``continue``, told los
 1024 rows: the mean over runs of 200 and 1000 steps, with and without total_steps, of log(final held-out loss / initial
 loss + .01); then the difference from the first with its standard error over tasks. Held-out tasks play no part.
 
-    python benchmarks/valid_rows.py THETA
+    python docs/notebook/scripts/valid_rows.py THETA
 """
 
 import math

@@ -6,7 +6,7 @@ sampler of TaskSet with layers of 384 units or more on generated images. Nothing
 optimizer: the loss on 4,000 new rows for each width, mean over three seeds, and over the autoencoders the mean of
 log(final training loss / initial loss + .01).
 
-    python benchmarks/shapes.py lopt adam adam-tuned:2 adam-tuned:4
+    python docs/notebook/scripts/shapes.py lopt adam adam-tuned:2 adam-tuned:4
 """
 
 import math

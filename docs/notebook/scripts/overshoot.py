@@ -4,7 +4,7 @@ Trains convolutions and perceptrons by TaskSet's samplers on generated textures,
 total_steps, seed 0. Prints a row per optimizer: the mean of log(final training loss / initial loss + .01) over tasks,
 and how many of them end above .8 of the initial loss.
 
-    python benchmarks/overshoot.py lopt lopt-untold adam adam-tuned:4
+    python docs/notebook/scripts/overshoot.py lopt lopt-untold adam adam-tuned:4
 """
 
 import math
