@@ -73,7 +73,7 @@ def test_layouts_are_measured_written_and_compared(what, tmp_path, monkeypatch, 
 def test_bad_options_are_named(capsys):
     for options, said in (
         (["unroll", "--steps", "3"], "at least 50"),
-        (["kernel", "--presets", "huge"], "presets: expected some of paper, compact, spectral, got 'huge'"),
+        (["kernel", "--presets", "huge"], "presets: expected some of paper, compact, spectral, small_fc_lopt, velo"),
         (["step", "--sizes", "10", "--tensors", "20"], "tensors: expected 1 to 10"),
         (["step", "--models", "bert"], "vit-b16, gpt2-355m, got 'bert'"),
         (["kernel", "--compare", "no-such-file.csv"], "no-such-file.csv"),
