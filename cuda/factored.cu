@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kThreads) accumulate_factored_kernel(FactoredP
       const int64_t at = (tile.line + line) * lines.size() + tile.begin + c;
       const float g = clip_gradient(load_value(grads, tensor.grad_dtype, at), Columns::kGradientBound);
       const float p = seen_param(load_value(tensor.param, tensor.param_dtype, at));
-      float m[Columns::kNumMom], r[Columns::kNumRms], x[kColumns];
+      float m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns];
 #pragma unroll
       for (int k = 0; k < Columns::kNumMom; ++k) {
         m[k] = next_accumulator(__ldcg(mom + k * tensor.numel + at), params.mom_decay[k], g);
@@ -323,10 +323,10 @@ __global__ void __launch_bounds__(kThreads) accumulate_factored_kernel(FactoredP
         r[k] = next_accumulator(__ldcg(rms + k * tensor.numel + at), params.rms_decay[k], g * g);
         __stcg(rms + k * tensor.numel + at, r[k]);
       }
-      Factors<float> factors;
+      Factors<float> factors{};
       if (factored) {
         factors = spread.at(lines, tile.line + line, tile.begin + c);
-      } else {
+      } else if constexpr (Columns::kFactored) {
         float d[kFactoredDecays];
 #pragma unroll
         for (int k = 0; k < kFactoredDecays; ++k) {
@@ -372,15 +372,15 @@ __global__ void __launch_bounds__(kThreads) apply_factored_kernel(FactoredParams
       const int64_t at = (tile.line + line) * lines.size() + tile.begin + c;
       const float g = clip_gradient(load_value(grads, tensor.grad_dtype, at), Columns::kGradientBound);
       const float p = load_value(tensor.param, tensor.param_dtype, at);
-      float m[Columns::kNumMom], r[Columns::kNumRms], x[kColumns], direction[1];
+      float m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns], direction[1];
 #pragma unroll
       for (int k = 0; k < Columns::kNumMom; ++k) m[k] = __ldcg(mom + k * tensor.numel + at);
 #pragma unroll
       for (int k = 0; k < Columns::kNumRms; ++k) r[k] = __ldcg(rms + k * tensor.numel + at);
-      Factors<float> factors;
+      Factors<float> factors{};
       if (factored) {
         factors = spread.at(lines, tile.line + line, tile.begin + c);
-      } else {
+      } else if constexpr (Columns::kFactored) {
         float d[kFactoredDecays];
 #pragma unroll
         for (int k = 0; k < kFactoredDecays; ++k) d[k] = __ldcg(moments + k * tensor.numel + at);

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from lopt import LearnedOptimizer, Theta, kernels
 from lopt.kernels.factored import Lines, sizes_of
 from lopt.rule.matrices import Kind
-from lopt.rule.published import MLPLOpt, Rule, SmallFC, VeLO, parts
+from lopt.rule.published import Celo2, MLPLOpt, Rule, SmallFC, VeLO, parts
 
 Params = list[Parameter]
 
@@ -27,6 +27,7 @@ RULES: dict[str, Rule] = {
     "small_fc": SmallFC(),
     "small_fc32": SmallFC(mlp_width=32),
     "velo": VeLO(lstm_width=8, bank_size=6),
+    "mlp_lopt": MLPLOpt(),
 }
 every_rule = pytest.mark.parametrize("name", RULES)
 
@@ -124,7 +125,7 @@ def test_step_error(backend: Backend, name: str) -> None:
     assert moved[0] == moved[1]
     assert sum(moved[0]) > len(shapes) - 3  # a ReLU may be shut for the one number that a tensor has
     check_rule("params", error(found[0], exact[0]), error(single[0], exact[0]))
-    for part in ("mom", "rms", "row", "column", "diagonal"):
+    for part in sorted({name for state in exact[1] for name in state} & {"mom", "rms", "row", "column", "diagonal"}):
         rows = [i for i, of_tensor in enumerate(exact[1]) if part in of_tensor]
         ours, theirs, alone = ([states[i][part] for i in rows] for states in (found[1], exact[1], single[1]))
         check_rule(part, error(ours, theirs), error(alone, theirs))
@@ -132,7 +133,10 @@ def test_step_error(backend: Backend, name: str) -> None:
 
 @every_rule
 def test_update_error(backend: Backend, name: str) -> None:
-    """Of what is added to the parameters, which otherwise is seen through their rounding: to parameters of zero."""
+    """Of what is added to the parameters, which otherwise is seen through their rounding: to parameters of zero.
+
+    One ulp more, as the exponential has an error of its own.
+    """
     shapes = shapes_of(backend)
     values, state = begun(name, shapes)
     updates = []
@@ -140,7 +144,7 @@ def test_update_error(backend: Backend, name: str) -> None:
         device = backend.device if impl != "reference" else None
         opt, params = make(name, [torch.zeros_like(value, dtype=dtype) for value in values], impl, state, device)
         updates.append(step_on(opt, params)[0])
-    check_rule("update", error(updates[0], updates[1]), error(updates[2], updates[1]))
+    check_rule("update", error(updates[0], updates[1]), error(updates[2], updates[1]), ulps=2.0)
 
 
 @every_rule
@@ -225,10 +229,11 @@ def test_extreme_values_stay_finite_and_near_the_reference(backend: Backend, nam
 
 
 def test_a_step_is_seven_launches_whatever_the_model() -> None:
-    """Counted in the simulator; of vectors alone, which have no rows and columns, six."""
+    """Counted in the simulator; without rows and columns, of which vectors have none, six."""
     sim = kernels.module_of("sim")
     for name in RULES:
-        for shapes, expected in (((), 6), ((3, 2), 7)):
+        for shapes in ((), (3, 2)):
+            expected = 6 if not shapes or name == "mlp_lopt" else 7
             for count in (1, 30):
                 opt, params = make(name, [torch.ones(shapes)] * count, "sim")
                 set_grads(params, 0)
@@ -304,7 +309,7 @@ def test_what_has_no_kernels_is_left_to_the_reference() -> None:
     params = [Parameter(torch.ones(3, 2))]
     assert LearnedOptimizer(params, theta_of("small_fc")).implementation == "cpu"
     assert LearnedOptimizer([Parameter(torch.ones(3).double())], theta_of("small_fc")).implementation == "reference"
-    for spec in (SmallFC(mlp_width=5), SmallFC(mlp_layers=1), MLPLOpt()):
+    for spec in (SmallFC(mlp_width=5), SmallFC(mlp_layers=1), MLPLOpt(mlp_width=16), Celo2()):
         theta = Theta.init(spec)
         assert LearnedOptimizer(params, theta).implementation == "reference"
         with pytest.raises(ValueError, match=r"impl='cpu': rule '.*' has no kernels for .*; use impl='auto'"):

@@ -196,7 +196,7 @@ def test_loss_decays_are_those_of_the_authors(name: str, golden: Callable[[str],
 
 #: The reference alone has float64; ``"auto"`` is the kernels where there are some.
 IMPLS = [("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
-KERNELS = ("small_fc_lopt", "velo")
+KERNELS = ("mlp_lopt", "small_fc_lopt", "velo")
 
 
 @pytest.mark.parametrize(("impl", "dtype"), IMPLS, ids=["auto", "float32", "float64"])
@@ -633,12 +633,12 @@ def test_what_is_not_there_is_refused() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"state_dtype": torch.bfloat16}, "state_dtype: rule 'mlp_lopt' has its state in float32, got torch.bfloat16"),
         ({"sharded_state": True}, "sharded_state: rule 'mlp_lopt' keeps whole states"),
-        ({"impl": "cpu"}, "impl='cpu': rule 'mlp_lopt' has no kernels for 'cpu'; use impl='auto' or 'reference'"),
+        ({"impl": "cuda"}, "impl='cuda': parameters are on cpu, expected cuda; use impl='auto' or 'reference'"),
     ]
     for options, message in refused:
         with pytest.raises(ValueError, match=message):
             LearnedOptimizer(params, theta, **options)
-    for name, message in (("velo", "rule 'velo' steps all tensors at once"), ("mlp_lopt", "rule 'mlp_lopt' steps all")):
+    for name, message in (("velo", "rule 'velo' steps all tensors at once"), ("nn_adam", "rule 'nn_adam' steps all")):
         with pytest.raises(ValueError, match=f"step_in_backward: {message}"):
             LearnedOptimizer(params, small_theta(name)).step_in_backward()
     for call in (lambda: theta.carried(Theta.init("compact").spec), lambda: Theta.init_adam("velo")):

@@ -101,7 +101,7 @@ struct FactoredParams {
 
 constexpr int64_t kPiece = 1024;
 
-enum FactoredRule : int32_t { kSmallFC = 0, kVeLO = 1, kNumFactoredRules };
+enum FactoredRule : int32_t { kSmallFC = 0, kVeLO = 1, kMLPLOpt = 2, kNumFactoredRules };
 
 // Of a tile sums, of a tensor in `stats`:
 //   nonfinite     number of NaN and Inf gradient elements
@@ -120,6 +120,7 @@ bool with_factored(int rule, int width, Function&& f) {
   if (rule == kSmallFC && width == 4) return f(SmallFCColumns{}, IntConstant<4>{}), true;
   if (rule == kSmallFC && width == 32) return f(SmallFCColumns{}, IntConstant<32>{}), true;
   if (rule == kVeLO && width == 4) return f(VeLOColumns{}, IntConstant<4>{}), true;
+  if (rule == kMLPLOpt && width == 32) return f(MLPLOptColumns{}, IntConstant<32>{}), true;
   return false;
 }
 

@@ -92,6 +92,27 @@ void measure_moments(const Tile& tile, const Lines& lines, double* measures) {
   });
 }
 
+// sums[(first + i) % period] += values[i] for i < count. Sixteen vectors and less of one phase are summed in float.
+inline void sum_periods(const float* values, int64_t period, int64_t first, int64_t count, double* sums) {
+  constexpr int64_t kMost = 32;  // vectors, of which a whole number has a whole number of periods
+  int64_t i = 0;
+  if (period <= kMost) {
+    const int64_t step = period * kLanes;
+    while (i + step <= count) {
+      Vec part[kMost]{};
+      for (int summed = 0; summed < kSummedLines && i + step <= count; ++summed, i += step)
+        for (int64_t v = 0; v < period; ++v) part[v] += load(values + i + v * kLanes);
+      for (int64_t v = 0; v < period; ++v)
+        for (int lane = 0; lane < kLanes; ++lane) sums[(first + v * kLanes + lane) % period] += part[v][lane];
+    }
+  }
+  int64_t entry = (first + i) % period;
+  for (; i < count; ++i) {
+    sums[entry] += values[i];
+    if (++entry == period) entry = 0;
+  }
+}
+
 // Squares of gradients, summed along the lines of a tile and across them.
 void measure_squares(const FactoredParams& params, const Tile& tile, const Lines& lines, float bound) {
   static thread_local std::vector<float> squares, values, sums;
@@ -121,12 +142,12 @@ void measure_squares(const FactoredParams& params, const Tile& tile, const Lines
         if (per_line == 1) along[0] += sum_lanes(total);
       }
       if (per_line == 1) continue;
-      int64_t inner = tile.begin % tensor.inner, group = tile.begin / (tensor.length * tensor.inner) * tensor.inner;
-      int64_t left = tensor.length * tensor.inner - tile.begin % (tensor.length * tensor.inner);
-      for (int64_t i = 0; i < width; ++i) {
-        along[group + inner] += squares[static_cast<size_t>(i)];
-        if (++inner == tensor.inner) inner = 0;
-        if (--left == 0) left = tensor.length * tensor.inner, group += tensor.inner;
+      const int64_t period = tensor.length * tensor.inner;
+      for (int64_t i = 0; i < width;) {
+        const int64_t at = (tile.begin + i) % period, count = std::min(width - i, period - at);
+        sum_periods(squares.data() + i, tensor.inner, at % tensor.inner, count,
+                    along + (tile.begin + i) / period * tensor.inner);
+        i += count;
       }
     }
     for (int64_t i = 0; i < width; ++i) across[i] += sums[static_cast<size_t>(i)];
@@ -247,8 +268,9 @@ void fold_tensor(const FactoredParams& params, const FactoredTensor& tensor) {
     for (int c = 0; c < kColumns; ++c) total[c] += params.squares[i * kColumns + c];
   float scale[kColumns];
   for (int c = 0; c < kColumns; ++c) scale[c] = column_scale(total[c] / static_cast<double>(tensor.numel));
-  if (factored) {
+  if constexpr (Columns::kFactored) {
     for (const bool is_along : {true, false}) {
+      if (!factored) break;
       const Entries entries(params, lines, is_along);
       const int side = is_along ? 0 : kFactoredDecays;
       for (int k = 0; k < kFactoredDecays; ++k) {
@@ -263,14 +285,24 @@ void fold_tensor(const FactoredParams& params, const FactoredTensor& tensor) {
   float* const own = params.own_weights + tensor.row * Layout::kSize;
   for (int i = 0; i < Layout::kSize; ++i)
     own[i] = folded_weight<Columns, kWidth>(i, weights, scale, tensor.along_is_row != 0, times);
-  if (!factored) return;
-  const float *const of_means = own + Columns::along0 * kWidth, *const of_roots = own + Columns::rsqrt_along0 * kWidth;
-  constexpr int kSide = kFactoredDecays * kWidth;
-  Entries(params, lines, true).find_units<kWidth>(own + Layout::kB1, of_means, of_roots);
-  Entries(params, lines, false).find_units<kWidth>(nullptr, of_means + kSide, of_roots + kSide);
+  if constexpr (Columns::kFactored) {
+    if (!factored) return;
+    const float *const of_means = own + Columns::along0 * kWidth, *const of_roots =
+                                                                      own + Columns::rsqrt_along0 * kWidth;
+    constexpr int kSide = kFactoredDecays * kWidth;
+    Entries(params, lines, true).find_units<kWidth>(own + Layout::kB1, of_means, of_roots);
+    Entries(params, lines, false).find_units<kWidth>(nullptr, of_means + kSide, of_roots + kSide);
+  }
 }
 
 // ---- accumulate and apply ----------------------------------------------------------------------------------------------
+
+// to[i] = values[(first + i) % period] for i < count.
+inline void repeat(const float* values, int64_t period, int64_t first, int64_t count, float* to) {
+  int64_t done = std::min(period, count);
+  for (int64_t i = 0; i < done; ++i) to[i] = values[first + i < period ? first + i : first + i - period];
+  for (; done < count; done *= 2) std::copy_n(to, std::min(done, count - done), to + done);
+}
 
 // Factors, and what kUnits units of the first layer have, of the elements of a run: each plane from an address on, along
 // and across. kSame: all elements of the run have one entry along.
@@ -340,11 +372,11 @@ struct Spreads {
         if (per_line == 1) {
           std::fill_n(to, piece, *from);
         } else {
-          int64_t group = begin / period * inner, left = period - begin % period, entry = begin % inner;
-          for (int64_t i = 0; i < piece; ++i) {
-            to[i] = from[group + entry];
-            if (++entry == inner) entry = 0;
-            if (--left == 0) left = period, group += inner;
+          // One length * inner after the other: its entries, over and over.
+          for (int64_t i = 0; i < piece;) {
+            const int64_t at = (begin + i) % period, count_here = std::min(piece - i, period - at);
+            repeat(from + (begin + i) / period * inner, inner, at % inner, count_here, to + i);
+            i += count_here;
           }
         }
         done += piece;
@@ -363,11 +395,15 @@ struct NotFactored {
   const float* moments;
   int64_t stride;
 
-  Factors<Vec> at(int64_t i, int lanes) const {
-    Vec r[kFactoredDecays];
-    LOPT_UNROLL
-    for (int k = 0; k < kFactoredDecays; ++k) r[k] = load(moments + k * stride + i, lanes);
-    return Columns::not_factored(r);
+  Factors<Vec> at([[maybe_unused]] int64_t i, [[maybe_unused]] int lanes) const {
+    if constexpr (Columns::kFactored) {
+      Vec r[kFactoredDecays];
+      LOPT_UNROLL
+      for (int k = 0; k < kFactoredDecays; ++k) r[k] = load(moments + k * stride + i, lanes);
+      return Columns::not_factored(r);
+    } else {
+      return {};
+    }
   }
 };
 
@@ -378,11 +414,9 @@ void for_factored_runs(const FactoredParams& params, const Tile& tile, const Fun
   Spreads<kUnits> spreads{params, {tensor}, {}, {}};
   for_runs(spreads.lines, tile, [&](int64_t at, int64_t count) {
     if (!spreads.lines.factored())
-      f(at, count, NotFactored<Columns>{reinterpret_cast<const float*>(tensor.along) + at, tensor.numel});
-    else if (spreads.same(at, count))
-      f(at, count, spreads.of_line(at));
-    else
-      f(at, count, spreads.of(at, count));
+      return f(at, count, NotFactored<Columns>{reinterpret_cast<const float*>(tensor.along) + at, tensor.numel});
+    if constexpr (Columns::kFactored)
+      spreads.same(at, count) ? f(at, count, spreads.of_line(at)) : f(at, count, spreads.of(at, count));
   });
 }
 
@@ -410,9 +444,9 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
   std::fill_n(total, kColumns, 0.0);
   for_factored_runs<Columns, 0>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
     // Squares of columns that entries have in common are summed over the entries, by fold.
-    constexpr int kSquared = std::decay_t<decltype(factors)>::kFactored ? kElementColumns<Columns> : kColumns;
+    constexpr int kSquared = std::decay_t<decltype(factors)>::kFactored ? element_columns<Columns>() : kColumns;
     const float *const p_at = param.read(at, count, param_buffer), *const g_at = grad.read(at, count, grad_buffer);
-    if (!factored)
+    if (Columns::kFactored && !factored)
       for (int k = 0; k < kFactoredDecays; ++k)
         accumulate_run(moments + k * tensor.numel + at, params.factored_decay[k], count,
                        [&](int64_t i, int lanes) LOPT_INLINE {
@@ -422,7 +456,7 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
     Vec squares[kSquared]{};
     for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
       const Vec g = clip_gradient(load(g_at + i, lanes), Columns::kGradientBound);
-      Vec m[Columns::kNumMom], r[Columns::kNumRms], x[kColumns];
+      Vec m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns];
       LOPT_UNROLL
       for (int k = 0; k < Columns::kNumMom; ++k) {
         float* const address = mom + k * tensor.numel + at + i;
@@ -455,12 +489,12 @@ struct FactoredApplier {
   // kVectors vectors of `lanes` parameters each, which share the loads of weights.
   template <int kVectors, class F>
   LOPT_INLINE void rows(float* p_at, const float* g_at, int64_t at, int64_t i, int lanes, const F& factors) const {
-    constexpr int kIn = F::kFactored ? kElementColumns<Columns> : kColumns;
+    constexpr int kIn = F::kFactored ? element_columns<Columns>() : kColumns;
     Vec p[kVectors], x[kIn * kVectors], direction[kVectors];
     LOPT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int64_t j = i + v * kLanes;
-      Vec m[Columns::kNumMom], r[Columns::kNumRms], raw[kColumns];
+      Vec m[Columns::kNumMom], r[Columns::kNumRms + 1], raw[kColumns];
       p[v] = load(p_at + j, lanes);
       LOPT_UNROLL
       for (int k = 0; k < Columns::kNumMom; ++k) m[k] = load(mom + k * stride + at + j, lanes);

@@ -1,4 +1,4 @@
-// Learned optimizers of others whose MLP sees factored second moments: what it sees of one parameter, and the MLP.
+// Learned optimizers of others whose MLP sees factored second moments, or none: what it sees of one parameter, and the MLP.
 //
 // A tensor in memory is [outer, lines, groups, length, inner], where `lines` and `length` are its two largest dimensions and
 // the others are all those before, between and behind them. A line, [groups, length, inner], is contiguous. Second moments
@@ -71,7 +71,7 @@ struct SmallFCColumns {
             along0, along1, along2, across0, across1, across2, rsqrt_along0, rsqrt_along1, rsqrt_along2, rsqrt_across0,
             rsqrt_across1, rsqrt_across2);
   static constexpr int kNumTimes = 11;
-  static constexpr bool kSeesMoments = false;
+  static constexpr bool kFactored = true, kSeesMoments = false;
   static constexpr float kGradientBound = kLargest;
 
   // Of a tensor of less than two dimensions, which is not factored: row and column are the second moments themselves.
@@ -117,6 +117,7 @@ struct VeLOColumns {
             mom_factored1, mom_factored2, along0, along1, along2, across0, across1, across2, rsqrt_along0, rsqrt_along1,
             rsqrt_along2, rsqrt_across0, rsqrt_across1, rsqrt_across2);
   static constexpr int kNumTimes = 0;
+  static constexpr bool kFactored = true;
   static constexpr bool kSeesMoments = true;  // whether its LSTM sees means and variances of the accumulators
   static constexpr float kGradientBound = 1000.0f, kSmallGradient = 0.1f;
   static constexpr float kLeastMoment = 1e-37f;  // below all that there are: a lane without one is 0
@@ -152,16 +153,42 @@ struct VeLOColumns {
   }
 };
 
-// Columns before this one are an element's own.
+// mlp_lopt: 8 columns, and eleven times; no second moments.
+struct MLPLOptColumns {
+  static constexpr int kNumMom = 6, kNumRms = 0;
+  LOPT_ENUM(Column, kNumColumns, grad, param, mom0, mom1, mom2, mom3, mom4, mom5);
+  static constexpr int kNumTimes = 11;
+  static constexpr bool kFactored = false, kSeesMoments = false;
+  static constexpr float kGradientBound = kLargest;
+
+  template <class V>
+  LOPT_HD static void columns(V grad, V param, const V* mom, const V*, const Factors<V>&, V* x) {
+    x[Column::grad] = grad;
+    x[Column::param] = param;
+    LOPT_UNROLL
+    for (int k = 0; k < kNumMom; ++k) x[Column::mom0 + k] = mom[k];
+  }
+};
+
+// How many columns, the first ones, are an element's own.
 template <class Columns>
-constexpr int kElementColumns = Columns::along0;
+LOPT_HD constexpr int element_columns() {
+  if constexpr (Columns::kFactored)
+    return Columns::along0;
+  else
+    return Columns::kNumColumns;
+}
 
 template <class Columns>
 LOPT_HD int turned(int column) {
-  constexpr int kMeans = Columns::along0, kRoots = Columns::rsqrt_along0, kSide = kFactoredDecays;
-  static_assert(Columns::across0 == kMeans + kSide && Columns::rsqrt_across0 == kRoots + kSide, "along before across");
-  for (int first : {kMeans, kRoots})
-    if (column >= first && column < first + 2 * kSide) return column < first + kSide ? column + kSide : column - kSide;
+  if constexpr (Columns::kFactored) {
+    constexpr int kMeans = Columns::along0, kRoots = Columns::rsqrt_along0, kSide = kFactoredDecays;
+    static_assert(Columns::across0 == kMeans + kSide && Columns::rsqrt_across0 == kRoots + kSide,
+                  "along before across");
+    for (int first : {kMeans, kRoots})
+      if (column >= first && column < first + 2 * kSide)
+        return column < first + kSide ? column + kSide : column - kSide;
+  }
   return column;
 }
 

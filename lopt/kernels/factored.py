@@ -20,13 +20,13 @@ from lopt.kernels.extension import _C, NOT_BUILT, module_of
 from lopt.kernels.operands import DTYPES, check_length, check_operand
 from lopt.kernels.structs import FACTORED, FACTORED_TENSOR, PIECE, TILE
 from lopt.rule.matrices import Kind
-from lopt.rule.published import Rule, SmallFC, VeLO, parts
+from lopt.rule.published import MLPLOpt, Rule, SmallFC, VeLO, parts
 from lopt.rule.published.step import source_order
 
 #: A rule with kernels of this kind.
-FactoredRule = SmallFC | VeLO
+FactoredRule = SmallFC | VeLO | MLPLOpt
 #: Those that have them now, and what the kernels know them by (enum FactoredRule in csrc/api/factored.h).
-RULE_INDEX: dict[type[Rule], int] = {SmallFC: 0, VeLO: 1}
+RULE_INDEX: dict[type[Rule], int] = {SmallFC: 0, VeLO: 1, MLPLOpt: 2}
 #: What is measured of a tensor before a step; struct Measure in csrc/api/factored.h.
 MEASURES = (
     *("nonfinite", "param_square", "mom0_mean", "mom1_mean", "mom2_mean", "rms_mean"),
@@ -52,10 +52,15 @@ class Sizes(NamedTuple):
 @cache
 def sizes_of(rule: Rule) -> Sizes:
     """What lopt._C says."""
-    layers = rule.mlp_layers if isinstance(rule, SmallFC) else 2
+    layers = rule.mlp_layers if isinstance(rule, SmallFC | MLPLOpt) else 2
     if NOT_BUILT or not isinstance(rule, FactoredRule) or type(rule) not in RULE_INDEX or layers != 2:
         return Sizes(0, 0, 0, 0, 0)
     return Sizes(*_C.factored_sizes(RULE_INDEX[type(rule)], rule.mlp_width))
+
+
+def num_mom(rule: Rule) -> int:
+    """Number of momenta that the kernels of a rule have."""
+    return 6 if isinstance(rule, MLPLOpt) else 3
 
 
 def why_no_kernels(rule: Rule, backend: str) -> str:
@@ -69,8 +74,9 @@ def why_no_kernels(rule: Rule, backend: str) -> str:
     if not sizes_of(rule).weights:
         fields = ", ".join(f"{name}={x}" for name, x in rule.to_json().items() if name.startswith("mlp_"))
         return f"rule {rule.name!r} has no kernels for {fields}"
-    if isinstance(rule, SmallFC) and len(rule.mom_decays) != 3:
-        return f"rule {rule.name!r} has kernels for three momenta, got {len(rule.mom_decays)}"
+    expected = num_mom(rule)
+    if isinstance(rule, SmallFC | MLPLOpt) and len(rule.mom_decays) != expected:
+        return f"rule {rule.name!r} has kernels for {expected} momenta, got {len(rule.mom_decays)}"
     return ""
 
 
@@ -82,9 +88,10 @@ def pack_factored(rule: FactoredRule, weights: Mapping[str, Tensor]) -> Tensor:
     lead = weights["mlp.b1"].shape[:-1]
     names = (f"mlp.{kind}{i}" for i in (1, 2, 3) for kind in "wb")
     columns, inputs = sizes_of(rule).columns, weights["mlp.w1"].shape[-2]
-    moved = [*range(columns - 15), *range(columns - 3, columns), *range(columns - 15, columns - 3)]
-    order = torch.tensor([*moved, *range(columns, inputs)], device=weights["mlp.b1"].device)
-    weights = {**weights, "mlp.w1": weights["mlp.w1"].index_select(-2, order)}
+    if not isinstance(rule, MLPLOpt):
+        moved = [*range(columns - 15), *range(columns - 3, columns), *range(columns - 15, columns - 3)]
+        order = torch.tensor([*moved, *range(columns, inputs)], device=weights["mlp.b1"].device)
+        weights = {**weights, "mlp.w1": weights["mlp.w1"].index_select(-2, order)}
     used = (weights[name] if name[-1] != "3" else weights[name][..., :2] for name in names)  # VeLO has a third output
     flat = torch.cat([value.reshape(*lead, -1) for value in used], dim=-1).float()
     return torch.nn.functional.pad(flat, (0, sizes_of(rule).weights - flat.shape[-1])).contiguous()
@@ -103,11 +110,11 @@ class Lines(NamedTuple):
     along_is_row: bool = True
 
     @classmethod
-    def of(cls, shape: Sequence[int], kind: Kind) -> "Lines":
-        """Of a tensor in torch's layout."""
+    def of(cls, shape: Sequence[int], kind: Kind, factored: bool = True) -> "Lines":
+        """Of a tensor in torch's layout; of a rule without factored moments one line."""
         order = source_order(shape, kind)
         dims = parts.factored_dims([shape[dim] for dim in order])
-        if dims is None:
+        if dims is None or not factored:
             return cls(1, 1, 1, math.prod(shape), 1, False)
         second, largest = (order[dim] for dim in dims)
         a, b = sorted((second, largest))
@@ -201,7 +208,8 @@ class FactoredPlan:
         device: torch.device,
     ) -> None:
         self.module, self.backend, self.device, self.rule = module_of(backend), backend, device, rule
-        self.lines = [Lines.of(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+        factored = not isinstance(rule, MLPLOpt)
+        self.lines = [Lines.of(shape, kind, factored) for shape, kind in zip(shapes, kinds, strict=True)]
         self.num_rows = len(shapes)
         sizes = sizes_of(rule)
         self.all_entries = entries = np.zeros(self.num_rows, FACTORED_TENSOR)
@@ -253,20 +261,19 @@ class FactoredPlan:
         return torch.isnan(self.stats[:, MEASURES.index("param_square")])
 
     def hold(self, row: int, state: Mapping[str, Tensor]) -> None:
-        """Give tensor ``row`` its accumulators: ``mom``, ``rms``, and ``row`` and ``column`` or ``diagonal``."""
+        """Give tensor ``row`` its accumulators: ``mom``, where the rule has them ``rms``, and ``row`` and ``column`` or
+        ``diagonal``."""
         lines, entry = self.lines[row], self.all_entries[row]
-        numel = int(entry["numel"])
-        across = lines.outer * lines.size
-        expected = {"mom": (3, numel), "rms": (1, numel)}
-        named = {"mom": "mom", "rms": "rms"}
-        if lines.factored:
-            named |= (
-                {"along": "row", "across": "column"} if lines.along_is_row else {"along": "column", "across": "row"}
-            )
-            expected |= {named["along"]: (3, lines.num_along), named["across"]: (3, across)}
-        else:
-            named["along"] = "diagonal"
-            expected["diagonal"] = (3, numel)
+        numel, across = int(entry["numel"]), lines.outer * lines.size
+        named, expected = {"mom": "mom"}, {"mom": (num_mom(self.rule), numel)}
+        if not isinstance(self.rule, MLPLOpt):
+            named["rms"], expected["rms"] = "rms", (1, numel)
+            sides = ("row", "column") if lines.along_is_row else ("column", "row")
+            if lines.factored:
+                named |= dict(zip(("along", "across"), sides, strict=True))
+                expected |= {sides[0]: (3, lines.num_along), sides[1]: (3, across)}
+            else:
+                named["along"], expected["diagonal"] = "diagonal", (3, numel)
         for name, (planes, count) in expected.items():
             check_operand(f"{name}[{row}]", state[name], (torch.float32,), planes * count, self.device)
         for field, name in named.items():

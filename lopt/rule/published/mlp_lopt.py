@@ -34,6 +34,7 @@ class MLPLOpt(Rule):
     source: ClassVar[str] = "arXiv:1810.10180"
     jax_key: ClassVar[str] = "mlp/~/linear_0|w"
     per_param: ClassVar[tuple[str, ...]] = ("mom",)
+    tensors_alone: ClassVar[bool] = True
 
     mlp_width: int = 32
     mlp_layers: int = 2
@@ -56,6 +57,11 @@ class MLPLOpt(Rule):
     def init_param(self, weights: Weights, shape: Sequence[int], kind: Kind) -> State:
         return {"mom": weights["mlp.b1"].new_zeros(len(self.mom_decays), *shape)}
 
+    def decays(self, weights: Weights) -> tuple[Tensor, ...]:
+        """Of momenta, and of second moments, of which there are none."""
+        mom = round_decays(self.mom_decays, weights["mlp.b1"])
+        return mom, mom[:0], mom[:0]
+
     def update(
         self,
         weights: Weights,
@@ -66,7 +72,7 @@ class MLPLOpt(Rule):
         now: Now,
     ) -> Update:
         like = weights["mlp.b1"]
-        decays, time = round_decays(self.mom_decays, like), parts.tanh_times(now.step, like)
+        decays, time = self.decays(weights)[0], parts.tanh_times(now.step, like)
         mom = [parts.next_mom(state["mom"], g, decays) for state, g in zip(states, grads, strict=True)]
         columns = [torch.cat([g[None], p[None], m]) for p, g, m in zip(params, grads, mom, strict=True)]
         outputs = [parts.mlp(weights, parts.normalise(x), time) for x in columns]
