@@ -9,8 +9,8 @@ cuobjdump and nvdisasm come with the CUDA toolkit or from lopt's extra `sass`.
 
 The times are PREDICTED, for float32 parameters and gradients on an H100 SXM or H200 and a tensor that fills it: the
 largest of what memory, instruction issue and tensor cores need for one parameter, if each did nothing else.
-Instructions are those on the longest path through the main loop that moves 16 bytes at a time, 8 of a bfloat16 state,
-and calls nothing.
+Instructions are those on the longest path through the main loop that moves 16 bytes at a time, 8 of a bfloat16 state, 4
+of one in 8 bits, and calls nothing.
 """
 
 import collections
@@ -73,7 +73,7 @@ class Instruction:
         ``narrowest`` bits or more; -1 for one that always happens and moves less, or a call; 0 for the rest.
         """
         if self.parts[0] in ("LDG", "STG"):
-            moved = next((int(part) for part in self.parts if part in ("64", "128")), 32)
+            moved = next((int(part.lstrip("U")) for part in self.parts if part in ("U8", "U16", "64", "128")), 32)
             if moved == 128:
                 return 1
             return 0 if self.predicated else 1 if moved >= narrowest else -1
@@ -119,7 +119,7 @@ class Kernel:
     @property
     def template(self) -> tuple[str, tuple[int, ...]]:
         """Name of the feature set, width and parts of the halves, as far as the kernel has them."""
-        first, *others = self.name.replace("bfloat16, ", "").split("<")[1].rstrip(">").split(", ")
+        first, *others = re.sub("bfloat16, |int8, ", "", self.name).split("<")[1].rstrip(">").split(", ")
         return first.removesuffix("Features").lower(), tuple(int(other) for other in others)
 
     @property
@@ -138,7 +138,7 @@ class Kernel:
         """See the docstring of this file, per parameter; empty for kernels of the tensor level."""
         if not self.predictable:
             return {}
-        state = 2 if "bfloat16" in self.name else 4  # bytes
+        state = 2 if "bfloat16" in self.name else 1 if "int8" in self.name else 4  # bytes
         features = FEATURE_SETS[self.template[0]]
         planes = len(features.mom_decays) + len(features.rms_decays)
         path = main_path(self.code, self.trips, 32 * state)
@@ -171,6 +171,8 @@ class Kernel:
         least = {"LDG.128": planes + 2, "STG.128": stored}
         if "bfloat16" in self.name:  # four accumulators are 8 bytes
             least = {"LDG.128": 2, "LDG.64": planes, "STG.64": stored}
+        if "int8" in self.name:  # and 4
+            least = {"LDG.128": 2, "LDG": 2 + planes, "STG": stored}
         warps, products = 12, 0
         if self.operation == "apply":
             least = {}
@@ -182,7 +184,8 @@ class Kernel:
             of_tile = sum((2 * parts - 1) * (inputs // 2) + parts * (inputs % 2) for inputs in (blocks, tiles))
             last = (tiles + 1) // 2 if parts == 1 else 0
             products = self.stagings * together * (of_tile * tiles + last)
-            warps = 8 if (name, width, parts) == ("paper", 32, 2) else 12
+            most = 16 if "int8" in self.name else 32
+            warps = 8 if name == "paper" and width >= most and parts == 2 else 12
         if self.operation in SWEEPS and (name == "paper" or (self.operation == "sweep" and numbers[0] == 32)):
             warps = 8
         if self.operation == "apply" and (name, numbers[0]) == ("paper", 32):
@@ -294,7 +297,8 @@ def readable(symbols: list[str]) -> list[str]:
     short = (
         re.sub(r"lopt::|on_gpu::|\(anonymous namespace\)::|^void |\(int\)", "", name) for name in names.splitlines()
     )
-    named = (name.replace("(Dtype)0, ", "").replace("(Dtype)1, ", "bfloat16, ") for name in short)
+    dtypes = {"(Dtype)0, ": "", "(Dtype)1, ": "bfloat16, ", "(Dtype)3, ": "int8, "}
+    named = (re.sub(r"\(Dtype\)\d, ", lambda found: dtypes[found[0]], name) for name in short)
     return [name.split("(")[0] for name in named]
 
 

@@ -1,7 +1,7 @@
 // accumulate on the GPU: for every parameter
 //   grad  = clamp(grad, +-limit)
 //   mom_k = d_k mom_k + (1 - d_k) grad,  rms_k = d_k rms_k + (1 - d_k) grad^2
-// (a bfloat16 state rounded at once, rounding.h) and per tensor the statistics of stats.h. One block per chunk, four
+// (a narrow state rounded at once, rounding.h, codes.h) and per tensor the statistics of stats.h. One block per chunk, four
 // parameters per thread and round (Note [Quads]).
 // Source: arXiv:2009.11243; moments are merged after Chan, Golub and LeVeque (1979). See Note [Order of reduction].
 #include "accumulate.cuh"
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
   const TensorEntry tensor = params.tensors[chunk.tensor];
   const int64_t grads = params.grads[chunk.tensor];
   const float limit = params.clip_limit[tensor.row];
-  if (kState == kBFloat16) {
+  if (kState != kFloat32) {
     if (threadIdx.x == 0) words = words_of<Features>(params, tensor, chunk);
     __syncthreads();
   }
@@ -30,7 +30,9 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
   float row[kStats] = {};
   Pivots pivots{};
   const int begin = kQuad * static_cast<int>(threadIdx.x);
-  for (int i = begin; i < chunk.count; i += kQuad * kThreads) {
+  // The lanes of a warp stay together for a state of 8 bits, whose blocks they share.
+  const int ahead = kState == kInt8 ? kQuad * lane_index() : 0;
+  for (int i = begin; i - ahead < chunk.count; i += kQuad * kThreads) {
     const Quad quad = quad_at(chunk, i, wide);
     QuadValues<Features> values;
     load_values<kState>(tensor, grads, quad, values);

@@ -112,7 +112,7 @@ __device__ __forceinline__ int parameters_of_thread(int count, int thread) {
 template <class Features>
 using StatRows = float[kNumStats<Features>][kThreads];
 
-// Rounding words of the accumulators of one parameter, for a bfloat16 state.
+// Rounding words of the accumulators of one parameter, for a state that is rounded.
 template <class Features>
 using WordsOf = RoundingWords<Features::kNumMom + Features::kNumRms>;
 
@@ -146,7 +146,8 @@ __device__ __forceinline__ float clip_gradients(const TensorEntry& tensor, int64
   return nonfinite;
 }
 
-// Clips the gradients of a quad, updates and stores its accumulators, and adds it to `row`, the first one with new pivots.
+// Clips the gradients of a quad, updates and stores its accumulators, and adds it to `row`, the first one with new pivots. A
+// state of 8 bits takes all lanes of a warp at once.
 template <Dtype kState, class Features>
 __device__ __forceinline__ void accumulate_quad(const AccumulateParams& params, const TensorEntry& tensor,
                                                 int64_t grads, float limit, const WordsOf<Features>& words,
@@ -163,8 +164,18 @@ __device__ __forceinline__ void accumulate_quad(const AccumulateParams& params, 
       rms[k][j] = next_accumulator(rms[k][j], params.rms_decay[k], grad[j] * grad[j]);
     if (kState == kBFloat16) round_state(words, static_cast<uint32_t>(tensor.offset + quad.at + j), j, mom, rms);
   }
-  store_planes<kState>(tensor.mom, tensor.stride, quad, mom);
-  store_planes<kState>(tensor.rms, tensor.stride, quad, rms);
+  const auto mom_planes = mom_of<kState, Features>(tensor);
+  const auto rms_planes = rms_of<kState, Features>(tensor);
+  if constexpr (kState == kInt8) {
+    uint32_t hash[kQuad];
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) hash[j] = words.hash(static_cast<uint32_t>(tensor.offset + quad.at + j));
+    mom_planes.encode(quad, words, 0, hash, mom);
+    rms_planes.encode(quad, words, Features::kNumMom, hash, rms);
+  } else {
+    mom_planes.store(quad, mom);
+    rms_planes.store(quad, rms);
+  }
 
   if (first) pivots = pivots_of(values);
 #pragma unroll

@@ -85,7 +85,7 @@ __device__ __forceinline__ Operands operands_of(const ApplyParams& params, int64
   const TensorEntry tensor = params.tensors[t];
   const bool whole = is_whole(params, tensor);
   return {tensor, params.grads[t], TensorInputs(inputs_of(params), tensor.row, 0, 0, whole),
-          whole ? tensor.direction : tensor.param, whole ? params.state_dtype : tensor.param_dtype};
+          whole ? tensor.direction : tensor.param, whole ? direction_dtype(params.state_dtype) : tensor.param_dtype};
 }
 
 // The new value of one parameter in plain float, the oracle of the faster ones; writes its last hidden layer to `hidden`.
@@ -107,12 +107,12 @@ __device__ __forceinline__ void apply_one(const ApplyParams& params, const Rule<
   const float param = load_value(tensor.param, tensor.param_dtype, at);
   const float grad = clip_gradient(load_value(operands.grads, tensor.grad_dtype, at), operands.inputs.clip_limit);
   float mom[Features::kNumMom], rms[Features::kNumRms];
+  const auto mom_planes = mom_of<kState, Features>(tensor);
+  const auto rms_planes = rms_of<kState, Features>(tensor);
 #pragma unroll
-  for (int k = 0; k < Features::kNumMom; ++k)
-    mom[k] = load_value(plane_at<kState>(tensor.mom, tensor.stride, k), kState, at);
+  for (int k = 0; k < Features::kNumMom; ++k) mom[k] = mom_planes.value(k, at);
 #pragma unroll
-  for (int k = 0; k < Features::kNumRms; ++k)
-    rms[k] = load_value(plane_at<kState>(tensor.rms, tensor.stride, k), kState, at);
+  for (int k = 0; k < Features::kNumRms; ++k) rms[k] = rms_planes.value(k, at);
   const float next = next_of_one(params, rule, operands, grad, param, mom, rms, hidden);
   if (operands.inputs.moves()) store_value(operands.written, operands.written_dtype, at, next);
 }

@@ -6,8 +6,9 @@ namespace lopt {
 namespace {
 
 // Blocks per multiprocessor, for which the compiler may use 255, 168 or 128 registers.
-constexpr int resident_blocks(int columns, int width, int parts) {
-  return width > 32 ? 2 : columns < 16 && width < 32 ? 4 : columns >= 16 && width == 32 && parts == 2 ? 2 : 3;
+constexpr int resident_blocks(Dtype state, int columns, int width, int parts) {
+  const bool many = columns >= 16 && width >= (state == kInt8 ? 16 : 32) && parts == 2;
+  return width > 32 || many ? 2 : columns < 16 && width < 32 ? 4 : 3;
 }
 
 template <class Features, int kWidth, int kParts>
@@ -36,7 +37,7 @@ __device__ __forceinline__ void apply_mma_of_block(const ApplyParams& params, Ru
 }
 
 template <Dtype kState, class Features, int kWidth, int kParts>
-__global__ void __launch_bounds__(kThreads, resident_blocks(Features::kNumColumns, kWidth, kParts))
+__global__ void __launch_bounds__(kThreads, resident_blocks(kState, Features::kNumColumns, kWidth, kParts))
     apply_mma_kernel(ApplyParams params) {
   using All = ApplyMmaMemory<Features, kWidth, kParts>;
   if constexpr (kIsStatic<All>) {

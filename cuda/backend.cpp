@@ -17,8 +17,14 @@ template <class Launch>
 bool with_state(int feature_set, Dtype state, Launch&& launch) {
   bool launched = false;
   with_feature_set(feature_set, [&](auto features) {
-    launched =
-        state == kFloat32 ? launch(features, IntConstant<kFloat32>{}) : launch(features, IntConstant<kBFloat16>{});
+#ifdef LOPT_OWN_FEATURES
+    (void)state;
+    launched = launch(features, IntConstant<LOPT_STATE>{});
+#else
+    launched = state == kFloat32    ? launch(features, IntConstant<kFloat32>{})
+               : state == kBFloat16 ? launch(features, IntConstant<kBFloat16>{})
+                                    : launch(features, IntConstant<kInt8>{});
+#endif
   });
   return launched;
 }

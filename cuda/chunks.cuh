@@ -2,13 +2,15 @@
 //
 // Note [Quads]
 // A thread handles four consecutive parameters, a quad. Of operands whose addresses allow it, a quad moves in one access of
-// 16 bytes (8 for bfloat16 and float16), a warp's neighbouring quads in full sectors; of others, and at the end of a
+// 16 bytes (8 for bfloat16 and float16, 4 for codes of 8 bits), a warp's neighbouring quads in full sectors; of others, and at the end of a
 // tensor, value by value. Every load of a quad is issued before the first value is used: `load_raw` and `decode` are
 // two steps because widening a value would already wait for it. __ldcg and __stcg pass by the first-level cache, which
 // holds nothing that is used twice, and say that an address out of a table is one of global memory.
 #pragma once
 
 #include "halves.cuh"
+#include "reduce.cuh"
+#include "rule/codes.h"
 
 namespace lopt {
 
@@ -90,7 +92,7 @@ enum Wide : int { kNoneWide = 0, kWideParam = 1, kWideGrad = 2, kWideState = 4, 
 template <Dtype kState>
 __device__ __forceinline__ Wide wide_operands(const TensorEntry& tensor, int64_t grads, int64_t written,
                                               int32_t written_dtype) {
-  const auto aligned = [](int64_t address, int32_t dtype) { return address % (dtype == kFloat32 ? 16 : 8) == 0; };
+  const auto aligned = [](int64_t address, int32_t dtype) { return address % (kQuad * size_of(dtype)) == 0; };
   const int wide = kWideParam * aligned(tensor.param, tensor.param_dtype) |
                    kWideGrad * aligned(grads, tensor.grad_dtype) |
                    kWideState * (aligned(tensor.mom | tensor.rms, kState) && tensor.stride % kQuad == 0) |
@@ -176,60 +178,186 @@ __device__ __forceinline__ void store_quad(int64_t address, int32_t dtype, const
 
 template <Dtype kState>
 __device__ __forceinline__ int64_t plane_at(int64_t address, int64_t stride, int k) {
-  return address + k * stride * (kState == kFloat32 ? 4 : 2);
+  return address + k * stride * size_of(kState);
 }
 
-// The quad of every accumulator plane; zero where it has no parameter.
-template <Dtype kState, int kPlanes>
-__device__ __forceinline__ void load_planes(int64_t address, int64_t stride, const Quad& quad, bool wide,
-                                            float (&values)[kPlanes][kQuad]) {
-  if constexpr (kState == kFloat32) {
-    const float* from = reinterpret_cast<const float*>(address) + quad.at;
-    if (wide) {
-#pragma unroll
-      for (int k = 0; k < kPlanes; ++k) {
-        const float4 four = __ldcg(reinterpret_cast<const float4*>(from + k * stride));
-        values[k][0] = four.x, values[k][1] = four.y, values[k][2] = four.z, values[k][3] = four.w;
-      }
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kPlanes; ++k)
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) values[k][j] = j < quad.count ? __ldcg(from + k * stride + j) : 0.0f;
-  } else {  // two in a word, until decode_planes
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(address) + quad.at;
-    if (wide) {
-#pragma unroll
-      for (int k = 0; k < kPlanes; ++k) {
-        const uint2 four = __ldcg(reinterpret_cast<const uint2*>(from + k * stride));
-        values[k][0] = bits_float(four.x), values[k][1] = bits_float(four.y);
-      }
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kPlanes; ++k)
-#pragma unroll
-      for (int i = 0; i < kQuad / 2; ++i) {
-        const uint32_t low = 2 * i < quad.count ? __ldcg(from + k * stride + 2 * i) : 0;
-        const uint32_t high = 2 * i + 1 < quad.count ? __ldcg(from + k * stride + 2 * i + 1) : 0;
-        values[k][i] = bits_float(low | high << 16);
-      }
+// Planes of accumulators of a tensor: momenta or second moments. A state of 8 bits also has a scale for each block.
+template <Dtype kState, class Code, int kPlanes>
+struct Planes {
+  int64_t address, stride, blocks;
+  uint8_t* scales;
+
+  // `first`: planes before these in the scales.
+  __device__ __forceinline__ Planes(const TensorEntry& tensor, int64_t address, int first)
+      : address(address),
+        stride(tensor.stride),
+        blocks(code_blocks(tensor.numel)),
+        scales(reinterpret_cast<uint8_t*>(tensor.scales) + first * blocks) {}
+
+  __device__ __forceinline__ uint8_t* scale_at(int k, int64_t at) const {
+    return scales + k * blocks + at / kCodeBlock;
   }
-}
 
-// What load_planes left for later, so that all loads are under way before the first value is used.
-template <Dtype kState, int kPlanes>
-__device__ __forceinline__ void decode_planes(float (&values)[kPlanes][kQuad]) {
-  if constexpr (kState == kBFloat16) {
+  // The number of one parameter.
+  __device__ __forceinline__ float value(int k, int64_t at) const {
+    if constexpr (kState == kInt8) {
+      const auto code = __ldcg(reinterpret_cast<const typename Code::Byte*>(address) + k * stride + at);
+      return decoded<Code>(static_cast<float>(code), code_unit<Code>(__ldcg(scale_at(k, at))));
+    } else {
+      return load_value(plane_at<kState>(address, stride, k), kState, at);
+    }
+  }
+
+  // A quad of every plane, as `decode` wants it, so that all loads are under way before the first value is used; zero where it
+  // has no parameter.
+  __device__ __forceinline__ void load(const Quad& quad, bool wide, float (&values)[kPlanes][kQuad]) const {
+    if constexpr (kState == kFloat32) {
+      const float* from = reinterpret_cast<const float*>(address) + quad.at;
+      if (wide) {
+#pragma unroll
+        for (int k = 0; k < kPlanes; ++k) {
+          const float4 four = __ldcg(reinterpret_cast<const float4*>(from + k * stride));
+          values[k][0] = four.x, values[k][1] = four.y, values[k][2] = four.z, values[k][3] = four.w;
+        }
+        return;
+      }
+#pragma unroll
+      for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) values[k][j] = j < quad.count ? __ldcg(from + k * stride + j) : 0.0f;
+    } else if constexpr (kState == kBFloat16) {  // two in a word
+      const uint16_t* from = reinterpret_cast<const uint16_t*>(address) + quad.at;
+      if (wide) {
+#pragma unroll
+        for (int k = 0; k < kPlanes; ++k) {
+          const uint2 four = __ldcg(reinterpret_cast<const uint2*>(from + k * stride));
+          values[k][0] = bits_float(four.x), values[k][1] = bits_float(four.y);
+        }
+        return;
+      }
+#pragma unroll
+      for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+        for (int i = 0; i < kQuad / 2; ++i) {
+          const uint32_t low = 2 * i < quad.count ? __ldcg(from + k * stride + 2 * i) : 0;
+          const uint32_t high = 2 * i + 1 < quad.count ? __ldcg(from + k * stride + 2 * i + 1) : 0;
+          values[k][i] = bits_float(low | high << 16);
+        }
+    } else {  // four in a word, and the scale
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(address) + quad.at;
+#pragma unroll
+      for (int k = 0; k < kPlanes; ++k) {
+        uint32_t codes = 0;
+        if (wide) {
+          codes = __ldcg(reinterpret_cast<const uint32_t*>(from + k * stride));
+        } else {
+#pragma unroll
+          for (int j = 0; j < kQuad; ++j)
+            if (j < quad.count) codes |= uint32_t{__ldcg(from + k * stride + j)} << 8 * j;
+        }
+        values[k][0] = bits_float(codes);
+        values[k][1] = bits_float(quad.count > 0 ? __ldcg(scale_at(k, quad.at)) : 0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void decode(float (&values)[kPlanes][kQuad]) const {
+    if constexpr (kState != kFloat32) {
+#pragma unroll
+      for (int k = 0; k < kPlanes; ++k) {
+        const uint32_t words[2] = {float_bits(values[k][0]), float_bits(values[k][1])};
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          if constexpr (kState == kBFloat16) {
+            values[k][j] = bits_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+          } else {
+            const auto code = static_cast<typename Code::Byte>(words[0] >> 8 * j);
+            values[k][j] = decoded<Code>(static_cast<float>(code), code_unit<Code>(words[1]));
+          }
+        }
+      }
+    }
+  }
+
+  // What has 8 bits is stored as it is encoded; for a bfloat16 state, the values must be bfloat16 numbers.
+  __device__ __forceinline__ void store(const Quad& quad, const float (&values)[kPlanes][kQuad]) const {
+    if constexpr (kState == kFloat32) {
+      float* to = reinterpret_cast<float*>(address) + quad.at;
+      if (quad.wide & kWideState) {
+#pragma unroll
+        for (int k = 0; k < kPlanes; ++k)
+          __stcg(reinterpret_cast<float4*>(to + k * stride), {values[k][0], values[k][1], values[k][2], values[k][3]});
+        return;
+      }
+#pragma unroll
+      for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j)
+          if (j < quad.count) __stcg(to + k * stride + j, values[k][j]);
+    } else if constexpr (kState == kBFloat16) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(address) + quad.at;
+      if (quad.wide & kWideState) {
+#pragma unroll
+        for (int k = 0; k < kPlanes; ++k)
+          __stcg(reinterpret_cast<uint2*>(to + k * stride),
+                 {float_bits(values[k][0]) >> 16 | float_bits(values[k][1]),
+                  float_bits(values[k][2]) >> 16 | float_bits(values[k][3])});
+        return;
+      }
+#pragma unroll
+      for (int k = 0; k < kPlanes; ++k)
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j)
+          if (j < quad.count) __stcg(to + k * stride + j, static_cast<uint16_t>(float_bits(values[k][j]) >> 16));
+    }
+  }
+
+  // Codes of a warp's 128 parameters, stored with their scales; values become the numbers that these are. By all lanes, each
+  // with its next quad, in order; hash: of its parameters.
+  template <class Words>
+  __device__ __forceinline__ void encode(const Quad& quad, const Words& words, int first, const uint32_t (&hash)[kQuad],
+                                         float (&values)[kPlanes][kQuad]) const {
+    uint8_t* to = reinterpret_cast<uint8_t*>(address) + quad.at;
 #pragma unroll
     for (int k = 0; k < kPlanes; ++k) {
-      const uint32_t words[2] = {float_bits(values[k][0]), float_bits(values[k][1])};
+      uint32_t largest = 0;
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j)
-        values[k][j] = bits_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+      for (int j = 0; j < kQuad; ++j) {
+        const uint32_t magnitude = float_bits(values[k][j]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+      }
+      const uint32_t scale = code_scale(max_of_warp(largest));
+      const float unit = code_unit<Code>(scale), inverse = code_inverse<Code>(scale);
+      uint32_t codes = 0;
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        const float code = encoded<Code>(values[k][j], inverse, words.bits(first + k, hash[j]));
+        values[k][j] = decoded<Code>(code, unit);
+        codes |= (static_cast<uint32_t>(static_cast<int32_t>(code)) & 0xffu) << 8 * j;
+      }
+      if (quad.wide & kWideState) {
+        __stcg(reinterpret_cast<uint32_t*>(to + k * stride), codes);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j)
+          if (j < quad.count) __stcg(to + k * stride + j, static_cast<uint8_t>(codes >> 8 * j));
+      }
+      if (quad.count > 0 && quad.at % kCodeBlock == 0) __stcg(scale_at(k, quad.at), static_cast<uint8_t>(scale));
     }
   }
+};
+template <Dtype kState, class Features>
+using MomPlanes = Planes<kState, MomCode, Features::kNumMom>;
+template <Dtype kState, class Features>
+using RmsPlanes = Planes<kState, RmsCode, Features::kNumRms>;
+
+template <Dtype kState, class Features>
+__device__ __forceinline__ MomPlanes<kState, Features> mom_of(const TensorEntry& tensor) {
+  return {tensor, tensor.mom, 0};
+}
+template <Dtype kState, class Features>
+__device__ __forceinline__ RmsPlanes<kState, Features> rms_of(const TensorEntry& tensor) {
+  return {tensor, tensor.rms, Features::kNumMom};
 }
 
 // Four parameters with all that belongs to them.
@@ -241,16 +369,18 @@ struct QuadValues {
 template <Dtype kState, class Features>
 __device__ __forceinline__ void load_values(const TensorEntry& tensor, int64_t grads, const Quad& quad,
                                             QuadValues<Features>& values) {
+  const auto mom = mom_of<kState, Features>(tensor);
+  const auto rms = rms_of<kState, Features>(tensor);
   if (quad.wide & kWidePlain) {  // most often: one branch for all
-    load_planes<kState>(tensor.mom, tensor.stride, quad, true, values.mom);
-    load_planes<kState>(tensor.rms, tensor.stride, quad, true, values.rms);
+    mom.load(quad, true, values.mom);
+    rms.load(quad, true, values.rms);
     const RawQuad raw_param = load_wide(tensor.param, kFloat32, quad.at),
                   raw_grad = load_wide(grads, kFloat32, quad.at);
     decode(raw_param, kFloat32, values.param);
     decode(raw_grad, kFloat32, values.grad);
   } else {
-    load_planes<kState>(tensor.mom, tensor.stride, quad, quad.wide & kWideState, values.mom);
-    load_planes<kState>(tensor.rms, tensor.stride, quad, quad.wide & kWideState, values.rms);
+    mom.load(quad, quad.wide & kWideState, values.mom);
+    rms.load(quad, quad.wide & kWideState, values.rms);
     const RawQuad raw_param = load_raw(tensor.param, tensor.param_dtype, quad, quad.wide & kWideParam);
     const RawQuad raw_grad = load_raw(grads, tensor.grad_dtype, quad, quad.wide & kWideGrad);
     decode(raw_param, tensor.param_dtype, values.param);
@@ -260,42 +390,8 @@ __device__ __forceinline__ void load_values(const TensorEntry& tensor, int64_t g
       decode_halves(raw_grad, tensor.grad_dtype, values.grad);
     }
   }
-  decode_planes<kState>(values.mom);
-  decode_planes<kState>(values.rms);
-}
-
-// For a bfloat16 state, the values must be bfloat16 numbers.
-template <Dtype kState, int kPlanes>
-__device__ __forceinline__ void store_planes(int64_t address, int64_t stride, const Quad& quad,
-                                             const float (&values)[kPlanes][kQuad]) {
-  if constexpr (kState == kFloat32) {
-    float* to = reinterpret_cast<float*>(address) + quad.at;
-    if (quad.wide & kWideState) {
-#pragma unroll
-      for (int k = 0; k < kPlanes; ++k)
-        __stcg(reinterpret_cast<float4*>(to + k * stride), {values[k][0], values[k][1], values[k][2], values[k][3]});
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kPlanes; ++k)
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j)
-        if (j < quad.count) __stcg(to + k * stride + j, values[k][j]);
-  } else {
-    uint16_t* to = reinterpret_cast<uint16_t*>(address) + quad.at;
-    if (quad.wide & kWideState) {
-#pragma unroll
-      for (int k = 0; k < kPlanes; ++k)
-        __stcg(reinterpret_cast<uint2*>(to + k * stride), {float_bits(values[k][0]) >> 16 | float_bits(values[k][1]),
-                                                           float_bits(values[k][2]) >> 16 | float_bits(values[k][3])});
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kPlanes; ++k)
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j)
-        if (j < quad.count) __stcg(to + k * stride + j, static_cast<uint16_t>(float_bits(values[k][j]) >> 16));
-  }
+  mom.decode(values.mom);
+  rms.decode(values.rms);
 }
 
 }  // namespace lopt

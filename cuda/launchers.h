@@ -21,18 +21,19 @@ template <class Features, Dtype kState>
 bool launch_sweep_mma(const AccumulateParams& accumulating, const ApplyParams& applying, int width,
                       const Target& target);
 
+#ifdef LOPT_OWN_FEATURES  // a library of one set, for one dtype of the state
+#define LOPT_FEATURES OwnFeatures
+#endif
 #ifdef LOPT_FEATURES
 #define LOPT_INSTANTIATE(returns, launcher, ...) template returns launcher<LOPT_FEATURES, LOPT_STATE>(__VA_ARGS__);
-#elif defined(LOPT_OWN_FEATURES)
-#define LOPT_INSTANTIATE(returns, launcher, ...)                 \
-  template returns launcher<OwnFeatures, kFloat32>(__VA_ARGS__); \
-  template returns launcher<OwnFeatures, kBFloat16>(__VA_ARGS__);
 #else
-#define LOPT_INSTANTIATE(returns, launcher, ...)                     \
-  template returns launcher<PaperFeatures, kFloat32>(__VA_ARGS__);   \
-  template returns launcher<PaperFeatures, kBFloat16>(__VA_ARGS__);  \
-  template returns launcher<CompactFeatures, kFloat32>(__VA_ARGS__); \
-  template returns launcher<CompactFeatures, kBFloat16>(__VA_ARGS__);
+#define LOPT_INSTANTIATE(returns, launcher, ...)                      \
+  template returns launcher<PaperFeatures, kFloat32>(__VA_ARGS__);    \
+  template returns launcher<PaperFeatures, kBFloat16>(__VA_ARGS__);   \
+  template returns launcher<PaperFeatures, kInt8>(__VA_ARGS__);       \
+  template returns launcher<CompactFeatures, kFloat32>(__VA_ARGS__);  \
+  template returns launcher<CompactFeatures, kBFloat16>(__VA_ARGS__); \
+  template returns launcher<CompactFeatures, kInt8>(__VA_ARGS__);
 #endif
 
 }  // namespace lopt

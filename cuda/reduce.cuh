@@ -23,6 +23,19 @@ __device__ __forceinline__ double sum_rows(int64_t rows, Value value) {
   return sum;
 }
 
+// The largest of all lanes of the calling warp.
+__device__ __forceinline__ uint32_t max_of_warp(uint32_t value) {
+#ifdef __CUDACC__
+  return __reduce_max_sync(0xffffffffu, value);
+#else
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, value, lanes);
+    value = other > value ? other : value;
+  }
+  return value;
+#endif
+}
+
 // Called by all threads of a block after they wrote the chunk's partials. True in the block of the tensor that comes
 // last, which then sees the partials of all others; `finished` counts, and is zero before and after.
 __device__ __forceinline__ bool last_of_tensor(uint32_t* finished, uint32_t num_chunks) {

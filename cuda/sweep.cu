@@ -6,7 +6,7 @@ namespace lopt {
 namespace {
 
 // The first of four values, which then move up.
-__device__ __forceinline__ float pass(float (&values)[kQuad]) {
+[[maybe_unused]] __device__ __forceinline__ float pass(float (&values)[kQuad]) {
   const float first = values[0];
 #pragma unroll
   for (int j = 1; j < kQuad; ++j) values[j - 1] = values[j];
@@ -86,11 +86,16 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 || kWidt
 
 template <class Features, Dtype kState>
 bool launch_sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int width, const Target& target) {
-  return with_width(width, [&](auto width_constant) {
-    constexpr int kWidth = decltype(width_constant)::value;
-    launch_per_chunk<SweepMemory<Features, kWidth>>("sweep", sweep_kernel<kState, Features, kWidth>,
-                                                    SweepParams{accumulating, applying, applying.num_chunks}, target);
-  });
+  if constexpr (kState == kInt8) {  // which has no kernels of one sweep
+    launch_accumulate<Features, kState>(accumulating, target);
+    return launch_apply<Features, kState>(applying, width, target);
+  } else {
+    return with_width(width, [&](auto width_constant) {
+      constexpr int kWidth = decltype(width_constant)::value;
+      launch_per_chunk<SweepMemory<Features, kWidth>>("sweep", sweep_kernel<kState, Features, kWidth>,
+                                                      SweepParams{accumulating, applying, applying.num_chunks}, target);
+    });
+  }
 }
 LOPT_INSTANTIATE(bool, launch_sweep, const AccumulateParams&, const ApplyParams&, int, const Target&)
 

@@ -77,16 +77,21 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 || kWidt
 template <class Features, Dtype kState>
 bool launch_sweep_mma(const AccumulateParams& accumulating, const ApplyParams& applying, int width,
                       const Target& target) {
-  return with_width(width, [&](auto width_constant) {
-    constexpr int kWidth = decltype(width_constant)::value;
-    const SweepParams params{accumulating, applying, applying.num_chunks};
-    if (applying.precision == kFast)
-      launch_per_chunk<SweepMmaMemory<Features, kWidth, 1>>("sweep_mma", sweep_mma_kernel<kState, Features, kWidth, 1>,
-                                                            params, target);
-    else
-      launch_per_chunk<SweepMmaMemory<Features, kWidth, 2>>("sweep_mma", sweep_mma_kernel<kState, Features, kWidth, 2>,
-                                                            params, target);
-  });
+  if constexpr (kState == kInt8) {  // which has no kernels of one sweep
+    launch_accumulate<Features, kState>(accumulating, target);
+    return launch_apply_mma<Features, kState>(applying, width, target);
+  } else {
+    return with_width(width, [&](auto width_constant) {
+      constexpr int kWidth = decltype(width_constant)::value;
+      const SweepParams params{accumulating, applying, applying.num_chunks};
+      if (applying.precision == kFast)
+        launch_per_chunk<SweepMmaMemory<Features, kWidth, 1>>(
+            "sweep_mma", sweep_mma_kernel<kState, Features, kWidth, 1>, params, target);
+      else
+        launch_per_chunk<SweepMmaMemory<Features, kWidth, 2>>(
+            "sweep_mma", sweep_mma_kernel<kState, Features, kWidth, 2>, params, target);
+    });
+  }
 }
 LOPT_INSTANTIATE(bool, launch_sweep_mma, const AccumulateParams&, const ApplyParams&, int, const Target&)
 

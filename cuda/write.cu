@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) write_kernel(ApplyParams params) {
   for (int i = static_cast<int>(threadIdx.x); i < chunk.count; i += kThreads) {
     const int64_t at = chunk.begin + i;
     const float param = load_value(tensor.param, tensor.param_dtype, at);
-    const float direction = load_value(tensor.direction, params.state_dtype, at);
+    const float direction = load_value(tensor.direction, direction_dtype(params.state_dtype), at);
     store_value(tensor.param, tensor.param_dtype, at, next_param(param, direction, step_size, keep));
   }
 }

@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "impl": IMPLEMENTATIONS,
     "on_nonfinite": ("ignore", "raise", "skip"),
     "precision": ("high", "fast"),
-    "state_dtype": (torch.float32, torch.bfloat16),
+    "state_dtype": (torch.float32, torch.bfloat16, torch.int8),
 }
 
 
@@ -51,12 +51,13 @@ def warn_not_compiled(what: str, why: str) -> None:
     warn(f"no kernel is compiled in for {what} and none can be made ({why}); using the slow impl='reference'")
 
 
-def has_kernels(spec: ThetaSpec, device: str) -> bool:
-    """Whether kernels for the spec are compiled in or can be made; says once why not."""
+def has_kernels(spec: ThetaSpec, device: str, state: torch.dtype = torch.float32) -> bool:
+    """Whether kernels for the spec, and accumulators of dtype ``state``, are compiled in or can be made; says once why
+    not."""
     mlp = spec.feature_set, spec.mlp_width, spec.mlp_layers
     try:
         if not kernels.is_compiled(spec):
-            kernels.own_backend(device, *mlp)
+            kernels.own_backend(device, *mlp, state)
     except kernels.CannotCompile as error:
         warn_not_compiled(kernels.described(*mlp), str(error))
         return False
@@ -100,8 +101,11 @@ def implementation_of_rule(impl: str, rule: Rule, params: Iterable[Tensor]) -> s
     return "reference" if why else backend
 
 
-def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> str:
+def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec, state: torch.dtype = torch.float32) -> str:
     """What ``impl`` means for parameters on ``device``; an explicit choice is never replaced by another.
+
+    Args:
+        state: dtype of the accumulators.
 
     Raises:
         ValueError, RuntimeError: there are no such kernels for the device or for the spec.
@@ -110,7 +114,7 @@ def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> s
         warn_not_built()
         return "reference"
     mlp = spec.feature_set, spec.mlp_width, spec.mlp_layers
-    if impl == "auto" and not has_kernels(spec, device.type):
+    if impl == "auto" and not has_kernels(spec, device.type, state):
         return "reference"
     if impl == "auto":
         if device.type not in ("cpu", "cuda"):
@@ -123,7 +127,7 @@ def choose_implementation(impl: str, device: torch.device, spec: ThetaSpec) -> s
             raise ValueError(f"impl={impl!r}: parameters are on {device}, expected {wanted}; use impl='auto'")
         if not kernels.is_compiled(spec):
             try:
-                kernels.own_backend(impl, *mlp)
+                kernels.own_backend(impl, *mlp, state)
             except kernels.CannotCompile as error:
                 raise ValueError(f"impl={impl!r}: {error}; or use impl='reference'") from error
     if impl == "cuda":

@@ -30,6 +30,11 @@ from lopt.steppers import KernelStepper, ReferenceStepper
 from lopt.tensors import Control, StackedTensors, Tensors
 from lopt.warnings import warn
 
+_NO_PARTS = (
+    "state_dtype=torch.int8 has a scale for each 128 neighbouring parameters, which ranks with parts of a tensor would "
+    "cut; use torch.bfloat16"
+)
+
 Stepper = ReferenceStepper | KernelStepper | RuleStepper | FactoredStepper
 
 
@@ -76,8 +81,10 @@ class LearnedOptimizer(Optimizer):
         precision: of the small MLP on a GPU, where large matrices are orthogonalised in bfloat16.
             ``"high"`` (default) has the accuracy of float32; ``"fast"`` rounds
             features, weights and hidden units to 11 bits, as TF32 does. Elsewhere it has no effect.
-        state_dtype: of the accumulators. ``torch.bfloat16`` halves their memory. They are rounded stochastically, so
-            that slow ones do not stall, by bits that depend on step and position only: runs repeat bit for bit.
+        state_dtype: of the accumulators. ``torch.bfloat16`` halves their memory, ``torch.int8`` quarters it: codes of 8
+            bits with a scale for each 128 parameters (:mod:`lopt.rule.codes`); not with sharded parameters. Both are
+            rounded stochastically, so that slow accumulators do not stall, by bits that depend on step and position
+            only: runs repeat bit for bit.
         maximize: climb instead of descending. Gradients are negated into new memory of their size, and so are losses if
             all groups maximize.
         average: keep an average of the iterates, in ``state[p]["average"]`` (:mod:`lopt.average`), for
@@ -110,8 +117,8 @@ class LearnedOptimizer(Optimizer):
 
     ``state[p]`` is ``{"mom": [K, *shape], "rms": [K', *shape], "lstm": {"h", "c", "feedback", "scale", "updates",
     "rank"}}`` (``mom`` and ``rms`` in ``state_dtype`` and where the parameter is, as DTensors where it is one; the rest
-    in float32, the same on all ranks), created in the first step. What all tensors share is in every param group, as
-    the same tensors, with theta's name
+    in float32, the same on all ranks; with ``torch.int8`` also ``scales``, and ``rms`` is uint8), created in the first
+    step. What all tensors share is in every param group, as the same tensors, with theta's name
     and checksum: groups may be removed, added and exchanged. State dicts resume bit for bit.
 
     Parameters may be on several devices (pipeline stages, ``device_map``): each is stepped where it is, by accumulators
@@ -175,6 +182,8 @@ class LearnedOptimizer(Optimizer):
         self._probed = False
         if isinstance(self.theta.spec, Rule):
             check_options(self.theta.spec, state_dtype=state_dtype, sharded_state=sharded_state)
+        if sharded_state and state_dtype == torch.int8:
+            raise ValueError(f"sharded_state: {_NO_PARTS}")
         if sharded_state and impl == "reference":
             raise ValueError("sharded_state: impl='reference' keeps whole states; use impl='auto'")
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "peak_lr": None}
@@ -203,6 +212,8 @@ class LearnedOptimizer(Optimizer):
             if any(map(is_sharded, group["params"])):
                 if isinstance(self.theta.spec, Rule):
                     check_options(self.theta.spec, sharded=True)
+                if self.state_dtype == torch.int8:
+                    raise ValueError(f"params: got DTensors; {_NO_PARTS}")
                 if self.impl == "reference":
                     raise TypeError("params: impl='reference' steps whole tensors, got DTensors; use impl='auto'")
         except (TypeError, ValueError, RuntimeError):
@@ -252,7 +263,7 @@ class LearnedOptimizer(Optimizer):
         spec = self.theta.spec
         if isinstance(spec, Rule):
             return implementation_of_rule(self.impl, spec, [p for group in self.param_groups for p in group["params"]])
-        return choose_implementation(self.impl, device, spec)
+        return choose_implementation(self.impl, device, spec, self.state_dtype)
 
     def _state_device(self, param: Tensor) -> torch.device:
         """Where the state of a parameter is, or will be."""

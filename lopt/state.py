@@ -18,8 +18,10 @@ from torch import Tensor
 from lopt.distributed import Box, is_sharded, local_of, part_like, place_like
 from lopt.roles import kinds_of_groups, of_each
 from lopt.rule import RULES, AnySpec, Rule, Theta, losses, tensor_lstm
+from lopt.rule.codes import CODES, blocks_of
 from lopt.rule.matrices import Kind
 from lopt.rule.published import step as published
+from lopt.rule.rounding import coded, decoded
 from lopt.rule.tensor_lstm import Globals, Rows
 
 #: Names in a param group of the state that all tensors share: of every optimizer, and of every rule of others.
@@ -89,15 +91,19 @@ def init_state(spec: AnySpec, weights: Weights, param: Tensor, dtype: torch.dtyp
     if isinstance(spec, Rule):
         return dict(published.init_param(spec, weights, tuple(param.shape), kind))
     like, local = sample(weights), local_of(param)
+    narrow = dtype == torch.int8
     mom, rms = (
-        like.new_zeros(len(decays), *local.shape, dtype=dtype, device=local.device)
-        for decays in (spec.mom_decays, spec.rms_decays)
+        like.new_zeros(len(decays), *local.shape, dtype=CODES[name].dtype if narrow else dtype, device=local.device)
+        for name, decays in (("mom", spec.mom_decays), ("rms", spec.rms_decays))
     )
     state: dict[str, Any] = {
         "mom": place_like(param, mom),
         "rms": place_like(param, rms),
         "lstm": {name: value[0] for name, value in tensor_lstm.init_rows(spec, weights, 1)._asdict().items()},
     }
+    if narrow:
+        count = len(spec.mom_decays) + len(spec.rms_decays)
+        state["scales"] = mom.new_zeros(count, blocks_of(local.numel()), dtype=torch.uint8)
     if spec.stats == "lagged":
         state["stats"] = like.new_zeros(spec.features.num_stats)
     return state
@@ -174,8 +180,11 @@ def _check_param(
         return
     rows = {name: tuple(value.shape[1:]) for name, value in tensor_lstm.init_rows(spec, weights, 1)._asdict().items()}
     stats = {"stats": (spec.features.num_stats,)} if spec.stats == "lagged" else {}
-    own = {"mom": (len(spec.mom_decays), *param.shape), "rms": (len(spec.rms_decays), *param.shape), **stats}
+    num_mom, num_rms = len(spec.mom_decays), len(spec.rms_decays)
+    own = {"mom": (num_mom, *param.shape), "rms": (num_rms, *param.shape), **stats}
     _check_shapes(place, {name: _shaped(param, state.get(name)) for name in own}, own, part)
+    if state["mom"].dtype == torch.int8:
+        _check_shapes(place, state, {"scales": (num_mom + num_rms, blocks_of(param.numel()))})
     _check_ranks(place, state, part)
     _check_shapes(f"{place}['lstm']", state.get("lstm"), rows)
 
@@ -311,12 +320,22 @@ def restore_state(
     for i, (theirs, param) in enumerate(pairs):
         new: dict[str, Any] = {}
         device = local_of(param).device
-        for name in ("mom", "rms"):
-            value = _shaped(param, theirs[name])
-            new[name] = place_like(part(param), copy(part_like(part(param), value), dtype, device))
+        wide = {name: _shaped(param, theirs[name]) for name in ("mom", "rms")}
+        if theirs["mom"].dtype == torch.int8 and dtype == torch.int8:
+            new = {name: copy(value, device=device) for name, value in (*wide.items(), ("scales", theirs["scales"]))}
+        else:
+            if theirs["mom"].dtype == torch.int8:
+                wide = dict(zip(wide, decoded(wide["mom"], wide["rms"], theirs["scales"]), strict=True))
+            if dtype == torch.int8:
+                local = [copy(part_like(part(param), value), torch.float32, device) for value in wide.values()]
+                both = torch.cat(local)
+                new = dict(zip(("mom", "rms", "scales"), coded(both, len(wide["mom"])), strict=True))
+            else:
+                for name, value in wide.items():
+                    new[name] = place_like(part(param), copy(part_like(part(param), value), dtype, device))
         new["lstm"] = {name: values[i] for name, values in rows.items()}
         for name, value in theirs.items():
-            if name not in new:
+            if name not in new and name != "scales":
                 of_param = isinstance(value, Tensor) and is_sharded(part(param)) and value.shape == param.shape
                 if of_param:
                     new[name] = place_like(part(param), copy(part_like(part(param), value[None]), device=device)[0])

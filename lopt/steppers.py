@@ -51,15 +51,16 @@ class ReferenceStepper:
         stacked = tensors.rows if everything else Rows(*(value[self.index] for value in tensors.rows))
         before = tensors.stats if tensors.stats is None or everything else tensors.stats[self.index]
         globals_ = Globals(*(shared[name] for name in Globals._fields))
-        here = [[x.to(like.device) for x in some] for some in (tensors.mom, tensors.rms, params, grads)]
+        kept = [tensors.mom, tensors.rms, *([] if tensors.scales is None else [tensors.scales])]
+        here = [[x.to(like.device) for x in some] for some in (params, grads, *kept)]
         total, count = shared["pending_loss"]
         with one_thread(like.device):
             params_, state, trace = reference.update(
                 spec,
                 tensors.weights,
-                reference.State(globals_, stacked, here[0], here[1]),
-                here[2],
-                here[3],
+                reference.State(globals_, stacked, here[2], here[3]),
+                here[0],
+                here[1],
                 torch.where(count > 0, total / count, torch.full_like(total, float("nan"))),
                 lr=tensors.option("lr", groups),
                 weight_decay=tensors.option("weight_decay", groups),
@@ -67,13 +68,15 @@ class ReferenceStepper:
                 before=before,
                 positions=tensors.selected,
                 shapes=self.shapes if everything else self.shapes.of_rows(tensors.selected),
+                scales=None if tensors.scales is None else here[4],
             )
         gates = list(trace["conditioning"].gate.unbind())
         self.decided = list(trace["step_size"].unbind()), gates if spec.newton_schulz else [None] * len(gates)
         for param, new in zip(params, params_, strict=True):
             param.copy_(new)
-        for old, new in zip([*tensors.mom, *tensors.rms], [*state.mom, *state.rms], strict=True):
-            old.copy_(new)
+        for olds, news in zip(kept, (state.mom, state.rms, trace.get("scales", [])), strict=False):
+            for old, new in zip(olds, news, strict=True):
+                old.copy_(new)
         for old, new in zip(tensors.rows, state.rows, strict=True):
             old.index_copy_(0, self.index, new)
         if tensors.stats is not None:
@@ -186,10 +189,18 @@ class KernelStepper:
         flat, inputs = kernels.flat_inputs(spec, len(shapes), home)
         kinds, groups = tensors.kinds, tensors.groups
         self.level = level = kernels.TensorLevel(
-            backend_of(home), theta, shapes, tensors.rows, groups, inputs, kinds, lagged=self.lagged
+            backend_of(home),
+            theta,
+            shapes,
+            tensors.rows,
+            groups,
+            inputs,
+            kinds,
+            lagged=self.lagged,
+            state=tensors.dtype,
         )
         self.plan = plan = self._plan(Name(home), inputs, tensors.rows.rank)
-        if layout is not None:  # a bfloat16 state is rounded by positions in whole tensors
+        if layout is not None:  # a narrow state is rounded by positions in whole tensors
             plan.all_entries["offset"] = [box.start(shape) for box, shape in zip(layout.mine, shapes, strict=True)]
         self.places = kernels.Places(Name(home), plan, flat, tensors.rows.rank, self._place)
         self.levels = kernels.Levels([level])
@@ -256,10 +267,11 @@ class KernelStepper:
         tensors = self.tensors
         self.settle()
         tensors.select(rows)
-        for row, mom, rms in zip(tensors.selected, tensors.mom, tensors.rms, strict=True):
+        scales: Sequence[Tensor | None] = tensors.scales or [None] * len(tensors.mom)
+        for row, mom, rms, of_both in zip(tensors.selected, tensors.mom, tensors.rms, scales, strict=True):
             plan = self.places.plan_at(tensors.places[row])
             if row not in plan.keep_alive:
-                plan.hold(row, mom, rms)
+                plan.hold(row, mom, rms, of_both)
         here = tensors.selected if self.exchange is None else self.exchange.select(tensors.selected)
         self.places.select(here, [tensors.places[row] for row in here])
         if self.directions is not None:

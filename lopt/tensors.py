@@ -134,7 +134,7 @@ class Tensors:
         self._seen_state = kernels.Seen()
         self._seen_state.all(self.state)
         for state in selected:
-            self._seen_state.items(state, *(name for name in ("mom", "rms") if name in state))
+            self._seen_state.items(state, *(name for name in ("mom", "rms", "scales") if name in state))
 
     def select(self, rows: Sequence[int] | None = None) -> None:
         """Take the tensors that have a gradient now, or those that will have one, with state for each."""
@@ -200,6 +200,7 @@ class StackedTensors(Tensors):
             self.stats = torch.stack([old["stats"] if old else new for old in self.states] or [new])
         self.mom: list[Tensor] = []  # of the selected ones
         self.rms: list[Tensor] = []
+        self.scales: list[Tensor] | None = None  # of accumulators in 8 bits
         self.bind()
 
     def bind(self) -> None:
@@ -225,6 +226,7 @@ class StackedTensors(Tensors):
                 self._show(index, state)
         states = self.selected_states
         self.mom, self.rms = ([_flat(state[name]) for state in states] for name in ("mom", "rms"))
+        self.scales = [state["scales"] for state in states] if self.dtype == torch.int8 else None
 
 
 def _flat(accumulators: Tensor) -> Tensor:

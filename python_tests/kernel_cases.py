@@ -49,6 +49,7 @@ class Problem:
     bias: Tensor  # [T, width] first layer, constant inputs folded in
     step_size: Tensor  # [T]
     keep: Tensor  # [T]
+    scales: list[Tensor] | None = None  # of accumulators in 8 bits
 
     def select(self, index: list[int]) -> "Problem":
         """The same problem for some of its tensors."""
@@ -236,7 +237,11 @@ stats_scale_of = cache(lambda *key: stats_scale(problem_of(*key), accumulated_of
 
 GUARD = 3  # elements before and after every tensor, an odd number: addresses are as unaligned as they may be
 ALIGNED = 4  # the same for addresses that allow the widest accesses
-SENTINEL = -77.0
+
+
+def sentinel(dtype: torch.dtype) -> float:
+    """What lies there."""
+    return 77.0 if dtype == torch.uint8 else -77.0
 
 
 @dataclass
@@ -257,6 +262,7 @@ class Run:
         self.grads = self._guarded("grads")
         self.mom = self._guarded("mom")
         self.rms = self._guarded("rms")
+        self.scales = None if problem.scales is None else self._guarded("scales")
         name, spec = self.backend.name, problem.spec
         state = self.params, self.mom, self.rms
         self.plan = kernels.Plan(
@@ -267,13 +273,14 @@ class Run:
             self.precision,
             width=spec.mlp_width,
             layers=spec.mlp_layers,
+            scales=self.scales,
         )
         self.plan.set_tensors(self.params, self.grads)
 
     def _guarded(self, name: str) -> list[Tensor]:
         guard, tensors = GUARD if name in self.unaligned else self.guard, []
         for x in getattr(self.problem, name):
-            buffer = torch.full((x.numel() + 2 * guard,), SENTINEL, dtype=x.dtype)
+            buffer = torch.full((x.numel() + 2 * guard,), sentinel(x.dtype), dtype=x.dtype)
             buffer[guard:-guard] = x.reshape(-1)
             self.buffers.append((buffer.to(self.backend.device), guard))
             tensors.append(self.buffers[-1][0][guard:-guard].view(x.shape))
@@ -297,7 +304,7 @@ class Run:
     def check_guards(self) -> None:
         for buffer, guard in self.buffers:
             edges = torch.cat([buffer[:guard], buffer[-guard:]]).float().cpu()
-            assert torch.equal(edges, torch.full_like(edges, SENTINEL)), "written outside of a tensor"
+            assert torch.equal(edges, torch.full_like(edges, sentinel(buffer.dtype))), "written outside of a tensor"
 
 
 def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

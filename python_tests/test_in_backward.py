@@ -108,6 +108,7 @@ def test_the_usual_steps_bit_for_bit(preset: str, impl: str) -> None:
     "options",
     [
         {"state_dtype": torch.bfloat16},
+        {"state_dtype": torch.int8},
         {"maximize": True},
         {"average": True},
         {"weight_decay": 0.1, "lr": 0.5, "total_steps": 20},

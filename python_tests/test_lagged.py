@@ -86,7 +86,7 @@ def test_five_steps_agree_with_the_float64_reference(backend: Backend, preset: s
     assert float((found - expected).abs().max()) <= 1e-4 * float((expected - before).abs().max())
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
 @PRESET
 def test_one_sweep_is_accumulate_and_apply(
     preset: str, state_dtype: torch.dtype, set_num_threads: Callable[[int], None]
@@ -99,7 +99,7 @@ def test_one_sweep_is_accumulate_and_apply(
     assert all(same(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("precision", ["high", "fast"])
 @PRESET
 def test_one_sweep_on_tensor_cores_is_accumulate_and_apply(

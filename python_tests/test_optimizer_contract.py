@@ -128,6 +128,8 @@ def test_sharded_parameters_gradients_and_losses(impl: str) -> None:
             TypeError, match=r"params: impl='reference' steps whole tensors, got DTensors; use impl='auto'"
         ):
             make_optimizer([Parameter(replicated(torch.ones(3)))], impl)
+    with pytest.raises(ValueError, match=r"params: got DTensors; state_dtype=torch.int8 has a scale for each 128 "):
+        make_optimizer([Parameter(replicated(torch.ones(3)))], impl, state_dtype=torch.int8)
     params, others = make_params(), make_params()
     opt, other = make_optimizer(params, impl), make_optimizer(others, impl)
     run(opt, params, 1)

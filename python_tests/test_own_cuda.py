@@ -133,6 +133,21 @@ def test_steps_are_those_of_the_reference() -> None:
     check_steps("sim")
 
 
+def test_a_narrow_state_has_a_library_of_its_own() -> None:
+    """The bits of the set that is compiled in."""
+    spec, tensors = Theta.init("compact", seed=1).spec, Theta.init("compact", seed=1).tensors
+    ends = []
+    for name in ("compact", TWIN.name):
+        param = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 700).reshape(70, 10))
+        theta = Theta(dataclasses.replace(spec, feature_set=name), tensors)
+        optimizer = LearnedOptimizer([param], theta, impl="sim", state_dtype=torch.int8)
+        for step in range(3):
+            param.grad = torch.linspace(2.0 - step, -1.0, 700).reshape(70, 10)
+            optimizer.step(loss=torch.tensor(1.0 - 0.1 * step))
+        ends.append([param.detach(), optimizer.state[param]["scales"]])
+    assert same(*ends)
+
+
 def test_what_is_missing_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(kernels.CannotCompile, match="there is no GPU"):
         own.compiled(OWN, 8, 1, "cuda")

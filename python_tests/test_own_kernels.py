@@ -119,7 +119,7 @@ def test_the_torch_unroll_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, own_backend = start(spec, weights, run), kernels.own_backend
     monkeypatch.setattr(kernels, "own_backend", lambda *key: made.append(key) or own_backend(*key))
     ends = [unroll(spec, weights, run, begun, 20, impl=impl)[1].outer for impl in ("auto", "reference")]
-    assert made == [("cpu", OWN.name, 64, 2)]
+    assert made == [("cpu", OWN.name, 64, 2, torch.float32)]
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
     assert float((ends[1][:, 0] - ends[1][:, -1]).abs().max()) > 1e-3
 

@@ -68,6 +68,7 @@ def test_the_steps_of_one_place(monkeypatch: pytest.MonkeyPatch, preset: str, im
     "options",
     [
         {"state_dtype": torch.bfloat16},
+        {"state_dtype": torch.int8},
         {"state_dtype": torch.bfloat16, "stats": "lagged"},
         {"average": True, "maximize": True},
         {"weight_decay": 0.1, "lr": 0.5, "total_steps": 20, "on_nonfinite": "skip"},

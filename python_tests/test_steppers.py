@@ -68,7 +68,7 @@ def test_steps_are_those_of_the_tensors_that_have_gradients(impl: str, preset: s
 
 
 @pytest.mark.parametrize("impl", ["cpu", "sim"])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_rows_do_not_depend_on_what_else_is_there(impl: str, state_dtype: torch.dtype) -> None:
     """The same bits as of an optimizer over only those tensors that ever have a gradient."""
     params, grads = problem()

@@ -12,8 +12,13 @@ namespace lopt {
 constexpr int kMaxDecays = 8;
 using Decays = float[kMaxDecays];
 
-// A state is never float16.
-enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// A state is never float16, and nothing else is in 8 bits (codes.h).
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+
+LOPT_HD constexpr int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2; }
+
+// Of the directions of matrices.
+LOPT_HD constexpr int32_t direction_dtype(int32_t state) { return state == kFloat32 ? kFloat32 : kBFloat16; }
 
 // Of the small MLP in the CUDA kernels: plain float; on tensor cores, as exact as float32 but for two bits; on tensor cores
 // with 11 bits.
@@ -25,21 +30,22 @@ enum Precision : int32_t { kExact = 0, kHigh = 1, kFast = 2 };
 // that have a gradient, and TensorEntry::row says which they are.
 
 // One row of the tensor table. Accumulators are planes of `stride` elements, in row-major order of the parameter.
-#define LOPT_TENSOR_ENTRY(FIELD)                                                                            \
-  FIELD(int64_t, param)       /* address of [numel] values of param_dtype, read and written */              \
-  FIELD(int64_t, mom)         /* address of [num_mom, stride] values of the state's dtype */                \
-  FIELD(int64_t, rms)         /* address of [num_rms, stride] */                                            \
-  FIELD(int64_t, numel)       /* > 0 */                                                                     \
-  FIELD(int64_t, stride)      /* elements between accumulator planes, >= numel */                           \
-  FIELD(int64_t, first_chunk) /* this tensor's first row in the chunk table; its chunks follow in order */  \
-  FIELD(int64_t, theta)       /* row of ApplyParams::weights */                                             \
-  FIELD(int64_t, direction)   /* address of [numel] values of the state's dtype where apply writes the */   \
-                              /* direction where the gate is open, or 0 */                                  \
-  FIELD(int64_t, matrix_rows) /* of a tensor with a direction; 0: it is a part, orthogonalised elsewhere */ \
-  FIELD(int64_t, turned)      /* whether its columns belong to one output each, not its rows */             \
-  FIELD(int64_t, row)         /* of all tables [R, ...] below */                                            \
-  FIELD(int64_t, offset)      /* of a part of a tensor: elements of the whole before it, for rounding.h */  \
-  FIELD(int32_t, param_dtype) /* enum Dtype */                                                              \
+#define LOPT_TENSOR_ENTRY(FIELD)                                                                             \
+  FIELD(int64_t, param)       /* address of [numel] values of param_dtype, read and written */               \
+  FIELD(int64_t, mom)         /* address of [num_mom, stride] values of the state's dtype */                 \
+  FIELD(int64_t, rms)         /* address of [num_rms, stride] */                                             \
+  FIELD(int64_t, scales)      /* of an 8-bit state: address of [num_mom + num_rms, blocks] bytes, codes.h */ \
+  FIELD(int64_t, numel)       /* > 0 */                                                                      \
+  FIELD(int64_t, stride)      /* elements between accumulator planes, >= numel */                            \
+  FIELD(int64_t, first_chunk) /* this tensor's first row in the chunk table; its chunks follow in order */   \
+  FIELD(int64_t, theta)       /* row of ApplyParams::weights */                                              \
+  FIELD(int64_t, direction)   /* address of [numel] values of direction_dtype where apply writes the */      \
+                              /* direction where the gate is open, or 0 */                                   \
+  FIELD(int64_t, matrix_rows) /* of a tensor with a direction; 0: it is a part, orthogonalised elsewhere */  \
+  FIELD(int64_t, turned)      /* whether its columns belong to one output each, not its rows */              \
+  FIELD(int64_t, row)         /* of all tables [R, ...] below */                                             \
+  FIELD(int64_t, offset)      /* of a part of a tensor: elements of the whole before it, for rounding.h */   \
+  FIELD(int32_t, param_dtype) /* enum Dtype */                                                               \
   FIELD(int32_t, grad_dtype)  /* enum Dtype */
 struct TensorEntry {
   LOPT_TENSOR_ENTRY(LOPT_MEMBER)
@@ -74,20 +80,20 @@ LOPT_HD ApplyInputs inputs_of(const Params& params) {
 #undef LOPT_FIELD_OF
 }
 
-#define LOPT_ACCUMULATE_PARAMS(FIELD)                                                                              \
-  FIELD(const TensorEntry*, tensors) /* [T] */                                                                     \
-  FIELD(const int64_t*, grads)       /* [T] addresses of [numel] values of grad_dtype */                           \
-  FIELD(const Chunk*, chunks)        /* [num_chunks] */                                                            \
-  FIELD(int64_t, num_tensors)        /* T */                                                                       \
-  FIELD(int64_t, num_chunks)                                                                                       \
-  FIELD(const float*, clip_limit) /* [R] gradients are clamped to +-limit */                                       \
-  FIELD(Decays, mom_decay)                                                                                         \
-  FIELD(Decays, rms_decay)                                                                                         \
-  FIELD(const int64_t*, step) /* [1] steps so far, and */                                                          \
-  FIELD(int64_t, seed)        /* a number: they choose the random bits that round a bfloat16 state (rounding.h) */ \
-  FIELD(Dtype, state_dtype)   /* of mom and rms */                                                                 \
-  FIELD(double*, partials)    /* [num_chunks * S] scratch */                                                       \
-  FIELD(uint32_t*, finished)  /* [T] scratch of the CUDA kernel: zero before and after */                          \
+#define LOPT_ACCUMULATE_PARAMS(FIELD)                                                                            \
+  FIELD(const TensorEntry*, tensors) /* [T] */                                                                   \
+  FIELD(const int64_t*, grads)       /* [T] addresses of [numel] values of grad_dtype */                         \
+  FIELD(const Chunk*, chunks)        /* [num_chunks] */                                                          \
+  FIELD(int64_t, num_tensors)        /* T */                                                                     \
+  FIELD(int64_t, num_chunks)                                                                                     \
+  FIELD(const float*, clip_limit) /* [R] gradients are clamped to +-limit */                                     \
+  FIELD(Decays, mom_decay)                                                                                       \
+  FIELD(Decays, rms_decay)                                                                                       \
+  FIELD(const int64_t*, step) /* [1] steps so far, and */                                                        \
+  FIELD(int64_t, seed)        /* a number: they choose the random bits that round a narrow state (rounding.h) */ \
+  FIELD(Dtype, state_dtype)   /* of mom and rms */                                                               \
+  FIELD(double*, partials)    /* [num_chunks * S] scratch */                                                     \
+  FIELD(uint32_t*, finished)  /* [T] scratch of the CUDA kernel: zero before and after */                        \
   FIELD(float*, stats)        /* [R, S] written; see Stat */
 struct AccumulateParams {
   LOPT_ACCUMULATE_PARAMS(LOPT_MEMBER)

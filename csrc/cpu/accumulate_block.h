@@ -1,8 +1,8 @@
 // accumulate for a run of parameters, the loop that accumulate_cpu.cpp and unroll_cpu.cpp share:
 //   grad  = clamp(grad, +-limit)
 //   mom_k = d_k mom_k + (1 - d_k) grad,  rms_k = d_k rms_k + (1 - d_k) grad^2
-// and a row of partial statistics (stats.h). A bfloat16 state is rounded at once (rounding.h): everything that follows sees
-// the accumulators that the next step will see.
+// and a row of partial statistics (stats.h). A state in bfloat16 or 8 bits is rounded at once (rounding.h, codes.h): everything
+// that follows sees the accumulators that the next step will see.
 //
 // Note [Order of summation]
 // A run is summed in blocks: float within a block, double between blocks. accumulate_cpu.cpp merges the chunks of a
@@ -19,16 +19,16 @@ namespace {
 
 constexpr int kBlock = 32 * kLanes;  // parameters per block, summed in float
 
-template <class Features, bool kRounding = false>
+template <class Features, Dtype kState = kFloat32>
 struct Accumulator {
   static constexpr int kMom = Features::kNumMom, kRms = Features::kNumRms;
   const float* mom_decay;
   const float* rms_decay;
   const float limit;
   Numbers param, grad;
-  Planes<kMom, kBlock> mom;
-  Planes<kRms, kBlock> rms;
-  RoundingWords<kMom + kRms> words{};  // for kRounding,
+  Planes<MomCode, kMom, kBlock> mom;
+  Planes<RmsCode, kRms, kBlock> rms;
+  RoundingWords<kMom + kRms> words{};  // of a state that is rounded,
   uint32_t first = 0;                  // with the tensor's element where the run begins
 
   // The first `count` parameters (at least one) -> a row of partials.
@@ -43,6 +43,7 @@ struct Accumulator {
       float* m = mom.read(begin, size, mom_buffer);
       float* r = rms.read(begin, size, rms_buffer);
       double* row = begin ? part : total;
+      if (kState == kInt8) encode(g, m, r, begin, size);
       sums(p, g, m, r, first + static_cast<uint32_t>(begin), size, row);
       deviations(p, m, r, size, row);
       mom.write(begin, size, m);
@@ -57,7 +58,34 @@ struct Accumulator {
     return value == value ? result : value;
   }
 
-  // Updates mom and rms of one block and sums what needs no mean.
+  // Updates mom and rms of one block in 8 bits, whose scales come from all of it.
+  void encode(const float* g_at, float* mom_at, float* rms_at, int64_t begin, int64_t count) const {
+    alignas(64) uint32_t hashes[kBlock];
+    for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      const Bits hash = words.hash(count_from(first + static_cast<uint32_t>(begin + i)));
+      std::memcpy(hashes + i, &hash, sizeof hash);
+      const Vec g = clip_gradient(load(g_at + i, lanes), limit);
+      LOPT_UNROLL
+      for (int k = 0; k < kMom; ++k) {
+        float* address = mom_at + k * kBlock + i;
+        store(address, next_accumulator(load(address, lanes), mom_decay[k], g), lanes);
+      }
+      LOPT_UNROLL
+      for (int k = 0; k < kRms; ++k) {
+        float* address = rms_at + k * kBlock + i;
+        store(address, next_accumulator(load(address, lanes), rms_decay[k], g * g), lanes);
+      }
+    });
+    const auto random = [&](int accumulator, int64_t i) LOPT_INLINE {
+      Bits hash;
+      std::memcpy(&hash, hashes + i, sizeof hash);
+      return words.bits(accumulator, hash);
+    };
+    mom.encode(begin, count, mom_at, [&](int k, int64_t i) LOPT_INLINE { return random(k, i); });
+    rms.encode(begin, count, rms_at, [&](int k, int64_t i) LOPT_INLINE { return random(kMom + k, i); });
+  }
+
+  // Updates mom and rms of one block, where `encode` has not, and sums what needs no mean.
   void sums(const float* p_at, const float* g_at, float* mom_at, float* rms_at, uint32_t element, int64_t count,
             double* part) const {
     const int64_t mom_step = mom.step(), rms_step = rms.step();
@@ -67,21 +95,27 @@ struct Accumulator {
       const Vec raw = load(g_at + i, lanes), p = bounded(load(p_at + i, lanes)), g = clip_gradient(raw, limit);
       nonfinite += raw - raw == Vec{} ? Vec{} : splat(1.0f);
       Vec m[kMom], r[kRms], q[Features::kNumMoments];
-      const Bits hash = kRounding ? words.hash(count_from(element + static_cast<uint32_t>(i))) : Bits{};
+      const Bits hash = kState == kBFloat16 ? words.hash(count_from(element + static_cast<uint32_t>(i))) : Bits{};
       LOPT_UNROLL
       for (int k = 0; k < kMom; ++k) {
         float* address = mom_at + k * mom_step + i;
-        m[k] = next_accumulator(load(address, lanes), mom_decay[k], g);
-        if (kRounding) m[k] = rounded(m[k], k, hash);
-        store(address, m[k], lanes);
+        m[k] = load(address, lanes);
+        if (kState != kInt8) {
+          m[k] = next_accumulator(m[k], mom_decay[k], g);
+          if (kState == kBFloat16) m[k] = rounded(m[k], k, hash);
+          store(address, m[k], lanes);
+        }
         mom_sum += m[k];
       }
       LOPT_UNROLL
       for (int k = 0; k < kRms; ++k) {
         float* address = rms_at + k * rms_step + i;
-        r[k] = next_accumulator(load(address, lanes), rms_decay[k], g * g);
-        if (kRounding) r[k] = rounded(r[k], kMom + k, hash);
-        store(address, r[k], lanes);
+        r[k] = load(address, lanes);
+        if (kState != kInt8) {
+          r[k] = next_accumulator(r[k], rms_decay[k], g * g);
+          if (kState == kBFloat16) r[k] = rounded(r[k], kMom + k, hash);
+          store(address, r[k], lanes);
+        }
         rms_sum += r[k];
       }
       grad_square += g * g;

@@ -8,10 +8,9 @@ namespace lopt {
 namespace LOPT_ISA {
 namespace {
 
-template <class Features, bool kRounding>
+template <class Features, Dtype kState>
 void run_chunk(const AccumulateParams& params, int64_t index) {
-  using AccumulatorOf = Accumulator<Features, kRounding>;
-  constexpr Dtype kState = kRounding ? kBFloat16 : kFloat32;
+  using AccumulatorOf = Accumulator<Features, kState>;
   const Chunk chunk = params.chunks[index];
   const TensorEntry& tensor = params.tensors[chunk.tensor];
   const int64_t left = tensor.numel - chunk.begin;
@@ -21,10 +20,10 @@ void run_chunk(const AccumulateParams& params, int64_t index) {
       params.clip_limit[tensor.row],
       Numbers::at(tensor.param, tensor.param_dtype, chunk.begin),
       Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype, chunk.begin),
-      {Numbers::at(tensor.mom, kState, chunk.begin), tensor.stride},
-      {Numbers::at(tensor.rms, kState, chunk.begin), tensor.stride},
+      decltype(AccumulatorOf::mom)::of(tensor, tensor.mom, 0, kState, chunk.begin),
+      decltype(AccumulatorOf::rms)::of(tensor, tensor.rms, AccumulatorOf::kMom, kState, chunk.begin),
   };
-  if (kRounding) {
+  if (kState != kFloat32) {
     const uint64_t key = rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),
                                       static_cast<uint64_t>(tensor.row));
     accumulator.words = RoundingWords<AccumulatorOf::kMom + AccumulatorOf::kRms>::of(key, tensor.offset + chunk.begin);
@@ -50,10 +49,15 @@ void merge_tensor(const AccumulateParams& params, int64_t t) {
 
 void accumulate_chunk(const AccumulateParams& params, int feature_set, int64_t index) {
   with_feature_set(feature_set, [&](auto features) {
-    if (params.state_dtype == kBFloat16)
-      run_chunk<decltype(features), true>(params, index);
-    else
-      run_chunk<decltype(features), false>(params, index);
+    using Features = decltype(features);
+    switch (params.state_dtype) {
+      case kBFloat16:
+        return run_chunk<Features, kBFloat16>(params, index);
+      case kInt8:
+        return run_chunk<Features, kInt8>(params, index);
+      default:
+        return run_chunk<Features, kFloat32>(params, index);
+    }
   });
 }
 

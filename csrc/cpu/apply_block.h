@@ -18,10 +18,12 @@ template <class Features, int kWidth>
 struct Applier {
   static constexpr int kColumns = Features::kNumColumns;
   static constexpr int kBlock = 32 * kLanes;  // parameters per block, hidden layers summed in float
+  // Vectors: two share the loads of weights, where the inputs and a layer of one do not stay in registers.
+  static constexpr int kAtOnce = kColumns + kWidth <= kRegisters - 8 ? 1 : 2;
   static constexpr int kSums = kWidth < kRegisters / 2 ? kWidth : kRegisters / 2;  // of a layer, in registers
   Numbers param, grad, written;                                                    // written: param, or the direction
-  Planes<Features::kNumMom, kBlock> mom;
-  Planes<Features::kNumRms, kBlock> rms;
+  Planes<MomCode, Features::kNumMom, kBlock> mom;
+  Planes<RmsCode, Features::kNumRms, kBlock> rms;
   const TensorInputs inputs;
   const float* weights;  // MlpLayout
   const float magnitude_rate, feature_clip;
@@ -45,7 +47,8 @@ struct Applier {
              double* total) const {
     Vec hidden_sum[kWidth]{};
     int64_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) rows<2>(p + i, to + i, g + i, m + i, r + i, kLanes, hidden_sum);
+    for (; i + kAtOnce * kLanes <= count; i += kAtOnce * kLanes)
+      rows<kAtOnce>(p + i, to + i, g + i, m + i, r + i, kLanes, hidden_sum);
     for (; i < count; i += kLanes)
       rows<1>(p + i, to + i, g + i, m + i, r + i, count - i < kLanes ? static_cast<int>(count - i) : kLanes,
               hidden_sum);

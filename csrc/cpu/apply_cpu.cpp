@@ -24,12 +24,13 @@ void run_chunk(const ApplyParams& params, int64_t index) {
   const int64_t left = tensor.numel - chunk.begin;
   const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, chunk.begin);
   const bool whole = is_whole(params, tensor);
-  const Applier<Features, kWidth> applier{
+  using ApplierOf = Applier<Features, kWidth>;
+  const ApplierOf applier{
       param,
       Numbers::at(params.grads[chunk.tensor], tensor.grad_dtype, chunk.begin),
-      whole ? Numbers::at(tensor.direction, params.state_dtype, chunk.begin) : param,
-      {Numbers::at(tensor.mom, params.state_dtype, chunk.begin), tensor.stride},
-      {Numbers::at(tensor.rms, params.state_dtype, chunk.begin), tensor.stride},
+      whole ? Numbers::at(tensor.direction, direction_dtype(params.state_dtype), chunk.begin) : param,
+      decltype(ApplierOf::mom)::of(tensor, tensor.mom, 0, params.state_dtype, chunk.begin),
+      decltype(ApplierOf::rms)::of(tensor, tensor.rms, Features::kNumMom, params.state_dtype, chunk.begin),
       TensorInputs(inputs_of(params), tensor.row, kColumns, kWidth, whole),
       params.weights + tensor.theta * MlpLayout<kColumns, kWidth>::kSize,
       params.magnitude_rate,
@@ -68,7 +69,7 @@ void orthogonalise(const ApplyParams& params, int64_t t) {
   memory.resize(std::max(memory.size(), static_cast<size_t>(count.used)));
   buffer.resize(std::max(buffer.size(), static_cast<size_t>(tensor.numel)));
   Arena arena{memory.data()};
-  const Numbers direction = Numbers::at(tensor.direction, params.state_dtype, 0);
+  const Numbers direction = Numbers::at(tensor.direction, direction_dtype(params.state_dtype), 0);
   float* values = direction.read(0, tensor.numel, buffer.data());
   float rank = params.rank[tensor.row];
   Orthogonal<Alone>(Alone{}, sizes, arena)
@@ -86,7 +87,7 @@ void write_chunk(const ApplyParams& params, int64_t index) {
   const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
   if (!moves(step_size, keep)) return;
   const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
-  const Numbers direction = Numbers::at(tensor.direction, params.state_dtype, 0);
+  const Numbers direction = Numbers::at(tensor.direction, direction_dtype(params.state_dtype), 0);
   const int64_t end = chunk.begin + kChunk < tensor.numel ? chunk.begin + kChunk : tensor.numel;
   for (int64_t begin = chunk.begin; begin < end; begin += kBlock) {
     const int64_t size = end - begin < kBlock ? end - begin : kBlock;

@@ -85,11 +85,11 @@ LOPT_HD Vec log_of(Vec x) {
   return x - x == x - x ? value : x;
 }
 
-// exp(x): x = n ln 2 + r, a polynomial in r, times 2^n in two factors so that neither overflows early.
+// exp(x): x = n ln 2 + r, a polynomial in r, times 2^n, without an instruction for that in two factors so that neither
+// overflows early.
 LOPT_HD Vec exp_of(Vec x) {
   const Vec bounded = clamp_of(x, -104.0f, 89.0f);
   const Vec shifted = bounded * 1.44269504088896341f + 12582912.0f;  // rounds to nearest: 1.5 * 2^23
-  const IntVec n = (IntVec)shifted - 0x4b400000;
   const Vec whole = shifted - 12582912.0f;
   const Vec r = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
@@ -99,9 +99,26 @@ LOPT_HD Vec exp_of(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const IntVec half = n >> 1;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)whole);
+#else
+  const IntVec n = (IntVec)shifted - 0x4b400000, half = n >> 1;
   const Vec low = (Vec)((half + 127) << 23), high = (Vec)((n - half + 127) << 23);
   return x == x ? p * low * high : x;
+#endif
+}
+
+LOPT_HD Vec whole_of(Vec x) { return __builtin_convertvector(__builtin_convertvector(x, IntVec), Vec); }
+LOPT_HD Vec number_of(Bits x) { return __builtin_convertvector(x, Vec); }
+
+// The third or sixth root of x >= 0, to .3 percent: a third of the exponent, and a step of Newton's method.
+template <int kPower>
+LOPT_HD Vec root_estimate(Vec x) {
+  static_assert(kPower == 3 || kPower == 6, "a cube root, perhaps of a square root");
+  if (kPower == 6) x = sqrt_of(x);
+  const Vec third = __builtin_convertvector((IntVec)x, Vec) * (1.0f / 3.0f) + 709921077.0f;
+  const Vec y = (Vec) __builtin_convertvector(third, IntVec);
+  return (y + y + x / (y * y)) * (1.0f / 3.0f);
 }
 
 LOPT_HD Vec load(const float* source) {

@@ -124,6 +124,18 @@ LOPT_HD float rsqrt_of(float x) { return 1.0f / ::sqrtf(x); }
 LOPT_HD float reciprocal_of(float x) { return 1.0f / x; }
 #endif
 
+// A root, to .3 percent.
+template <int kPower>
+LOPT_HD float root_estimate(float x) {
+#if defined(__CUDA_ARCH__) || defined(LOPT_ESTIMATES)
+  return exp2_estimate(log2_estimate(x) * (1.0f / kPower));
+#else
+  return ::powf(x, 1.0f / kPower);
+#endif
+}
+LOPT_HD float whole_of(float x) { return ::truncf(x); }
+LOPT_HD float number_of(uint32_t x) { return static_cast<float>(x); }
+
 #if defined(__CUDACC__) || defined(LOPT_ESTIMATES)
 // A float with rough logarithms, for columns that are rounded to 11 bits: off by at most 2.5 * 2^-23, or of itself where x
 // is outside of (.5, 2).

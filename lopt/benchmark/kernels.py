@@ -1,6 +1,6 @@
 """The two operations by themselves: time per parameter, bytes and operations per second, share of the peaks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from lopt.benchmark.timing import Timer, Timing
 from lopt.benchmark.traffic import Traffic
 from lopt.benchmark.variants import RULES, Variant
 from lopt.rule import ThetaSpec
+from lopt.rule.rounding import coded
 
 STEP_SIZE = 1e-6  # parameters move, and stay where they are
 
@@ -44,8 +45,14 @@ def measure(variant: Variant, layout: Layout, dtype: torch.dtype, timer: Timer, 
 
     params = [normal(*shape).to(dtype) for shape in layout.shapes]
     grads = [normal(*shape).to(dtype) for shape in layout.shapes]
-    mom = [normal(len(spec.mom_decays), param.numel()).to(variant.state) for param in params]
-    rms = [normal(len(spec.rms_decays), param.numel()).square_().to(variant.state) for param in params]
+    mom = [normal(len(spec.mom_decays), param.numel()) for param in params]
+    rms = [normal(len(spec.rms_decays), param.numel()).square_() for param in params]
+    scales: Sequence[torch.Tensor | None] | None = None
+    if variant.state == torch.int8:
+        both = [coded(torch.cat(pair), len(spec.mom_decays)) for pair in zip(mom, rms, strict=True)]
+        mom, rms, scales = ([item[k] for item in both] for k in range(3))
+    else:
+        mom, rms = ([value.to(variant.state) for value in values] for values in (mom, rms))
     plan = kernels.Plan(
         device.type,
         spec.feature_set,
@@ -55,6 +62,7 @@ def measure(variant: Variant, layout: Layout, dtype: torch.dtype, timer: Timer, 
         precision=variant.precision,
         width=spec.mlp_width,
         layers=spec.mlp_layers,
+        scales=scales,
     )
     plan.set_tensors(params, grads)
     limit, scale = torch.full((tensors,), 10.0, device=device), normal(tensors, columns).exp()

@@ -39,8 +39,9 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
     """Counted for the learned optimizer.
 
     ``accumulate`` reads parameter, gradient and state and writes the state; ``apply`` reads all of them again and
-    writes the parameter. With lagged statistics both are one sweep. Accumulators take 4 bytes, or 2 with
-    ``state_dtype=torch.bfloat16``. The MLP has ``columns * width + width^2 + 2 * width`` multiply-adds, ``width^2``
+    writes the parameter. With lagged statistics both are one sweep. Accumulators take 4 bytes, 2
+    with ``state_dtype=torch.bfloat16``, or 1 with ``torch.int8``, whose scales, a 128th of that, are not counted; on a
+    GPU it has no kernel of one sweep. The MLP has ``columns * width + width^2 + 2 * width`` multiply-adds, ``width^2``
     less with one hidden layer, and for the skip ``columns`` more.
 
     Example:

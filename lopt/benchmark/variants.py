@@ -16,7 +16,7 @@ from lopt.rule.published import SmallFC, VeLO
 RULES: dict[str, FactoredRule] = {"small_fc_lopt": SmallFC(), "velo": VeLO()}
 
 STATS: tuple[Literal["current", "lagged"], ...] = ("current", "lagged")
-STATE_DTYPES = ("float32", "bfloat16")
+STATE_DTYPES = ("float32", "bfloat16", "int8")
 PRECISIONS: tuple[Literal["high", "fast"], ...] = ("high", "fast")
 
 
@@ -57,7 +57,8 @@ class Variant:
     def name(self) -> str:
         """For people: what is not as usual."""
         words = [self.preset]
-        words += ["lagged stats"] * (self.stats != "current") + ["bfloat16 state"] * (self.state_dtype != "float32")
+        words += ["lagged stats"] * (self.stats != "current")
+        words += [f"{self.state_dtype} state"] * (self.state_dtype != "float32")
         return ", ".join(words + [self.precision] * (self.precision != "high"))
 
     def theta(self) -> Theta[Any]:

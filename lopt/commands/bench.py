@@ -37,7 +37,7 @@ class Bench(Command):
     stats: tuple[Literal["current", "lagged"], ...] = ("current",)
     """Of this step, in two sweeps over the parameters, or of the step before, in one; for kernel and step."""
 
-    state_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    state_dtypes: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("float32",)
     """Of accumulators, for kernel and step."""
 
     precisions: tuple[Literal["high", "fast"], ...] = ("high",)

@@ -9,7 +9,7 @@ from lopt.kernels.own import size_of_weights
 from lopt.rule.spec import ThetaSpec
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of parameters and gradients, enum Dtype
-STATE_DTYPES = (torch.float32, torch.bfloat16)  # of accumulators
+STATE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}  # of accumulators, by that of momenta
 
 
 def pack_mlp(spec: ThetaSpec, weights: Mapping[str, Tensor]) -> Tensor:

@@ -34,6 +34,8 @@ _HOST_FLAGS = ("-fopenmp", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines
 _CPU_UNITS = ("accumulate_cpu.cpp", "advance_cpu.cpp", "apply_cpu.cpp", "own_cpu.cpp")
 _CUDA_UNITS = ("accumulate.cu", "advance.cu", "apply.cu", "apply_mma.cu", "sweep.cu", "sweep_mma.cu", "write.cu")
 _CUDA_DOOR = ("backend.cpp", "own.cpp")
+#: The CUDA kernels are compiled for one, the CPU's for all.
+_STATES = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16", torch.int8: "kInt8"}
 
 
 class CannotCompile(RuntimeError):
@@ -195,22 +197,24 @@ class _Recipe:
     units: list[Path]
 
 
-def _recipe(backend: str, sources: Path, archs: tuple[str, ...]) -> _Recipe:
-    cuda = sources.parent / "cuda"
+def _recipe(backend: str, sources: Path, archs: tuple[str, ...], state: torch.dtype) -> _Recipe:
+    cuda, for_state = sources.parent / "cuda", [f"-DLOPT_STATE={_STATES[state]}"]
     if backend == "cpu":
         namespace, flags = _level()
         flags = [*_CPU_FLAGS, *_HOST_FLAGS, *flags, f"-DLOPT_ISA={namespace}"]
         return _Recipe(_compiler(), flags, [sources / "cpu" / name for name in _CPU_UNITS])
     door = [cuda / name for name in _CUDA_DOOR]
     if backend == "sim":
-        return _Recipe(_compiler(), ["-O1", *_HOST_FLAGS, "-Wno-unknown-pragmas"], [sources / "sim" / "own.cpp", *door])
+        flags = ["-O1", *_HOST_FLAGS, *for_state, "-Wno-unknown-pragmas"]
+        return _Recipe(_compiler(), flags, [sources / "sim" / "own.cpp", *door])
     if not archs:
         raise CannotCompile("there is no GPU")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     host = ["-Xcompiler", ",".join(_HOST_FLAGS[1:])]  # OpenMP is for the CPU
     if os.environ.get("CUDAHOSTCXX"):
         host += ["-ccbin", os.environ["CUDAHOSTCXX"]]
-    return _Recipe(_nvcc(), ["-O3", "--threads=0", *targets, *host], [*(cuda / name for name in _CUDA_UNITS), *door])
+    flags = ["-O3", "--threads=0", *targets, *for_state, *host]
+    return _Recipe(_nvcc(), flags, [*(cuda / name for name in _CUDA_UNITS), *door])
 
 
 def gpu_archs() -> tuple[str, ...]:
@@ -220,13 +224,19 @@ def gpu_archs() -> tuple[str, ...]:
 
 
 def compiled(
-    features: FeatureSet, width: int, layers: int = 2, backend: str = "cpu", archs: tuple[str, ...] = ()
+    features: FeatureSet,
+    width: int,
+    layers: int = 2,
+    backend: str = "cpu",
+    archs: tuple[str, ...] = (),
+    state: torch.dtype = torch.float32,
 ) -> Path:
     """The library of a set and MLP, compiled where it is not yet there: by the C++ compiler, or by nvcc.
 
     Args:
         backend: ``"cpu"``, for the instruction set in use, ``"cuda"`` or ``"sim"``.
         archs: of ``"cuda"``, as :func:`gpu_archs` has them.
+        state: dtype of the accumulators.
 
     Raises:
         CannotCompile: there is no compiler, it fails, or the sources are not there or others; with the reason.
@@ -235,7 +245,7 @@ def compiled(
         raise CannotCompile("the sources (csrc) are not there; install lopt from its source folder")
     if sources_sha256(SOURCES) != _C.source_sha256:  # it would read the structs of other sources
         raise CannotCompile(f"the sources in {SOURCES.parent} are not those that lopt._C was built from; build it anew")
-    recipe, text = _recipe(backend, SOURCES, archs), header(features)
+    recipe, text = _recipe(backend, SOURCES, archs, state), header(features)
     version = subprocess.run([*recipe.compiler, "--version"], capture_output=True, text=True, check=False).stdout
     command = [*recipe.compiler, *_FLAGS, *recipe.flags, f"-DLOPT_OWN_WIDTH={width}", f"-DLOPT_MLP_LAYERS={layers}"]
     made_of = "\n".join([text, _C.source_sha256, version, *command])
@@ -267,17 +277,18 @@ def _compile(command: list[str], units: list[Path], text: str, library: Path) ->
         os.replace(made, library)  # whole or not at all
 
 
-def resolved(backend: str, name: str, width: int | None, layers: int) -> str:
+def resolved(backend: str, name: str, width: int | None, layers: int, state: torch.dtype = torch.float32) -> str:
     """The back end that has the kernels of a feature set and MLP: that one, or one of their own.
 
     Args:
         width: of the MLP; None where no operation needs it, which only a set that is compiled in allows.
+        state: dtype of the accumulators.
     """
     if packed_weights(name, WIDTHS[0] if width is None else width, layers):
         return backend
     if width is None:
         raise CannotCompile(f"feature set {name!r}: its kernels are made for one MLP width, which was not given")
-    return own_backend(backend, name, width, layers)
+    return own_backend(backend, name, width, layers, state)
 
 
 def size_of_weights(name: str, width: int, layers: int) -> int:
@@ -289,12 +300,13 @@ def size_of_weights(name: str, width: int, layers: int) -> int:
     return -(-size // 4) * 4  # padded to 16 bytes
 
 
-def own_backend(backend: str, name: str, width: int, layers: int = 2) -> str:
+def own_backend(backend: str, name: str, width: int, layers: int = 2, state: torch.dtype = torch.float32) -> str:
     """Back end with kernels that are not compiled in.
 
     Args:
         backend: as for :class:`lopt.kernels.Plan`.
         name: of the feature set.
+        state: dtype of the accumulators.
 
     Raises:
         CannotCompile: with the reason.
@@ -308,13 +320,16 @@ def own_backend(backend: str, name: str, width: int, layers: int = 2) -> str:
     except (RuntimeError, ValueError) as error:
         raise CannotCompile(str(error)) from error
     targets = {"cpu": (_C.simd_selected(),), "cuda": gpu_archs()}.get(backend, ())
-    return _made(backend, targets, feature_set(name), width, layers)
+    of_one = state if backend != "cpu" and state in _STATES else torch.float32
+    return _made(backend, targets, feature_set(name), width, layers, of_one)
 
 
 @cache
-def _made(backend: str, targets: tuple[str, ...], features: FeatureSet, width: int, layers: int) -> str:
+def _made(
+    backend: str, targets: tuple[str, ...], features: FeatureSet, width: int, layers: int, state: torch.dtype
+) -> str:
     """Name by which the compiled module knows the back end for these targets."""
-    library = compiled(features, width, layers, backend, targets)
+    library = compiled(features, width, layers, backend, targets, state)
     loaded = load(library)
     assert loaded.lopt_packed_weights() == size_of_weights(features.name, width, layers)
     name = f"{backend} {library.stem}"

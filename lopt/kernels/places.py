@@ -105,7 +105,7 @@ class Places:
         return [place.plan for place in self._others] + ([self.home] if self.home.num_tensors else [])
 
     def set_step(self, step: Tensor) -> None:
-        """The number of steps so far, by which a bfloat16 state is rounded."""
+        """The number of steps so far, by which a narrow state is rounded."""
         self.home.set_step(step)
         for place in self._others:
             place.step.copy_(step)

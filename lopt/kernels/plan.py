@@ -25,6 +25,7 @@ from lopt.kernels.operands import DTYPES, STATE_DTYPES, check_length, check_oper
 from lopt.kernels.own import resolved, size_of_weights
 from lopt.kernels.seen import Operands
 from lopt.kernels.structs import ACCUMULATE, APPLY, APPLY_INPUTS, CHUNK, ENTRY
+from lopt.rule.codes import CODES, blocks_of
 from lopt.rule.features import feature_set as table_of
 from lopt.rule.matrices import Matrix
 
@@ -56,16 +57,19 @@ class Plan:
         backend: ``"cpu"``, ``"cuda"``, or ``"sim"`` (the CUDA kernels on the CPU, for tests).
         feature_set: its name.
         params: contiguous tensors on one device, each of one of :data:`DTYPES`, written by :meth:`apply`.
-        mom, rms: contiguous ``[num_mom, numel]`` and ``[num_rms, numel]`` for each, all float32 or all bfloat16;
-            :meth:`accumulate` writes, and rounds bfloat16 stochastically (csrc/rule/rounding.h). None for a tensor
-            that has no state yet: :meth:`hold` gives it one, before it is selected. Without state it may be empty.
+        mom, rms: contiguous ``[num_mom, numel]`` and ``[num_rms, numel]`` for each, all float32, all bfloat16, or
+            int8 and uint8 with ``scales``; :meth:`accumulate` writes, and rounds what is narrow stochastically
+            (csrc/rule/rounding.h). None for a tensor that has no state yet: :meth:`hold` gives it one, before it is
+            selected. Without state it may be empty.
         theta_index: for each tensor the row of the MLP weights that drives it; zeros by default.
         precision: of the small MLP in the CUDA kernels. ``"exact"`` is plain float32; ``"high"`` splits a float32 into
             two halves for tensor cores and keeps its accuracy; ``"fast"`` rounds to 11 bits.
-        seed: chooses, with the step and the position of an element, how a bfloat16 state is rounded.
+        seed: chooses, with the step and the position of an element, how a narrow state is rounded.
         state_dtype, device: of ``mom`` and ``rms``, and of everything; needed where all tensors have no state yet, so
             that it is not known which parameters will be trained.
         width, layers: of the MLP, needed where its kernels are not compiled in (:mod:`lopt.kernels.own`).
+        scales: of accumulators in 8 bits, for each tensor contiguous uint8 ``[num_mom + num_rms, blocks]``
+            (:mod:`lopt.rule.codes`).
 
     Tables over tensors (``stats``, ``hidden``, the operands of :meth:`apply`) have a row for each of the R tensors; the
     operations read and write those of the selected ones.
@@ -88,6 +92,7 @@ class Plan:
         device: torch.device | None = None,
         width: int | None = None,
         layers: int = 2,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> None:
         self.module = module_of(backend)
         if precision not in PRECISIONS:
@@ -96,28 +101,30 @@ class Plan:
             raise ValueError("params: expected at least one tensor, got none")
         features = table_of(feature_set)
         theta_index = [0] * len(params) if theta_index is None else list(theta_index)
-        for name, values in (("mom", mom), ("rms", rms), ("theta_index", theta_index)):
+        scales = [None] * len(params) if scales is None else scales
+        for name, values in (("mom", mom), ("rms", rms), ("theta_index", theta_index), ("scales", scales)):
             check_length(name, len(values), len(params))
-        self.backend, self.features, self.layers = resolved(backend, feature_set, width, layers), features, layers
+        given = [m.dtype for m in mom if m is not None]
+        self.state_dtype = state_dtype or (given[0] if given else torch.float32)
+        self.backend = resolved(backend, feature_set, width, layers, self.state_dtype)
+        self.features, self.layers = features, layers
         self.index, self.precision = index_of(feature_set), PRECISIONS.index(precision)
         self.device = device or params[0].device
         if self.device.type != ("cuda" if backend == "cuda" else "cpu"):
             raise ValueError(f"params[0]: on {self.device}, which back end {backend!r} cannot reach; use impl='auto'")
         self.sizes = [param.numel() for param in params]
-        given = [m.dtype for m in mom if m is not None]
-        self.state_dtype = state_dtype or (given[0] if given else torch.float32)
         self.num_rows = len(self.sizes)
         self.all_entries = np.zeros(self.num_rows, ENTRY)
         self.all_entries["numel"] = self.all_entries["stride"] = self.sizes
         self.all_entries["theta"], self.all_entries["row"] = theta_index, np.arange(self.num_rows)
         self.chunks_of = -(-np.array(self.sizes, dtype=np.int64) // self.module.chunk)
-        self.keep_alive: dict[int, tuple[Tensor, Tensor]] = {}
+        self.keep_alive: dict[int, tuple[Tensor, ...]] = {}
         for i, (param, m, r) in enumerate(zip(params, mom, rms, strict=True)):
             if m is not None and r is not None:
                 if self.sizes[i] == 0:
                     raise ValueError(f"params[{i}]: empty; leave empty tensors out")
                 check_operand(f"params[{i}]", param, tuple(DTYPES), self.sizes[i], self.device)
-                self.hold(i, m, r)
+                self.hold(i, m, r, scales[i])
 
         num_chunks = int(self.chunks_of.sum())
         self.finished = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)
@@ -133,7 +140,7 @@ class Plan:
         self._operands: dict[str, list[Tensor]] = {}
         self._accumulate, self._apply = np.zeros((), ACCUMULATE), np.zeros((), APPLY)
         for record in (self._accumulate, self._apply):
-            record["state_dtype"] = DTYPES.get(self.state_dtype, 0)
+            record["state_dtype"] = STATE_DTYPES.get(self.state_dtype, 0)
             record["finished"] = self.finished.data_ptr()
         self._accumulate["partials"] = self.partials.data_ptr()
         self._apply["partials"] = self.hidden_partials.data_ptr()
@@ -157,7 +164,8 @@ class Plan:
         if not iterations or not any(matrix.whole for matrix in matrices):
             return
         exact, native = self.precision == PRECISIONS.index("exact"), self.module.native_side(self.backend)
-        self.directions = Directions(matrices, iterations, self.state_dtype, self.device, exact, native, parts)
+        dtype = torch.float32 if self.state_dtype == torch.float32 else torch.bfloat16
+        self.directions = Directions(matrices, iterations, dtype, self.device, exact, native, parts)
         self.all_entries["direction"] = self.directions.addresses
         self.all_entries["matrix_rows"] = [
             0 if row in self.directions.parts else matrix.rows for row, matrix in enumerate(matrices)
@@ -167,14 +175,26 @@ class Plan:
         self.rank = rank
         self.select(None)
 
-    def hold(self, row: int, mom: Tensor, rms: Tensor) -> None:
+    def hold(self, row: int, mom: Tensor, rms: Tensor, scales: Tensor | None = None) -> None:
         """Give tensor ``row`` its accumulators."""
-        dtypes = (self.state_dtype,) if self.state_dtype in STATE_DTYPES else STATE_DTYPES
-        decays = len(self.features.mom_decays), len(self.features.rms_decays)
-        for name, tensor, planes in (("mom", mom, decays[0]), ("rms", rms, decays[1])):
-            check_operand(f"{name}[{row}]", tensor, dtypes, planes * self.sizes[row], self.device)
+        dtypes: dict[str, tuple[torch.dtype, ...]] = {}
+        decays = {"mom": len(self.features.mom_decays), "rms": len(self.features.rms_decays)}
+        for name, tensor in (("mom", mom), ("rms", rms)):
+            if self.state_dtype == torch.int8:
+                dtypes[name] = (CODES[name].dtype,)
+            else:
+                dtypes[name] = (self.state_dtype,) if self.state_dtype in STATE_DTYPES else tuple(STATE_DTYPES)
+            check_operand(f"{name}[{row}]", tensor, dtypes[name], decays[name] * self.sizes[row], self.device)
             self.all_entries[row][name] = tensor.data_ptr()
         self.keep_alive[row] = mom, rms
+        if self.state_dtype != torch.int8:
+            return
+        count = sum(decays.values()) * blocks_of(self.sizes[row])
+        if scales is None:
+            raise ValueError(f"scales[{row}]: accumulators in 8 bits need {count} of them, got nothing")
+        check_operand(f"scales[{row}]", scales, (torch.uint8,), count, self.device)
+        self.all_entries[row]["scales"] = scales.data_ptr()
+        self.keep_alive[row] = mom, rms, scales
 
     def select(self, rows: Sequence[int] | None) -> None:
         """Let the operations work on these tensors, in ascending order; None selects all that are not empty."""
@@ -272,7 +292,7 @@ class Plan:
         Args:
             clip_limit: ``[R]`` float32, bound of the gradient elements.
             mom_decays, rms_decays: the feature set's own when not given.
-            step: ``[]`` int64, steps so far; needed for a bfloat16 state.
+            step: ``[]`` int64, steps so far; needed for a narrow state.
         """
         self.bind_accumulate(clip_limit, mom_decays, rms_decays)
         self.set_step(step)
@@ -285,12 +305,12 @@ class Plan:
         return self.stats
 
     def set_step(self, step: Tensor | None) -> None:
-        """The number of steps so far, ``[]`` int64 on the device, by which a bfloat16 state is rounded."""
+        """The number of steps so far, ``[]`` int64 on the device, by which a narrow state is rounded."""
         if self.state_dtype == torch.float32:
             return
         if step is None or step.dtype != torch.int64 or step.numel() != 1 or step.device != self.device:
             came = "nothing" if step is None else f"{step.dtype} of shape {tuple(step.shape)} on {step.device}"
-            raise ValueError(f"step: a bfloat16 state needs one int64 on {self.device} to be rounded by, got {came}")
+            raise ValueError(f"step: a narrow state needs one int64 on {self.device} to be rounded by, got {came}")
         self._accumulate["step"] = step.data_ptr()
         self._operands["step"] = [step]
 

@@ -2,7 +2,7 @@
 
 The optimizer itself calls :class:`lopt.kernels.Plan`, which keeps its tables between steps; these make a plan per call.
 Both write their mutable arguments in place: ``mom`` and ``rms``, and ``params``. Arguments are those of the plan's
-methods; ``step``, by which a bfloat16 state is rounded, may be left out with a float32 one.
+methods; ``step``, by which a narrow state is rounded, may be left out with a float32 one.
 """
 
 from collections.abc import Sequence

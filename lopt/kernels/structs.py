@@ -37,8 +37,8 @@ _INPUTS = " ".join(APPLY_INPUTS)
 
 #: The fields that Python fills in, of every struct; their order and place are C++'s.
 FILLED = {
-    "TensorEntry": "param mom rms numel stride first_chunk theta direction matrix_rows turned row offset param_dtype "
-    "grad_dtype",
+    "TensorEntry": "param mom rms scales numel stride first_chunk theta direction matrix_rows turned row offset "
+    "param_dtype grad_dtype",
     "Chunk": "tensor begin",
     "AccumulateParams": "tensors grads chunks num_tensors num_chunks clip_limit mom_decay rms_decay step seed "
     "state_dtype partials finished stats",

@@ -57,6 +57,7 @@ class TensorLevel:
             several levels, each with its theta, can share a :class:`Plan`.
         kinds: what is known about each tensor beside its shape.
         lagged: the caller gives :meth:`advance` the statistics of the step before (:func:`lopt.rule.reference.lag`).
+        state: dtype of the accumulators, of the kernels beside which it is used.
 
     Raises:
         ValueError: theta was made for lagged statistics and the caller has current ones, or the other way round.
@@ -72,6 +73,7 @@ class TensorLevel:
         inputs: Mapping[str, Tensor] | None = None,
         kinds: Sequence[Kind] | None = None,
         lagged: bool = False,
+        state: torch.dtype = torch.float32,
     ) -> None:
         spec, num_tensors, device = theta.spec, len(shapes), rows.h.device
         if num_tensors and lagged != (spec.stats == "lagged"):
@@ -85,7 +87,7 @@ class TensorLevel:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
         self.module, self.device = module_of(backend), device
-        self.backend = resolved(backend, spec.feature_set, spec.mlp_width, spec.mlp_layers)
+        self.backend = resolved(backend, spec.feature_set, spec.mlp_width, spec.mlp_layers, state)
         self.lr, self.decay, self.total_steps = empty(num_tensors), empty(num_tensors), empty(1)
         self.inputs = dict(apply_inputs(spec, num_tensors, device) if inputs is None else inputs)
         self.to_lstm = empty(num_tensors, spec.from_lstm)

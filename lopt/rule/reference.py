@@ -18,7 +18,7 @@ One update, with K decays, in order::
 Source: arXiv:2009.11243, appendix C, and its author's port (rnn_mlp_lopt in google/learned_optimization).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from lopt.rule.features import FEATURE_SETS, STATS, round_decays
 from lopt.rule.inputs import Shapes
 from lopt.rule.matrices import Matrix
 from lopt.rule.orthogonal import orthogonalise
-from lopt.rule.rounding import Rounding
+from lopt.rule.rounding import Coding, Rounding, decoded
 from lopt.rule.spec import ThetaSpec
 from lopt.rule.step import NOTHING, Seams, run
 from lopt.rule.tensor_lstm import Conditioning, Globals, Rows, Weights
@@ -126,7 +126,7 @@ def accumulate(
     mom: Tensor,
     rms: Tensor,
     limit: Tensor,
-    rounding: Rounding | None = None,
+    rounding: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First operation, for one tensor: clip, update the accumulators, reduce statistics.
 
@@ -134,7 +134,7 @@ def accumulate(
         param, grad: ``[numel]``.
         mom, rms: ``[num_mom, numel]``, ``[num_rms, numel]``.
         limit: ``[]`` clip limit.
-        rounding: how a bfloat16 state is rounded, at once; statistics see what the next step will see.
+        rounding: how a narrow state is rounded, at once; statistics see what the next step will see.
 
     Returns:
         Clipped gradient, new mom, new rms, and the statistics ``[S]`` in the order of csrc/rule/stats.h.
@@ -249,6 +249,7 @@ class ReferencePhases:
         before: Tensor | None,
         positions: Sequence[int] | None,
         shapes: Shapes | None,
+        scales: Sequence[Tensor] | None,
     ) -> None:
         self.spec, self.weights, self.state, self.loss = spec, weights, state, loss
         self.lr, self.weight_decay, self.before = lr, weight_decay, before
@@ -259,26 +260,33 @@ class ReferencePhases:
         self.total_steps = torch.as_tensor(total_steps, dtype=like.dtype, device=like.device)
         self.shapes = shapes or Shapes.of(spec, [tuple(param.shape) for param in params], like)
         self.positions = range(len(params)) if positions is None else positions
+        self.scales = scales
         self.trace: dict[str, Any] = {}
 
     def begin(self) -> None:
         self.limit = tensor_lstm.clip_limit(self.spec, self.state.globals)
 
-    def _rounding(self, mom: Tensor, position: int) -> Rounding | None:
-        if mom.dtype != torch.bfloat16:
-            return None
+    def _rounding(self, position: int) -> Rounding:
         # In one sweep advance, which counts the step, comes before accumulate.
-        step = int(self.state.globals.step) + int(self.spec.stats == "lagged")
-        return Rounding(step, position)
+        return Rounding(int(self.state.globals.step) + int(self.spec.stats == "lagged"), position)
+
+    def _accumulate(self, t: int, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of one tensor; ``stored`` gets what its state is then."""
+        mom, rms, dtype = self.state.mom[t], self.state.rms[t], self.limit.dtype
+        rounding: Rounding | Coding | None = None
+        if self.scales is not None:
+            rounding = Coding(self._rounding(position), len(mom))
+            mom, rms = decoded(mom, rms, self.scales[t])
+        elif mom.dtype == torch.bfloat16:
+            rounding = self._rounding(position)
+        operands = self.params[t], self.grads[t], mom.to(dtype), rms.to(dtype)
+        result = accumulate(self.spec, *operands, self.limit, rounding)
+        self.stored.append(rounding.stored if isinstance(rounding, Coding) else result[1:3])
+        return result
 
     def accumulate(self) -> Tensor:
-        dtype = self.limit.dtype
-        accumulated = [
-            accumulate(self.spec, param, grad, mom.to(dtype), rms.to(dtype), self.limit, self._rounding(mom, position))
-            for param, grad, mom, rms, position in zip(
-                self.params, self.grads, self.state.mom, self.state.rms, self.positions, strict=True
-            )
-        ]
+        self.stored: list[tuple[Tensor, ...]] = []
+        accumulated = [self._accumulate(t, position) for t, position in enumerate(self.positions)]
         self.clipped, self.mom, self.rms = ([item[k] for item in accumulated] for k in range(3))
         return torch.stack([item[3] for item in accumulated])
 
@@ -354,7 +362,10 @@ class ReferencePhases:
             "direction": self.directions,
             "step_size": self.step_size,
         }
-        return Update(new_params, State(self.globals, self.rows, self.mom, self.rms), trace)
+        if self.scales is not None:
+            trace["scales"] = [item[2] for item in self.stored]
+        mom, rms = ([item[k] for item in self.stored] for k in range(2))
+        return Update(new_params, State(self.globals, self.rows, mom, rms), trace)
 
 
 def update(
@@ -371,6 +382,7 @@ def update(
     before: Tensor | None = None,
     positions: Sequence[int] | None = None,
     shapes: Shapes | None = None,
+    scales: Sequence[Tensor] | None = None,
     seams: Seams = NOTHING,
 ) -> Update:
     """One training update of all tensors: the phases of :mod:`lopt.rule.step` in their order.
@@ -383,9 +395,10 @@ def update(
         lr, weight_decay: of all tensors, or ``[T]``.
         total_steps: number of steps planned, 0 when unknown.
         before: ``[T, S]`` for ``stats="lagged"``: ``trace["kept"]`` of the step before, zeros in the first.
-        positions: of the tensors among all that the optimizer has, by which a bfloat16 state is rounded; 0, 1, ... by
+        positions: of the tensors among all that the optimizer has, by which a narrow state is rounded; 0, 1, ... by
             default.
         shapes: facts about ``params``, where more is known than their shapes, or they are a part of a model.
+        scales: where ``mom`` and ``rms`` are in 8 bits, those of their blocks; ``trace["scales"]`` has the new ones.
         seams: what is done between the phases.
 
     Raises:
@@ -401,7 +414,7 @@ def update(
         torch.Size([3, 54])
     """
     phases = ReferencePhases(
-        spec, weights, state, params, grads, loss, lr, weight_decay, total_steps, before, positions, shapes
+        spec, weights, state, params, grads, loss, lr, weight_decay, total_steps, before, positions, shapes, scales
     )
     run(phases, seams)
     return phases.result(params)

@@ -1,9 +1,12 @@
-"""Stochastic rounding of accumulators to bfloat16, by bits that depend on step and position (csrc/rule/rounding.h)."""
+"""Stochastic rounding of accumulators to bfloat16 or codes of 8 bits, by bits that depend on step and position
+(csrc/rule/rounding.h)."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lopt.rule import codes
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,44 @@ class Rounding:
         single = values.float()
         rounded = (single.view(torch.int32).long() + bits & -0x10000).to(torch.int32).view(torch.float32)
         return torch.where(torch.isnan(single), single, rounded).to(values.dtype)
+
+
+class Coding:
+    """Stochastic rounding of accumulators to codes of 8 bits (:mod:`lopt.rule.codes`), by the same bits.
+
+    Args:
+        rounding: step and tensor.
+        num_mom: how many of the accumulators are momenta; the others are second moments.
+
+    After a call, ``stored`` is the state: momenta, second moments, and the scales of both.
+    """
+
+    def __init__(self, rounding: Rounding, num_mom: int) -> None:
+        self.rounding, self.num_mom = rounding, num_mom
+        self.stored: tuple[Tensor, ...] = ()
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """``values`` ``[accumulators, numel]``, as float32, rounded to numbers of codes, in their own dtype."""
+        self.stored = coded(values, self.num_mom, self.rounding.bits(*values.shape).to(values.device))
+        return torch.cat(decoded(*self.stored)).to(values.dtype)
+
+
+def coded(values: Tensor, num_mom: int, random: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``num_mom`` momenta, then second moments, ``[K, *shape]``, in 8 bits: codes of either, and the scales of both.
+
+    Args:
+        random: ``[K, numel]`` numbers below 2^16; without them numbers are rounded to the nearest.
+    """
+    parts = (None, None) if random is None else (random[:num_mom], random[num_mom:])
+    mom, of_mom = codes.encode(codes.MOM, values[:num_mom], parts[0])
+    rms, of_rms = codes.encode(codes.RMS, values[num_mom:], parts[1])
+    return mom, rms, torch.cat([of_mom, of_rms])
+
+
+def decoded(mom: Tensor, rms: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Momenta and second moments ``[K, *shape]`` in 8 bits, with the scales of both -> float32."""
+    k = len(mom)
+    return codes.decode(codes.MOM, mom, scales[:k]), codes.decode(codes.RMS, rms, scales[k:])
 
 
 def _mix_bits(x: int) -> int:

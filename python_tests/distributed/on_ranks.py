@@ -27,6 +27,9 @@ def _run(rank: int, world: int, module: str, names: list[str], folder: str) -> N
         torch.save(found, Path(folder) / f"{name}.{rank}")
     dist.barrier()  # a rank that leaves while another still talks to it may end that one
     dist.destroy_process_group()
+    # At once: C++ terminates when threads that want Python's lock are unwound while the interpreter goes down.
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
 
 
 def on_ranks(world: int, module: str, names: list[str], folder: Path) -> dict[str, list[Any]]:
