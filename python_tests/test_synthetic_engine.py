@@ -154,7 +154,8 @@ def test_networks_are_the_same_in_both_engines(family: NetworkFamily) -> None:
     tasks = [with_batch_size(sample_task(seed, [family]), 8) for seed in range(40)]
     kinks = (Activate("relu"), Pool("max"))
     smooth = [task for task in tasks if task.network and not set(kinks) & set(task.network.layers)]
-    small = [task for task in smooth if task.num_params < 5000]
+    largest = 9000 if family == "text_transformer" else 5000
+    small = [task for task in smooth if task.num_params < largest]
     assert len(small) >= 4
     for index, task in enumerate(small[:4]):
         assert_same(theta, thetas, task, STEPS * (index % 2))
