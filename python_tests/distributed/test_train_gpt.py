@@ -25,7 +25,7 @@ def command(out: Path, *options: str, ranks: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}
 
 
 def run(out: Path, *options: str, ranks: int = 1) -> str:
