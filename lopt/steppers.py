@@ -1,9 +1,8 @@
-"""Steps of an optimizer over its tensors: by the reference, or by the kernels.
+"""Steps of an optimizer over its tensors (:mod:`lopt.tensors`): by the reference, or by the kernels.
 
-Which tensors take part in a step, with what state, is the matter of :mod:`lopt.tensors`. :class:`ReferenceStepper` and
-:class:`KernelStepper` make the steps, both in the order of :mod:`lopt.rule.step`; an unsharded step of the kernels on
-one device is one call, others go phase by phase: of sharded tensors with :class:`lopt.distributed.Exchange` in the
-seams, of tensors on several devices with :class:`lopt.kernels.Places` between them.
+Both steppers go in the order of :mod:`lopt.rule.step`. An unsharded step of the kernels on one device is one call;
+others go phase by phase: sharded tensors with :class:`lopt.distributed.Exchange` in the seams, several devices with
+:class:`lopt.kernels.Places` between them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

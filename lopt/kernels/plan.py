@@ -9,6 +9,8 @@ parameters. A :class:`Plan` keeps the tables of addresses between steps.
 Equivalent to ``lopt.rule.reference.accumulate`` and ``apply`` for each tensor, with two exact rewrites: MLP inputs that
 are constant in a tensor are folded into a bias per tensor, and the MLP outputs that only feed the LSTM are computed
 once per tensor from the mean hidden vector.
+
+One file, since it is one class.
 """
 
 from collections.abc import Callable, Mapping, Sequence
