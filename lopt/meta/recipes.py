@@ -133,8 +133,8 @@ NETWORKS: dict[str, Any] = {
 }
 
 #: The direction of the step alone, from transformers, by backpropagation. Sizes and their course are left as they are,
-#: since what is best for them on a short run is not on a long one; the direction that is best on 100 steps is better on
-#: thousands, too. Few gradients, of which most is signal: steps along their mean.
+#: since what is best for them on a short run is not on a long one; a direction that is better on 100 steps is better on
+#: 600, too. Few gradients, of which much is signal: steps along their mean.
 BACKPROP: dict[str, Any] = {
     "init": "default",
     "tasks": TaskDistribution((("text_transformer", 1.0),), data=("stdlib-source",), max_seconds=None),
