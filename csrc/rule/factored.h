@@ -63,6 +63,27 @@ LOPT_HD V safe_inverse_root(V moment) {
 // where the rule has the row and `across` where it has the column; `turned` is the place of a column where it is the other
 // way around.
 
+// Those that rules with three momenta, a second moment and factored ones have in common.
+template <class Column, class V>
+LOPT_HD void factored_columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, V* x) {
+  const V inverse = rsqrt_of(rms[0] + 1e-6f);
+  x[Column::grad] = grad;
+  x[Column::param] = param;
+  x[Column::rms] = rms[0];
+  x[Column::rsqrt_rms] = inverse;
+  LOPT_UNROLL
+  for (int k = 0; k < kFactoredDecays; ++k) {
+    x[Column::mom0 + k] = mom[k];
+    x[Column::mom0_over_rms + k] = mom[k] * inverse;
+    x[Column::grad_factored0 + k] = grad * f.of_grad[k];
+    x[Column::mom_factored0 + k] = mom[k] * f.of_mom[k];
+    x[Column::along0 + k] = f.along[k];
+    x[Column::across0 + k] = f.across[k];
+    x[Column::rsqrt_along0 + k] = f.along_root[k];
+    x[Column::rsqrt_across0 + k] = f.across_root[k];
+  }
+}
+
 // small_fc_lopt: 28 columns, and eleven times.
 struct SmallFCColumns {
   static constexpr int kNumMom = 3, kNumRms = 1;
@@ -90,22 +111,7 @@ struct SmallFCColumns {
 
   template <class V>
   LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, V* x) {
-    const V inverse = rsqrt_of(rms[0] + 1e-6f);
-    x[Column::grad] = grad;
-    x[Column::param] = param;
-    x[Column::rms] = rms[0];
-    x[Column::rsqrt_rms] = inverse;
-    LOPT_UNROLL
-    for (int k = 0; k < kNumMom; ++k) {
-      x[Column::mom0 + k] = mom[k];
-      x[Column::mom0_over_rms + k] = mom[k] * inverse;
-      x[Column::grad_factored0 + k] = grad * f.of_grad[k];
-      x[Column::along0 + k] = f.along[k];
-      x[Column::across0 + k] = f.across[k];
-      x[Column::rsqrt_along0 + k] = f.along_root[k];
-      x[Column::rsqrt_across0 + k] = f.across_root[k];
-      x[Column::mom_factored0 + k] = mom[k] * f.of_mom[k];
-    }
+    factored_columns<Column>(grad, param, mom, rms, f, x);
   }
 };
 
@@ -132,24 +138,9 @@ struct VeLOColumns {
 
   template <class V>
   LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, V* x) {
-    const V inverse = rsqrt_of(rms[0] + 1e-6f);
-    x[Column::grad] = grad;
+    factored_columns<Column>(grad, param, mom, rms, f, x);
     x[Column::small_grad] = clamp_of(grad, kSmallGradient);
-    x[Column::param] = param;
-    x[Column::rms] = rms[0];
-    x[Column::rsqrt_rms] = inverse;
-    x[Column::grad_over_rms] = grad * inverse;
-    LOPT_UNROLL
-    for (int k = 0; k < kNumMom; ++k) {
-      x[Column::mom0 + k] = mom[k];
-      x[Column::mom0_over_rms + k] = mom[k] * inverse;
-      x[Column::grad_factored0 + k] = grad * f.of_grad[k];
-      x[Column::along0 + k] = f.along[k];
-      x[Column::across0 + k] = f.across[k];
-      x[Column::rsqrt_along0 + k] = f.along_root[k];
-      x[Column::rsqrt_across0 + k] = f.across_root[k];
-      x[Column::mom_factored0 + k] = mom[k] * f.of_mom[k];
-    }
+    x[Column::grad_over_rms] = grad * x[Column::rsqrt_rms];
   }
 };
 

@@ -34,7 +34,7 @@ from lopt.rule.flat import Flat, FlatState
 from lopt.rule.inputs import Shapes
 from lopt.rule.tensor_lstm import Globals, Rows
 
-#: Steps whose operations are in memory at once. The state of so many steps is kept for the whole run.
+#: Steps whose operations are in memory at once. Of a run, the states between so many steps are kept.
 SEGMENT = 25
 
 
@@ -121,7 +121,7 @@ class _Unroll:
 def estimate(spec: ThetaSpec, theta: Tensor, run: Run, config: MetaTrainConfig) -> Estimate:
     """Meta-loss of a run under ``theta`` ``[P]``, and its gradient.
 
-    Memory is that of ``SEGMENT`` steps, and of a state for each of them.
+    Memory is that of ``SEGMENT`` steps, and of a state for each segment of the run.
 
     Args:
         config: has what the meta-loss is.

@@ -171,13 +171,13 @@ class MetaTrainConfig:
     a file. The latter has no use for the settings below."""
 
     lr: float = 0.03
-    """Learning rate of Adam at the start, in these units."""
+    """Learning rate of Adam or SGD at the start, in these units."""
 
     final_lr: float = 0.1
     """Learning rate at the end, relative to that at the start; it falls linearly with the share of the budget used."""
 
     betas: tuple[float, float] = (0.9, 0.99)
-    """Decays of Adam's moments."""
+    """Decays of the mean and, for Adam, the square of the gradients."""
 
     average: float = 0.98
     """Decay per iteration of the running mean of theta, which is what is validated and kept; 0 for theta itself.
