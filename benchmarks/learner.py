@@ -38,6 +38,8 @@ from lopt.meta.units import Units
 from lopt.tables import append_csv
 
 PROBES = 5000
+WINDOWS = 10  # of a run
+THETAS = 10  # of so many iterations units are under way
 STEPS = 100  # inner steps that a unit is said to have made
 
 
@@ -47,11 +49,11 @@ def answer(shared: Shared, item: Window | int) -> Any:
         return [Score(0.0, 0.0)] * len(pairs.settings(shared.config)), 0.0
     key = shared.iteration, item.group
     here = kept()
-    keys = (*here.value, key) if here.value and len(here.value) < 10 else (key,)  # runs of ten windows
+    keys = (*here.value, key) if here.value and len(here.value) < WINDOWS else (key,)
     here.value = keys
     used = ESTIMATORS[shared.config.phases[0].estimator].directions(keys)
     found = tuple(random.gauss(0.0, 0.01) for _ in range(shared.config.pairs_per_task))
-    result = Result(*key, used, "none", found, 0.0, 0, STEPS, 0.0, None, here.worker)
+    result = Result(*key, used, "none", found, 0.0, 0, STEPS, 0.0, None, here.worker, ended=len(keys) == WINDOWS)
     return Estimate(result, item.asked, None)
 
 
@@ -65,13 +67,14 @@ class Load(Simulated):
             while (unit := feed.next()) is not None:
                 yield unit.common, unit.message
 
-        worlds: dict[int, Units] = {}
+        worlds: dict[bytes, Units] = {}
 
         def reply(common: bytes, message: bytes) -> bytes:
-            if id(common) not in worlds:
-                worlds.clear()
-                worlds[id(common)] = Units(common)
-            return pickle.dumps(worlds[id(common)].run(message))
+            if common not in worlds:
+                worlds[common] = Units(common)
+                if len(worlds) > THETAS:
+                    del worlds[next(iter(worlds))]
+            return pickle.dumps(worlds[common].run(message))
 
         for index, found in super().flow(reply, sent()):
             yield index, pickle.loads(found)

@@ -91,6 +91,34 @@ def drive(config: MetaTrainConfig, count: int, pair: int = 3) -> list[tuple[Shar
     return found
 
 
+def test_the_learner_draws_the_perturbation_of_a_window_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten runs of three windows in turn, two windows an iteration; sums of runs that end, or are lost, are not kept."""
+    config = windows("pes", 4, 12, pairs=2, staleness=5)
+    learner = Learner(config, THETA.spec, TrainState.begin(config, THETA.flatten()))
+    drawn: list[pairs.Key] = []
+
+    def one(config: MetaTrainConfig, key: pairs.Key, num_floats: int) -> Tensor:
+        drawn.append(key)
+        return torch.ones(1, num_floats)
+
+    monkeypatch.setattr(pairs, "perturbations", one)
+    runs: dict[int, tuple[pairs.Key, ...]] = dict.fromkeys(range(10), ())
+    for number in range(40):
+        learner.state.iteration, group = divmod(number, 2)
+        if group == 0:
+            learner.begin()
+        runs[number % 10] = keys = (*runs[number % 10], (learner.state.iteration, group))
+        ended = len(keys) == 3
+        result = pairs.Result(*keys[-1], keys, "none", (0.0,), 0.0, 0, 1, 0.0, None, "worker", ended=ended)
+        assert torch.equal(learner.direction(result), torch.full((1, THETA.num_floats), float(len(keys))))
+        runs[number % 10] = () if ended else keys
+    assert drawn == [divmod(number, 2) for number in range(40)]
+    assert len(learner._sums) == 10
+    learner.state.iteration += 20
+    learner.begin()
+    assert not learner._sums
+
+
 @pytest.mark.parametrize("estimator", ["truncated_es", "pes", "nres"])
 def test_windows_of_a_pair(estimator: EstimatorName) -> None:
     """Runs of three windows; the last pair is not cut short at first. Directions and states as the table says."""

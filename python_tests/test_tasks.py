@@ -42,6 +42,16 @@ def test_the_streams_of_different_names_differ() -> None:
         generator(-1)
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 2**63 - 1, 2**130])
+def test_streams_are_those_of_numpys_spawned_seeds(seed: int) -> None:
+    for path in ((), (0,), ("init", 3, 2**32 - 1), ("task", 2**32), (2**63 - 1, "task", 5, 6, 7)):
+        key = [zlib.crc32(name.encode()) if isinstance(name, str) else name for name in path]
+        expected = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+        assert generator(seed, *path).bit_generator.state == expected.bit_generator.state
+    with pytest.raises(ValueError):
+        generator(seed, -1)
+
+
 def test_minibatch_rows_are_uniform_and_counter_based() -> None:
     rows = torch.from_numpy(minibatch_rows(5, 0, 100_000, 10))
     counts = torch.bincount(rows, minlength=10).double()

@@ -73,12 +73,13 @@ def antithetic(theta: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
     return torch.cat([theta + sigma * eps, theta - sigma * eps])
 
 
-def es_gradient(direction: Tensor, delta: Tensor, sigma: float) -> Tensor:
+def es_gradient(direction: Tensor, delta: Tensor, sigma: float, out: Tensor | None = None) -> Tensor:
     """``mean_i direction_i delta_i / (2 sigma)``.
 
     Args:
         direction: ``[pairs, P]``, for ES unit normal.
         delta: ``[pairs]``, loss under ``+ sigma eps`` minus loss under ``- sigma eps``.
+        out: ``[pairs, P]``, takes the products; may be ``direction``.
 
     Returns:
         ``[P]``; for ES the exact gradient in expectation where the loss is at most quadratic in theta.
@@ -87,7 +88,7 @@ def es_gradient(direction: Tensor, delta: Tensor, sigma: float) -> Tensor:
         >>> es_gradient(torch.tensor([[1.0, -1.0]]), torch.tensor([0.4]), sigma=0.1)
         tensor([ 2., -2.])
     """
-    return (direction * delta[:, None]).mean(dim=0) / (2.0 * sigma)
+    return torch.mul(direction, delta[:, None], out=out).mean(dim=0) / (2.0 * sigma)
 
 
 TAIL = 3.0  # medians

@@ -110,7 +110,7 @@ class Serial(Executor):
         """Nothing to give back."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Unit:
     """A unit on its way to workers."""
 

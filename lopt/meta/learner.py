@@ -33,6 +33,7 @@ class Learner:
         self._scales: dict[int, Tensor] = {}  # of phases
         self._directions: dict[Key, Tensor] = {}  # of results of this iteration
         self._sums: dict[tuple[Key, ...], Tensor] = {}  # of perturbations of the runs that may go on
+        self._rows: Tensor | None = None  # [pairs, P] of an iteration; new memory for it costs as much as the sums
 
     def begin(self) -> None:
         """A new iteration, maybe of a new phase."""
@@ -42,6 +43,8 @@ class Learner:
             state.phase, state.phase_begun, state.carries = number, state.iteration, [None] * config.groups
             self._directions.clear()
             self._sums.clear()
+        oldest = state.iteration - 1 - 2 * (config.staleness or 0)  # of a window that the next may still follow
+        self._sums = {keys: total for keys, total in self._sums.items() if keys[-1][0] >= oldest}
         if number not in self._scales:
             self._scales[number] = outer.scales(self.spec, config.scaling, config.phases[number].groups)
         scale = self._scales[number]
@@ -104,7 +107,8 @@ class Learner:
         if self.config.equalise:
             families = [result.family for result in results for _ in result.deltas]
             delta = es.equalised(delta, families)
-        return es.es_gradient(torch.cat(chosen), delta, self.config.sigma)
+        self._rows = rows = torch.cat(chosen, out=self._rows)
+        return es.es_gradient(rows, delta, self.config.sigma, out=rows)
 
     def prepare(self, results: Sequence[Result]) -> None:
         """Do now what :meth:`update` has to do for each of these: so nobody waits while it is done for all."""
@@ -123,9 +127,8 @@ class Learner:
             eps = pairs.perturbations(config, key, num_floats)
             total = eps if total is None else total + eps
         assert total is not None
-        if len(self._sums) >= 2 * config.groups:  # of runs that have ended
-            del self._sums[next(iter(self._sums))]
-        self._sums[keys] = total
+        if not result.ended:
+            self._sums[keys] = total
         return total
 
     def validate(self, executor: Executor) -> dict[str, Any]:

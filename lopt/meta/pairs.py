@@ -63,9 +63,10 @@ class Result(NamedTuple):
     divergences: int
     inner_steps: int
     cpu_seconds: float
-    carry: Carry | None  # None when the runs have ended
+    carry: Carry | None  # None when the runs have ended, or stay with the worker
     worker: str  # by which it was computed
     gradient: Tensor | None = None  # [P] of the meta-loss, where the estimator gives it and no differences
+    ended: bool = True  # whether this was the last window of the runs
 
 
 def perturbation(config: MetaTrainConfig, iteration: int, pair: int, num_floats: int) -> Tensor:
@@ -174,6 +175,7 @@ def unroll_group(shared: Shared, item: tuple[int, Carry | None]) -> Result:
         cpu_seconds=time.process_time() - clock,
         carry=after,
         worker=kept().worker,
+        ended=after is None,
     )
 
 

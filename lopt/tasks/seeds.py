@@ -24,8 +24,13 @@ def generator(seed: int, *path: int | str) -> np.random.Generator:
     """
     if seed < 0:
         raise ValueError(f"seed: expected a non-negative integer, got {seed}")
-    key = [zlib.crc32(name.encode()) if isinstance(name, str) else name for name in path]
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
+    words = [seed, 0, 0, 0]
+    words += [zlib.crc32(name.encode()) if isinstance(name, str) else name for name in path]
+    if min(words) >= 0 and max(words) < 2**32:  # what SeedSequence makes of them, in a third of the time
+        sequence = np.random.SeedSequence(np.array(words, dtype=np.uint32))
+    else:
+        sequence = np.random.SeedSequence(seed, spawn_key=words[4:])
+    return np.random.Generator(np.random.PCG64(sequence))
 
 
 def derive(seed: int, *path: int | str) -> int:
