@@ -48,7 +48,7 @@ def test_streams_are_those_of_numpys_spawned_seeds(seed: int) -> None:
         key = [zlib.crc32(name.encode()) if isinstance(name, str) else name for name in path]
         expected = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
         assert generator(seed, *path).bit_generator.state == expected.bit_generator.state
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="non-negative"):
         generator(seed, -1)
 
 
