@@ -16,8 +16,8 @@ import numpy as np
 #: What np.load raises for files that were cut short or are something else.
 _DAMAGE = (OSError, ValueError, EOFError, LookupError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
-#: Colours of a figure in PNG: lines on white need no more, and the file is a quarter as large.
-SHADES = 128
+#: Colours of a figure in PNG: lines on white need no more, and the file is a fifth as large.
+SHADES = 32
 
 #: Bytes that must fit where something is to be written.
 ROOM = 1 << 20
@@ -68,9 +68,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode())
 
 
-def save_figure(path: str | os.PathLike[str], figure: Any) -> None:
-    """Write a figure of matplotlib, see :func:`replacing`; in the format that the name ends in, or else PNG, of
-    :data:`SHADES` colours."""
+def save_figure(path: str | os.PathLike[str], figure: Any, shades: int = SHADES) -> None:
+    """Write a figure of matplotlib, see :func:`replacing`; in the format that the name ends in, or else PNG, of so many
+    colours."""
     form = Path(path).suffix[1:] or "png"
     drawn = io.BytesIO()
     figure.savefig(drawn, format=form)
@@ -82,14 +82,14 @@ def save_figure(path: str | os.PathLike[str], figure: Any) -> None:
 
         with Image.open(drawn) as image:
             whole, dpi = image.convert("RGB"), image.info["dpi"]
-        flat = whole.quantize(SHADES, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        flat = whole.quantize(shades, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         # Each shade becomes the colour that most of its pixels have: lines keep theirs.
         colours = np.asarray(whole, dtype=np.int64) @ (1 << 16, 1 << 8, 1)
         pairs, counts = np.unique(np.asarray(flat, dtype=np.int64) << 24 | colours, return_counts=True)
         palette = np.zeros(256, dtype=np.int64)
         for pair in pairs[np.argsort(counts, kind="stable")]:
             palette[pair >> 24] = pair & 0xFFFFFF
-        flat.putpalette([int(colour) >> shift & 255 for colour in palette[:SHADES] for shift in (16, 8, 0)])
+        flat.putpalette([int(colour) >> shift & 255 for colour in palette[:shades] for shift in (16, 8, 0)])
         flat.save(file, "PNG", optimize=True, dpi=dpi)
 
 

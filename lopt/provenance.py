@@ -1,10 +1,13 @@
 """By which code, on which day and machine something was made."""
 
+import ast
 import datetime
 import hashlib
+import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,11 +48,44 @@ def package_sha256() -> str:
     return digest.hexdigest()
 
 
+#: Modules at the top of the package that have no part in a step.
+NOT_THE_OPTIMIZER = ("__main__", "cli", "figures", "files", "provenance")
+
+
+def code_sha256() -> str:
+    """SHA-256 of the code of the learned optimizer: the sources that were compiled, and what the modules at the top of
+    the package, of rule and of kernels do, whatever their comments and docstrings say."""
+    package = Path(lopt.__file__).parent
+    parts = [*package.glob("*.py"), *package.glob("rule/*.py"), *package.glob("kernels/*.py")]
+    digest = hashlib.sha256(kernels.source_sha256().encode())
+    for file in sorted(file for file in parts if file.stem not in NOT_THE_OPTIMIZER):
+        digest.update(ast.dump(_without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
+    return digest.hexdigest()
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    """The same program, with ``...`` where a docstring was.
+
+    Example:
+        >>> ast.unparse(_without_docstrings(ast.parse("def f(x):\\n    'Twice x.'\\n    return 2 * x")))
+        'def f(x):\\n    ...\\n    return 2 * x'
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Expr(ast.Constant(...))
+    return tree
+
+
 def file_checksum(path: str | Path) -> str:
     """SHA-256 of a file, or of the shipped theta of that name."""
     named = WEIGHTS / f"{path}.safetensors"
     file = named if named.is_file() else Path(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def checksum(config: Any) -> str:
+    """SHA-256 of plain JSON values."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def origin() -> dict[str, str]:

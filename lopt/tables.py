@@ -141,6 +141,24 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line, strict=False)) for line in lines[1:] if line]
 
 
+def aligned(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table as plain lines; the first column is text, flush left, others flush right.
+
+    Example:
+        >>> aligned(["name", "steps"], [["a", "10"]])
+        ['name  steps', 'a        10']
+    """
+    lines = [columns, *rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
 def read_lines(path: Path, damaged: str) -> tuple[list[list[str]], bool]:
     """The cells of every line of a CSV file, packed or not, and whether the last line has ended.
 

@@ -9,6 +9,7 @@ import itertools
 import pydoc
 import re
 import statistics
+import sys
 from functools import cache
 from pathlib import Path
 from runpy import run_path
@@ -171,6 +172,50 @@ def test_the_figure_shows_what_the_report_says(figures: ModuleType) -> None:
         assert sorted(x for x, _ in dots) == pytest.approx(sorted(told), abs=0.0011)
         for y, mean in rows.items():
             assert mean == pytest.approx(statistics.geometric_mean(x for x, row in dots if y in (0, row)))
+
+
+def test_each_question_of_the_results_has_its_figure_first() -> None:
+    """With a caption below it; and no figure is kept that no page shows."""
+    shown = set()
+    for page in sorted(ROOT.glob("docs/results*.md")):
+        for section in page.read_text().split("\n## ")[1:]:
+            figure, caption = section.partition("\n\n")[2].split("\n\n")[:2]
+            assert re.fullmatch(r"!\[[^\]]+\]\([^)]+\)", figure), section[:200]
+            assert re.match(r"\*[A-Z].*\*|\[", caption), section[:200]
+    for page in PAGES:
+        shown |= {(page.parent / link).resolve() for link in LINK.findall(page.read_text())}
+    assert [file.name for file in ROOT.glob("docs/figures/*") if file not in shown] == []
+
+
+@pytest.mark.results
+def test_figures_of_results_show_what_their_pages_say(figures: ModuleType) -> None:
+    """Dots and ends of lines are the numbers of the tables beside them."""
+    pytest.importorskip("matplotlib")
+    drawn = sys.modules["result_figures"]
+    for page, theta, horizons in (
+        ("results", "default", (200, 1000)),
+        ("results-compact", "compact", (200, 1000, 5000)),
+    ):
+        head, *rows = _table((ROOT / f"docs/{page}.md").read_text())
+        said = {row[0].partition("@")[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+        names = {name: name for name in said}
+        for measure, panel in drawn.against(theta, "lopt", names, horizons).items():
+            for name, dots in panel.items():
+                for steps, (ratio, low, high) in dots.items():
+                    cell = said[name][f"{measure.split()[0].removesuffix('ing')}, {steps}"]
+                    assert cell.startswith(f"{ratio:.2f} ({low:.2f} to {high:.2f})")
+    kept = [run for run in drawn.rows_of("experiments/resnet/resnet.csv") if run.name == "lopt"]
+    found = drawn.experiments()["test loss"]
+    assert {name: len(values) for name, values in found.items()} == {
+        "width": 24,
+        "batch-size": 30,
+        "dataset-size": 22,
+        "horizon": 28,
+        "resnet": 1,
+        "transformer": 2,
+    }
+    assert len(kept) == 3
+    assert 0.7 < found["resnet"][0] < 0.73  # 28% lower, says the page
 
 
 def test_the_drawing_of_a_step(figures: ModuleType) -> None:

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from lopt import LearnedOptimizer, kernels
+from lopt import LearnedOptimizer, kernels, provenance
 from lopt.cli import main
-from lopt.evaluation import compare
+from lopt.evaluation import jobs
 from lopt.evaluation.adam_grid import GRID, LRS, adam_results
-from lopt.evaluation.compare import Learned, Plan, execute
+from lopt.evaluation.comparison import Comparison, ratio
+from lopt.evaluation.jobs import Learned, Plan, execute
 from lopt.evaluation.runs import limit, result, train_task
-from lopt.evaluation.scores import REFERENCES, Reference, ratio, score, summarise
+from lopt.evaluation.scores import REFERENCES, Reference, Score, score
 from lopt.evaluation.suites import suite
 from lopt.evaluation.table import Run, RunTable
 from lopt.rule import Theta
@@ -270,6 +271,12 @@ def test_divergence_counts_as_ten_initial_losses(losses: Any, counted: Any, dive
     assert limit(losses, (2.0, 2.0, 2.0)) == (counted, diverged)
 
 
+def scored(runs: list[Run], loss: Any, choice: Any) -> Score:
+    found = score(runs, 7, False, loss, Reference("adam", "constant", choice))
+    assert found is not None
+    return found
+
+
 # ---- Scores ---------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +318,8 @@ RUNS = [
     a_run("b", 1, (4.0, 4.0, 4.0)),
     a_run("b", 0, (1.9, 1.9, 1.9), lr=1e-2),
     a_run("b", 1, (1.9, 1.9, 1.9), lr=1e-2),
+    a_run("b", 0, (5.0, 5.0, 5.0), lr=1e-1),
+    a_run("b", 1, (5.0, 5.0, 5.0), lr=1e-1),
     learned_run("a", 0, (0.4, 0.0, 3.9)),
     learned_run("a", 1, (0.6, 0.0, 1.9)),
     learned_run("b", 0, (3.9, 0.0, 1.9)),
@@ -328,7 +337,8 @@ def test_ratio_by_hand() -> None:
 
 
 def test_summary_by_hand() -> None:
-    found = summarise({"a": 1.0, "b": 1.02, "c": 1.021, "d": 0.5})
+    ratios = {"a": 1.0, "b": 1.02, "c": 1.021, "d": 0.5}
+    found = Comparison(name="x", other="y", horizon=7, measure="train", per="step", ratios=ratios, losses={})
     assert found.ratio == pytest.approx((1.0 * 1.02 * 1.021 * 0.5) ** 0.25)
     assert (found.no_worse, found.worst) == (0.75, "c")
 
@@ -343,7 +353,7 @@ def test_summary_by_hand() -> None:
     ],
 )
 def test_score_by_hand(loss: Any, choice: Any, expected: dict[str, float]) -> None:
-    found = score(RUNS, 7, False, loss, Reference("adam", "constant", choice))
+    found = scored(RUNS, loss, choice)
     assert found.ratios == pytest.approx(expected)
     assert found.summary.ratio == pytest.approx(math.sqrt(expected["a"] * expected["b"]))
     assert found.summary.worst == max(expected, key=lambda task: expected[task])
@@ -351,11 +361,11 @@ def test_score_by_hand(loss: Any, choice: Any, expected: dict[str, float]) -> No
 
 
 def test_spread_over_seeds_by_hand() -> None:
-    found = score(RUNS, 7, False, "train_loss", Reference("adam", "constant", "train_loss"))
+    found = scored(RUNS, "train_loss", "train_loss")
     means = [math.sqrt(0.5 / 1.0 * 2.0), math.sqrt(0.7 / 1.2 * 2.0)]
     assert found.spread == pytest.approx(abs(means[0] - means[1]) / math.sqrt(2))
     one_seed = [run for run in RUNS if run.seed == 0]
-    assert math.isnan(score(one_seed, 7, False, "train_loss", Reference("adam", "constant", "train_loss")).spread)
+    assert math.isnan(scored(one_seed, "train_loss", "train_loss").spread)
 
 
 # ---- Evaluations ----------------------------------------------------------------------------------------------------
@@ -366,20 +376,20 @@ def without_time(runs: list[Run]) -> list[Run]:
 
 
 def test_workers_and_cache_change_no_result(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = execute(plan, RunTable(tmp_path / "one.csv"), workers=1)
+    alone = execute(plan.jobs, RunTable(tmp_path / "one.csv"), workers=1)
     assert len(alone) == 2 * 2 * (len(GRID) + 2)
-    assert without_time(execute(plan, RunTable(tmp_path / "two.csv"), workers=2)) == without_time(alone)
+    assert without_time(execute(plan.jobs, RunTable(tmp_path / "two.csv"), workers=2)) == without_time(alone)
 
-    monkeypatch.setattr(compare, "_work", lambda *_: pytest.fail("everything is in the table"))
-    assert execute(plan, RunTable(tmp_path / "one.csv"), workers=1) == alone
+    monkeypatch.setattr(jobs, "_measure", lambda *_: pytest.fail("everything is in the table"))
+    assert execute(plan.jobs, RunTable(tmp_path / "one.csv"), workers=1) == alone
 
 
 def test_another_theta_costs_only_its_own_runs(plan: Plan, tmp_path: Path) -> None:
-    before = execute(plan, RunTable(tmp_path / "runs.csv"), workers=1)
+    before = execute(plan.jobs, RunTable(tmp_path / "runs.csv"), workers=1)
     theta = plan.learned.theta.with_spec(step_multiplier=0.01)
     other = dataclasses.replace(plan, learned=dataclasses.replace(plan.learned, theta=theta, theta_sha256="u"))
     counts: list[tuple[int, int]] = []
-    after = execute(other, RunTable(tmp_path / "runs.csv"), 1, lambda done, total: counts.append((done, total)))
+    after = execute(other.jobs, RunTable(tmp_path / "runs.csv"), 1, lambda done, total: counts.append((done, total)))
     assert counts == [(done, 8) for done in range(9)]  # 2 tasks, 2 seeds, with and without the hint
     for old, new in zip(before, after, strict=True):
         assert (old == new) == (old.optimizer == "adam")
@@ -387,14 +397,14 @@ def test_another_theta_costs_only_its_own_runs(plan: Plan, tmp_path: Path) -> No
 
 def test_killed_evaluation_goes_on(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
-    whole = execute(plan, RunTable(path), workers=1)
+    whole = execute(plan.jobs, RunTable(path), workers=1)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:20]) + lines[20][:100])  # killed within a row
     todo: list[int] = []
-    again = execute(plan, RunTable(path), 1, lambda _, total: todo.append(total))
+    again = execute(plan.jobs, RunTable(path), 1, lambda _, total: todo.append(total))
     assert without_time(again) == without_time(whole)
     assert 0 < todo[0] < len(plan.jobs)
-    assert execute(plan, RunTable(path), 1, lambda _, total: todo.append(total)) == again
+    assert execute(plan.jobs, RunTable(path), 1, lambda _, total: todo.append(total)) == again
     assert todo[-1] == 0
 
 
@@ -466,14 +476,14 @@ def test_command_without_references(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_code_is_known_by_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Comments and docstrings are not code; the sources that were compiled are, not the file they were compiled to."""
     text = '"""About."""\nX = 1\n\n\ndef f(x: int) -> int:\n    """Twice."""\n    return 2 * x\n'
-    monkeypatch.setattr(compare.lopt, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(provenance.lopt, "__file__", str(tmp_path / "__init__.py"))
 
     (tmp_path / "rule").mkdir()
     (tmp_path / "kernels").mkdir()
 
     def code(text: str, module: str = "rule/module.py") -> str:
         (tmp_path / module).write_text(text)
-        return compare.code_sha256()
+        return provenance.code_sha256()
 
     same, other = code(text), code(text.replace("2 * x", "3 * x"))
     assert len({same, other, code(text.replace("X = 1", "X = 2")), code(text.replace("int:", "float:"))}) == 4

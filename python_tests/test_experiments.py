@@ -1,6 +1,5 @@
 """lopt/experiments: closed forms where there are some, and that stopping, repeating and resuming change nothing."""
 
-import csv
 import dataclasses
 import io
 import itertools
@@ -18,16 +17,16 @@ from torch.nn import functional
 
 from lopt import LearnedOptimizer, Theta, cli
 from lopt.commands.experiment import Name
-from lopt.evaluation.opponents import FACTORS, LEARNED
+from lopt.evaluation.jobs import Job, Learned, TaskJob, execute
+from lopt.evaluation.opponents import FACTORS
 from lopt.evaluation.runs import RECORDED, Result, train_task
-from lopt.experiments import EXPERIMENTS, implicit_regularization, normalised_table, self_training, training
+from lopt.evaluation.table import LEARNED, TIMED, Run, RunTable
+from lopt.experiments import EXPERIMENTS, implicit_regularization, normalised_table, self_training
 from lopt.experiments.axes import FewRows
-from lopt.experiments.experiment import execute
 from lopt.experiments.implicit_regularization import Valley
-from lopt.experiments.rows import Row, RowTable, best, relative, select, values
-from lopt.experiments.runs import Run, Setting
+from lopt.experiments.rows import best, relative, select, values
 from lopt.experiments.self_training import MetaRun
-from lopt.experiments.training import BLIND, TaskRun
+from lopt.experiments.setting import Setting
 from lopt.meta import checkpoint, es, outer, pairs, trainer
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.executors import Serial
@@ -118,14 +117,32 @@ def test_a_learned_outer_optimizer_resumes_to_the_bit(tmp_path: Path) -> None:
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
+LEARNED_DEFAULT = Learned.load("default")
+
+
+def learned_if(optimizer: str) -> Learned | None:
+    return LEARNED_DEFAULT if optimizer in LEARNED else None
+
+
 def valley(optimizer: str, trial: int = 0, steps: int = 60, start: tuple[float, float] = (1.0, 0.25)) -> Valley:
-    theta = "default" if optimizer.startswith("lopt") else ""
-    return Valley(task="valley", optimizer=optimizer, trial=trial, theta=theta, steps=steps, start=start)
+    fields: dict[str, Any] = {"optimizer": optimizer, "trials": (trial,), "learned": learned_if(optimizer)}
+    return Valley(suite="valleys", **fields, horizon=steps, seed=0, start=start)
+
+
+def result_of(job: Job) -> Result:
+    """Of a job of one run."""
+    (found,) = job.measure()
+    return found
+
+
+def row_of(job: Job, result: Result) -> Run:
+    (row,) = job.rows([result])
+    return row
 
 
 def test_sgd_in_the_valley_keeps_the_sum_and_is_the_recursion() -> None:
     """With d = x - y the momentum v of x is .9 v + d and that of y is -v: x + y stays."""
-    result = valley("sgd-tuned").measure()
+    result = result_of(valley("sgd-tuned"))
     sums = [x + y for x, y in zip(result.curve["x"], result.curve["y"], strict=True)]
     assert max(abs(value - 1.25) for value in sums) < 1e-6
     x, y, v = 1.0, 0.25, 0.0
@@ -139,7 +156,7 @@ def test_sgd_in_the_valley_keeps_the_sum_and_is_the_recursion() -> None:
 
 def test_adam_in_the_valley_lands_where_float64_does() -> None:
     trial = FACTORS.index(10.0)
-    result = valley("adam-tuned", trial, steps=400).measure()
+    result = result_of(valley("adam-tuned", trial, steps=400))
     x, y, m, s = 1.0, 0.25, 0.0, 0.0
     for t in range(1, 401):
         d = x - y
@@ -147,13 +164,13 @@ def test_adam_in_the_valley_lands_where_float64_does() -> None:
         change = 0.01 * (m / (1 - 0.9**t)) / (math.sqrt(s / (1 - 0.999**t)) + 1e-8)
         x, y = x - change, y + change
     assert (result.curve["x"][-1], result.curve["y"][-1]) == pytest.approx((x, y), abs=1e-5)
-    nearest, landed, off = implicit_regularization.landing(Row.of(valley("adam-tuned", trial), result))
+    nearest, landed, off = implicit_regularization.landing(row_of(valley("adam-tuned", trial), result))
     assert (nearest, landed) == pytest.approx((1.25 / math.sqrt(2),) * 2, abs=1e-5)
     assert off == pytest.approx(abs(x - y) / math.sqrt(2), abs=1e-5)
 
 
 def test_the_learned_optimizer_in_the_valley_is_one_stepped_by_hand() -> None:
-    result = valley("lopt").measure()
+    result = result_of(valley("lopt"))
     point = torch.tensor([1.0, 0.25], requires_grad=True)
     optimizer = LearnedOptimizer([point], total_steps=60)
     for step in range(60):
@@ -168,13 +185,13 @@ def test_the_learned_optimizer_in_the_valley_is_one_stepped_by_hand() -> None:
 WINE = HeldOutTask(data="wine", sizes=(13, 4, 3), batch_size=16)
 
 
-def wine(optimizer: str, **fields: Any) -> TaskRun:
-    theta = "default" if optimizer.startswith("lopt") else ""
-    return TaskRun(task="wine", problem=WINE, optimizer=optimizer, theta=theta, **{"steps": 20, **fields})
+def wine(optimizer: str, trial: int = 0, **fields: Any) -> TaskJob:
+    fields = {"horizon": 20, "seed": 0, "points": 1, "task": WINE, "trials": (trial,), **fields}
+    return TaskJob(suite="wines", name="wine", optimizer=optimizer, learned=learned_if(optimizer), **fields)
 
 
 def test_a_task_run_records_the_losses_of_the_training_loop() -> None:
-    row = Row.of(run := wine("adam", points=4), run.measure())
+    row = row_of(run := wine("adam", points=4), result_of(run))
     params = {name: value.requires_grad_() for name, value in WINE.init(0).items()}
     optimizer = torch.optim.Adam(params.values(), lr=1e-3)
     batches = WINE.batches(0, "train")
@@ -186,30 +203,42 @@ def test_a_task_run_records_the_losses_of_the_training_loop() -> None:
         final, initial = (float(WINE.loss(at, WINE.splits[split]).detach()) for at in (params, WINE.init(0)))
         assert getattr(row, f"{column}_loss") == pytest.approx(final, rel=1e-6)
         assert getattr(row, f"initial_{column}_loss") == pytest.approx(initial, rel=1e-6)
-        assert row.along(split)[::4] == pytest.approx([initial, final], rel=1e-5)
+        if column != "valid":
+            assert row.along(split)[::4] == pytest.approx([initial, final], rel=1e-5)
     assert row.along("step") == [0, 5, 10, 15, 20]
 
 
-def test_adams_of_a_batch_are_those_by_themselves() -> None:
-    fields = [{"trial": trial, "lr": lr} for trial, lr in ((0, 1e-3), (FACTORS.index(10.0), 1e-2))]
-    runs = [wine(name, **field) for name in ("adam-tuned", "adamw-cosine-tuned") for field in fields]
-    assert len({run.batch for run in runs}) == 1
-    for run, found in zip(runs, runs[0].measure_batch(runs), strict=True):
-        alone = run.measure()
-        assert found.losses == pytest.approx(alone.losses, rel=1e-4)
-        assert found.initial == pytest.approx(alone.initial, rel=1e-6)
+@pytest.mark.parametrize("name", ["adam-tuned", "adamw-cosine-tuned"])
+def test_adams_of_a_batch_are_those_by_themselves(name: str) -> None:
+    trials = 0, FACTORS.index(10.0)
+    batch = wine(name, trials=trials)
+    for trial, found, row in zip(trials, batch.measure(), batch.rows(batch.measure()), strict=True):
+        alone = wine(name, trial)
+        expected = result_of(alone)
+        assert found.losses == pytest.approx(expected.losses, rel=1e-4)
+        assert found.initial == pytest.approx(expected.initial, rel=1e-6)
         assert (found.diverged, found.curve) == (False, {})
-    others = [wine("adam-tuned", **one) for one in ({"seed": 1}, {"steps": 21}, {"x": 1.0})]
-    assert len({run.batch for run in (runs[0], *others)}) == 4
-    large = dataclasses.replace(runs[0], problem=HeldOutTask(data="wine", sizes=(13, 6000, 3), batch_size=16))
-    assert {run.batch for run in (large, wine("adam-tuned", points=2), wine("adam"), wine("lopt"))} == {""}
+        assert (row.key,) == tuple(alone.keys)
+        assert (row.trial, row.lr) == (trial, pytest.approx((1e-3, 1e-2)[trial > 0]))
+
+
+def test_which_adams_are_a_batch() -> None:
+    """Those of one optimizer, place and seed, where losses along the run are not asked for and models are small."""
+    large = HeldOutTask(data="wine", sizes=(13, 6000, 3), batch_size=16)
+    setting, optimizers = Setting(seeds=(0, 1)), [("lopt", (0,)), ("adam-tuned", (3, 5)), ("adam", (0,))]
+    for task, points, expected in ((WINE, 1, [1, 2, 1]), (WINE, 2, [1, 1, 1, 1]), (large, 1, [1, 1, 1, 1])):
+        found = setting.jobs("x", [("wine", task, 0.0, 20)], optimizers, points)
+        assert [len(job.trials) for job in found] == [size for size in expected for _ in (0, 1)]
+        assert [job.seed for job in found] == [0, 1] * len(expected)
+    keys = [key for job in setting.jobs("x", [("wine", WINE, 0.0, 20)], optimizers) for key in job.keys]
+    assert len(set(keys)) == len(keys) == 8
 
 
 def test_a_blind_optimizer_is_one_that_was_never_told() -> None:
-    losses = [run.measure().losses for run in (wine("lopt"), wine(BLIND))]
+    losses = [result_of(run).losses for run in (wine("lopt"), wine("lopt-blind"))]
     assert losses[0] != losses[1]
     params = {name: value.requires_grad_() for name, value in WINE.init(0).items()}
-    optimizer = LearnedOptimizer(params.values(), total_steps=20)
+    optimizer = LearnedOptimizer([WINE.group(list(params.values()))], total_steps=20)
     batches = WINE.batches(0, "train")
     for _ in range(20):
         loss = WINE.loss(params, next(batches))
@@ -226,8 +255,7 @@ def test_few_rows_are_the_first_of_the_training_split() -> None:
     seen = torch.cat([batch.inputs for batch in itertools.islice(few.batches(0, "train"), 30)])
     rows = {tuple(row.tolist()) for row in few.splits["train"].inputs}
     assert {tuple(row.tolist()) for row in seen} == rows
-    runs = [wine("adam"), TaskRun(task="wine", problem=few, optimizer="adam", steps=20)]
-    assert len({run.sha256 for run in runs}) == 2
+    assert wine("adam").keys != wine("adam", task=few).keys
 
 
 def test_resnet_is_the_network_of_torch_modules() -> None:
@@ -268,16 +296,17 @@ def test_resnet_is_the_network_of_torch_modules() -> None:
 
 def test_a_meta_run_is_the_meta_training(tmp_path: Path) -> None:
     config = dataclasses.replace(SELF, inner_steps=240, validate_every=60, weighting="mean")
-    run = MetaRun(task="random", optimizer="lopt", theta="default", steps=4, settings=config)
-    result = run.measure()
+    fields: dict[str, Any] = {"suite": "s", "optimizer": "lopt", "learned": LEARNED_DEFAULT, "horizon": 4, "seed": 0}
+    run = MetaRun(**fields, start="random", config=config)
+    result = result_of(run)
     trainer.run(config, tmp_path, console=Console(file=io.StringIO()))
     lines = read_metrics(tmp_path)
     assert result.curve["validation"] == [line["validation_mean"] for line in lines if "validation" in line]
     assert result.curve["meta_loss"] == [line["meta_loss"] for line in lines[1:]]
     assert result.initial["test"] == lines[0]["validation_mean"]
     assert result.losses["test"] == pytest.approx(sum(result.curve["validation"][-4:]) / 4, rel=1e-12)
-    other = dataclasses.replace(run, settings=dataclasses.replace(config, sigma=0.1))
-    assert other.sha256 != run.sha256
+    other = dataclasses.replace(run, config=dataclasses.replace(config, sigma=0.1))
+    assert other.keys != run.keys
 
 
 # ---- Rows and resuming -----------------------------------------------------------------------------------------------
@@ -285,76 +314,64 @@ def test_a_meta_run_is_the_meta_training(tmp_path: Path) -> None:
 RUNS = [*(wine(name, seed=seed) for name in ("lopt", "adam") for seed in (0, 1)), valley("lopt", steps=10)]
 
 
-def results(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def results(rows: Sequence[Run]) -> list[dict[str, Any]]:
     """Everything but the clocks."""
-    return [{k: v for k, v in dataclasses.asdict(row).items() if k not in ("seconds", "date")} for row in rows]
+    return [{k: v for k, v in dataclasses.asdict(row).items() if k not in TIMED} for row in rows]
 
 
 def test_stopped_repeated_and_parallel_runs_give_the_same_rows(tmp_path: Path) -> None:
-    whole = execute(RUNS, RowTable(tmp_path / "whole.csv"))
-    assert [(row.optimizer, row.seed) for row in whole] == [(run.optimizer, run.seed) for run in RUNS]
-    table = RowTable(tmp_path / "stopped.csv")
+    whole = execute(RUNS, RunTable(tmp_path / "whole.csv"), in_order=True)
+    assert [(row.name, row.seed) for row in whole] == [(run.optimizer, run.seed) for run in RUNS]
+    table = RunTable(tmp_path / "stopped.csv")
 
     def stop(done: int, _: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute(RUNS, table, on_done=stop)
+        execute(RUNS, table, on_done=stop, in_order=True)
     with table.path.open("a") as file:
-        file.write("wine,lopt,0,1.0")  # cut short
+        file.write("wines,wine,lopt,learned,1.0")  # cut short
     assert len(table.rows) == 2
     counts: list[tuple[int, int]] = []
-    resumed = execute(RUNS, RowTable(table.path), workers=2, on_done=lambda *count: counts.append(count))
+    table = RunTable(table.path)
+    resumed = execute(RUNS, table, workers=2, on_done=lambda *count: counts.append(count), in_order=True)
     assert counts == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert results(resumed) == results(whole)
-    files = [list(csv.reader(io.StringIO((tmp_path / f"{name}.csv").read_text()))) for name in ("whole", "stopped")]
-    clocks = [files[0][0].index(name) for name in ("seconds", "date")]
-    plain = [[[cell for i, cell in enumerate(line) if i not in clocks] for line in file] for file in files]
-    assert plain[0] == plain[1]
-    again = execute(RUNS, RowTable(table.path), on_done=lambda *count: counts.append(count))
+    files = [list(RunTable(tmp_path / f"{name}.csv").rows.values()) for name in ("whole", "stopped")]
+    assert results(files[0]) == results(files[1]) == results(whole)
+    again = execute(RUNS, RunTable(table.path), on_done=lambda *count: counts.append(count))
     assert counts[4:] == [(0, 0)]
     assert again == resumed
 
 
 def test_a_batch_is_measured_whole_or_not_at_all(tmp_path: Path) -> None:
-    runs = [wine("lopt"), *(wine("adam-tuned", trial=trial, lr=lr) for trial, lr in ((0, 1e-3), (2, 4.6e-3)))]
+    runs = [wine("lopt"), wine("adam-tuned", trials=(0, 2))]
     counts: list[tuple[int, int]] = []
-    whole = execute(runs, RowTable(tmp_path / "whole.csv"), on_done=lambda *count: counts.append(count))
-    assert sorted(counts) in ([(0, 3), (1, 3), (3, 3)], [(0, 3), (2, 3), (3, 3)])
+    whole = execute(runs, RunTable(tmp_path / "whole.csv"), in_order=True)
     lines = (tmp_path / "whole.csv").read_text().splitlines(keepends=True)
     (tmp_path / "part.csv").write_text("".join(lines[:3]))
-    part = execute(runs, RowTable(tmp_path / "part.csv"), on_done=lambda *count: counts.append(count))
-    assert counts[3:] == [(0, 2), (2, 2)]
+    part = execute(runs, RunTable(tmp_path / "part.csv"), on_done=lambda *count: counts.append(count))
+    assert counts == [(0, 1), (1, 1)]
     assert results(part) == results(whole)
     assert len((tmp_path / "part.csv").read_text().splitlines()) == 4
 
 
-def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(ValueError, match=r"a\.csv: expected the columns task, optimizer, .* choose another --out"):
-        RowTable(tmp_path / "a.csv")
-
-
-def test_what_a_result_depends_on_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_result_depends_on_is_in_the_key(tmp_path: Path) -> None:
     Theta.init_adam("compact", 1).save(tmp_path / "other.safetensors")
     base = wine("lopt")
-    theta = str(tmp_path / "other.safetensors")
-    batch = dataclasses.replace(WINE, batch_size=8)
+    other = Learned.load(tmp_path / "other.safetensors")
     changes: list[dict[str, Any]] = [
         {"seed": 1},
-        {"steps": 21},
-        {"theta": theta},
-        {"problem": batch},
-        {"optimizer": BLIND},
+        {"horizon": 21},
+        {"learned": other},
+        {"learned": dataclasses.replace(LEARNED_DEFAULT, code_sha256="other")},
+        {"task": dataclasses.replace(WINE, batch_size=8)},
+        {"optimizer": "lopt-blind"},
     ]
-    keys = {base.sha256, *(dataclasses.replace(base, **change).sha256 for change in changes)}
-    assert len(keys) == 6
-    assert dataclasses.replace(base).sha256 == base.sha256
-    runs = wine("lopt"), wine(BLIND), wine("adam")
-    before = [run.sha256 for run in runs]
-    monkeypatch.setattr(training, "VALID_ROWS", 1)  # only who is told validation losses depends on their rows
-    assert [run.sha256 == key for run, key in zip(runs, before, strict=True)] == [False, True, True]
+    keys = {tuple(job.keys) for job in (base, *(dataclasses.replace(base, **change) for change in changes))}
+    assert len(keys) == 7
+    assert dataclasses.replace(base).keys == base.keys
 
 
 # ---- Texts and figures -----------------------------------------------------------------------------------------------
@@ -368,9 +385,9 @@ def a_result(initial: Sequence[float], losses: Sequence[float], seconds: float =
     return Result(initial=ends[0], losses=ends[1], diverged=False, seconds=seconds, **more)
 
 
-def fake(run: Run, factor: float) -> Row:
-    """A row with made-up losses, those of the learned optimizer ``factor`` times those of an Adam at its best."""
-    ours = run.optimizer in LEARNED
+def fake(run: Job, factor: float) -> list[Run]:
+    """Rows with made-up losses, those of the learned optimizer ``factor`` times those of an Adam at its best."""
+    ours = run.optimizer in ("lopt", "lopt-untold")
     loss = 0.5 * factor if ours else 0.5
     names = (
         "step",
@@ -390,23 +407,26 @@ def fake(run: Run, factor: float) -> Row:
         curve = {"step": [0.0, 1.0], "x": [x, end], "y": [y, end]}
     if isinstance(run, MetaRun):
         loss = loss - 2
-    return Row.of(run, a_result((2.0,) * 3, (loss,) * 3, seconds=2.0 if ours else 1.0, curve=curve))
+        curve = {name: curve[name] for name in names[5:]}
+    result = a_result((2.0,) * 3, (loss,) * 3, seconds=2.0 if ours else 1.0, curve=curve)
+    return run.rows([result] * len(run.trials))
 
 
 @pytest.fixture(scope="module")
-def planned() -> dict[str, list[Run]]:
-    return {name: list(found.runs(Setting())) for name, found in EXPERIMENTS.items()}
+def planned() -> dict[str, list[Job]]:
+    return {name: list(found.jobs(Setting())) for name, found in EXPERIMENTS.items()}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_wins_and_losses_are_said_with_the_same_words(name: str, planned: dict[str, list[Run]], tmp_path: Path) -> None:
+def test_wins_and_losses_are_said_with_the_same_words(name: str, planned: dict[str, list[Job]], tmp_path: Path) -> None:
     """Made-up rows in which the learned optimizer is twice as good as the others, and twice as bad."""
     experiment = EXPERIMENTS[name]
-    figure, text = experiment.write([fake(run, 0.5) for run in planned[name]], tmp_path)
+    won, lost = ([row for job in planned[name] for row in fake(job, factor)] for factor in (0.5, 2.0))
+    figure, text = experiment.write(won, tmp_path)
     assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    good, bad = text.read_text(), "\n".join(experiment.text([fake(run, 2.0) for run in planned[name]]))
+    good, bad = text.read_text(), "\n".join(experiment.text(lost))
     assert good != bad
-    tasks = len({run.task for run in planned[name]})
+    tasks = len({row.task for row in won})
     told = {
         "implicit-regularization": ("lopt ends 50% nearer to the origin", "lopt ends 100% further from the origin"),
         "horizon": ("lower in 10 of 10", "higher in 10"),
@@ -427,9 +447,9 @@ def test_wins_and_losses_are_said_with_the_same_words(name: str, planned: dict[s
 def test_what_tuning_picks_and_what_is_compared() -> None:
     """A trial is picked by the training or the validation loss, a mean over seeds, never by the test loss."""
 
-    def row(optimizer: str, trial: int, seed: int, train: float, valid: float, test: float) -> Row:
-        run = wine(optimizer, trial=trial, seed=seed)
-        return Row.of(run, a_result((1.0, 2.0, 3.0), (train, valid, test)))
+    def row(optimizer: str, trial: int, seed: int, train: float, valid: float, test: float) -> Run:
+        run = wine(optimizer, trial, seed=seed)
+        return row_of(run, a_result((1.0, 2.0, 3.0), (train, valid, test)))
 
     rows = [
         *(row("adam-tuned", 0, seed, 0.2, 0.4 + 0.2 * seed, 0.1) for seed in (0, 1)),
@@ -437,21 +457,21 @@ def test_what_tuning_picks_and_what_is_compared() -> None:
         *(row("adam-tuned", 2, seed, 0.3, 0.1 + 0.6 * seed, 0.7) for seed in (0, 1)),
         *(row("lopt", 0, seed, 0.4, 0.4, 0.2 + 0.4 * seed) for seed in (0, 1)),
     ]
-    adams = select(rows, optimizer="adam-tuned")
+    adams = select(rows, name="adam-tuned")
     assert [found.trial for found in best(adams, "train_loss")] == [1, 1]
     assert [found.trial for found in best(adams, "test_loss")] == [2, 2]
     assert relative(rows, "lopt", "adam-tuned", "train_loss") == pytest.approx((0.4 + 0.01) / (0.1 + 0.01))
     assert relative(rows, "lopt", "adam-tuned", "test_loss") == pytest.approx((0.4 + 0.03) / (0.7 + 0.03))
-    assert values(rows, "optimizer") == ["adam-tuned", "lopt"]
-    assert len(select(rows, optimizer="adam-tuned", trial=(0, 2), seed=1)) == 2
+    assert values(rows, "name") == ["adam-tuned", "lopt"]
+    assert len(select(rows, name="adam-tuned", trial=(0, 2), seed=1)) == 2
 
 
 def test_normalised_losses_of_a_table() -> None:
     """0 for the lowest loss on a task, 1 for the start and whatever is worse."""
 
-    def row(task: str, optimizer: str, trial: int, valid: float, test: float) -> Row:
-        run = dataclasses.replace(wine(optimizer, trial=trial), task=task)
-        return Row.of(run, a_result((2.0,) * 3, (1.0, valid, test)))
+    def row(task: str, optimizer: str, trial: int, valid: float, test: float) -> Run:
+        run = dataclasses.replace(wine(optimizer, trial), name=task)
+        return row_of(run, a_result((2.0,) * 3, (1.0, valid, test)))
 
     rows = [row("a", "lopt", 0, 1.0, 0.5), row("b", "lopt", 0, 1.0, 3.0), row("a", "adam-tuned", 0, 0.7, 1.0)]
     rows += [row("a", "adam-tuned", 1, 0.8, 0.0), row("b", "adam-tuned", 0, 0.9, 0.1)]
@@ -462,11 +482,11 @@ def test_normalised_losses_of_a_table() -> None:
 
 
 def test_the_share_of_the_best_adam_in_self_training() -> None:
-    def row(optimizer: str, trial: int, end: float) -> Row:
-        settings = dataclasses.replace(SELF, outer="adam")
-        fields: dict[str, Any] = {"optimizer": optimizer, "trial": trial, "lr": 0.01 * (trial + 1), "steps": 6}
-        run = MetaRun(task="random", settings=settings, **fields)
-        return Row.of(run, a_result((-0.1,) * 3, (end,) * 3))
+    def row(optimizer: str, trial: int, end: float) -> Run:
+        config = dataclasses.replace(SELF, outer="adam", lr=0.01 * (trial + 1))
+        fields: dict[str, Any] = {"optimizer": optimizer, "trials": (trial,), "learned": learned_if(optimizer)}
+        run = MetaRun(suite="s", start="random", config=config, horizon=6, seed=0, **fields)
+        return row_of(run, a_result((-0.1,) * 3, (end,) * 3))
 
     rows = [row("lopt", 0, -1.0), row("adam", 0, -0.6), row("adam", 1, -1.1), row("adam-decay", 0, -0.9)]
     said = "\n".join(self_training.text([*rows, row("adam-decay", 1, -0.5)]))
@@ -482,9 +502,9 @@ def test_the_command_runs_resumes_and_writes(
 ) -> None:
     short = dataclasses.replace(
         EXPERIMENTS["implicit-regularization"],
-        runs=lambda setting: [
-            dataclasses.replace(run, steps=5)
-            for run in implicit_regularization.runs(setting)
+        jobs=lambda setting: [
+            dataclasses.replace(run, horizon=5)
+            for run in implicit_regularization.jobs(setting)
             if run.x == setting.seeds[0]
         ],
     )
@@ -499,6 +519,11 @@ def test_the_command_runs_resumes_and_writes(
     assert cli.main(command) == 0
     assert "5 runs, 5 of them in" in capsys.readouterr().out
     assert (tmp_path / "implicit-regularization.csv").read_bytes() == files["implicit-regularization.csv"]
+    (tmp_path / "README.md").unlink()
+    assert cli.main([*command, "--no-runs", "--theta", "train-loss"]) == 0
+    assert (tmp_path / "README.md").read_bytes() == files["README.md"]
+    assert cli.main([*command[:-1], str(tmp_path / "empty"), "--no-runs"]) == 2
+    assert "runs: no rows in" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(["experiment", "width", "--seeds", "1", "1"])
     assert "seeds: expected numbers from 0 on" in capsys.readouterr().err
@@ -516,22 +541,22 @@ def test_the_folder_of_fashion_mnist_holds_for_every_experiment(
         (tmp_path / images).write_bytes(bytes([0, 0, 8, 3]) + header + pixels)
         (tmp_path / labels).write_bytes(bytes([0, 0, 8, 1]) + header[:4] + bytes(row % 10 for row in range(rows)))
 
-    def runs(setting: Setting) -> list[Run]:
+    def made(setting: Setting) -> list[Job]:
         assert tmp_path == datasets.FASHION_MNIST_FOLDER
         problem = HeldOutTask(data="fashion-mnist-7x7", sizes=(49, 10))
-        return [TaskRun(task="a", problem=problem, optimizer="adam", steps=2, seed=seed) for seed in (0, 1)]
+        return [wine("adam", task=problem, horizon=2, seed=seed) for seed in (0, 1)]
 
     monkeypatch.setitem(
         EXPERIMENTS,
         "table",
         dataclasses.replace(
-            EXPERIMENTS["table"], runs=runs, figure=lambda rows, path: path.touch(), text=lambda rows: []
+            EXPERIMENTS["table"], jobs=made, figure=lambda rows, path: path.touch(), text=lambda rows: []
         ),
     )
     command = ["experiment", "table", "--workers", "2", "--out", str(tmp_path / "out"), "--data"]
     assert cli.main([*command, str(tmp_path)]) == 0
     problem = HeldOutTask(data="fashion-mnist-7x7", sizes=(49, 10), folder=tmp_path)
-    for row in RowTable(tmp_path / "out/table.csv").rows.values():
+    for row in RunTable(tmp_path / "out/table.csv").rows.values():
         curve = train_task(problem, lambda params, steps: torch.optim.Adam(params, 1e-3), row.seed, 2)
         assert row.train_loss == pytest.approx(curve.final["train"], rel=1e-6)
     assert cli.main([*command, str(tmp_path / "nowhere")]) == 2
@@ -544,5 +569,5 @@ def test_the_text_that_is_kept_is_what_the_rows_kept_say(name: str, tmp_path: Pa
     folder = Path(__file__).parents[1] / "benchmarks/results/experiments" / name
     assert folder.is_dir(), f"lopt experiment {name} --out {folder} makes what is kept"
     without_figure = dataclasses.replace(EXPERIMENTS[name], figure=lambda rows, path: None)
-    _, text = without_figure.write(list(RowTable(folder / f"{name}.csv").rows.values()), tmp_path)
+    _, text = without_figure.write(list(RunTable(folder / f"{name}.csv").rows.values()), tmp_path)
     assert_same_but_for_rounding(text.read_text(), (folder / "README.md").read_text())

@@ -17,7 +17,6 @@ from lopt import LearnedOptimizer
 from lopt.evaluation import opponents
 from lopt.evaluation.opponents import (
     FACTORS,
-    LEARNED,
     LRS,
     MUON_LRS,
     OPPONENTS,
@@ -27,6 +26,7 @@ from lopt.evaluation.opponents import (
     opponent,
 )
 from lopt.evaluation.runs import state_bytes, train_task
+from lopt.evaluation.table import LEARNED
 from lopt.evaluation.task_set import ORDER, Adam8p, NAdamW, adam8p_config, nadamw_config
 from lopt.tasks import sample_task
 from lopt.tasks.image_tasks import ImageData
@@ -127,7 +127,7 @@ def test_same_run_same_bits(name: str) -> None:
 def test_learned_is_told_the_steps_or_not(name: str) -> None:
     optimizer = make_optimizer(name, [leaf([1.0], torch.float32)], 77)
     assert isinstance(optimizer, LearnedOptimizer)
-    assert optimizer.total_steps == (77 if name == "lopt" else None)
+    assert optimizer.total_steps == (77 if name in ("lopt", "lopt-blind") else None)
 
 
 def test_averages_of_the_learned_one() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lopt import LearnedOptimizer, Theta, kernels
 from lopt.commands.weights import describe_theta
-from lopt.evaluation.compare import Learned
+from lopt.evaluation.jobs import Learned
 from lopt.evaluation.opponents import make_optimizer
 from lopt.meta import trainer
 from lopt.meta.config import MetaTrainConfig, Phase

@@ -16,13 +16,13 @@ import pytest
 from kept_texts import assert_same_but_for_rounding
 
 from lopt.cli import main
-from lopt.evaluation.compare import code_sha256
 from lopt.evaluation.comparison import Runs, at_equal_time, bootstrap
 from lopt.evaluation.opponents import OPPONENTS
 from lopt.evaluation.report import Report
 from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
 from lopt.evaluation.step_times import StepTime, StepTimes
 from lopt.evaluation.table import Run, RunTable
+from lopt.provenance import code_sha256
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/families"
 

@@ -25,12 +25,12 @@ from torch import Tensor
 from lopt import tables
 from lopt.cli import main
 from lopt.commands.evaluate import LINE_UP
-from lopt.evaluation import compare, opponents, sampled_suites, table
-from lopt.evaluation.compare import Learned, Plan, execute, missing_packages
-from lopt.evaluation.opponents import LEARNED, OPPONENTS, TUNING_FREE, make_optimizer
+from lopt.evaluation import jobs, opponents, sampled_suites, table
+from lopt.evaluation.jobs import Learned, Plan, execute, missing_packages
+from lopt.evaluation.opponents import OPPONENTS, TUNING_FREE, make_optimizer
 from lopt.evaluation.runs import EVALUATION, Result, evaluation_batches, train_task
 from lopt.evaluation.suites import data_of, family_of, fingerprint, suite, unavailable
-from lopt.evaluation.table import LOSSES, TIMED, Run, RunTable
+from lopt.evaluation.table import LEARNED, LOSSES, TIMED, Run, RunTable
 from lopt.tasks import datasets, sample_task
 from lopt.tasks.data import catalogue
 from lopt.tasks.held_out import HeldOutTask
@@ -180,9 +180,9 @@ def test_budgets_are_counted_and_nested() -> None:
     few, more = a_plan("adam8p@2"), a_plan("adam8p@2", "adam8p@3", "adam")
     assert len(few.jobs) == 2 * 2 * 2
     assert len(more.jobs) == 2 * 2 * 4  # the two trials are among the three
-    keys = [key for job in more.jobs for key in more.keys(job)]
+    keys = [key for job in more.jobs for key in job.keys]
     assert len(set(keys)) == len(keys)
-    assert {key for job in few.jobs for key in few.keys(job)} < set(keys)
+    assert {key for job in few.jobs for key in job.keys} < set(keys)
 
 
 def test_scripts_have_lengths_of_their_own() -> None:
@@ -198,12 +198,10 @@ def test_scripts_have_lengths_of_their_own() -> None:
 
 
 def test_runs_of_the_learned_one_go_by_its_names() -> None:
-    plan = a_plan(*LEARNED)
-    jobs = plan.jobs
+    plan = dataclasses.replace(a_plan(*LEARNED), learned=Learned.load("default"))
     result = Result(losses=dict.fromkeys(SPLITS, 1.0), initial=dict.fromkeys(SPLITS, 2.0), diverged=False, seconds=1.0)
-    plan = dataclasses.replace(plan, learned=Learned.load("default"))
-    assert {run.name for job in jobs for run in plan.runs(job, [result])} == set(LEARNED)
-    assert len({key for job in jobs for key in plan.keys(job)}) == len(jobs)
+    assert {run.name for job in plan.jobs for run in job.rows([result])} == set(LEARNED)
+    assert len({key for job in plan.jobs for key in job.keys}) == len(plan.jobs)
 
 
 def test_line_up_needs_no_tuning() -> None:
@@ -214,7 +212,7 @@ def test_line_up_needs_no_tuning() -> None:
 def test_learned_without_theta() -> None:
     plan = a_plan("lopt")
     with pytest.raises(ValueError, match="lopt needs a theta"):
-        plan.keys(plan.jobs[0])
+        assert plan.jobs[0].keys
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +228,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_say_what_happened(tmp_path: Path) -> None:
     plan = a_plan("sgd-tuned@2", seeds=(4,))
-    runs = execute(plan, RunTable(tmp_path / "runs.csv"), workers=1)
+    runs = execute(plan.jobs, RunTable(tmp_path / "runs.csv"), workers=1)
     assert [(run.task, run.trial, run.lr) for run in runs] == [
         (task.name, trial, pytest.approx(lr))
         for task in plan.tasks
@@ -262,7 +260,7 @@ def test_repeated_runs_have_the_same_bits(tmp_path: Path) -> None:
     names = [name for name in (*LINE_UP, "adam8p@2") if not missing_packages([name])]
     plan = a_plan(*names, seeds=(0,))
     for folder in ("one", "two"):
-        execute(plan, RunTable(tmp_path / folder / "runs.csv"), workers=1)
+        execute(plan.jobs, RunTable(tmp_path / folder / "runs.csv"), workers=1)
     first, second = (untimed(tmp_path / folder / "runs.csv") for folder in ("one", "two"))
     assert first == second
     assert len(first) == 2 * (len(names) + 1)
@@ -299,7 +297,7 @@ def test_a_broken_run_costs_only_itself(tmp_path: Path, monkeypatch: pytest.Monk
     broken = opponents.Opponent("broken", ({"lr": 1.0},), None, break_)
     monkeypatch.setitem(OPPONENTS, "broken", broken)
     with pytest.raises(RuntimeError, match=r"2 of 4 jobs failed; the first: broken on .*RuntimeError: out of luck"):
-        execute(a_plan("broken", "adam", seeds=(0,)), RunTable(tmp_path / "runs.csv"), workers=1)
+        execute(a_plan("broken", "adam", seeds=(0,)).jobs, RunTable(tmp_path / "runs.csv"), workers=1)
     assert [row["optimizer"] for row in untimed(tmp_path / "runs.csv")] == ["adam", "adam"]
 
 
@@ -317,7 +315,7 @@ def test_a_broken_run_costs_only_itself(tmp_path: Path, monkeypatch: pytest.Monk
 def test_grid_on_other_families_is_adam_of_torch(tmp_path: Path, task: Task) -> None:
     """Losses of every split before and after some steps, of the Adams that are opponents by themselves, too."""
     plan = dataclasses.replace(a_plan("adam-grid", "adam", "adam-cosine-3e-2", seeds=(3,)), tasks=(task,))
-    rows = execute(plan, RunTable(tmp_path / "runs.csv"), workers=1)
+    rows = execute(plan.jobs, RunTable(tmp_path / "runs.csv"), workers=1)
     for single, schedule in (("adam", "constant"), ("adam-cosine-3e-2", "cosine")):
         (alone,) = (row for row in rows if row.optimizer == single and not row.schedule)
         (batched,) = (row for row in rows if row.schedule == schedule and row.lr == alone.lr)
@@ -380,7 +378,7 @@ def test_table_of_an_earlier_version_is_read_and_completed(tmp_path: Path, monke
     """Its rows are not run again, and keep their numbers when the file gets its new columns."""
     path = tmp_path / "runs.csv"
     plan = dataclasses.replace(a_plan("adam-grid", seeds=(0,)), tasks=(WINE,))
-    whole = execute(plan, RunTable(path), workers=1)
+    whole = execute(plan.jobs, RunTable(path), workers=1)
     old = COLUMNS[:25]
     assert old[-1] == "python"
     with path.open(newline="") as file:
@@ -391,15 +389,15 @@ def test_table_of_an_earlier_version_is_read_and_completed(tmp_path: Path, monke
         writer.writerows(rows)
     before = path.read_text()
     with monkeypatch.context() as context:
-        context.setattr(compare, "_work", lambda *_: pytest.fail("everything is in the table"))
-        again = execute(plan, RunTable(path), workers=1)
+        context.setattr(jobs, "_measure", lambda *_: pytest.fail("everything is in the table"))
+        again = execute(plan.jobs, RunTable(path), workers=1)
     assert path.read_text() == before  # nothing new, nothing written
     assert [run.train_loss for run in again] == [run.train_loss for run in whole]
     assert {(run.name, run.family, run.curve) for run in again} == {
         ("adam-grid", "", ""),
         ("adam-cosine-grid", "", ""),
     }
-    execute(dataclasses.replace(plan, optimizers=("adam",)), RunTable(path), workers=1)
+    execute(dataclasses.replace(plan, optimizers=("adam",)).jobs, RunTable(path), workers=1)
     found = untimed(path)
     assert list(found[0]) == [name for name in COLUMNS if name not in TIMED]
     assert len(found) == len(rows) + 1
@@ -411,7 +409,7 @@ def test_suites_in_one_table_have_rows_of_their_own(tmp_path: Path) -> None:
     """A task that two suites have is run for each, and no row takes the place of the other's."""
     plans = [dataclasses.replace(a_plan("adam", seeds=(0,)), suite=name) for name in ("families", "text")]
     for plan in plans:
-        assert {run.suite for run in execute(plan, RunTable(tmp_path / "runs.csv"), workers=1)} == {plan.suite}
+        assert {run.suite for run in execute(plan.jobs, RunTable(tmp_path / "runs.csv"), workers=1)} == {plan.suite}
     rows = RunTable(tmp_path / "runs.csv").rows.values()
     assert [(run.suite, run.task) for run in rows] == [(p.suite, t.name) for p in plans for t in p.tasks[::-1]]
 
@@ -431,7 +429,7 @@ def test_published_tables_are_read_whole(file: str, suite: str) -> None:
 def test_two_writers_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     (one, two), (three, four) = (
-        execute(dataclasses.replace(a_plan(name, seeds=(0,))), RunTable(tmp_path / f"{name}.csv"), workers=1)
+        execute(a_plan(name, seeds=(0,)).jobs, RunTable(tmp_path / f"{name}.csv"), workers=1)
         for name in ("adam", "nadam")
     )
     first, second = RunTable(path), RunTable(path)
@@ -446,7 +444,7 @@ def test_two_writers_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_writer_waits_until_the_other_is_killed(tmp_path: Path) -> None:
-    (run, _) = execute(a_plan("adam", seeds=(0,)), RunTable(tmp_path / "other.csv"), workers=1)
+    (run, _) = execute(a_plan("adam", seeds=(0,)).jobs, RunTable(tmp_path / "other.csv"), workers=1)
     hold = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -475,7 +473,7 @@ def test_tables_need_nothing_of_unix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sorting_does_not_depend_on_the_order_of_the_runs(tmp_path: Path) -> None:
-    runs = execute(a_plan("adam", "nadam"), RunTable(tmp_path / "runs.csv"), workers=1)
+    runs = execute(a_plan("adam", "nadam").jobs, RunTable(tmp_path / "runs.csv"), workers=1)
     for name, order in (("a", runs), ("b", runs[::-1])):
         for run in order:
             RunTable(tmp_path / name / "runs.csv").append([run])

@@ -2,15 +2,66 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from lopt.benchmark import kernels, rows, steps, traffic
+from lopt.benchmark import kernels, rows, shapes, steps, traffic
 from lopt.benchmark.peaks import Peaks, measure_peaks
 from lopt.benchmark.rows import Row
 from lopt.benchmark.shapes import Layout
 from lopt.benchmark.timing import Timer, available_bytes
 from lopt.benchmark.variants import Variant, variants
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What of ``kernel`` and ``step`` can be chosen, on either command line."""
+
+    presets: tuple[str, ...] = ("compact", "paper")
+    """Architectures of the learned optimizer."""
+
+    stats: tuple[Literal["current", "lagged"], ...] = ("current",)
+    """Of this step, in two sweeps over the parameters, or of the step before, in one; for kernel and step."""
+
+    state_dtypes: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("float32",)
+    """Of accumulators, for kernel and step."""
+
+    precisions: tuple[Literal["high", "fast"], ...] = ("high",)
+    """Of the small MLP on a GPU, for kernel and step."""
+
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
+    """Numbers of parameters, for kernel and step."""
+
+    tensors: tuple[int, ...] = (1, 1000)
+    """Numbers of tensors that the parameters are cut into, for kernel and step."""
+
+    models: tuple[str, ...] = ()
+    """Shapes of models, for kernel and step: vit-b16, gpt2-355m."""
+
+    scale: float = 1.0
+    """Share of a model's blocks to keep."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of parameters and gradients."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where; sim is for tests and not timed."""
+
+    peers: bool = True
+    """Do not time optimizers of other projects that are installed, for step."""
+
+    repeats: int = 9
+    """Measurements of each row."""
+
+    def suite(self, what: str) -> "Suite":
+        """``what`` is ``"kernel"`` or ``"step"``."""
+        layouts = [shapes.even(size, tensors) for size in self.sizes for tensors in self.tensors]
+        layouts += [shapes.model(name, self.scale) for name in self.models]
+        ways = variants(self.presets, self.stats, self.state_dtypes, self.precisions)
+        dtype, device = getattr(torch, self.dtype), torch.device(self.device)
+        return Suite(what, ways, tuple(layouts), dtype, device, self.repeats, self.peers)
+
 
 Say = Callable[[str], None]
 Table = tuple[list[str], list[list[str]]]  # names of the columns, cells

@@ -9,15 +9,15 @@ import torch
 import tyro
 from rich.console import Console
 
-from lopt.benchmark import plots, rows, shapes, suite, unroll
+from lopt.benchmark import plots, rows, suite, unroll
 from lopt.benchmark.rows import Row
-from lopt.benchmark.variants import variants
+from lopt.benchmark.suite import Options
 from lopt.commands.common import Command, Outcome, OutFile, say, show_table
 from lopt.tables import append_csv
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(Command):
+class Bench(Command, Options):
     """Measure speed on this machine, against the peaks and peers of the same run.
 
     kernel: ``accumulate`` and ``apply`` by themselves, as a share of the measured copy and multiply-add peaks.
@@ -31,44 +31,8 @@ class Bench(Command):
     what: Annotated[Literal["kernel", "step", "unroll", "torch-unroll"], tyro.conf.Positional]
     """What to measure."""
 
-    presets: tuple[str, ...] = ("compact", "paper")
-    """Architectures of the learned optimizer."""
-
-    stats: tuple[Literal["current", "lagged"], ...] = ("current",)
-    """Of this step, in two sweeps over the parameters, or of the step before, in one; for kernel and step."""
-
-    state_dtypes: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("float32",)
-    """Of accumulators, for kernel and step."""
-
-    precisions: tuple[Literal["high", "fast"], ...] = ("high",)
-    """Of the small MLP on a GPU, for kernel and step."""
-
-    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
-    """Numbers of parameters, for kernel and step."""
-
-    tensors: tuple[int, ...] = (1, 1000)
-    """Numbers of tensors that the parameters are cut into, for kernel and step."""
-
-    models: tuple[str, ...] = ()
-    """Shapes of models, for kernel and step: vit-b16, gpt2-355m."""
-
-    scale: float = 1.0
-    """Share of a model's blocks to keep."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of parameters and gradients."""
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where; sim is for tests and not timed."""
-
     threads: int | None = None
     """CPU threads; torch's number if not given."""
-
-    peers: bool = True
-    """Do not time optimizers of other projects that are installed, for step."""
-
-    repeats: int = 9
-    """Measurements of each row."""
 
     steps: int = 4000
     """Inner steps of one measurement of the compact preset for unroll; the paper preset takes a fifth. Of each run of
@@ -106,17 +70,13 @@ class Bench(Command):
         return Outcome(int(slower > 0), {"command": f"bench {self.what}", "rows": found, "slower": slower})
 
     def _layouts(self, console: Console) -> list[Row]:
-        layouts = [shapes.even(size, tensors) for size in self.sizes for tensors in self.tensors]
-        layouts += [shapes.model(name, self.scale) for name in self.models]
-        device, dtype = torch.device(self.device), getattr(torch, self.dtype)
-        ways = variants(self.presets, self.stats, self.state_dtypes, self.precisions)
-        chosen = suite.Suite(self.what, ways, tuple(layouts), dtype, device, self.repeats, self.peers)
+        chosen = self.suite(self.what)
         found: list[Row] = []
         for some in chosen.run(lambda text: say(console, text)):
             if self.out is not None:
                 append_csv(self.out, some)  # now: a long run may be cut short
             found += some
-        show_table(console, *suite.traffic_table(self.presets, dtype))
+        show_table(console, *suite.traffic_table(self.presets, chosen.dtype))
         say(console, "")
         show_table(console, *suite.result_table(found))
         for remark in suite.remarks(found):

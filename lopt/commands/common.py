@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lopt.files import check_file, check_folder, write_text
+from lopt.tables import aligned
 from lopt.tasks.seeds import SEEDS
 
 #: Options of these types are checked before the work starts, see :meth:`Command.check`.
@@ -111,10 +112,8 @@ def show_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence
             table.add_row(*row)
         console.print(table)
         return
-    widths = [max(len(line[position]) for line in (columns, *rows)) for position in range(len(columns))]
-    for line in (columns, *rows):
-        cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-        say(console, "  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
+    for line in aligned(columns, rows):
+        say(console, line)
 
 
 def _plain(value: Any) -> Any:

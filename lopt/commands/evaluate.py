@@ -16,13 +16,12 @@ from lopt.commands.progress import progress
 from lopt.commands.report import show_comparisons
 from lopt.commands.weights import describe_theta
 from lopt.commands.workers import Spread
-from lopt.evaluation.adam_grid import LRS
-from lopt.evaluation.compare import ADAM_GRID, Learned, Plan, execute, measure_steps, missing_packages
-from lopt.evaluation.comparison import Runs
-from lopt.evaluation.opponents import LEARNED
+from lopt.evaluation.adam_grid import ADAM_GRID, LRS
+from lopt.evaluation.comparison import NO_WORSE, Runs
+from lopt.evaluation.jobs import Learned, Plan, execute, measure_steps, missing, missing_packages
 from lopt.evaluation.report import Report
 from lopt.evaluation.runs import LOSS_LIMIT
-from lopt.evaluation.scores import NO_WORSE, REFERENCES, Score, scores
+from lopt.evaluation.scores import REFERENCES, Score, scores
 from lopt.evaluation.step_times import StepTimes
 from lopt.evaluation.suites import (
     SuiteName,
@@ -33,7 +32,7 @@ from lopt.evaluation.suites import (
     take_fashion_mnist_from,
     unavailable,
 )
-from lopt.evaluation.table import Run, RunTable
+from lopt.evaluation.table import LEARNED, Run, RunTable
 from lopt.provenance import commit, versions
 from lopt.tasks.data import catalogue
 from lopt.tasks.held_out import HeldOutTask
@@ -44,7 +43,12 @@ from lopt.tasks.text_tasks import TextData
 LARGE = 10_000
 
 #: What the learned optimizer is told under each of its names.
-HINTS = {"lopt": "with hint", "lopt-untold": "without hint", "lopt-averaged": "without hint, averaged"}
+HINTS = {
+    "lopt": "with hint",
+    "lopt-untold": "without hint",
+    "lopt-averaged": "without hint, averaged",
+    "lopt-blind": "with hint, without validation losses",
+}
 
 #: Lengths of runs if none is given, and where they are others; none: those of each script.
 HORIZONS = (200, 1000, 2000)
@@ -98,9 +102,9 @@ class Evaluate(Spread):
 
     optimizers: tuple[str, ...] = ()
     """Names as in lopt.evaluation.opponents, or lopt, lopt-untold, lopt-averaged (untold, at the average of its
-    iterates), adam-grid (14 Adams in one batch). NAME@K tries K settings for each task. If none is given: lopt as
-    --hint says, and opponents without tuning, or on some suites others: adam-grid (small), eight AdamWs and eight Muons
-    (language, vision), the scripts' own and three Adams (scripts)."""
+    iterates), lopt-blind (told no validation losses), adam-grid (14 Adams in one batch). NAME@K tries K settings for
+    each task. If none is given: lopt as --hint says, and opponents without tuning, or on some suites others: adam-grid
+    (small), eight AdamWs and eight Muons (language, vision), the scripts' own and three Adams (scripts)."""
 
     theta: str = "default"
     """Meta-parameters: a shipped name (see lopt weights show) or a file."""
@@ -272,10 +276,10 @@ class Evaluate(Spread):
         return tasks, skipped
 
     def _execute(self, console: Console, plan: Plan, table: RunTable) -> list[Run]:
-        missing = len(plan.missing(table))
-        say(console, f"{missing} batches of runs, of {len(plan.jobs)}, that {table.path} lacks")
+        lacking = len(missing(plan.jobs, table))
+        say(console, f"{lacking} batches of runs, of {len(plan.jobs)}, that {table.path} lacks")
         with progress(console, "batches of runs") as status, self.spread() as workers:
-            runs = execute(plan, table, workers, status.update, self.data)
+            runs = execute(plan.jobs, table, workers, status.update, self.data)
         if self.step_times:
             with progress(console, "step times, tasks") as status:
                 measure_steps(plan, StepTimes(self.out), status.update)

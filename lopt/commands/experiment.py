@@ -12,11 +12,11 @@ from rich.console import Console
 from lopt.commands.common import Outcome, OutFolder, Seed, check_option, say
 from lopt.commands.progress import progress
 from lopt.commands.workers import Spread
+from lopt.evaluation.jobs import Job, execute
 from lopt.evaluation.suites import take_fashion_mnist_from
+from lopt.evaluation.table import Run, RunTable
 from lopt.experiments import EXPERIMENTS
-from lopt.experiments.experiment import execute
-from lopt.experiments.rows import Row, RowTable
-from lopt.experiments.runs import SEEDS, Run, Scale, Setting
+from lopt.experiments.setting import SEEDS, Scale, Setting
 from lopt.figures import require_matplotlib
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class RunExperiment(Spread):
 
     Rows that are there are not run again: an experiment that was stopped goes on where it was, and one that is complete
     is drawn and written anew. Repeated runs give the same losses to the bit. A row is found by what it depends on, with
-    theta but without the code: after a change of the optimizer begin in an empty folder.
+    theta and the code of the optimizer; rows of other code stay in the file.
     """
 
     name: Annotated[Name, tyro.conf.Positional]
@@ -45,6 +45,9 @@ class RunExperiment(Spread):
 
     seeds: tuple[Seed, ...] | None = None
     """A seed decides initial weights and minibatches; 0 for small and 0 1 2 for full if none is given."""
+
+    runs: bool = True
+    """Run nothing: draw and write what the rows in --out say, whatever they depend on."""
 
     data: Path | None = None
     """Folder with the IDX files of Fashion-MNIST, if they are not where the Debian package puts them."""
@@ -66,10 +69,14 @@ class RunExperiment(Spread):
         seeds = SEEDS[self.scale] if self.seeds is None else self.seeds
         if self.data is not None:
             take_fashion_mnist_from(self.data)
-        setting = Setting(scale=self.scale, theta=self.theta, seeds=seeds)
-        runs = experiment.runs(setting)
-        table = RowTable(out / f"{self.name}.csv")
-        rows = self._execute(console, runs, table)
+        table = RunTable(out / f"{self.name}.csv")
+        if self.runs:
+            jobs = experiment.jobs(Setting(scale=self.scale, theta=self.theta, seeds=seeds))
+            rows = self._execute(console, jobs, table)
+        else:
+            rows = list(table.rows.values())
+            if not rows:
+                raise ValueError(f"runs: no rows in {table.path}; run the experiment, or name its folder")
         figure, text = experiment.write(rows, out)
         say(console, text.read_text(encoding="utf-8").rstrip())
         say(console, "")
@@ -77,8 +84,8 @@ class RunExperiment(Spread):
         numbers = {"command": "experiment", "rows": [dataclasses.asdict(row) for row in rows]}
         return Outcome(0, {**numbers, "figure": figure, "text": text})
 
-    def _execute(self, console: Console, runs: Sequence[Run], table: RowTable) -> list[Row]:
-        missing = sum(run.sha256 not in table.rows for run in runs)
-        say(console, f"{len(runs)} runs, {len(runs) - missing} of them in {table.path}")
-        with progress(console, f"{self.name}, runs") as status, self.spread() as workers:
-            return execute(runs, table, workers, status.update, self.data)
+    def _execute(self, console: Console, jobs: Sequence[Job], table: RunTable) -> list[Run]:
+        there = [key in table.rows for job in jobs for key in job.keys]
+        say(console, f"{len(there)} runs, {sum(there)} of them in {table.path}")
+        with progress(console, f"{self.name}, batches of runs") as status, self.spread() as workers:
+            return execute(jobs, table, workers, status.update, self.data, in_order=True)

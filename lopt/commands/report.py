@@ -10,14 +10,13 @@ import tyro
 from rich.console import Console
 
 from lopt.commands.common import Command, Outcome, OutFile, check_option, say, show_table
-from lopt.evaluation.compare import code_sha256
 from lopt.evaluation.comparison import MEASURES, Runs
 from lopt.evaluation.opponents import opponent
 from lopt.evaluation.report import Report
 from lopt.evaluation.step_times import StepTimes
 from lopt.evaluation.table import Run, RunTable
 from lopt.files import unpacked, write_text
-from lopt.provenance import file_checksum
+from lopt.provenance import code_sha256, file_checksum
 
 
 @dataclass(frozen=True, kw_only=True)

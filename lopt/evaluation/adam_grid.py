@@ -15,6 +15,16 @@ LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 GRID = tuple(AdamConfig(lr, schedule) for schedule in SCHEDULES for lr in LRS)
 
+#: The references of the small suite, for any other as well: all of the grid in one batch.
+ADAM_GRID = "adam-grid"
+
+#: Opponents whose trials can be trained as one batch: what distinguishes them, but for the learning rate.
+BATCHED = {
+    "adam-tuned": AdamConfig(1.0),
+    "adamw-cosine-tuned": AdamConfig(1.0, "cosine", weight_decay=0.01),
+}
+BATCHED_PARAMS = 100_000  # models with more are hardly quicker in a batch
+
 
 def adam_results(task: Task, seed: int, steps: int, configs: Sequence[AdamConfig] = GRID) -> list[Result]:
     """One result per configuration; each gets its share of the seconds of the batch."""

@@ -65,6 +65,14 @@ class AveragedLearned(LearnedOptimizer):
         self._inside.close()
 
 
+class Blind(LearnedOptimizer):
+    """The learned optimizer, never told a validation loss."""
+
+    def observe(self, train_loss: Any = None, valid_loss: Any = None, *, weight: float | Tensor = 1.0) -> None:
+        """Of the training loss only."""
+        super().observe(train_loss, weight=weight)
+
+
 class Averaged(Joined):
     """An optimizer whose iterates x are averaged: after step k = 1, 2, ... ``a += (1 - d) (x - a)`` with
     ``d = min(decay, k / (k + 9))``. What is evaluated is a."""

@@ -5,10 +5,10 @@ loss is above b, and b = 0, or the lowest loss of any run of the task where that
 better. A task counts as won below .98 and as lost above 1.02, so that a tie is neither. Intervals are those of the
 bootstrap over tasks, 95%.
 
-The trial of an optimizer with several is that of the least mean outer_valid loss, for each task and horizon. By second,
-two optimizers are compared when the quicker of them ends; the other's loss is interpolated there. Their seconds are
-steps times the seconds per step of :mod:`lopt.evaluation.step_times`, or, where those are not measured, the runs' own
-if they are of one machine.
+The trial of an optimizer with several is that of the least mean loss, by default on outer_valid, for each task and
+horizon. By second, two optimizers are compared when the quicker of them ends; the other's loss is interpolated there.
+Their seconds are steps times the seconds per step of :mod:`lopt.evaluation.step_times`, or, where those are not
+measured, the runs' own if they are of one machine.
 """
 
 import dataclasses
@@ -21,12 +21,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lopt.evaluation.scores import NO_WORSE, ratio
-from lopt.evaluation.table import Run
+from lopt.evaluation.table import LossName, Run
 
 Measure = Literal["train", "test"]
 Per = Literal["step", "second"]
 MEASURES: tuple[Measure, ...] = ("train", "test")
+
+#: A ratio up to this counts as "no worse".
+NO_WORSE = 1.02
+
+#: The floor of a ratio is this share of the initial loss.
+FLOOR = 0.01
 
 #: Resamples of a bootstrap, and its seed.
 RESAMPLES = 10_000
@@ -72,6 +77,16 @@ class Comparison:
         return statistics.fmean(value > NO_WORSE for value in self.ratios.values())
 
     @property
+    def no_worse(self) -> float:
+        """Share of tasks that are not lost."""
+        return statistics.fmean(value <= NO_WORSE for value in self.ratios.values())
+
+    @property
+    def worst(self) -> str:
+        """The task with the largest ratio."""
+        return max(self.ratios, key=lambda task: self.ratios[task])
+
+    @property
     def ratio(self) -> float:
         """Geometric mean over tasks."""
         return statistics.geometric_mean(self.ratios.values())
@@ -95,6 +110,7 @@ class Runs:
             name of the suite and its own.
         budgets: how many trials an optimizer with several has; all that the rows hold if it is not named.
         step_times: seconds per step by suite, SHA-256 of the task, and optimizer.
+        choice: the loss by which a trial is chosen.
     """
 
     def __init__(
@@ -102,10 +118,11 @@ class Runs:
         runs: Iterable[Run],
         budgets: Mapping[str, int] | None = None,
         step_times: Mapping[tuple[str, str, str], float] | None = None,
+        choice: LossName = "valid_loss",
     ) -> None:
         self.all = list(_told_apart(list(runs)))
         self._step_times = step_times or {}
-        self._compared: dict[tuple[str, str, int | None, Measure, Per], Comparison | None] = {}
+        self._compared: dict[tuple[str, str, int | None, Measure, Per, int | None], Comparison | None] = {}
         self._trials: dict[tuple[str, Place], dict[str, list[Run]]] = {}
         grids = {run.name for run in self.all if run.name.endswith("-grid")}
         grids = grids if len(grids) > 1 else set()
@@ -125,7 +142,7 @@ class Runs:
             self.budgets[name] = budget
         self.chosen: dict[str, dict[Place, list[Run]]] = {name: {} for name in names}
         for (name, place), trials in self._trials.items():
-            self.chosen[name][place] = _choose(trials, self.budgets[name], "-grid" in name)
+            self.chosen[name][place] = _choose(trials, self.budgets[name], "-grid" in name, choice)
 
     def label(self, name: str) -> str:
         """The name with its budget, if it has one."""
@@ -136,34 +153,43 @@ class Runs:
         return {run.task: run.family or "mlp" for run in self.all if horizon in (None, run.horizon)}
 
     def compare(
-        self, name: str, other: str, horizon: int | None, measure: Measure, per: Per = "step"
+        self,
+        name: str,
+        other: str,
+        horizon: int | None,
+        measure: Measure,
+        per: Per = "step",
+        seed: int | None = None,
     ) -> Comparison | None:
-        """``name`` against ``other`` on the tasks and seeds that both have; None if there is none.
+        """``name`` against ``other`` on the tasks and seeds that both have, or on one seed; None if there is none.
 
         Without a horizon, a task counts once for each that it was run for.
         """
-        key = name, other, horizon, measure, per
+        key = name, other, horizon, measure, per, seed
         if key not in self._compared:
             self._compared[key] = self._compare(*key)
         return self._compared[key]
 
-    def _compare(self, name: str, other: str, horizon: int | None, measure: Measure, per: Per) -> Comparison | None:
+    def _compare(
+        self, name: str, other: str, horizon: int | None, measure: Measure, per: Per, seed: int | None
+    ) -> Comparison | None:
         ratios: dict[str, float] = {}
         both: dict[str, tuple[float, float]] = {}
         for place, ours in self.chosen[name].items():
-            pairs = _pairs(ours, self.chosen[other].get(place, []))
+            theirs = {run.seed: run for run in self.chosen[other].get(place, [])}
+            pairs = [(run, theirs[run.seed]) for run in ours if run.seed in theirs and seed in (None, run.seed)]
             if horizon not in (None, place[1]) or not pairs:
                 continue
             found = [self._losses(a, b, measure, per) for a, b in pairs]
             losses = [both for both in found if both is not None]
             if len(losses) < len(found):
                 continue
-            mine, theirs = (statistics.fmean(column) for column in zip(*losses, strict=True))
+            means = [statistics.fmean(column) for column in zip(*losses, strict=True)]
             start = statistics.fmean(_initial(a, measure) for a, _ in pairs)
-            base = self._base(place, measure)
+            base = min(0.0, self._lowest[place, measure])
             task = place[0] if horizon is not None else f"{place[0]}, {place[1]} steps"
-            ratios[task] = ratio(mine - base, theirs - base, start - base)
-            both[task] = mine, theirs
+            ratios[task] = ratio(means[0] - base, means[1] - base, start - base)
+            both[task] = means[0], means[1]
         if not ratios:
             return None
         which: dict[str, Any] = {"name": name, "other": other, "horizon": horizon, "measure": measure, "per": per}
@@ -228,8 +254,15 @@ class Runs:
                 lowest[key] = min(lowest.get(key, math.inf), _loss(run, measure), *along)
         return lowest
 
-    def _base(self, place: Place, measure: Measure) -> float:
-        return min(0.0, self._lowest[place, measure])
+
+def ratio(loss: float, reference: float, initial: float) -> float:
+    """``(loss + f) / (reference + f)`` with f = 1% of the initial loss: below 1 is better than the reference.
+
+    Example:
+        >>> round(ratio(0.5, 1.0, 2.0), 4)
+        0.5098
+    """
+    return (loss + FLOOR * initial) / (reference + FLOOR * initial)
 
 
 def bootstrap(ratios: Sequence[float], share: float = 0.95) -> tuple[float, float]:
@@ -265,20 +298,14 @@ def _told_apart(runs: Sequence[Run]) -> Iterator[Run]:
         yield dataclasses.replace(run, task=f"{run.suite}: {run.task}") if len(suites[run.task]) > 1 else run
 
 
-def _choose(trials: Mapping[str, Sequence[Run]], budget: int, in_order: bool) -> list[Run]:
-    """The runs of the trial with the least mean outer_valid loss, among the first of the budget."""
+def _choose(trials: Mapping[str, Sequence[Run]], budget: int, in_order: bool, choice: LossName) -> list[Run]:
+    """The runs of the trial with the least mean loss, among the first of the budget."""
     groups = list(trials.values())
     if not in_order:
         groups.sort(key=lambda runs: runs[0].trial)
     seeds = {run.seed for runs in groups[:budget] for run in runs}
     whole = [runs for runs in groups[:budget] if {run.seed for run in runs} == seeds] or groups[:1]
-    return list(min(whole, key=lambda runs: statistics.fmean(run.valid_loss for run in runs)))
-
-
-def _pairs(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Runs of the same seed."""
-    other = {run.seed: run for run in theirs}
-    return [(run, other[run.seed]) for run in ours if run.seed in other]
+    return list(min(whole, key=lambda runs: statistics.fmean(getattr(run, choice) for run in runs)))
 
 
 def _loss(run: Run, measure: Measure) -> float:

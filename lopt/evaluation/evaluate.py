@@ -6,9 +6,8 @@ from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 
-from lopt.evaluation.compare import Learned, Plan, execute, missing_packages
-from lopt.evaluation.opponents import LEARNED
-from lopt.evaluation.table import Run, RunTable
+from lopt.evaluation.jobs import Learned, Plan, execute, missing_packages
+from lopt.evaluation.table import LEARNED, Run, RunTable
 from lopt.meta.executors import Executor
 from lopt.rule import Theta
 from lopt.tasks.task import Task
@@ -38,7 +37,8 @@ def evaluate(
     Args:
         tasks: with different names.
         optimizers: names as in :mod:`lopt.evaluation.opponents`, or ``lopt``, ``lopt-untold`` (not told the number of
-            steps) and ``lopt-averaged``; ``NAME@k`` is an opponent with its first k settings.
+            steps), ``lopt-averaged`` and ``lopt-blind`` (told no validation losses); ``NAME@k`` is an opponent with its
+            first k settings.
         theta: of the learned optimizer.
         steps: length of the runs, or several.
         seeds: of initial values and minibatches.
@@ -83,4 +83,4 @@ def evaluate(
     )
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if out is None else out
-        return execute(plan, RunTable(Path(folder) / "runs.csv"), executor, on_done)
+        return execute(plan.jobs, RunTable(Path(folder) / "runs.csv"), executor, on_done)

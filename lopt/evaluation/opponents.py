@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lopt.evaluation.builders import (
     AveragedLearned,
+    Blind,
     Build,
     Trial,
     averaged,
@@ -31,13 +32,11 @@ from lopt.evaluation.builders import (
     torch_optimizer,
     with_steps,
 )
+from lopt.evaluation.table import LEARNED, TOLD
 from lopt.evaluation.task_set import ORDER, Adam8p, NAdamW, adam8p_config, nadamw_config
 from lopt.optimizer import LearnedOptimizer
 from lopt.rule import Theta
 from lopt.tasks.task import Task
-
-#: Names of the learned optimizer: told the number of steps, not told, and not told with an average of its iterates.
-LEARNED = ("lopt", "lopt-untold", "lopt-averaged")
 
 #: Learning rates of a tuned opponent, as factors of its own default, in the order in which a budget takes them: a third
 #: of a decade apart, from the default outwards.
@@ -101,7 +100,7 @@ def make_optimizer(
         params: leaf tensors that require gradients.
         trial: which of the opponent's trials.
         task: whose parameters ``params`` are, in its order, for opponents that treat hidden layers differently.
-        theta, impl: of the learned optimizer; "lopt" is told the number of steps, the others are not.
+        theta, impl: of the learned optimizer; those of ``TOLD`` are told the number of steps, the others are not.
 
     Raises:
         ValueError: an unknown name, or a trial that does not exist.
@@ -117,8 +116,8 @@ def make_optimizer(
         if trial != 0:
             raise ValueError(f"trial: {name} has only trial 0, got {trial}")
         given = params if task is None else [task.group(params)]
-        kind = AveragedLearned if name == "lopt-averaged" else LearnedOptimizer
-        return kind(given, theta, total_steps=steps if name == "lopt" else None, impl=impl)
+        kinds: dict[str, type[LearnedOptimizer]] = {"lopt-averaged": AveragedLearned, "lopt-blind": Blind}
+        return kinds.get(name, LearnedOptimizer)(given, theta, total_steps=steps if name in TOLD else None, impl=impl)
     found = opponent(name)
     if not 0 <= trial < len(found.trials):
         raise ValueError(f"trial: expected 0 to {len(found.trials) - 1} of {name}, got {trial}")

@@ -1,4 +1,4 @@
-"""What a report can be written to: one HTML file that needs nothing else, or Markdown, tables and words alone.
+"""A page of a report: one HTML file that needs nothing else, or Markdown, tables and words alone.
 
 The HTML file sorts its tables by a click on a column, and draws loss curves of the task that is chosen (report.js).
 """
@@ -9,9 +9,9 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from lopt.evaluation.scores import NO_WORSE
+from lopt.evaluation.comparison import NO_WORSE
 
 
 class Table(NamedTuple):
@@ -23,37 +23,6 @@ class Table(NamedTuple):
 
 #: name of an optimizer -> steps, and losses there by measure; None for what is no number.
 Curves = Mapping[str, Mapping[str, Sequence[float | None]]]
-
-
-class Page(Protocol):
-    """A page under construction, from top to bottom."""
-
-    def heading(self, level: int, text: str) -> None:
-        """A heading; level 1 is the title."""
-
-    def note(self, text: str) -> None:
-        """A paragraph on how the numbers were made."""
-
-    def warning(self, text: str) -> None:
-        """A paragraph that must not be overlooked."""
-
-    def items(self, lines: Sequence[str], *, fold: str = "") -> None:
-        """A list; ``fold``: where the page can, hidden under this title until it is opened."""
-
-    def table(self, table: Table, *, ratios: bool = False, fold: str = "") -> None:
-        """A table; ``ratios``: its numbers are ratios; ``fold``: hidden under this title until it is opened."""
-
-    def summary(self, lines: Sequence[str]) -> None:
-        """What came out, in sentences, where the page is read from the top."""
-
-    def figure(self, svg: str) -> None:
-        """A figure, where the page can hold one."""
-
-    def curves(self, tasks: Mapping[str, Curves], styles: Mapping[str, Mapping[str, str]]) -> None:
-        """Loss curves of the task that a reader chooses, where the page can draw; ``styles``: SVG's, by optimizer."""
-
-    def text(self) -> str:
-        """The whole page so far."""
 
 
 _STYLE = """
@@ -78,103 +47,87 @@ svg { max-width: 100%; height: auto } h2 { margin-top: 2em } caption, .note { te
 _SCRIPT = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
 
 
-class HtmlPage:
-    """One HTML file that needs nothing else; ratios below .98 and above 1.02 have colours."""
+class Page:
+    """A page under construction, from top to bottom, in both forms; ratios below .98 and above 1.02 have colours."""
 
-    def __init__(self) -> None:
-        self._title = ""
-        self._body: list[str] = []
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._html: list[str] = []
+        self._markdown: list[str] = []
+        self.heading(1, title)
 
     def heading(self, level: int, text: str) -> None:
-        self._title = self._title or text
-        self._body.append(f"<h{level}>{html.escape(text)}</h{level}>")
+        """A heading; level 1 is the title."""
+        self._add(f"<h{level}>{html.escape(text)}</h{level}>", f"{'#' * level} {_marked(text)}")
 
     def note(self, text: str) -> None:
-        self._body.append(f"<p class=note>{html.escape(text)}</p>")
+        """A paragraph on how the numbers were made."""
+        self._add(f"<p class=note>{html.escape(text)}</p>", _marked(text))
 
     def warning(self, text: str) -> None:
-        self._body.append(f"<p class=lost>{html.escape(text)}</p>")
+        """A paragraph that must not be overlooked."""
+        self._add(f"<p class=lost>{html.escape(text)}</p>", f"**{_marked(text)}**")
 
     def items(self, lines: Sequence[str], *, fold: str = "") -> None:
-        whole = "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-        self._body.append(self._folded(whole, fold))
+        """A list; ``fold``: in HTML hidden under this title until it is opened."""
+        self._add(_folded(_list(lines), fold), "\n".join(f"* {_marked(line)}" for line in lines))
 
     def table(self, table: Table, *, ratios: bool = False, fold: str = "") -> None:
-        def cell(text: str) -> str:
-            mark = ""
-            first = text.split(" ")[0]
-            if ratios and first.replace(".", "", 1).isdigit():
-                value = float(first)
-                mark = " class=won" if value < 2 - NO_WORSE else " class=lost" if value > NO_WORSE else ""
-            return f"<td{mark}>{html.escape(text)}</td>"
-
+        """A table; ``ratios``: its numbers are ratios; ``fold``: hidden under this title until it is opened."""
         head = "".join(f"<th>{html.escape(text)}</th>" for text in table.header)
-        body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in table.rows)
-        whole = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
-        whole = f"<div class=wide>{whole}</div>"
-        self._body.append(self._folded(whole, fold))
+        body = "\n".join("<tr>" + "".join(_cell(text, ratios) for text in row) + "</tr>" for row in table.rows)
+        whole = f"<div class=wide><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+        lines = [table.header, ["---", *("---:" for _ in table.header[1:])], *table.rows]
+        text = "\n".join(
+            f"| {' | '.join(_marked(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+        )
+        self._add(_folded(whole, fold), _folded(f"\n\n{text}\n\n", fold) if fold else text)
 
-    def _folded(self, whole: str, fold: str) -> str:
-        return f"<details><summary>{html.escape(fold)}</summary>{whole}</details>" if fold else whole
+    def in_html(self, whole: str) -> None:
+        """What Markdown has no place for, such as a figure in SVG."""
+        self._html.append(whole)
 
     def summary(self, lines: Sequence[str]) -> None:
-        self._body.append("<ul class=summary>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
-
-    def figure(self, svg: str) -> None:
-        self._body.append(svg)
+        """What came out, in sentences; in HTML alone."""
+        self.in_html(_list(lines, " class=summary"))
 
     def curves(self, tasks: Mapping[str, Curves], styles: Mapping[str, Mapping[str, str]]) -> None:
+        """Loss curves of the task that a reader chooses, in HTML alone; ``styles``: SVG's, by optimizer."""
         data = json.dumps({"tasks": tasks, "styles": styles}, allow_nan=False, separators=(",", ":"))
         data = data.replace("<", "\\u003c")
-        self._body.append(f'<section class=curves><script type="application/json">{data}</script></section>')
+        self.in_html(f'<section class=curves><script type="application/json">{data}</script></section>')
 
-    def text(self) -> str:
+    def html(self) -> str:
+        """One HTML file that needs nothing else."""
         return (
             "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
             f"<title>{html.escape(self._title)}</title><style>{_STYLE}</style></head>\n<body>\n"
-            + "\n".join(self._body)
+            + "\n".join(self._html)
             + f"\n<script>\n{_SCRIPT}</script>\n</body></html>\n"
         )
 
+    def markdown(self) -> str:
+        """Markdown with GitHub's tables, without figures."""
+        return "\n\n".join(self._markdown) + "\n"
 
-class MarkdownPage:
-    """Markdown with GitHub's tables, without figures."""
+    def _add(self, whole: str, text: str) -> None:
+        self._html.append(whole)
+        self._markdown.append(text)
 
-    def __init__(self) -> None:
-        self._blocks: list[str] = []
 
-    def heading(self, level: int, text: str) -> None:
-        self._blocks.append(f"{'#' * level} {_marked(text)}")
+def _list(lines: Sequence[str], kind: str = "") -> str:
+    return f"<ul{kind}>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
-    def note(self, text: str) -> None:
-        self._blocks.append(_marked(text))
 
-    def warning(self, text: str) -> None:
-        self._blocks.append(f"**{_marked(text)}**")
+def _cell(text: str, ratios: bool) -> str:
+    mark, first = "", text.split(" ")[0]
+    if ratios and first.replace(".", "", 1).isdigit():
+        mark = " class=won" if float(first) < 2 - NO_WORSE else " class=lost" if float(first) > NO_WORSE else ""
+    return f"<td{mark}>{html.escape(text)}</td>"
 
-    def items(self, lines: Sequence[str], *, fold: str = "") -> None:
-        self._blocks.append("\n".join(f"* {_marked(line)}" for line in lines))
 
-    def table(self, table: Table, *, ratios: bool = False, fold: str = "") -> None:
-        lines = [table.header, ["---", *("---:" for _ in table.header[1:])], *table.rows]
-        whole = "\n".join(
-            f"| {' | '.join(_marked(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-        )
-        if fold:
-            whole = f"<details><summary>{html.escape(fold)}</summary>\n\n{whole}\n\n</details>"
-        self._blocks.append(whole)
-
-    def summary(self, lines: Sequence[str]) -> None:
-        pass
-
-    def figure(self, svg: str) -> None:
-        pass
-
-    def curves(self, tasks: Mapping[str, Curves], styles: Mapping[str, Mapping[str, str]]) -> None:
-        pass
-
-    def text(self) -> str:
-        return "\n\n".join(self._blocks) + "\n"
+def _folded(whole: str, fold: str) -> str:
+    return f"<details><summary>{html.escape(fold)}</summary>{whole}</details>" if fold else whole
 
 
 def _marked(text: str) -> str:

@@ -64,7 +64,6 @@ def fill(
     rows: Callable[[Job, Result], Sequence[Any]],
     *,
     name: Callable[[Job], str],
-    runs: Callable[[Job], int] = lambda _: 1,
     workers: int | Executor = 1,
     on_done: Callable[[int, int], None] | None = None,
     data: Path | None = None,
@@ -77,22 +76,20 @@ def fill(
         work: see :func:`in_processes`, as for ``workers`` and ``data``.
         rows: of a job and what came of it.
         name: of a job, for errors.
-        runs: how many a job counts for.
-        on_done: called with the numbers of runs done and to do, at the beginning and after every job.
+        on_done: called with the numbers of jobs done and to do, at the beginning and after every job.
 
     Raises:
         RuntimeError: jobs that failed, after all others have ended.
     """
     report = on_done or (lambda done, total: None)
-    done, total, failures = 0, sum(map(runs, jobs)), list[str]()
-    report(done, total)
-    for job, outcome in in_processes(partial(_outcome, work), jobs, workers, data):
+    failures: list[str] = []
+    report(0, len(jobs))
+    for done, (job, outcome) in enumerate(in_processes(partial(_outcome, work), jobs, workers, data), 1):
         if isinstance(outcome, Exception):
             failures.append(f"{name(job)}: {type(outcome).__name__}: {outcome}")
         else:
             table.append(rows(job, outcome))
-        done += runs(job)
-        report(done, total)
+        report(done, len(jobs))
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(jobs)} jobs failed; the first: {failures[0]}")
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lopt.evaluation.comparison import MEASURES, Comparison, Measure, Per, Runs
-from lopt.evaluation.opponents import LEARNED, OPPONENTS
-from lopt.evaluation.pages import Curves, HtmlPage, MarkdownPage, Page, Table
+from lopt.evaluation.comparison import MEASURES, NO_WORSE, Comparison, Measure, Per, Runs
+from lopt.evaluation.opponents import OPPONENTS
+from lopt.evaluation.pages import Curves, Page, Table
 from lopt.evaluation.sampled_suites import ENVELOPE, envelope_task
-from lopt.evaluation.scores import NO_WORSE
+from lopt.evaluation.table import LEARNED
 from lopt.figures import COLOURS, logarithmic, require_matplotlib
 
 PER: tuple[Per, ...] = ("step", "second")
@@ -284,14 +284,14 @@ class Report:
             ModuleNotFoundError: matplotlib is missing.
         """
         require_matplotlib("--out FILE.md, which has no figures")
-        return self._written(HtmlPage(), self._forest)
+        return self._page(figures=True).html()
 
     def markdown(self) -> str:
         """The whole report but for the figures."""
-        return self._written(MarkdownPage(), None)
+        return self._page(figures=False).markdown()
 
-    def _written(self, page: Page, figure: Callable[[int], str] | None) -> str:
-        page.heading(1, self.title)
+    def _page(self, figures: bool) -> Page:
+        page = Page(self.title)
         page.summary(self.summary())
         page.items([f"{name}: {value}" for name, value in self.facts.items()], fold="What was run")
         for warning in self.warnings:
@@ -312,11 +312,11 @@ class Report:
                 for per in PER:
                     if (against := self.against(horizon, ours, per)).rows:
                         page.table(against, ratios=True)
-            if figure is not None:
-                page.figure(figure(horizon))
-            if (curves := self.curves(horizon)) and figure is not None:
-                page.heading(3, "Loss curves of a task")
-                page.curves(curves, self.styles())
+            if figures:
+                page.in_html(self._forest(horizon))
+                if curves := self.curves(horizon):
+                    page.in_html("<h3>Loss curves of a task</h3>")
+                    page.curves(curves, self.styles())
             page.table(self.normalised(horizon))
             page.table(self.costs(horizon))
             for ours in self.ours:
@@ -334,7 +334,7 @@ class Report:
         if envelope is not None:
             page.heading(2, "Beside a published envelope")
             page.table(envelope)
-        return page.text()
+        return page
 
     def _forest(self, horizon: int) -> str:
         """Ratios with their intervals, one line per opponent, as an inline figure."""

@@ -6,6 +6,7 @@ interrupted evaluation goes on where it stopped. Files of earlier versions, with
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,18 @@ KEY = (
     "settings",
 )
 
+#: Names of the learned optimizer, and what its runs are set to: told the number of steps, not told, not told with an
+#: average of its iterates, and told, but no validation losses.
+LEARNED: dict[str, dict[str, bool]] = {
+    "lopt": {},
+    "lopt-untold": {},
+    "lopt-averaged": {"average": True},
+    "lopt-blind": {"blind": True},
+}
+
+#: Those of them that are told.
+TOLD = ("lopt", "lopt-blind")
+
 #: The columns that differ when a run is repeated.
 TIMED = ("seconds", "steps_per_second", "times", "date")
 
@@ -51,7 +64,8 @@ class Run:
     ``valid`` is outer_valid. ``hint`` says whether a learned optimizer was told the number of steps; ``impl`` is its
     implementation, or the package an opponent comes from. ``trial`` counts the hyperparameters that tuning tries, and
     ``settings`` is those in JSON. ``curve`` is JSON, too: step, training and test loss along the run, ``times`` the
-    seconds of training until there. ``machine`` is its processor and the instruction set of the CPU kernels.
+    seconds of training until there; or, in experiments of another kind, lists by name. ``machine`` is its processor and
+    the instruction set of the CPU kernels, ``x`` its place on the axis of an experiment.
     """
 
     suite: str
@@ -93,6 +107,7 @@ class Run:
     times: str = ""
     date: str = ""
     machine: str = ""
+    x: float = 0.0
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -103,7 +118,8 @@ class Run:
     def name(self) -> str:
         """The optimizer as the command line calls it."""
         if self.optimizer == "lopt":
-            return "lopt" if self.hint else "lopt-averaged" if "average" in self.settings else "lopt-untold"
+            names = [name for name, settings in LEARNED.items() if settings and json.dumps(settings) == self.settings]
+            return names[0] if names else "lopt" if self.hint else "lopt-untold"
         if self.schedule:  # the grid of Adams in one batch
             return "adam-grid" if self.schedule == "constant" else f"adam-{self.schedule}-grid"
         return self.optimizer
@@ -114,6 +130,13 @@ class Run:
         curve, times = json.loads(self.curve or "[]"), json.loads(self.times or "[]")
         return [(step, at, train, test) for (step, train, test), at in zip(curve, times, strict=True)]
 
+    def along(self, name: str) -> list[float]:
+        """What was recorded along the run: "step", "seconds", "train", "test", or a list of another name."""
+        if self.times:
+            return [float(point[("step", "seconds", "train", "test").index(name)]) for point in self.points]
+        values: list[float] = json.loads(self.curve)[name]
+        return values
+
 
 class RunTable(CsvTable[Run]):
     """The runs in a CSV file."""
@@ -121,9 +144,11 @@ class RunTable(CsvTable[Run]):
     def __init__(self, path: Path) -> None:
         super().__init__(path, Run)
 
-    def tidy(self) -> None:
-        """Sort the file by what was run."""
-        self.sort(lambda run: (run.suite, run.task, run.horizon, *_sortable(run.key)))
+    def tidy(self, first: Sequence[Any] = ()) -> None:
+        """Sort the file: the runs of these keys, as they come, then others by what was run."""
+        order = {key: place for place, key in enumerate(first)}
+        last = len(order)
+        self.sort(lambda run: (order.get(run.key, last), run.suite, run.task, run.horizon, *_sortable(run.key)))
 
 
 def _sortable(key: tuple[Any, ...]) -> tuple[str, ...]:

@@ -9,19 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lopt.evaluation.jobs import Job
+from lopt.evaluation.table import Run
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, LEARNED, MORE
-from lopt.experiments.rows import Row, best, mean, relative, select, values
-from lopt.experiments.runs import Run, Setting
-from lopt.experiments.training import ADAM as ADAM_NAME
-from lopt.experiments.training import BLIND, EIGHT, TaskRun, learned, tuned
+from lopt.experiments.rows import best, over_x, relative, select, values
+from lopt.experiments.setting import EIGHT, Setting
 from lopt.experiments.words import LOSSES, TUNED, bullets, change, table, tally
-from lopt.figures import GREY, Line, Panel, draw
+from lopt.figures import Panel, draw
 from lopt.tasks.held_out import CONTEXT, HeldOutTask, Splits
 from lopt.tasks.task import VALID_ROWS, Batch
 
 #: The learned optimizers of the axes; blind is the one that is told no validation losses.
-SHOWN = LEARNED | {BLIND: ("lopt, blind", MORE)}
+SHOWN = LEARNED | {"lopt-blind": ("lopt, blind", MORE)}
+
+ADAM_NAME = "adam-tuned"
+
+#: A point of an axis: its place and a task.
+Points = Mapping[str, Sequence[tuple[float, HeldOutTask]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,55 +70,43 @@ def available(names: Sequence[str]) -> list[str]:
     return [name for name in names if perceptron(name).unavailable is None]
 
 
-def along(setting: Setting, points: Mapping[str, Sequence[tuple[float, HeldOutTask]]], steps: int) -> list[Run]:
+def along(setting: Setting, name: str, points: Points, steps: int) -> list[Job]:
     """Runs of the learned optimizers and eight Adams at every point of every data set."""
-    return [
-        TaskRun(task=data, problem=problem, x=x, steps=steps, seed=seed, **how)
-        for data, tasks in points.items()
-        for x, problem in tasks
-        for how in (*learned(setting.theta, tuple(SHOWN)), *tuned(ADAM_NAME, EIGHT))
-        for seed in setting.seeds
-    ]
+    places = [(data, task, x, steps) for data, tasks in points.items() for x, task in tasks]
+    return setting.jobs(name, places, [*((ours, (0,)) for ours in SHOWN), (ADAM_NAME, EIGHT)])
 
 
-def ratios(rows: Sequence[Row], name: str, loss: str, data: str) -> dict[float, float]:
+def ratios(rows: Sequence[Run], name: str, loss: str, data: str) -> dict[float, float]:
     """x -> loss of the learned optimizer over that of the best Adam there."""
     here = select(rows, task=data)
     return {x: relative(select(here, x=x), name, ADAM_NAME, loss) for x in sorted(values(here, "x"))}
 
 
-def figure(axis: str, rows: Sequence[Row], path: Path) -> None:
+def figure(axis: str, rows: Sequence[Run], path: Path) -> None:
     panels = []
     for loss, word in LOSSES.items():
         for data in values(rows, "task"):
-            here = select(rows, task=data)
-            xs = sorted(values(here, "x"))
-            lines = []
-            for trial in values(select(here, optimizer=ADAM_NAME), "trial"):
-                same = select(here, optimizer=ADAM_NAME, trial=trial)
-                lines.append(Line("Adam, each of 8 learning rates", xs, _means(same, xs, loss), GREY, width=0.8))
-            envelope = [mean(best(select(here, optimizer=ADAM_NAME, x=x), loss), loss) for x in xs]
-            lines.append(Line("Adam, the best of them at each point", xs, envelope, ADAM, marker="o"))
+            adams = select(rows, task=data, name=ADAM_NAME)
+            lines = [
+                over_x("Adam, each of 8 learning rates", select(adams, trial=trial), loss, width=0.8, marker="")
+                for trial in values(adams, "trial")
+            ]
+            lines.append(over_x("Adam, the best of them at each point", adams, loss, ADAM))
             for name, (label, colour) in reversed(SHOWN.items()):
-                same = select(here, optimizer=name)
-                lines.append(Line(label, xs, _means(same, xs, loss), colour, marker="o"))
+                lines.append(over_x(label, select(rows, task=data, name=name), loss, colour))
             panels.append(Panel(f"{data}: {word} loss", lines, axis, log="xy"))
     draw(
         panels,
-        f"{axis.capitalize()}: final losses after {rows[0].steps:,} steps",
+        f"{axis.capitalize()}: final losses after {rows[0].horizon:,} steps",
         path,
         columns=max(2, len(panels) // 2),
     )
 
 
-def _means(rows: Sequence[Row], xs: Sequence[float], loss: str) -> list[float]:
-    return [mean(select(rows, x=x), loss) for x in xs]
-
-
-def text(axis: str, rows: Sequence[Row]) -> list[str]:
+def text(axis: str, rows: Sequence[Run]) -> list[str]:
     parts = [
-        f"Final losses after {rows[0].steps:,} steps relative to those of the best of eight Adams at the same {axis}, "
-        f"{TUNED}; 1% of the initial loss is added to both. Below 1 is better than the best Adam. "
+        f"Final losses after {rows[0].horizon:,} steps relative to those of the best of eight Adams at the same "
+        f"{axis}, {TUNED}; 1% of the initial loss is added to both. Below 1 is better than the best Adam. "
         "The learned optimizer is told the number of steps and validation losses, is not told the former (untold), "
         "or not the latter (blind)."
     ]
@@ -126,7 +119,7 @@ def text(axis: str, rows: Sequence[Row]) -> list[str]:
         here = select(rows, task=data)
         cells = []
         for x in sorted(values(here, "x")):
-            rates = [best(select(here, optimizer=ADAM_NAME, x=x), loss)[0].lr for loss in LOSSES]
+            rates = [best(select(here, name=ADAM_NAME, x=x), loss)[0].lr for loss in LOSSES]
             cells.append([f"{x:,g}", *(f"{found[x]:.3f}" for found in columns.values()), *map("{:.1e}".format, rates)])
         header = [axis, *columns, "best Adam lr, training", "best Adam lr, test"]
         parts += [f"**{data}**", table(header, cells), _sentences(axis, columns), _edges(rows, data)]
@@ -144,9 +137,9 @@ def _sentences(axis: str, columns: Mapping[str, Mapping[float, float]]) -> str:
     return bullets(said)
 
 
-def _edges(rows: Sequence[Row], data: str) -> str:
+def _edges(rows: Sequence[Run], data: str) -> str:
     """Where the best learning rate is the first or the last that was tried."""
-    found = select(rows, task=data, optimizer=ADAM_NAME)
+    found = select(rows, task=data, name=ADAM_NAME)
     lrs = sorted(values(found, "lr"))
     at = [
         f"{x:,g} ({word})"
@@ -157,46 +150,51 @@ def _edges(rows: Sequence[Row], data: str) -> str:
     return f"The best Adam has the smallest or largest learning rate tried at {', '.join(at)}." if at else ""
 
 
-def experiment(name: str, axis: str, about: str, runs: Callable[[Setting], Sequence[Run]]) -> Experiment:
-    """The experiment along one axis."""
+def experiment(name: str, axis: str, about: str, points: Callable[[Setting], Points]) -> Experiment:
+    """The experiment along one axis, on the data that is here."""
+
+    def jobs(setting: Setting) -> list[Job]:
+        return along(setting, name, points(setting), setting.pick(500, 2000))
+
     title = f"Generalisation: {axis}"
     shown = partial(figure, axis)
-    return Experiment(name=name, title=title, about=about, runs=runs, figure=shown, text=partial(text, axis))
+    return Experiment(name=name, title=title, about=about, jobs=jobs, figure=shown, text=partial(text, axis))
 
 
-def width_runs(setting: Setting) -> list[Run]:
+def data_sets(setting: Setting) -> list[str]:
+    """Of an axis: digits, or all that are here."""
+    return available(setting.pick(("digits",), tuple(ENDS)))
+
+
+def widths(setting: Setting) -> Points:
     """Two hidden layers of the same width."""
-    widths = setting.pick((4, 16, 64, 256), (4, 8, 16, 32, 64, 128, 256, 512))
-    data = available(setting.pick(("digits",), tuple(ENDS)))
-    points = {name: [(float(w), perceptron(name, (w, w))) for w in widths] for name in data}
-    return along(setting, points, setting.pick(500, 2000))
+    sizes = setting.pick((4, 16, 64, 256), (4, 8, 16, 32, 64, 128, 256, 512))
+    return {name: [(float(w), perceptron(name, (w, w))) for w in sizes] for name in data_sets(setting)}
 
 
-def batch_size_runs(setting: Setting) -> list[Run]:
+def batch_sizes(setting: Setting) -> Points:
     """Rows of a minibatch; the number of steps stays the same."""
     sizes = setting.pick((1, 4, 16, 64, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
-    data = available(setting.pick(("digits",), tuple(ENDS)))
-    points = {name: [(float(b), perceptron(name, batch_size=b)) for b in sizes] for name in data}
-    return along(setting, points, setting.pick(500, 2000))
+    return {name: [(float(b), perceptron(name, batch_size=b)) for b in sizes] for name in data_sets(setting)}
 
 
-def dataset_size_runs(setting: Setting) -> list[Run]:
+def dataset_sizes(setting: Setting) -> Points:
     """The first rows of the training split; validation and test rows stay the same."""
     sizes = setting.pick((32, 128, 512, 1024), (32, 64, 128, 256, 512, 1024, 4096, 16_384))
     points = {}
-    for data in available(setting.pick(("digits",), tuple(ENDS))):
+    for data in data_sets(setting):
         whole = perceptron(data)
         rows = [size for size in sizes if size <= len(whole.splits["train"].inputs)]
         fields = {"data": whole.data, "sizes": whole.sizes}
         points[data] = [(float(n), FewRows(**fields, batch_size=32, rows=n)) for n in rows]  # type: ignore[arg-type]
-    return along(setting, points, setting.pick(500, 2000))
+    return points
 
 
 WIDTH = experiment(
     "width",
     "hidden width",
     "Perceptrons with two hidden layers, from a few units to many more than meta-training had.",
-    width_runs,
+    widths,
 )
 BATCH_SIZE = experiment(
     "batch-size",
@@ -204,7 +202,7 @@ BATCH_SIZE = experiment(
     "Perceptrons with two hidden layers of 64, trained for the same number of steps with minibatches of a single row "
     "up to hundreds: from gradients that are nearly all noise to nearly exact ones. The validation losses that the "
     f"learned optimizer is told are of {VALID_ROWS} rows, or of one larger minibatch.",
-    batch_size_runs,
+    batch_sizes,
 )
 DATASET_SIZE = experiment(
     "dataset-size",
@@ -212,5 +210,5 @@ DATASET_SIZE = experiment(
     "Perceptrons with two hidden layers of 64 and minibatches of 32 on the first rows of a data set. With few of "
     "them the training loss is no guide; the learned optimizer sees a loss of held-out rows in every tenth step, "
     "while the Adams train to the end.",
-    dataset_size_runs,
+    dataset_sizes,
 )

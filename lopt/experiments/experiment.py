@@ -1,4 +1,4 @@
-"""An experiment: a question, the runs that answer it, and a figure and a text made of their rows.
+"""An experiment: a question, the jobs that answer it, and a figure and a text made of their rows.
 
 What is in the table of rows is not run again, so an experiment that was stopped goes on where it was.
 """
@@ -7,22 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lopt.evaluation.processes import fill
-from lopt.evaluation.runs import Result
-from lopt.experiments.rows import Row, RowTable
-from lopt.experiments.runs import Run, Setting
+from lopt.evaluation.jobs import Job
+from lopt.evaluation.table import Run
+from lopt.experiments.setting import Setting
 from lopt.files import write_text
-from lopt.meta.executors import Executor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A question, the runs that answer it, and how the answer is shown.
+    """A question, the jobs that answer it, and how the answer is shown.
 
     Args:
         title: of the text.
         about: what is done and why, a paragraph of Markdown.
-        runs: what there is to run; its order is that of the CSV file.
+        jobs: what there is to run; its order is that of the CSV file.
         figure: draws the rows into a PNG file.
         text: paragraphs of Markdown, written from the rows alone.
     """
@@ -30,11 +28,11 @@ class Experiment:
     name: str
     title: str
     about: str
-    runs: Callable[[Setting], Sequence[Run]]
-    figure: Callable[[Sequence[Row], Path], None]
-    text: Callable[[Sequence[Row]], Sequence[str]]
+    jobs: Callable[[Setting], Sequence[Job]]
+    figure: Callable[[Sequence[Run], Path], None]
+    text: Callable[[Sequence[Run]], Sequence[str]]
 
-    def write(self, rows: Sequence[Row], out: Path) -> tuple[Path, Path]:
+    def write(self, rows: Sequence[Run], out: Path) -> tuple[Path, Path]:
         """Draw the figure and write the text into the folder; their paths."""
         figure, text = out / f"{self.name}.png", out / "README.md"
         self.figure(rows, figure)
@@ -44,7 +42,7 @@ class Experiment:
         return figure, text
 
 
-def _origin(name: str, rows: Sequence[Row]) -> str:
+def _origin(name: str, rows: Sequence[Run]) -> str:
     """Where the numbers come from, for the end of a text."""
 
     def every(column: str, length: int = 40) -> str:
@@ -57,45 +55,3 @@ def _origin(name: str, rows: Sequence[Row]) -> str:
         f"Theta {every('theta_sha256', 12)}; {every('date')}; {every('machine')}; commit {every('commit', 10)}; "
         f"lopt {every('lopt')}, torch {every('torch')}, Python {every('python')}."
     )
-
-
-def execute(
-    runs: Sequence[Run],
-    table: RowTable,
-    workers: int | Executor = 1,
-    on_done: Callable[[int, int], None] | None = None,
-    data: Path | None = None,
-) -> list[Row]:
-    """Measure what ``table`` lacks, in ``workers`` processes of one thread, and return the rows in order.
-
-    A batch of which any run is missing is measured whole, so that its losses are the same to the bit.
-
-    Args:
-        workers: number of processes, or what runs the batches.
-        on_done: called with the numbers of runs done and to do, at the beginning and after every run or batch.
-        data: folder with Fashion-MNIST's IDX files, for the processes.
-    """
-    by_key = {run.sha256: run for run in runs}
-    batches: dict[str, list[Run]] = {}
-    for key, run in by_key.items():
-        batches.setdefault(run.batch or key, []).append(run)
-    missing = [batch for batch in batches.values() if any(run.sha256 not in table.rows for run in batch)]
-    missing.sort(key=lambda batch: -sum(run.cost for run in batch))  # the long ones first
-    fill(
-        table,
-        missing,
-        _measure,
-        lambda batch, results: [Row.of(run, result) for run, result in zip(batch, results, strict=True)],
-        name=lambda batch: f"{batch[0].optimizer} on {batch[0].task}",
-        runs=len,
-        workers=workers,
-        on_done=on_done,
-        data=data,
-    )
-    if missing:
-        table.tidy(runs)
-    return [table.rows[run.sha256] for run in runs]
-
-
-def _measure(batch: Sequence[Run]) -> list[Result]:
-    return [batch[0].measure()] if len(batch) == 1 else batch[0].measure_batch(batch)

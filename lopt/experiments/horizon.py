@@ -4,20 +4,19 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from lopt.evaluation.jobs import Job
+from lopt.evaluation.table import Run
 from lopt.experiments.experiment import Experiment
-from lopt.experiments.figures import ADAM, LEARNED, OTHER
-from lopt.experiments.rows import Row, best, mean, relative, select, values
-from lopt.experiments.runs import Run, Setting
-from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
+from lopt.experiments.figures import LEARNED
+from lopt.experiments.race import RIVALS
+from lopt.experiments.rows import over_x, relative, select, values
+from lopt.experiments.setting import BOTH, EIGHT, Setting
 from lopt.experiments.words import LOSSES, TUNED, bullets, table, tally
-from lopt.figures import Line, Panel, draw
+from lopt.figures import Panel, draw
 from lopt.tasks.held_out import CONTEXT, HeldOutTask
 
-CONSTANT, COSINE = "adam-tuned", "adamw-cosine-tuned"
-RIVALS = {CONSTANT: ("Adam, best lr", ADAM), COSINE: ("AdamW cosine, best lr", OTHER)}
 
-
-def runs(setting: Setting) -> list[Run]:
+def jobs(setting: Setting) -> list[Job]:
     """Every length is a run of its own: schedules and the learned optimizer know how long they have."""
     horizons = setting.pick((200, 500, 1000, 2000, 5000), (200, 500, 1000, 2000, 5000, 10_000, 20_000))
     tasks = (
@@ -26,35 +25,26 @@ def runs(setting: Setting) -> list[Run]:
         HeldOutTask(data="friedman1", sizes=(10, 32, 1)),
         HeldOutTask(data="fashion-mnist-7x7", sizes=(49, 32, 10), batch_size=64),
     )
+    here = [task for task in tasks[: setting.pick(2, 4)] if task.unavailable is None]
+    places = [(task.name, task, float(steps), steps) for task in here for steps in horizons]
     trials = setting.pick(EIGHT[1::2], EIGHT)
-    return [
-        TaskRun(task=problem.name, problem=problem, x=float(steps), steps=steps, seed=seed, **how)
-        for problem in tasks[: setting.pick(2, 4)]
-        if problem.unavailable is None
-        for steps in horizons
-        for how in (*learned(setting.theta), *tuned(CONSTANT, trials), *tuned(COSINE, trials))
-        for seed in setting.seeds
-    ]
+    return setting.jobs("horizon", places, [*BOTH, *((name, trials) for name in RIVALS)])
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Run], path: Path) -> None:
     panels = []
     for loss, word in LOSSES.items():
         for task in values(rows, "task"):
-            here = select(rows, task=task)
-            xs = sorted(values(here, "x"))
             lines = [
-                Line(
-                    label, xs, [mean(best(select(here, optimizer=n, x=x), loss), loss) for x in xs], colour, marker="o"
-                )
-                for n, (label, colour) in reversed((LEARNED | RIVALS).items())
+                over_x(label, select(rows, task=task, name=name), loss, colour)
+                for name, (label, colour) in reversed((LEARNED | RIVALS).items())
             ]
             panels.append(Panel(f"{task}: {word} loss", lines, "steps", log="xy"))
     draw(panels, "Final loss against the length of the run", path, columns=max(2, len(panels) // 2))
 
 
-def text(rows: Sequence[Row]) -> list[str]:
-    lrs, xs = len(values(select(rows, optimizer=CONSTANT), "trial")), sorted(values(rows, "x"))
+def text(rows: Sequence[Run]) -> list[str]:
+    lrs, xs = len(values(select(rows, name="adam-tuned"), "trial")), sorted(values(rows, "x"))
     parts = [
         f"Final loss relative to that of the best of {lrs} learning rates for each task and length, {TUNED}; 1% of the "
         "initial loss is added to both. Below 1 is better than the opponent."
@@ -85,7 +75,7 @@ EXPERIMENT = Experiment(
         "The same small tasks, trained for 200 to 20,000 steps: far beyond most runs of meta-training. The learned "
         "optimizer is told the number of steps, or not."
     ),
-    runs=runs,
+    jobs=jobs,
     figure=figure,
     text=text,
 )

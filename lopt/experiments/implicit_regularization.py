@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 
-from lopt.evaluation.opponents import FACTORS, OPPONENTS, make_optimizer
+from lopt.evaluation.jobs import Job
+from lopt.evaluation.opponents import FACTORS
 from lopt.evaluation.runs import RECORDED, Result
+from lopt.evaluation.table import LEARNED, Run
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, LOPT, MORE, OTHER, UNTOLD
-from lopt.experiments.rows import Row, mean, select, values
-from lopt.experiments.runs import Run, Setting
+from lopt.experiments.rows import mean, select, values
+from lopt.experiments.setting import Setting
 from lopt.experiments.words import bullets, number, table
 from lopt.figures import GREY, Line, Panel, draw
+from lopt.provenance import checksum
 
 POINTS = 50  # of a path
 SGD, ADAM_NAME = "sgd-tuned", "adam-tuned"
@@ -35,22 +38,22 @@ SHOWN: dict[tuple[str, int], tuple[str, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Valley(Run):
+class Valley(Job):
     """A run from ``start``; its loss is told to a learned optimizer as training and as validation loss."""
 
     start: tuple[float, float]
 
     @property
-    def config(self) -> dict[str, Any]:
-        return {"type": "Valley", "start": list(self.start)}
+    def subject(self) -> dict[str, Any]:
+        return {"task": "valley", "task_sha256": checksum({"start": self.start})}
 
-    def measure(self) -> Result:
+    def measure(self) -> list[Result]:
         point = torch.tensor(self.start, requires_grad=True)
-        optimizer = make_optimizer(self.optimizer, [point], self.steps, self.trial, theta=self.theta or "default")
+        optimizer = self.make([point], self.horizon)
         observe = getattr(optimizer, "observe", None)
-        every = max(1, self.steps // POINTS)
+        every = max(1, self.horizon // POINTS)
         path, losses, began = [(0, *self.start)], [], time.perf_counter()
-        for step in range(1, self.steps + 1):
+        for step in range(1, self.horizon + 1):
             loss = (point[0] - point[1]).square() / 2
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -61,20 +64,21 @@ class Valley(Run):
                 if (step - 1) % 10 == 0:
                     observe(valid_loss=losses[-1])
                 optimizer.step(loss=losses[-1])  # type: ignore[call-overload]
-            if step % every == 0 or step == self.steps:
+            if step % every == 0 or step == self.horizon:
                 path.append((step, *point.tolist()))
         first, last = (((x - y) ** 2 / 2) for _, x, y in (path[0], path[-1]))
         steps, x, y = (list(map(float, column)) for column in zip(*path, strict=True))
-        return Result(
+        found = Result(
             initial=dict.fromkeys(RECORDED, first),
             losses=dict.fromkeys(RECORDED, last),
             seconds=time.perf_counter() - began,
             diverged=not math.isfinite(last),
             curve={"step": steps, "x": x, "y": y},
         )
+        return [found]
 
 
-def runs(setting: Setting) -> list[Run]:
+def jobs(setting: Setting) -> list[Job]:
     """Starts on circles, none of them on the line x = y or opposite the origin."""
     count, steps = setting.pick(6, 12), setting.pick(2000, 10_000)
     angles = [math.pi / 4 + math.pi * (k + 0.3) / count * 2 for k in range(count)]
@@ -83,33 +87,33 @@ def runs(setting: Setting) -> list[Run]:
     ]
     return [
         Valley(
-            task="valley",
+            suite="implicit-regularization",
             optimizer=optimizer,
-            trial=trial,
-            lr=1.0 if optimizer.startswith("lopt") else float(OPPONENTS[optimizer].trials[trial]["lr"]),
-            theta=setting.theta if optimizer.startswith("lopt") else "",
-            steps=steps,
-            x=float(number_),
+            trials=(trial,),
+            learned=setting.learned if optimizer in LEARNED else None,
+            horizon=steps,
+            seed=0,
+            x=float(place),
             start=start,
         )
         for optimizer, trial in SHOWN
-        for number_, start in enumerate(starts)
+        for place, start in enumerate(starts)
     ]
 
 
-def landing(row: Row) -> tuple[float, float, float]:
+def landing(row: Run) -> tuple[float, float, float]:
     """Signed distances along the line x = y, from the origin, of the nearest point to the start and of the landing
     point, and the distance from the line at the end."""
     x, y = row.along("x"), row.along("y")
     return (x[0] + y[0]) / math.sqrt(2), (x[-1] + y[-1]) / math.sqrt(2), abs(x[-1] - y[-1]) / math.sqrt(2)
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Run], path: Path) -> None:
     panels = []
     for optimizer, trial in SHOWN:
         label, colour = SHOWN[optimizer, trial]
         lines = []
-        for row in select(rows, optimizer=optimizer, trial=trial):
+        for row in select(rows, name=optimizer, trial=trial):
             x, y = row.along("x"), row.along("y")
             nearest = landing(row)[0] / math.sqrt(2)
             lines += [
@@ -121,13 +125,13 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         reach = max(abs(value) for line in lines for value in (*line.x, *line.y))
         lines.insert(0, Line("minima, x = y", [-reach, reach], [-reach, reach], GREY, "--", width=1.0))
         panels.append(Panel(label, lines, "x", "y", equal=True))
-    draw(panels, f"(x - y)²/2: {rows[0].steps:,} steps", path)
+    draw(panels, f"(x - y)²/2: {rows[0].horizon:,} steps", path)
 
 
-def text(rows: Sequence[Row]) -> list[str]:
+def text(rows: Sequence[Run]) -> list[str]:
     cells, sentences = [], []
     for (optimizer, trial), (label, _) in SHOWN.items():
-        same = select(rows, optimizer=optimizer, trial=trial)
+        same = select(rows, name=optimizer, trial=trial)
         found = [landing(row) for row in same]
         nearest, landed, off = (sum(abs(one[k]) for one in found) / len(found) for k in range(3))
         share = sum(abs(b) < abs(a) - 1e-4 for a, b, _ in found)
@@ -163,7 +167,7 @@ EXPERIMENT = Experiment(
         "choice. Gradients are (d, -d): SGD and Adam cannot but go to the nearest one. The paper's learned optimizer "
         "drifts towards the origin, to parameters with a small norm."
     ),
-    runs=runs,
+    jobs=jobs,
     figure=figure,
     text=text,
 )

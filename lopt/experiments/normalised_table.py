@@ -6,14 +6,16 @@ Source: arXiv:2009.11243, appendix E.
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from lopt.evaluation.jobs import Job
 from lopt.evaluation.opponents import OPPONENTS
+from lopt.evaluation.table import Run
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import LEARNED as LABELS
-from lopt.experiments.rows import Row, best, mean, select, values
-from lopt.experiments.runs import Run, Setting
-from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
+from lopt.experiments.rows import best, mean, select, values
+from lopt.experiments.setting import BOTH, EIGHT, Setting
 from lopt.experiments.words import LOSSES, bullets, number, table
 from lopt.figures import COLOURS, Line, Panel, draw
 from lopt.tasks import SAMPLED_FAMILIES, Task, sample_task
@@ -45,24 +47,20 @@ def sample(setting: Setting) -> list[Task]:
     return tasks
 
 
-def runs(setting: Setting) -> list[Run]:
-    """Every optimizer that is installed."""
-    fixed = [name for name in FIXED if OPPONENTS[name].missing is None]
-    how = [*learned(setting.theta), *(one for name in fixed for one in tuned(name, (0,)))]
-    how += tuned(TUNED, EIGHT) + tuned(LIST, range(setting.pick(4, 10)))
-    return [
-        TaskRun(task=f"{task.name} #{number_}", problem=task, steps=setting.pick(200, 500), seed=seed, **one)
-        for number_, task in enumerate(sample(setting))
-        for one in how
-        for seed in setting.seeds[:1]
-    ]
+def jobs(setting: Setting) -> list[Job]:
+    """Every optimizer that is installed, with one seed."""
+    fixed = [(name, (0,)) for name in FIXED if OPPONENTS[name].missing is None]
+    tuned = [(TUNED, EIGHT), (LIST, range(setting.pick(4, 10)))]
+    steps = setting.pick(200, 500)
+    places = [(f"{task.name} #{at}", task, 0.0, steps) for at, task in enumerate(sample(setting))]
+    return replace(setting, seeds=setting.seeds[:1]).jobs("table", places, [*BOTH, *fixed, *tuned])
 
 
-def columns(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def columns(rows: Sequence[Run]) -> dict[str, list[Run]]:
     """Optimizers of the table, each with the rows that count: for tuned ones those of the best validation loss."""
-    found: dict[str, list[Row]] = {}
-    for name in values(rows, "optimizer"):
-        of = select(rows, optimizer=name)
+    found: dict[str, list[Run]] = {}
+    for name in values(rows, "name"):
+        of = select(rows, name=name)
         trials = len(values(of, "trial"))
         if trials == 1:
             found[name] = of
@@ -72,7 +70,7 @@ def columns(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def normalised(rows: Sequence[Row], loss: str) -> dict[str, dict[str, float]]:
+def normalised(rows: Sequence[Run], loss: str) -> dict[str, dict[str, float]]:
     """Optimizer -> task -> ``(L - L_best) / (L_init - L_best)``, at most 1, with the lowest loss of any run as L_best.
 
     Tasks that no run improves are left out.
@@ -89,7 +87,7 @@ def normalised(rows: Sequence[Row], loss: str) -> dict[str, dict[str, float]]:
     }
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Run], path: Path) -> None:
     panels = []
     for loss, word in LOSSES.items():
         lines = []
@@ -99,10 +97,10 @@ def figure(rows: Sequence[Row], path: Path) -> None:
             style = "-" if name in LABELS or order < len(LABELS) + len(OTHERS) else "--"
             lines.append(Line(label, sorted(found.values()), ranks, colour, style))
         panels.append(Panel(f"{word} loss", lines[::-1], "normalised loss", "share of tasks at or below"))
-    draw(panels, f"Normalised losses after {rows[0].steps:,} steps: further left and up is better", path)
+    draw(panels, f"Normalised losses after {rows[0].horizon:,} steps: further left and up is better", path)
 
 
-def text(rows: Sequence[Row]) -> list[str]:
+def text(rows: Sequence[Run]) -> list[str]:
     found = {loss: normalised(rows, loss) for loss in LOSSES}
     names = list(found["train_loss"])
     cells = []
@@ -123,7 +121,7 @@ def text(rows: Sequence[Row]) -> list[str]:
             said = ", ".join(f"{task} ({number(found[loss][name][task])})" for task in worst)
             sentences.append(f"{name}'s worst, {word} loss: {said}.")
     note = (
-        f"{len(values(rows, 'task'))} tasks of the families for which there is held-out data here, {rows[0].steps:,} "
+        f"{len(values(rows, 'task'))} tasks of the families for which there is held-out data here, {rows[0].horizon:,} "
         "steps, normalised loss (L - L_best) / (L_init - L_best): 0 is the best of all runs of the table on that "
         "task, 1 is the start or worse. The trial of a tuned optimizer is the one with the best validation loss on "
         "the task."
@@ -138,7 +136,7 @@ EXPERIMENT = Experiment(
         "The paper's table in small: tasks from the sampled families, none of whose data meta-training sees, and "
         "optimizers with and without tuning. The paper has 100 tasks of 10,000 steps and up to 2,000 trials."
     ),
-    runs=runs,
+    jobs=jobs,
     figure=figure,
     text=text,
 )

@@ -1,107 +1,39 @@
-"""What runs gave: one row each, a CSV file of them, and the questions that figures and texts ask."""
+"""The questions that figures and texts ask of rows."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lopt.evaluation.runs import RECORDED, Result
-from lopt.evaluation.scores import ratio
-from lopt.evaluation.table import LOSSES
-from lopt.experiments.runs import Run
-from lopt.figures import Line
-from lopt.provenance import origin
-from lopt.tables import CsvTable
+from lopt.evaluation.comparison import ratio
+from lopt.evaluation.table import Run
+from lopt.figures import GREY, Line
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A row of the CSV file: a run and its result. ``curve`` is JSON, lists by name."""
-
-    task: str
-    optimizer: str
-    trial: int
-    lr: float
-    x: float
-    seed: int
-    steps: int
-    train_loss: float
-    valid_loss: float
-    test_loss: float
-    initial_train_loss: float
-    initial_valid_loss: float
-    initial_test_loss: float
-    diverged: bool
-    seconds: float
-    curve: str
-    run_sha256: str
-    theta_sha256: str
-    date: str
-    machine: str
-    commit: str
-    lopt: str
-    torch: str
-    numpy: str
-    python: str
-
-    @classmethod
-    def of(cls, run: Run, result: Result) -> "Row":
-        """The row of a run that has ended."""
-        columns: dict[str, Any] = {name: getattr(run, name) for name in ("task", "optimizer", "trial", "seed", "steps")}
-        columns |= {"lr": float(run.lr), "x": float(run.x), "theta_sha256": run.theta_sha256, "run_sha256": run.sha256}
-        for split in RECORDED:
-            columns |= {LOSSES[split]: result.losses[split], f"initial_{LOSSES[split]}": result.initial[split]}
-        curve = {name: [float(f"{value:.6g}") for value in values] for name, values in result.curve.items()}
-        made: dict[str, Any] = dict(origin())
-        return cls(
-            **columns,
-            diverged=result.diverged,
-            seconds=round(result.seconds, 4),
-            curve=json.dumps(curve, separators=(",", ":")),
-            **made,
-        )
-
-    @property
-    def key(self) -> str:
-        """Hash of what the result depends on."""
-        return self.run_sha256
-
-    def along(self, name: str) -> list[float]:
-        """A list of the curve."""
-        values: list[float] = json.loads(self.curve)[name]
-        return values
-
-
-class RowTable(CsvTable[Row]):
-    """The rows of an experiment in a CSV file."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, Row)
-
-    def tidy(self, runs: Sequence[Run]) -> None:
-        """Sort the file: these runs in their order, then the others."""
-        order = {run.sha256: at for at, run in enumerate(runs)}
-        self.sort(lambda row: order.get(row.key, len(order)))
-
-
-def mean(rows: Sequence[Row], column: str) -> float:
+def mean(rows: Sequence[Run], column: str) -> float:
     """Mean of a column; of none, NaN."""
     return math.fsum(getattr(row, column) for row in rows) / len(rows) if rows else math.nan
 
 
-def average(rows: Sequence[Row], name: str) -> list[float]:
+def average(rows: Sequence[Run], name: str) -> list[float]:
     """Mean over the rows of a list of their curves, point by point."""
     return [sum(column) / len(rows) for column in zip(*(row.along(name) for row in rows), strict=True)]
 
 
-def line(label: str, rows: Sequence[Row], at: str, what: str, colour: str, width: float = 1.8) -> Line:
+def line(label: str, rows: Sequence[Run], at: str, what: str, colour: str, width: float = 1.8) -> Line:
     """The average of the rows, one list of their curves against another."""
     return Line(label, average(rows, at), average(rows, what), colour, width=width)
 
 
-def select(rows: Sequence[Row], **columns: Any) -> list[Row]:
+def over_x(
+    label: str, rows: Sequence[Run], loss: str, colour: str = GREY, width: float = 1.8, marker: str = "o"
+) -> Line:
+    """The final loss along the axis, of the trial that is the best at each place."""
+    xs = sorted(values(rows, "x"))
+    losses = [mean(best(select(rows, x=x), loss), loss) for x in xs]
+    return Line(label, xs, losses, colour, marker=marker, width=width)
+
+
+def select(rows: Sequence[Run], **columns: Any) -> list[Run]:
     """The rows with these values.
 
     A tuple stands for any of its values.
@@ -110,7 +42,7 @@ def select(rows: Sequence[Row], **columns: Any) -> list[Row]:
     return [row for row in rows if all(getattr(row, name) in values for name, values in allowed.items())]
 
 
-def values(rows: Sequence[Row], column: str) -> list[Any]:
+def values(rows: Sequence[Run], column: str) -> list[Any]:
     """Every value of a column once, in order of appearance."""
     return list(dict.fromkeys(getattr(row, column) for row in rows))
 
@@ -119,16 +51,16 @@ def values(rows: Sequence[Row], column: str) -> list[Any]:
 CHOICE = {"train_loss": "train_loss", "valid_loss": "valid_loss", "test_loss": "valid_loss"}
 
 
-def best(rows: Sequence[Row], loss: str) -> list[Row]:
+def best(rows: Sequence[Run], loss: str) -> list[Run]:
     """The rows, one per seed, of the optimizer and trial that tuning for this loss picks, see ``CHOICE``."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+    groups: dict[tuple[str, int], list[Run]] = {}
     for row in rows:
-        groups.setdefault((row.optimizer, row.trial), []).append(row)
+        groups.setdefault((row.name, row.trial), []).append(row)
     return min(groups.values(), key=lambda group: mean(group, CHOICE[loss]))
 
 
-def relative(rows: Sequence[Row], optimizer: str, rival: str, loss: str) -> float:
-    """Loss of an optimizer over that of a tuned rival, see :func:`~lopt.evaluation.scores.ratio`; all rows are of one
-    task and one place on the axis."""
-    ours, theirs = select(rows, optimizer=optimizer), best(select(rows, optimizer=rival), loss)
+def relative(rows: Sequence[Run], name: str, rival: str, loss: str) -> float:
+    """Loss of an optimizer over that of a tuned rival, see :func:`~lopt.evaluation.comparison.ratio`; all rows are of
+    one task and one place on the axis."""
+    ours, theirs = select(rows, name=name), best(select(rows, name=rival), loss)
     return ratio(mean(ours, loss), mean(theirs, loss), mean(ours, f"initial_{loss}"))

@@ -13,16 +13,19 @@ from typing import Any
 
 from rich.console import Console
 
+from lopt.evaluation.jobs import Job
 from lopt.evaluation.runs import RECORDED, Result
+from lopt.evaluation.table import Run
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, LOPT, OTHER
-from lopt.experiments.rows import Row, best, line, mean, select, values
-from lopt.experiments.runs import Run, Setting
+from lopt.experiments.rows import best, line, mean, select, values
+from lopt.experiments.setting import Setting
 from lopt.experiments.words import bullets, number, table
 from lopt.figures import GREY, Panel, draw
 from lopt.meta import trainer
 from lopt.meta.config import MetaTrainConfig, Phase
 from lopt.meta.metrics import read_metrics
+from lopt.provenance import checksum
 
 #: The share of tuned Adam's improvement that is asked of the learned outer optimizer.
 BAR = 0.9
@@ -36,19 +39,35 @@ LAST = 4  # validations whose mean is the final meta-loss, as single ones are no
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetaRun(Run):
-    """One meta-training; its losses are mean meta-losses of validation tasks, so that lower is better."""
+class MetaRun(Job):
+    """One meta-training; its losses are mean meta-losses of validation tasks, so that lower is better.
 
-    settings: MetaTrainConfig
+    Args:
+        start: of theta.
+        config: of the meta-training, with its outer optimizer.
+    """
+
+    start: str
+    config: MetaTrainConfig
 
     @property
-    def config(self) -> dict[str, Any]:
-        return {"type": "MetaRun", **self.settings.to_json(), "outer": self.optimizer}
+    def subject(self) -> dict[str, Any]:
+        return {"task": self.start, "task_sha256": checksum(self.config.to_json())}
 
-    def measure(self) -> Result:
+    @property
+    def impl(self) -> str:
+        return "torch"
+
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        if self.optimizer == "lopt":
+            return super().settings
+        return [{"schedule": "", "lr": self.config.lr, "settings": "", "trial": self.trials[0]}]
+
+    def measure(self) -> list[Result]:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            trainer.run(self.settings, folder, console=Console(file=io.StringIO()))
+            trainer.run(self.config, folder, console=Console(file=io.StringIO()))
             lines = read_metrics(Path(folder))
         validated = [line for line in lines if "validation" in line]
         scores = [line["validation_mean"] for line in validated]
@@ -57,7 +76,7 @@ class MetaRun(Run):
         size = max(1, len(losses) // BLOCKS)
         blocks = [losses[begin : begin + size] for begin in range(0, len(losses) - size + 1, size)]
         at = [line["iteration"] for line in validated]
-        return Result(
+        found = Result(
             initial=dict.fromkeys(RECORDED, first),
             losses=dict.fromkeys(RECORDED, last),
             seconds=time.perf_counter() - began,
@@ -69,9 +88,10 @@ class MetaRun(Run):
                 "meta_loss": [sum(block) / len(block) for block in blocks],
             },
         )
+        return [found]
 
 
-def runs(setting: Setting) -> list[Run]:
+def jobs(setting: Setting) -> list[Job]:
     """Small: 150 iterations of 16 pairs; full: 800 of 32. Perturbations, tasks and lengths are the same in all."""
     iterations, pairs = setting.pick(150, 800), setting.pick(16, 32)
     length = 50
@@ -89,25 +109,25 @@ def runs(setting: Setting) -> list[Run]:
         "validate_every": max(1, steps // VALIDATIONS),
         "checkpoint_every": 10**6,
     }
-    found: list[Run] = []
+    found: list[Job] = []
     for start in STARTS:
         for seed in setting.seeds[:2]:
-            fields: dict[str, Any] = {"task": start, "steps": iterations, "seed": seed}
+            fields: dict[str, Any] = {"suite": "self-training", "start": start, "horizon": iterations, "seed": seed}
             ours = MetaTrainConfig(**common, init=start, seed=seed, outer=setting.theta)
-            found.append(MetaRun(**fields, optimizer="lopt", theta=setting.theta, settings=ours))
+            found.append(MetaRun(**fields, optimizer="lopt", learned=setting.learned, config=ours))
             for name, (_, _, final_lr) in RIVALS.items():
                 for trial, lr in enumerate(LRS):
                     adam = MetaTrainConfig(**common, init=start, seed=seed, lr=lr, final_lr=final_lr)
-                    found.append(MetaRun(**fields, optimizer=name, trial=trial, lr=lr, settings=adam))
+                    found.append(MetaRun(**fields, optimizer=name, trials=(trial,), config=adam))
     return found
 
 
-def improvement(rows: Sequence[Row]) -> float:
+def improvement(rows: Sequence[Run]) -> float:
     """Fall of the mean validation meta-loss."""
     return mean(rows, "initial_test_loss") - mean(rows, "test_loss")
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Run], path: Path) -> None:
     panels = []
     for start in values(rows, "task"):
         for what, at, title in (
@@ -117,13 +137,13 @@ def figure(rows: Sequence[Row], path: Path) -> None:
             here = select(rows, task=start)
             lines = []
             for name, (label, colour, _) in RIVALS.items():
-                of = select(here, optimizer=name)
+                of = select(here, name=name)
                 chosen = best(of, "test_loss")
                 for trial in values(of, "trial"):
                     lines.append(line("Adam, other lrs", select(of, trial=trial), at, what, GREY, 0.7))
                 lines.append(line(f"{label}, best lr", chosen, at, what, colour))
             lines.sort(key=lambda one: one.width)
-            lines.append(line("lopt", select(here, optimizer="lopt"), at, what, LOPT))
+            lines.append(line("lopt", select(here, name="lopt"), at, what, LOPT))
             shown = [value for one in lines if one.width > 1 for value in one.y]
             top = max(shown) + 0.3 * (max(shown) - min(shown))
             lines = [one._replace(y=[min(value, top) for value in one.y]) for one in lines]
@@ -131,12 +151,12 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     draw(panels, "Self-training: meta-loss by outer optimizer", path, columns=2)
 
 
-def text(rows: Sequence[Row]) -> list[str]:
+def text(rows: Sequence[Run]) -> list[str]:
     cells, sentences = [], []
     for start in values(rows, "task"):
         here = select(rows, task=start)
-        ours = select(here, optimizer="lopt")
-        chosen = {name: best(select(here, optimizer=name), "test_loss") for name in RIVALS}
+        ours = select(here, name="lopt")
+        chosen = {name: best(select(here, name=name), "test_loss") for name in RIVALS}
         gains = {name: improvement(found) for name, found in chosen.items()}
         rival = max(gains, key=lambda name: gains[name])
         share = improvement(ours) / gains[rival]
@@ -147,7 +167,7 @@ def text(rows: Sequence[Row]) -> list[str]:
             ends = [number(mean(found, column)) for column in ("initial_test_loss", "test_loss")]
             part = improvement(found) / gains[rival]
             cells.append([start, f"{label}{lr}", *ends, number(improvement(found)), f"{100 * part:.0f}%"])
-        adams = [select(here, optimizer=name) for name in RIVALS]
+        adams = [select(here, name=name) for name in RIVALS]
         others = [improvement(select(of, trial=trial)) for of in adams for trial in values(of, "trial")]
         better = sum(improvement(ours) >= other for other in others)
         verdict = "which meets" if share >= BAR else "which misses"
@@ -160,7 +180,7 @@ def text(rows: Sequence[Row]) -> list[str]:
     header = ["start", "outer optimizer", "meta-loss at the start", "at the end", "improvement", "of the best Adam's"]
     note = (
         f"Meta-loss: mean over a run of {50} steps of log(loss / initial loss + .01), on validation tasks; at the "
-        f"end, the mean of the last {LAST} of {VALIDATIONS} validations. {rows[0].steps} outer iterations."
+        f"end, the mean of the last {LAST} of {VALIDATIONS} validations. {rows[0].horizon} outer iterations."
     )
     return [note, table(header, cells), bullets(sentences)]
 
@@ -174,7 +194,7 @@ EXPERIMENT = Experiment(
         "meta-trained on meta-training. It gets the same gradients, clipped in the same way, and the mean loss "
         "ratio of the batch as the training loss; it is told neither a validation loss nor the number of iterations."
     ),
-    runs=runs,
+    jobs=jobs,
     figure=figure,
     text=text,
 )

@@ -4,40 +4,40 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.evaluation.scores import ratio
+from lopt.evaluation.comparison import ratio
+from lopt.evaluation.jobs import Job
 from lopt.evaluation.suites import suite
+from lopt.evaluation.table import Run
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, LOPT
-from lopt.experiments.rows import Row, mean, select, values
-from lopt.experiments.runs import Run, Setting
-from lopt.experiments.training import BLIND, TaskRun, learned
+from lopt.experiments.rows import mean, select, values
+from lopt.experiments.setting import Setting
 from lopt.experiments.words import LOSSES, bullets, table, tally
 from lopt.figures import GREY, Line, Panel, draw
 from lopt.tasks.task import VALID_ROWS
 
+#: The learned optimizer without validation losses.
+BLIND = "lopt-blind"
 
-def runs(setting: Setting) -> list[Run]:
+
+def jobs(setting: Setting) -> list[Job]:
     """All tasks of the small held-out suite that are here."""
+    lengths = setting.pick((200, 1000), (200, 1000, 5000))
     tasks = [task for task in suite("small") if task.unavailable is None]
-    return [
-        TaskRun(task=problem.name, problem=problem, x=float(steps), steps=steps, seed=seed, **how)
-        for problem in tasks
-        for steps in setting.pick((200, 1000), (200, 1000, 5000))
-        for how in learned(setting.theta, ("lopt", BLIND))
-        for seed in setting.seeds
-    ]
+    places = [(task.name, task, float(steps), steps) for task in tasks for steps in lengths]
+    return setting.jobs("validation-ablation", places, [("lopt", (0,)), (BLIND, (0,))])
 
 
-def effect(rows: Sequence[Row], loss: str, steps: float) -> dict[str, float]:
+def effect(rows: Sequence[Run], loss: str, steps: float) -> dict[str, float]:
     """Task -> loss with validation losses relative to that without."""
     found = {}
     for task in values(rows, "task"):
-        seeing, blind = (select(rows, task=task, x=steps, optimizer=name) for name in ("lopt", BLIND))
+        seeing, blind = (select(rows, task=task, x=steps, name=name) for name in ("lopt", BLIND))
         found[task] = ratio(mean(seeing, loss), mean(blind, loss), mean(blind, f"initial_{loss}"))
     return found
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Run], path: Path) -> None:
     panels, colours = [], {"train_loss": ADAM, "test_loss": LOPT}
     for steps in sorted(values(rows, "x")):
         tasks = sorted(values(rows, "task"), key=lambda task: effect(rows, "test_loss", steps)[task])
@@ -50,7 +50,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     draw(panels, "The learned optimizer with validation losses, relative to without", path)
 
 
-def text(rows: Sequence[Row]) -> list[str]:
+def text(rows: Sequence[Run]) -> list[str]:
     parts, cells = [], []
     for steps in sorted(values(rows, "x")):
         for loss, word in LOSSES.items():
@@ -72,7 +72,7 @@ EXPERIMENT = Experiment(
         "The learned optimizer may be told the loss of held-out rows, so that it can see overfitting. The paper has "
         "this input and no measurement of what it is worth. Without it, the same theta runs on the training loss alone."
     ),
-    runs=runs,
+    jobs=jobs,
     figure=figure,
     text=text,
 )

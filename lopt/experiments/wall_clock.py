@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lopt.evaluation.jobs import Job
+from lopt.evaluation.table import Run
 from lopt.experiments.axes import available, perceptron
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, LOPT, OTHER
-from lopt.experiments.rows import Row, average, best, line, mean, select, values
-from lopt.experiments.runs import Run, Setting
-from lopt.experiments.training import EIGHT, TaskRun, learned, tuned
+from lopt.experiments.rows import average, best, line, mean, select, values
+from lopt.experiments.setting import EIGHT, Setting
 from lopt.experiments.words import bullets, change, number, table
 from lopt.figures import Panel, draw
 
@@ -16,26 +17,24 @@ TUNED, FIXED = "adam-tuned", "adamw-cosine"
 SHOWN = {"lopt": ("lopt", LOPT), TUNED: ("Adam, best lr", ADAM), FIXED: ("AdamW cosine, 1e-3", OTHER)}
 
 
-def runs(setting: Setting) -> list[Run]:
+def jobs(setting: Setting) -> list[Job]:
     """Perceptrons of several sizes, as the share of the optimizer in a step depends on the model and the minibatch."""
     sizes = setting.pick(((32, 32), (256, 64)), ((32, 32), (128, 64), (512, 64)))  # width, rows
-    steps, trials = setting.pick(600, 1500), setting.pick(EIGHT[1::2], EIGHT)
-    return [
-        TaskRun(task=f"{data}, width {width}, batch {rows}", problem=problem, steps=steps, seed=seed, points=60, **how)
+    places = [
+        (f"{data}, width {width}, batch {rows}", perceptron(data, (width, width), rows), 0.0, setting.pick(600, 1500))
         for data in available(setting.pick(("digits",), ("digits", "characters")))
         for width, rows in sizes
-        for problem in (perceptron(data, (width, width), rows),)
-        for how in (*learned(setting.theta, ("lopt",)), *tuned(TUNED, trials), *tuned(FIXED, (0,)))
-        for seed in setting.seeds
     ]
+    trials = setting.pick(EIGHT[1::2], EIGHT)
+    return setting.jobs("time", places, [("lopt", (0,)), (TUNED, trials), (FIXED, (0,))], points=60)
 
 
-def chosen(rows: Sequence[Row], task: str) -> dict[str, list[Row]]:
+def chosen(rows: Sequence[Run], task: str) -> dict[str, list[Run]]:
     """The runs that are shown, one per seed; Adam's learning rate is chosen by the final training loss."""
-    return {name: best(select(rows, task=task, optimizer=name), "train_loss") for name in SHOWN}
+    return {name: best(select(rows, task=task, name=name), "train_loss") for name in SHOWN}
 
 
-def figure(rows: Sequence[Row], path: Path) -> None:
+def figure(rows: Sequence[Run], path: Path) -> None:
     panels = []
     for task in values(rows, "task"):
         for axis, word in (("seconds", "seconds"), ("step", "steps")):
@@ -47,17 +46,17 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     draw(panels, "Training loss against time (one thread) and against steps", path, columns=4)
 
 
-def reached(rows: Sequence[Row], level: float) -> float | None:
+def reached(rows: Sequence[Run], level: float) -> float | None:
     """Seconds until the mean training loss first was at or below the level; None if it never was."""
     times, losses = average(rows, "seconds"), average(rows, "train")
     return next((time for time, loss in zip(times, losses, strict=True) if loss <= level), None)
 
 
-def text(rows: Sequence[Row]) -> list[str]:
+def text(rows: Sequence[Run]) -> list[str]:
     cells, sentences = [], []
     for task in values(rows, "task"):
         found = chosen(rows, task)
-        times = {name: 1e3 * mean(same, "seconds") / same[0].steps for name, same in found.items()}
+        times = {name: 1e3 * mean(same, "seconds") / same[0].horizon for name, same in found.items()}
         ours, adam = found["lopt"], found[TUNED]
         at_end = mean(ours, "train_loss") / mean(adam, "train_loss")
         shorter = min(mean(ours, "seconds"), mean(adam, "seconds"))
@@ -82,7 +81,7 @@ def text(rows: Sequence[Row]) -> list[str]:
     return [table(header, cells), note, bullets(sentences)]
 
 
-def _at(rows: Sequence[Row], seconds: float) -> float:
+def _at(rows: Sequence[Run], seconds: float) -> float:
     """Mean training loss at the last record before that time."""
     times, losses = average(rows, "seconds"), average(rows, "train")
     return [loss for time, loss in zip(times, losses, strict=True) if time <= seconds][-1]
@@ -96,7 +95,7 @@ EXPERIMENT = Experiment(
         "takes depends on the model and the minibatch. Times are of one thread, minibatches, gradients and (for the "
         "learned optimizer) validation losses included, recordings left out."
     ),
-    runs=runs,
+    jobs=jobs,
     figure=figure,
     text=text,
 )

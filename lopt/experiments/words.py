@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from lopt.evaluation.scores import NO_WORSE
+from lopt.evaluation.comparison import NO_WORSE
 
 #: Columns of losses that are compared, and what they are called.
 LOSSES = {"train_loss": "training", "test_loss": "test"}
