@@ -181,7 +181,7 @@ def test_each_question_of_the_results_has_its_figure_first() -> None:
         for section in page.read_text().split("\n## ")[1:]:
             figure, caption = section.partition("\n\n")[2].split("\n\n")[:2]
             assert re.fullmatch(r"!\[[^\]]+\]\([^)]+\)", figure), section[:200]
-            assert re.match(r"\*[A-Z].*\*|\[", caption), section[:200]
+            assert re.match(r"\*[A-Za-z].*\*$|\[", caption), section[:200]
     for page in PAGES:
         shown |= {(page.parent / link).resolve() for link in LINK.findall(page.read_text())}
     assert [file.name for file in ROOT.glob("docs/figures/*") if file not in shown] == []
