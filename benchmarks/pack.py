@@ -3,7 +3,8 @@
     python benchmarks/pack.py FILE...
 
 FILE is a table of runs (.csv) or of metrics (.jsonl); FILE.gz takes its place. lopt reads either, and unpacks a table
-before it adds to it. What rows are found again by (learning rates, settings, hashes) stays as it is.
+before it adds to it. What rows are found again by (learning rates, settings, hashes) stays as it is. Or FILE is a
+figure (.png), which keeps its name and fewer colours.
 """
 
 import argparse
@@ -13,6 +14,9 @@ import io
 import re
 from pathlib import Path
 
+from lopt.files import fewer_colours
+
+SHADES = 32
 DIGITS = 6
 CLOCK = 4
 
@@ -58,6 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     for file in parser.parse_args().files:
+        if file.suffix == ".png":
+            content = fewer_colours(file.read_bytes(), SHADES)
+            print(f"{file}: {file.stat().st_size:,} bytes, now {len(content):,}")
+            file.write_bytes(content)
+            continue
         content = packed(file.name, file.read_bytes().decode())
         file.with_name(f"{file.name}.gz").write_bytes(content)
         print(f"{file}: {file.stat().st_size:,} bytes, packed {len(content):,}")

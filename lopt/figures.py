@@ -22,7 +22,7 @@ FLOOR = 1e-7  # lower values are drawn here on a logarithmic axis: losses can be
 
 #: Multiples of powers of ten at the ticks of a logarithmic axis of fewer decades than this.
 TICKS = (
-    (0.4, (*(1.0 + k / 5 for k in range(5)), *(2.0 + k / 2 for k in range(16)))),
+    (0.4, (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)),
     (1.0, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)),
     (2.0, (1.0, 2.0, 5.0)),
     (3.0, (1.0, 3.0)),
