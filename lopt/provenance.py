@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ def versions() -> dict[str, str]:
     }
 
 
+@cache
 def commit() -> str | None:
-    """The git commit this file belongs to; None outside a repository, without git, or when git does not track it."""
+    """The git commit this file belongs to; None outside a repository, without git, or when git does not track it.
+
+    It is asked for once: what a process runs is what it began with.
+    """
     file = Path(__file__).resolve()
     git = ["git", "-C", str(file.parent)]
     try:
@@ -59,8 +64,14 @@ def code_sha256() -> str:
     parts = [*package.glob("*.py"), *package.glob("rule/*.py"), *package.glob("kernels/*.py")]
     digest = hashlib.sha256(kernels.source_sha256().encode())
     for file in sorted(file for file in parts if file.stem not in NOT_THE_OPTIMIZER):
-        digest.update(ast.dump(_without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
+        digest.update(_meaning(file.read_text(encoding="utf-8")))
     return digest.hexdigest()
+
+
+@cache
+def _meaning(source: str) -> bytes:
+    """What a module does."""
+    return ast.dump(_without_docstrings(ast.parse(source))).encode()
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

@@ -4,20 +4,22 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from lopt.evaluation.comparison import ratio
+from lopt.evaluation.comparison import MEASURES, Measure, Runs
 from lopt.evaluation.jobs import Job
 from lopt.evaluation.suites import suite
 from lopt.evaluation.table import Run
 from lopt.experiments.experiment import Experiment
 from lopt.experiments.figures import ADAM, LOPT
-from lopt.experiments.rows import mean, select, values
+from lopt.experiments.rows import values
 from lopt.experiments.setting import Setting
-from lopt.experiments.words import LOSSES, bullets, table, tally
+from lopt.experiments.words import bullets, table, tally
 from lopt.figures import GREY, Line, Panel, draw
 from lopt.tasks.task import VALID_ROWS
 
 #: The learned optimizer without validation losses.
 BLIND = "lopt-blind"
+
+WORDS: dict[Measure, str] = {"train": "training", "test": "test"}
 
 
 def jobs(setting: Setting) -> list[Job]:
@@ -28,24 +30,23 @@ def jobs(setting: Setting) -> list[Job]:
     return setting.jobs("validation-ablation", places, [("lopt", (0,)), (BLIND, (0,))])
 
 
-def effect(rows: Sequence[Run], loss: str, steps: float) -> dict[str, float]:
+def effect(rows: Sequence[Run], measure: Measure, steps: float) -> dict[str, float]:
     """Task -> loss with validation losses relative to that without."""
-    found = {}
-    for task in values(rows, "task"):
-        seeing, blind = (select(rows, task=task, x=steps, name=name) for name in ("lopt", BLIND))
-        found[task] = ratio(mean(seeing, loss), mean(blind, loss), mean(blind, f"initial_{loss}"))
-    return found
+    found = Runs(rows).compare("lopt", BLIND, int(steps), measure)
+    return found.ratios if found is not None else {}
 
 
 def figure(rows: Sequence[Run], path: Path) -> None:
-    panels, colours = [], {"train_loss": ADAM, "test_loss": LOPT}
+    panels, colours = [], {"train": ADAM, "test": LOPT}
     for steps in sorted(values(rows, "x")):
-        tasks = sorted(values(rows, "task"), key=lambda task: effect(rows, "test_loss", steps)[task])
+        test = effect(rows, "test", steps)
+        tasks = sorted(test, key=lambda task: test[task])
         places = list(map(float, range(len(tasks))))
         lines = [Line("no effect", places, [1.0] * len(places), GREY, "--")]
-        for loss, word in LOSSES.items():
-            found = effect(rows, loss, steps)
-            lines.append(Line(f"{word} loss", places, [found[task] for task in tasks], colours[loss], "", "o"))
+        for measure in MEASURES:
+            found = effect(rows, measure, steps)
+            label = f"{WORDS[measure]} loss"
+            lines.append(Line(label, places, [found[task] for task in tasks], colours[measure], "", "o"))
         panels.append(Panel(f"{steps:,g} steps", lines, "", "loss, with / without", log="y", ticks=tasks))
     draw(panels, "The learned optimizer with validation losses, relative to without", path)
 
@@ -53,8 +54,8 @@ def figure(rows: Sequence[Run], path: Path) -> None:
 def text(rows: Sequence[Run]) -> list[str]:
     parts, cells = [], []
     for steps in sorted(values(rows, "x")):
-        for loss, word in LOSSES.items():
-            found = effect(rows, loss, steps)
+        for measure in MEASURES:
+            found, word = effect(rows, measure, steps), WORDS[measure]
             cells.append([f"{steps:,g}", word, f"{statistics.geometric_mean(found.values()):.3f}"])
             parts.append(f"{steps:,g} steps, {word} loss with validation losses against without: {tally(found)}.")
     header = ["steps", "loss", "with / without, geometric mean over tasks"]
