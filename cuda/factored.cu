@@ -49,37 +49,47 @@ __device__ __forceinline__ void reduce_columns(const double (&rows)[kColumns][kT
 
 // ---- measure -----------------------------------------------------------------------------------------------------------
 
-// Means of the accumulators before the step, and sums of squared deviations from them.
-__device__ __forceinline__ void measure_moments(const Tile& tile, const Lines& lines, const Extent& extent,
-                                                const Threads& threads, double* measures) {
-  __shared__ double rows[kSeenMoments][kThreads], means[kSeenMoments];
-  const FactoredTensor& tensor = lines.tensor;
-  const auto sum_of_thread = [&](int k, const auto& of_value) {
-    const float* const values = k < 3 ? reinterpret_cast<const float*>(tensor.mom) + k * tensor.numel
-                                      : reinterpret_cast<const float*>(tensor.rms);
-    Sum sum;
-    for (int64_t line = threads.group; line < extent.lines; line += threads.groups)
-      for (int64_t c = threads.column; c < extent.width; c += threads.width)
-        sum.add(of_value(__ldcg(values + (tile.line + line) * lines.size() + tile.begin + c)));
-    rows[k][threadIdx.x] = sum.value();
+// 1 / count in double by two steps of Newton's method: a division would be a call.
+__device__ __forceinline__ double inverse_of(int64_t count) {
+  const double number = static_cast<double>(count);
+  double inverse = reciprocal_of(static_cast<float>(count));
+  for (int step = 0; step < 2; ++step) inverse *= 2.0 - number * inverse;
+  return inverse;
+}
+
+// Means of what the rule's LSTM sees, value(at, x) of an element, and sums of squared deviations from them.
+template <class Value>
+__device__ __forceinline__ void measure_seen(const Tile& tile, const Lines& lines, const Extent& extent,
+                                             const Threads& threads, double* measures, const Value& value) {
+  __shared__ double rows[kSeenThings][kThreads], means[kSeenThings];
+  const auto sum_of_thread = [&](const auto& of_value) {
+    Sum sums[kSeenThings];
+    for (int64_t first = 0; first < extent.lines; first += threads.groups)  // the same for all threads
+      for (int64_t begin = 0; begin < extent.width; begin += threads.width) {
+        const int64_t line = first + threads.group, c = begin + threads.column;
+        if (line >= extent.lines || c >= extent.width) continue;
+        float x[kSeenThings];
+        value((tile.line + line) * lines.size() + tile.begin + c, x);
+        unrolled<kSeenThings>([&](auto k) { sums[k].add(of_value(k, x[k])); });
+      }
+    unrolled<kSeenThings>([&](auto k) { rows[k][threadIdx.x] = sums[k].value(); });
   };
-  for (int k = 0; k < kSeenMoments; ++k) sum_of_thread(k, [](float x) { return x; });
+  sum_of_thread([](int, float x) { return x; });
   __syncthreads();
-  reduce_columns<kSeenMoments>(rows, [&](int k, double sum) {
-    means[k] = measures[Measure::mom0_mean + k] = sum / static_cast<double>(extent.count());
-  });
+  reduce_columns<kSeenThings>(
+      rows, [&](int k, double sum) { means[k] = measures[Measure::mean0 + k] = sum * inverse_of(extent.count()); });
   __syncthreads();
-  for (int k = 0; k < kSeenMoments; ++k) {
-    const float mean = static_cast<float>(means[k]);
-    sum_of_thread(k, [mean](float x) { return (x - mean) * (x - mean); });
-  }
+  float mean[kSeenThings];
+#pragma unroll
+  for (int k = 0; k < kSeenThings; ++k) mean[k] = static_cast<float>(means[k]);
+  sum_of_thread([&](int k, float x) { return (x - mean[k]) * (x - mean[k]); });
   __syncthreads();
-  reduce_columns<kSeenMoments>(rows, [&](int k, double sum) { measures[Measure::mom0_var + k] = sum; });
+  reduce_columns<kSeenThings>(rows, [&](int k, double sum) { measures[Measure::var0 + k] = sum; });
 }
 
 template <class Columns>
 __global__ void __launch_bounds__(kThreads) measure_kernel(FactoredParams params) {
-  constexpr int kSums = 2;  // nonfinite, param_square
+  constexpr int kSums = Columns::kSees == Sees::kStep ? 3 : 2;  // nonfinite, param_square, grad_size
   __shared__ double across[kThreads], rows[kSums][kThreads];
   __shared__ struct {
     int64_t along, across, stride;
@@ -103,10 +113,10 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(FactoredParams params
     const float clipped = clip_gradient(g, Columns::kGradientBound);
     return clipped * clipped;
   };
-  double nonfinite = 0.0, param_square = 0.0;
+  double nonfinite = 0.0, param_square = 0.0, grad_size = 0.0;
   for (int64_t first = 0; first < extent.width; first += threads.width) {
     const int64_t c = first + threads.column;
-    Sum sum, squares;
+    Sum sum, squares, sizes;
     if (c < extent.width)
       for (int64_t line = threads.group; line < extent.lines; line += threads.groups) {
         const int64_t at = (tile.line + line) * size + tile.begin + c;
@@ -114,9 +124,11 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(FactoredParams params
         const float raw = load_value(grads, tensor.grad_dtype, at), g = clip_gradient(raw, Columns::kGradientBound);
         nonfinite += raw - raw == 0.0f ? 0.0 : 1.0;
         squares.add(p * p);
+        if constexpr (Columns::kSees == Sees::kStep) sizes.add(abs_of(g));
         sum.add(g * g);
       }
     param_square += squares.value();
+    grad_size += sizes.value();
     if (!lines.factored()) continue;
     across[threadIdx.x] = sum.value();
     __syncthreads();
@@ -129,9 +141,26 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(FactoredParams params
   }
   rows[Measure::nonfinite][threadIdx.x] = nonfinite;
   rows[Measure::param_square][threadIdx.x] = param_square;
+  if constexpr (kSums > Measure::grad_size) rows[Measure::grad_size][threadIdx.x] = grad_size;
   __syncthreads();
   reduce_columns<kSums>(rows, [&](int c, double sum) { measures[c] = sum; });
-  if constexpr (Columns::kSeesMoments) measure_moments(tile, lines, extent, threads, measures);
+  const float *const mom = reinterpret_cast<const float*>(tensor.mom), *const rms =
+                                                                           reinterpret_cast<const float*>(tensor.rms);
+  if constexpr (Columns::kSees == Sees::kBefore) {
+    measure_seen(tile, lines, extent, threads, measures, [&](int64_t at, float* x) {
+#pragma unroll
+      for (int k = 0; k < 3; ++k) x[k] = __ldcg(mom + k * tensor.numel + at);
+      x[3] = __ldcg(rms + at);
+    });
+  } else if constexpr (Columns::kSees == Sees::kStep) {
+    const float* const control = params.controls + tensor.row * AdamControl::kCount;
+    measure_seen(tile, lines, extent, threads, measures, [&](int64_t at, float* x) {
+      x[0] = clip_gradient(load_value(grads, tensor.grad_dtype, at), Columns::kGradientBound);
+      x[1] = seen_param(load_value(tensor.param, tensor.param_dtype, at));
+      x[2] = next_accumulator(__ldcg(mom + at), control[AdamControl::mom_decay], x[0]);
+      x[3] = next_accumulator(__ldcg(rms + at), control[AdamControl::rms_decay], x[0] * x[0]);
+    });
+  }
   if (!lines.factored()) return;
   // Along lines, a warp for each: its squares are in a cache.
   const int per_line = static_cast<int>(lines.per_line()), inner = static_cast<int>(tensor.inner);
@@ -168,13 +197,13 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(FactoredParams params) 
       return of_tile(measures + tile * Measure::kCount, count);
     });
   };
-  for (int c = warp_index(); c < Measure::mom0_var; c += kWarps) {
-    const bool is_mean = c >= Measure::mom0_mean;
+  for (int c = warp_index(); c < Measure::var0; c += kWarps) {
+    const bool is_mean = c >= Measure::mean0;
     const double sum =
         total([&](const double* tile, double count) { return is_mean ? tile[c] * (count / numel) : tile[c]; });
-    if (lane_index() == 0) stats[c] = static_cast<float>(c == Measure::param_square ? sum / numel : sum);
+    if (lane_index() == 0) stats[c] = static_cast<float>(is_mean || c == Measure::nonfinite ? sum : sum / numel);
     if (!is_mean) continue;
-    const int variance = c + kSeenMoments;
+    const int variance = c + kSeenThings;
     const double squares = total([&](const double* tile, double count) {
       return (tile[variance] + count * (tile[c] - sum) * (tile[c] - sum)) / numel;
     });
@@ -193,34 +222,39 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(FactoredParams params
     next_moments(params, moments, count, i, mean_square(params, lines, piece.is_along, i));
 }
 
+// Inverse roots of the means along or across lines, and the factors of those that are columns.
+__device__ __forceinline__ void find_roots(const Lines& lines, bool is_along, float* to) {
+  const int64_t count = is_along ? lines.num_along() : lines.num_across();
+  const float* const moments = reinterpret_cast<const float*>(is_along ? lines.tensor.along : lines.tensor.across);
+  const bool is_row = is_along == (lines.tensor.along_is_row != 0);
+  for (int64_t i = threadIdx.x; i < kFactoredDecays * count; i += kThreads) {
+    const float moment = moments[i];
+    to[i] = inverse_root(moment);
+    if (!is_row) to[kFactoredDecays * count + i] = safe_inverse_root(moment);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) factors_kernel(FactoredParams params) {
   const FactoredTensor tensor = params.tensors[blockIdx.x];
   const Lines lines{tensor};
   if (!lines.factored() || rests(params, tensor)) return;
-  for (int side = 0; side < 2; ++side) {
-    const bool is_along = side == 0, is_row = is_along == (tensor.along_is_row != 0);
-    const int64_t count = is_along ? lines.num_along() : lines.num_across();
-    const float* const moments = reinterpret_cast<const float*>(is_along ? tensor.along : tensor.across);
-    float* const to = params.factors + (is_along ? lines.along_factors() : lines.across_factors(params.width));
-    for (int k = 0; k < kFactoredDecays; ++k) {
-      const float* const from = moments + k * count;
-      float *const root = to + k * count, *const factor = to + (kFactoredDecays + k) * count;
-      for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-        root[i] = inverse_root(from[i]);
-        if (!is_row) factor[i] = safe_inverse_root(from[i]);
-      }
-      if (!is_row) continue;
-      for (int64_t w = warp_index(); w < lines.num_whole(); w += kWarps) {
-        const RowEntries row(lines, is_along, w);
-        const double sum =
-            sum_rows(row.count, [&](int64_t i) { return static_cast<double>(from[row.first + i * row.stride]); });
-        const float share = 1.0f / row_mean(sum, row.count);
-        for (int64_t i = lane_index(); i < row.count; i += 32) {
-          const int64_t at = row.first + i * row.stride;
-          factor[at] = safe_inverse_root(from[at] * share);
-        }
-      }
-    }
+  float *const along = params.factors + lines.along_factors(), *const across =
+                                                                   params.factors + lines.across_factors(params.width);
+  find_roots(lines, true, along);
+  find_roots(lines, false, across);
+  const bool is_along = tensor.along_is_row != 0;
+  const int64_t count = is_along ? lines.num_along() : lines.num_across(), rows = lines.num_whole();
+  const float* const moments = reinterpret_cast<const float*>(is_along ? tensor.along : tensor.across);
+  float* const factors = (is_along ? along : across) + kFactoredDecays * count;
+  for (int64_t base = 0; base < kFactoredDecays * rows; base += kWarps) {  // the same for all threads
+    const int64_t w = min_of(base + warp_index(), kFactoredDecays * rows - 1);
+    const RowEntries row(lines, is_along, rest_of(w, rows));
+    const int64_t first = quotient(w, rows) * count + row.first;
+    const double sum =
+        sum_rows(row.count, [&](int64_t i) { return static_cast<double>(moments[first + i * row.stride]); });
+    const float factor = row_factor(sum, row.count);
+    for (int64_t i = first + lane_index() * row.stride; i < first + row.count * row.stride; i += 32 * row.stride)
+      factors[i] = safe_inverse_root(moments[i] * factor);
   }
 }
 
@@ -229,10 +263,19 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(FactoredParams params) {
   constexpr int kColumns = Columns::kNumColumns, kSize = FactoredMlp<kColumns, kWidth>::kSize;
   __shared__ float scale[kColumns], times[Columns::kNumTimes + 1];
   const FactoredTensor tensor = params.tensors[blockIdx.x];
-  const double* const squares = params.squares + tensor.first_tile * kColumns;
-  for (int c = warp_index(); c < kColumns; c += kWarps) {
-    const double sum = sum_rows(tensor.num_tiles, [&](int64_t tile) { return squares[tile * kColumns + c]; });
-    if (lane_index() == 0) scale[c] = column_scale(sum / static_cast<double>(tensor.numel));
+  if (Columns::kAdam && tensor.adam) return;
+  const int matrices = Columns::kWhole ? tensor.matrices : 1;
+  const double numel = static_cast<double>(tensor.numel / matrices);
+  for (int i = warp_index(); i < kColumns * matrices; i += kWarps) {
+    const int c = i / matrices, m = i % matrices;
+    const double sum =
+        sum_rows(tensor.num_tiles, [&](int64_t tile) { return *square_sum(params, tensor, kColumns, tile, c, m); });
+    if (lane_index() != 0) continue;
+    const float value = column_scale<Columns>(sum / numel);
+    if (matrices > 1)
+      params.scales[tensor.scales + i] = value;
+    else
+      scale[c] = value;
   }
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < Columns::kNumTimes) times[thread] = tanh_time(thread, static_cast<float>(*params.step));
@@ -240,7 +283,7 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(FactoredParams params) {
   const float* const weights = params.weights + tensor.row * params.weight_stride;
   for (int i = thread; i < kSize; i += kThreads)
     params.own_weights[tensor.row * kSize + i] =
-        folded_weight<Columns, kWidth>(i, weights, scale, tensor.along_is_row != 0, times);
+        folded_weight<Columns, kWidth>(i, weights, matrices > 1 ? nullptr : scale, tensor.along_is_row != 0, times);
 }
 
 // ---- accumulate and apply ----------------------------------------------------------------------------------------------
@@ -265,7 +308,7 @@ struct Spread {
   __device__ __forceinline__ Factors<float> at(const Lines& lines, int64_t line, int64_t at) const {
     float a[kFactorPlanes], b[kFactorPlanes];
     const int64_t i = per_line == 1 ? line : line * per_line + lines.entry(at);
-    const int64_t j = line / lines_of_outer * outer_size + at;
+    const int64_t j = quotient(line, lines_of_outer) * outer_size + at;
 #pragma unroll
     for (int k = 0; k < kFactoredDecays; ++k) {
       a[k] = along[k * num_along + i];
@@ -280,25 +323,89 @@ struct Spread {
   }
 };
 
+// What a block works on: a tile, whose lines its threads go over, and what is known of an element.
+template <class Columns>
+struct Work {
+  const Tile tile;
+  const FactoredTensor& tensor;
+  const int64_t grads;
+  const Lines lines;
+  const Extent extent;
+  const Spread<Columns> spread;
+
+  __device__ __forceinline__ Work(const FactoredParams& params, const Tile& the_tile, const FactoredTensor& the_tensor)
+      : tile(the_tile),
+        tensor(the_tensor),
+        grads(params.grads[the_tile.tensor]),
+        lines{the_tensor},
+        extent(the_tensor, the_tile),
+        spread(params, lines) {}
+
+  __device__ __forceinline__ int64_t place(int64_t line, int64_t c) const {
+    return (tile.line + line) * lines.size() + tile.begin + c;
+  }
+
+  // f(line, c) for the elements of this thread.
+  template <class Function>
+  __device__ __forceinline__ void each(const Function& f) const {
+    const Threads threads(extent);
+    for (int64_t line = threads.group; line < extent.lines; line += threads.groups)
+      for (int64_t c = threads.column; c < extent.width; c += threads.width) f(line, c);
+  }
+
+  // f(line, c) for the elements of matrix `matrix`, of this thread number `thread` of `threads`.
+  template <class Function>
+  __device__ __forceinline__ void each_of(const Matrices& matrices, uint32_t matrix, int thread, int threads,
+                                          const Function& f) const {
+    for (int64_t line = 0; line < extent.lines; ++line) {
+      const int64_t begin = place(line, 0), end = begin + extent.width;
+      if (matrices.stride == 1) {  // matrix, matrix + count, ..
+        int64_t at = begin + (matrix + matrices.count - static_cast<uint32_t>(begin) % matrices.count) % matrices.count;
+        for (at += int64_t{matrices.count} * thread; at < end; at += int64_t{matrices.count} * threads)
+          f(line, at - begin);
+      } else {
+        const int64_t first = int64_t{matrix} * matrices.stride, last = min_of(first + matrices.stride, end);
+        for (int64_t at = (first > begin ? first : begin) + thread; at < last; at += threads) f(line, at - begin);
+      }
+    }
+  }
+
+  __device__ __forceinline__ float grad(int64_t at) const {
+    return clip_gradient(load_value(grads, tensor.grad_dtype, at), Columns::kGradientBound);
+  }
+
+  // moment(k): of a tensor that is not factored.
+  template <class Moment>
+  __device__ __forceinline__ Factors<float> factors(int64_t line, int64_t c, const Moment& moment) const {
+    if constexpr (!Columns::kFactored) {
+      return {};
+    } else {
+      if (lines.factored()) return spread.at(lines, tile.line + line, tile.begin + c);
+      float d[kFactoredDecays];
+#pragma unroll
+      for (int k = 0; k < kFactoredDecays; ++k) d[k] = moment(k);
+      return Columns::not_factored(d);
+    }
+  }
+};
+
 template <class Columns>
 __global__ void __launch_bounds__(kThreads) accumulate_factored_kernel(FactoredParams params) {
   constexpr int kColumns = Columns::kNumColumns;
   __shared__ double rows[kColumns][kThreads];
   const Tile tile = params.tiles[blockIdx.x];
   const FactoredTensor tensor = params.tensors[tile.tensor];
-  if (rests(params, tensor)) return;
-  const int64_t grads = params.grads[tile.tensor];
-  const Lines lines{tensor};
-  const Extent extent(tensor, tile);
-  const Threads threads(extent);
-  const Spread<Columns> spread(params, lines);
-  const bool factored = lines.factored();
+  if (rests(params, tensor) || (Columns::kAdam && tensor.adam)) return;
+  const Work<Columns> work(params, tile, tensor);
   float *const mom = reinterpret_cast<float*>(tensor.mom), *const rms = reinterpret_cast<float*>(tensor.rms);
   float* const moments = reinterpret_cast<float*>(tensor.along);
+  const int64_t number = int64_t{blockIdx.x} - tensor.first_tile;
   float part[kColumns] = {};
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) rows[c][threadIdx.x] = 0.0;
   int summed = 0;
+  const auto clear = [&] {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) rows[c][threadIdx.x] = 0.0;
+  };
   const auto flush = [&] {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -307,43 +414,89 @@ __global__ void __launch_bounds__(kThreads) accumulate_factored_kernel(FactoredP
     }
     summed = 0;
   };
-  for (int64_t line = threads.group; line < extent.lines; line += threads.groups)
-    for (int64_t c = threads.column; c < extent.width; c += threads.width) {
-      const int64_t at = (tile.line + line) * lines.size() + tile.begin + c;
-      const float g = clip_gradient(load_value(grads, tensor.grad_dtype, at), Columns::kGradientBound);
-      const float p = seen_param(load_value(tensor.param, tensor.param_dtype, at));
-      float m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns];
+  const auto visit = [&](int64_t line, int64_t c) {
+    const int64_t at = work.place(line, c);
+    const float g = work.grad(at), p = seen_param(load_value(tensor.param, tensor.param_dtype, at));
+    float m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns];
 #pragma unroll
-      for (int k = 0; k < Columns::kNumMom; ++k) {
-        m[k] = next_accumulator(__ldcg(mom + k * tensor.numel + at), params.mom_decay[k], g);
-        __stcg(mom + k * tensor.numel + at, m[k]);
-      }
-#pragma unroll
-      for (int k = 0; k < Columns::kNumRms; ++k) {
-        r[k] = next_accumulator(__ldcg(rms + k * tensor.numel + at), params.rms_decay[k], g * g);
-        __stcg(rms + k * tensor.numel + at, r[k]);
-      }
-      Factors<float> factors{};
-      if (factored) {
-        factors = spread.at(lines, tile.line + line, tile.begin + c);
-      } else if constexpr (Columns::kFactored) {
-        float d[kFactoredDecays];
-#pragma unroll
-        for (int k = 0; k < kFactoredDecays; ++k) {
-          float* const address = moments + k * tensor.numel + at;
-          d[k] = next_accumulator(__ldcg(address), params.factored_decay[k], g * g + 1e-30f);
-          __stcg(address, d[k]);
-        }
-        factors = Columns::not_factored(d);
-      }
-      Columns::columns(g, p, m, r, factors, x);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) part[i] += x[i] * x[i];
-      if (++summed == kSummed) flush();
+    for (int k = 0; k < Columns::kNumMom; ++k) {
+      m[k] = next_accumulator(__ldcg(mom + k * tensor.numel + at), params.mom_decay[k], g);
+      __stcg(mom + k * tensor.numel + at, m[k]);
     }
+#pragma unroll
+    for (int k = 0; k < Columns::kNumRms; ++k) {
+      r[k] = next_accumulator(__ldcg(rms + k * tensor.numel + at), params.rms_decay[k], g * g);
+      __stcg(rms + k * tensor.numel + at, r[k]);
+    }
+    const Factors<float> factors = work.factors(line, c, [&](int k) {
+      float* const address = moments + k * tensor.numel + at;
+      const float d = next_accumulator(__ldcg(address), params.factored_decay[k], g * g + 1e-30f);
+      __stcg(address, d);
+      return d;
+    });
+    Columns::columns(g, p, m, r, factors, x);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) part[i] += x[i] * x[i];
+    if (++summed == kSummed) flush();
+  };
+  clear();
+  if constexpr (Columns::kWhole) {
+    if (tensor.matrices > 1) {
+      // A group of threads for each matrix, or thread by thread as many matrices as there are threads.
+      const Matrices matrices(tensor);
+      const int count = tensor.matrices, together = count < kThreads ? count : kThreads, groups = kThreads / together;
+      const int group = static_cast<int>(threadIdx.x) / together, own = static_cast<int>(threadIdx.x) % together;
+      for (int first = 0; first < count; first += together) {
+        const int m = first + own;
+        if (m < count && group < groups) work.each_of(matrices, static_cast<uint32_t>(m), group, groups, visit);
+        flush();
+        __syncthreads();
+        if (m < count && group == 0) {
+#pragma unroll 1
+          for (int c = 0; c < kColumns; ++c) {
+            double sum = 0.0;
+            for (int i = 0; i < groups; ++i) sum += rows[c][i * together + own];
+            *square_sum(params, tensor, kColumns, number, c, m) = sum;
+          }
+        }
+        __syncthreads();
+        clear();
+      }
+      return;
+    }
+  }
+  work.each(visit);
   flush();
   __syncthreads();
-  reduce_columns<kColumns>(rows, [&](int c, double sum) { params.squares[int64_t{blockIdx.x} * kColumns + c] = sum; });
+  reduce_columns<kColumns>(rows, [&](int c, double sum) { *square_sum(params, tensor, kColumns, number, c, 0) = sum; });
+}
+
+// Adam's step of a tile: accumulators and, where they move, parameters.
+template <class Columns>
+__device__ __forceinline__ void step_by_adam(const FactoredParams& params, const Tile& tile,
+                                             const FactoredTensor& tensor, float step_size, float keep) {
+  const Work<Columns> work(params, tile, tensor);
+  const float* const control = params.controls + tensor.row * AdamControl::kCount;
+  const bool moving = moves(step_size, keep);
+  float *const mom = reinterpret_cast<float*>(tensor.mom), *const rms = reinterpret_cast<float*>(tensor.rms);
+  work.each([&](int64_t line, int64_t c) {
+    const int64_t at = work.place(line, c);
+    const float g = work.grad(at), p = load_value(tensor.param, tensor.param_dtype, at);
+    const float m = next_accumulator(__ldcg(mom + at), control[AdamControl::mom_decay], g);
+    const float r = next_accumulator(__ldcg(rms + at), control[AdamControl::rms_decay], g * g);
+    __stcg(mom + at, m);
+    __stcg(rms + at, r);
+    if (moving)
+      store_value(tensor.param, tensor.param_dtype, at, next_param(p, adam_direction(m, r, control), step_size, keep));
+  });
+}
+
+template <class Columns>
+__global__ void __launch_bounds__(kThreads) adam_kernel(FactoredParams params) {
+  const Tile tile = params.tiles[blockIdx.x];
+  const FactoredTensor tensor = params.tensors[tile.tensor];
+  if (!rests(params, tensor))
+    step_by_adam<Columns>(params, tile, tensor, params.step_size[tensor.row], params.keep[tensor.row]);
 }
 
 template <class Columns, int kWidth>
@@ -354,43 +507,58 @@ __global__ void __launch_bounds__(kThreads) apply_factored_kernel(FactoredParams
   const Tile tile = params.tiles[blockIdx.x];
   const FactoredTensor tensor = params.tensors[tile.tensor];
   const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
-  if (rests(params, tensor) || !moves(step_size, keep)) return;
+  if (rests(params, tensor)) return;
+  if constexpr (Columns::kAdam) {
+    if (tensor.adam) return step_by_adam<Columns>(params, tile, tensor, step_size, keep);
+  }
+  if (!moves(step_size, keep)) return;
   for (int i = static_cast<int>(threadIdx.x); i < kSize; i += kThreads)
     weights[i] = params.own_weights[tensor.row * kSize + i];
   __syncthreads();
-  const int64_t grads = params.grads[tile.tensor];
-  const Lines lines{tensor};
-  const Extent extent(tensor, tile);
-  const Threads threads(extent);
-  const Spread<Columns> spread(params, lines);
-  const bool factored = lines.factored();
+  const Work<Columns> work(params, tile, tensor);
   const float *const mom = reinterpret_cast<const float*>(tensor.mom), *const rms =
                                                                            reinterpret_cast<float*>(tensor.rms);
   const float* const moments = reinterpret_cast<const float*>(tensor.along);
-  for (int64_t line = threads.group; line < extent.lines; line += threads.groups)
-    for (int64_t c = threads.column; c < extent.width; c += threads.width) {
-      const int64_t at = (tile.line + line) * lines.size() + tile.begin + c;
-      const float g = clip_gradient(load_value(grads, tensor.grad_dtype, at), Columns::kGradientBound);
-      const float p = load_value(tensor.param, tensor.param_dtype, at);
-      float m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns], direction[1];
+  work.each([&](int64_t line, int64_t c) {
+    const int64_t at = work.place(line, c);
+    const float g = work.grad(at), p = load_value(tensor.param, tensor.param_dtype, at);
+    float m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns], direction[1];
 #pragma unroll
-      for (int k = 0; k < Columns::kNumMom; ++k) m[k] = __ldcg(mom + k * tensor.numel + at);
+    for (int k = 0; k < Columns::kNumMom; ++k) m[k] = __ldcg(mom + k * tensor.numel + at);
 #pragma unroll
-      for (int k = 0; k < Columns::kNumRms; ++k) r[k] = __ldcg(rms + k * tensor.numel + at);
-      Factors<float> factors{};
-      if (factored) {
-        factors = spread.at(lines, tile.line + line, tile.begin + c);
-      } else if constexpr (Columns::kFactored) {
-        float d[kFactoredDecays];
+    for (int k = 0; k < Columns::kNumRms; ++k) r[k] = __ldcg(rms + k * tensor.numel + at);
+    const Factors<float> factors =
+        work.factors(line, c, [&](int k) { return __ldcg(moments + k * tensor.numel + at); });
+    Columns::columns(g, seen_param(p), m, r, factors, x);
+    if constexpr (Columns::kWhole) {
+      if (tensor.matrices > 1) {
+        const float* const scales = params.scales + tensor.scales + Matrices(tensor).of(at);
 #pragma unroll
-        for (int k = 0; k < kFactoredDecays; ++k) d[k] = __ldcg(moments + k * tensor.numel + at);
-        factors = Columns::not_factored(d);
+        for (int i = 0; i < kColumns; ++i) x[i] *= scales[i * tensor.matrices];
       }
-      Columns::columns(g, seen_param(p), m, r, factors, x);
-      factored_direction<Columns, kColumns, kWidth, 1, kWidth <= 16 ? kWidth : 16>(
-          x, weights, params.magnitude_rate, [&](int j, int) { return weights[kBias + j]; }, direction);
-      store_value(tensor.param, tensor.param_dtype, at, next_param(p, direction[0], step_size, keep));
     }
+    factored_direction<Columns, kColumns, kWidth, 1, kWidth <= 16 ? kWidth : 16>(
+        x, weights, params.magnitude_rate, [&](int j, int) { return weights[kBias + j]; }, direction);
+    if constexpr (Columns::kWhole)
+      __stcg(reinterpret_cast<float*>(tensor.direction) + at, direction[0]);
+    else
+      store_value(tensor.param, tensor.param_dtype, at, next_param(p, direction[0], step_size, keep));
+  });
+}
+
+// Directions that were treated as a whole to parameters.
+__global__ void __launch_bounds__(kThreads) write_factored_kernel(FactoredParams params) {
+  const Tile tile = params.tiles[blockIdx.x];
+  const FactoredTensor tensor = params.tensors[tile.tensor];
+  const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
+  if (tensor.direction == 0 || rests(params, tensor) || !moves(step_size, keep)) return;
+  const float* const directions = reinterpret_cast<const float*>(tensor.direction);
+  const Work<Celo2Columns> work(params, tile, tensor);
+  work.each([&](int64_t line, int64_t c) {
+    const int64_t at = work.place(line, c);
+    const float p = load_value(tensor.param, tensor.param_dtype, at);
+    store_value(tensor.param, tensor.param_dtype, at, next_param(p, __ldcg(directions + at), step_size, keep));
+  });
 }
 
 // ---- Launches ----------------------------------------------------------------------------------------------------------
@@ -412,9 +580,11 @@ bool accumulate_factored(const FactoredParams& params, const Target& target) {
     using Columns = decltype(columns);
     launch_blocks("measure", measure_kernel<Columns>, params.num_tiles, params, target);
     launch_blocks("begin", begin_kernel, params.num_tensors, params, target);
-    launch_blocks("moments", moments_kernel, params.num_pieces, params, target);
-    launch_blocks("factors", factors_kernel, params.num_tensors, params, target);
-    launch_blocks("accumulate", accumulate_factored_kernel<Columns>, params.num_tiles, params, target);
+    if constexpr (Columns::kMlp) {
+      launch_blocks("moments", moments_kernel, params.num_pieces, params, target);
+      launch_blocks("factors", factors_kernel, params.num_tensors, params, target);
+      launch_blocks("accumulate", accumulate_factored_kernel<Columns>, params.num_tiles, params, target);
+    }
   });
 }
 
@@ -423,15 +593,26 @@ bool apply_factored(const FactoredParams& params, const Target& target) {
   return with_factored(params.rule, params.width, [&](auto columns, auto width_constant) {
     using Columns = decltype(columns);
     constexpr int kWidth = decltype(width_constant)::value;
-    launch_blocks("fold", fold_kernel<Columns, kWidth>, params.num_tensors, params, target);
-    launch_blocks("apply", apply_factored_kernel<Columns, kWidth>, params.num_tiles, params, target);
+    if constexpr (Columns::kMlp) {
+      launch_blocks("fold", fold_kernel<Columns, kWidth>, params.num_tensors, params, target);
+      launch_blocks("apply", apply_factored_kernel<Columns, kWidth>, params.num_tiles, params, target);
+    } else {
+      launch_blocks("adam", adam_kernel<Columns>, params.num_tiles, params, target);
+    }
+  });
+}
+
+bool write_factored(const FactoredParams& params, const Target& target) {
+  const DeviceGuard guard(target.device);
+  return with_factored(params.rule, params.width, [&](auto, auto) {
+    launch_blocks("write", write_factored_kernel, params.num_tiles, params, target);
   });
 }
 
 }  // namespace
 
 const FactoredKernels& cuda_factored() {
-  static constexpr FactoredKernels kernels{accumulate_factored, apply_factored};
+  static constexpr FactoredKernels kernels{accumulate_factored, apply_factored, write_factored};
   return kernels;
 }
 

@@ -23,6 +23,9 @@ void bind_factored(pybind11::module_& m) {
         "Of a learned optimizer of others all accumulators, and what its MLP is made of; see csrc/api/factored.h.");
   m.def("factored_apply", &factored<&FactoredKernels::apply>, "backend"_a, "params"_a, "num_threads"_a, "device"_a,
         "stream"_a, py::call_guard<py::gil_scoped_release>(), "Its MLP and parameters; see csrc/api/factored.h.");
+  m.def("factored_write", &factored<&FactoredKernels::write>, "backend"_a, "params"_a, "num_threads"_a, "device"_a,
+        "stream"_a, py::call_guard<py::gil_scoped_release>(),
+        "Directions that were treated as a whole to parameters; see csrc/api/factored.h.");
   m.def(
       "has_factored", [](const std::string& backend) { return find_factored(backend) != nullptr; }, "backend"_a,
       "Whether a back end has kernels of learned optimizers of others.");

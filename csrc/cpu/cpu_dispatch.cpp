@@ -28,6 +28,7 @@ namespace lopt {
   void loss_and_gradient(const GradientCall& call, const Target& target);                                           \
   bool factored_accumulate(const FactoredParams& params, const Target& target);                                     \
   bool factored_apply(const FactoredParams& params, const Target& target);                                          \
+  bool factored_write(const FactoredParams& params, const Target& target);                                          \
   }
 LOPT_DECLARE(baseline)
 #ifdef LOPT_X86_LEVELS
@@ -58,7 +59,7 @@ struct CpuKernels {
       isa::multiply_add_rate,                                                                                   \
       isa::start_run,                                                                                           \
       {no_scratch, isa::unroll, isa::loss_and_gradient},                                                        \
-      {isa::factored_accumulate, isa::factored_apply},                                                          \
+      {isa::factored_accumulate, isa::factored_apply, isa::factored_write},                                     \
   }
 
 constexpr CpuKernels kKernels[] = {

@@ -35,7 +35,8 @@ LOPT_HD Vec masked(Vec x, int lanes) { return lanes < kLanes ? x * lane_mask(lan
 
 // ---- measure -----------------------------------------------------------------------------------------------------------
 
-// What is not finite, and squares of parameters.
+// What is not finite, squares of parameters, and the size of gradients.
+template <class Columns>
 void measure_elements(const FactoredParams& params, const Tile& tile, const Lines& lines, double* measures) {
   alignas(64) float param_buffer[kRun], grad_buffer[kRun];
   const Numbers param = Numbers::at(lines.tensor.param, lines.tensor.param_dtype, 0);
@@ -43,44 +44,47 @@ void measure_elements(const FactoredParams& params, const Tile& tile, const Line
   std::fill_n(measures, int{Measure::kCount}, 0.0);
   for_runs(lines, tile, [&](int64_t at, int64_t count) {
     const float *p_at = param.read(at, count, param_buffer), *g_at = grad.read(at, count, grad_buffer);
-    Vec nonfinite{}, square{};
+    Vec nonfinite{}, square{}, size{};
     for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
       const Vec raw = load(g_at + i, lanes), p = bounded(load(p_at + i, lanes));
       nonfinite += raw - raw == Vec{} ? Vec{} : splat(1.0f);
       square += p * p;
+      if (Columns::kSees == Sees::kStep) size += abs_of(clip_gradient(raw, Columns::kGradientBound));
     });
     measures[Measure::nonfinite] += sum_lanes(nonfinite);
     measures[Measure::param_square] += sum_lanes(square);
+    measures[Measure::grad_size] += sum_lanes(size);
   });
 }
 
-// Means of the accumulators before the step, and sums of squared deviations from them.
-void measure_moments(const Tile& tile, const Lines& lines, double* measures) {
-  const FactoredTensor& tensor = lines.tensor;
-  double *const mean = measures + Measure::mom0_mean, *const squares = measures + Measure::mom0_var;
+// Means of what the rule's LSTM sees, and sums of squared deviations from them. value(at, i, lanes, k): vectors of a run.
+template <class Value>
+void measure_seen(const Tile& tile, const Lines& lines, double* measures, const Value& value) {
+  double *const mean = measures + Measure::mean0, *const squares = measures + Measure::var0;
   double seen = 0.0;
-  const float* values[kSeenMoments];
-  for (int k = 0; k < kSeenMoments; ++k)
-    values[k] = k < 3 ? reinterpret_cast<const float*>(tensor.mom) + k * tensor.numel
-                      : reinterpret_cast<const float*>(tensor.rms);
   for_runs(lines, tile, [&](int64_t at, int64_t count) {
-    Vec sum[kSeenMoments]{}, deviation[kSeenMoments]{};
-    float center[kSeenMoments];
-    double of_run[kSeenMoments];
+    Vec sum[kSeenThings]{}, deviation[kSeenThings]{};
+    float center[kSeenThings];
+    double of_run[kSeenThings];
+    const auto value_at = value(at, count);
     for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      Vec x[kSeenThings];
+      value_at(i, lanes, x);
       LOPT_UNROLL
-      for (int k = 0; k < kSeenMoments; ++k) sum[k] += load(values[k] + at + i, lanes);
+      for (int k = 0; k < kSeenThings; ++k) sum[k] += x[k];
     });
-    for (int k = 0; k < kSeenMoments; ++k)
+    for (int k = 0; k < kSeenThings; ++k)
       center[k] = static_cast<float>(of_run[k] = sum_lanes(sum[k]) / static_cast<double>(count));
     for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      Vec x[kSeenThings];
+      value_at(i, lanes, x);
       LOPT_UNROLL
-      for (int k = 0; k < kSeenMoments; ++k) {
-        const Vec d = masked(load(values[k] + at + i, lanes) - center[k], lanes);
+      for (int k = 0; k < kSeenThings; ++k) {
+        const Vec d = masked(x[k] - center[k], lanes);
         deviation[k] += d * d;
       }
     });
-    for (int k = 0; k < kSeenMoments; ++k) {
+    for (int k = 0; k < kSeenThings; ++k) {
       const double of_deviation = sum_lanes(deviation[k]);
       if (seen == 0.0) {
         mean[k] = of_run[k], squares[k] = of_deviation;
@@ -90,6 +94,36 @@ void measure_moments(const Tile& tile, const Lines& lines, double* measures) {
     }
     seen += static_cast<double>(count);
   });
+}
+
+template <class Columns>
+void measure_moments(const FactoredParams& params, const Tile& tile, const Lines& lines, double* measures) {
+  const FactoredTensor& tensor = lines.tensor;
+  const float* const mom = reinterpret_cast<const float*>(tensor.mom);
+  const float* const rms = reinterpret_cast<const float*>(tensor.rms);
+  if constexpr (Columns::kSees == Sees::kBefore) {
+    measure_seen(tile, lines, measures, [&](int64_t at, int64_t) {
+      return [=, &tensor](int64_t i, int lanes, Vec* x) LOPT_INLINE {
+        LOPT_UNROLL
+        for (int k = 0; k < 3; ++k) x[k] = load(mom + k * tensor.numel + at + i, lanes);
+        x[3] = load(rms + at + i, lanes);
+      };
+    });
+  } else if constexpr (Columns::kSees == Sees::kStep) {
+    alignas(64) float param_buffer[kRun], grad_buffer[kRun];
+    const float* const control = params.controls + tensor.row * AdamControl::kCount;
+    const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
+    const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
+    measure_seen(tile, lines, measures, [&](int64_t at, int64_t count) {
+      const float *const p_at = param.read(at, count, param_buffer), *const g_at = grad.read(at, count, grad_buffer);
+      return [=](int64_t i, int lanes, Vec* x) LOPT_INLINE {
+        x[0] = clip_gradient(load(g_at + i, lanes), Columns::kGradientBound);
+        x[1] = seen_param(load(p_at + i, lanes));
+        x[2] = next_accumulator(load(mom + at + i, lanes), control[AdamControl::mom_decay], x[0]);
+        x[3] = next_accumulator(load(rms + at + i, lanes), control[AdamControl::rms_decay], x[0] * x[0]);
+      };
+    });
+  }
 }
 
 // sums[(first + i) % period] += values[i] for i < count. Sixteen vectors and less of one phase are summed in float.
@@ -163,16 +197,16 @@ void begin_tensor(const FactoredParams& params, const FactoredTensor& tensor) {
       f(params.measures + i * Measure::kCount, static_cast<double>(Extent(tensor, params.tiles[i]).count()));
   };
   each_tile([&](const double* of_tile, double count) {
-    for (int c = 0; c < Measure::mom0_mean; ++c) total[c] += of_tile[c];
-    for (int c = Measure::mom0_mean; c < Measure::mom0_var; ++c) total[c] += of_tile[c] * (count / numel);
+    for (int c = 0; c < Measure::mean0; ++c) total[c] += of_tile[c];
+    for (int c = Measure::mean0; c < Measure::var0; ++c) total[c] += of_tile[c] * (count / numel);
   });
   each_tile([&](const double* of_tile, double count) {
-    for (int k = 0; k < kSeenMoments; ++k) {
-      const double away = of_tile[Measure::mom0_mean + k] - total[Measure::mom0_mean + k];
-      total[Measure::mom0_var + k] += (of_tile[Measure::mom0_var + k] + count * away * away) / numel;
+    for (int k = 0; k < kSeenThings; ++k) {
+      const double away = of_tile[Measure::mean0 + k] - total[Measure::mean0 + k];
+      total[Measure::var0 + k] += (of_tile[Measure::var0 + k] + count * away * away) / numel;
     }
   });
-  total[Measure::param_square] /= numel;
+  for (int c : {Measure::param_square, Measure::grad_size}) total[c] /= numel;
   float* stats = params.stats + tensor.row * Measure::kCount;
   for (int c = 0; c < Measure::kCount; ++c) stats[c] = static_cast<float>(total[c]);
 }
@@ -208,10 +242,10 @@ void find_factors(const FactoredParams& params, const FactoredTensor& tensor) {
         const RowEntries row(lines, is_along, w);
         double sum = 0.0;
         for (int64_t i = 0; i < row.count; ++i) sum += from[row.first + i * row.stride];
-        const float share = 1.0f / row_mean(sum, row.count);
+        const float factor_of_row = row_factor(sum, row.count);
         for (int64_t i = 0; i < row.count; ++i) {
           const int64_t at = row.first + i * row.stride;
-          factor[at] = safe_inverse_root(from[at] * share);
+          factor[at] = safe_inverse_root(from[at] * factor_of_row);
         }
       }
     }
@@ -261,21 +295,28 @@ template <class Columns, int kWidth>
 void fold_tensor(const FactoredParams& params, const FactoredTensor& tensor) {
   constexpr int kColumns = Columns::kNumColumns;
   using Layout = FactoredMlp<kColumns, kWidth>;
+  if (Columns::kAdam && tensor.adam) return;
   const Lines lines{tensor};
-  const bool factored = lines.factored();
-  double total[kColumns]{};
-  for (int64_t i = tensor.first_tile; i < tensor.first_tile + tensor.num_tiles; ++i)
-    for (int c = 0; c < kColumns; ++c) total[c] += params.squares[i * kColumns + c];
+  const bool several = tensor.matrices > 1, factored = lines.factored() && !several;
   float scale[kColumns];
-  for (int c = 0; c < kColumns; ++c) scale[c] = column_scale(total[c] / static_cast<double>(tensor.numel));
+  for (int c = 0; c < kColumns; ++c)
+    for (int64_t m = 0; m < tensor.matrices; ++m) {
+      double total = 0.0;
+      for (int64_t i = 0; i < tensor.num_tiles; ++i) total += *square_sum(params, tensor, kColumns, i, c, m);
+      const double mean = total / static_cast<double>(tensor.numel / tensor.matrices);
+      float& to = several ? params.scales[tensor.scales + c * tensor.matrices + m] : scale[c];
+      to = column_scale<Columns>(mean);
+    }
   if constexpr (Columns::kFactored) {
     for (const bool is_along : {true, false}) {
       if (!factored) break;
       const Entries entries(params, lines, is_along);
       const int side = is_along ? 0 : kFactoredDecays;
       for (int k = 0; k < kFactoredDecays; ++k) {
-        scale[Columns::along0 + side + k] = column_scale(entries.mean_square(entries.means + k * entries.count));
-        scale[Columns::rsqrt_along0 + side + k] = column_scale(entries.mean_square(entries.roots + k * entries.count));
+        scale[Columns::along0 + side + k] =
+            column_scale<Columns>(entries.mean_square(entries.means + k * entries.count));
+        scale[Columns::rsqrt_along0 + side + k] =
+            column_scale<Columns>(entries.mean_square(entries.roots + k * entries.count));
       }
     }
   }
@@ -284,7 +325,7 @@ void fold_tensor(const FactoredParams& params, const FactoredTensor& tensor) {
   const float* const weights = params.weights + tensor.row * params.weight_stride;
   float* const own = params.own_weights + tensor.row * Layout::kSize;
   for (int i = 0; i < Layout::kSize; ++i)
-    own[i] = folded_weight<Columns, kWidth>(i, weights, scale, tensor.along_is_row != 0, times);
+    own[i] = folded_weight<Columns, kWidth>(i, weights, several ? nullptr : scale, tensor.along_is_row != 0, times);
   if constexpr (Columns::kFactored) {
     if (!factored) return;
     const float *const of_means = own + Columns::along0 * kWidth, *const of_roots =
@@ -304,11 +345,31 @@ inline void repeat(const float* values, int64_t period, int64_t first, int64_t c
   for (; done < count; done *= 2) std::copy_n(to, std::min(done, count - done), to + done);
 }
 
+// sums [matrices] += values of the elements from `at` on, by the matrix that they are in.
+inline void sum_matrices(const Matrices& matrices, const float* values, int64_t at, int64_t count, double* sums) {
+  if (matrices.stride == 1) return sum_periods(values, matrices.count, at % matrices.count, count, sums);
+  for (int64_t i = 0; i < count;) {
+    const int64_t end = std::min(count, i + matrices.stride - (at + i) % matrices.stride);
+    double& sum = sums[matrices.of(at + i)];
+    for (; i < end; ++i) sum += values[i];
+  }
+}
+
+// to[i]: that of the matrix of the element at + i, of values [matrices].
+inline void repeat_matrices(const Matrices& matrices, const float* values, int64_t at, int64_t count, float* to) {
+  if (matrices.stride == 1) return repeat(values, matrices.count, at % matrices.count, count, to);
+  for (int64_t i = 0; i < count;) {
+    const int64_t end = std::min(count, i + matrices.stride - (at + i) % matrices.stride);
+    const float value = values[matrices.of(at + i)];
+    for (; i < end; ++i) to[i] = value;
+  }
+}
+
 // Factors, and what kUnits units of the first layer have, of the elements of a run: each plane from an address on, along
 // and across. kSame: all elements of the run have one entry along.
 template <int kUnits, bool kSame>
 struct Spread {
-  static constexpr bool kFactored = true;
+  static constexpr bool kFactored = true, kScaled = false;
   static constexpr int kPlanes = kFactoredDecays + kUnits;
   const float *along[kPlanes], *across[kPlanes];
 
@@ -329,10 +390,29 @@ struct Spread {
   }
 };
 
-// The same, made for runs that may go over the ends of lines.
+// Of a run in several matrices all that is known of second moments, and what its columns are multiplied by: planes of kRun.
+struct Scaled {
+  static constexpr bool kFactored = false, kScaled = true;
+  const float *along, *across, *scales;
+
+  Factors<Vec> at(int64_t i, int lanes) const {
+    Vec a[kFactorPlanes], b[kFactorPlanes];
+    LOPT_UNROLL
+    for (int k = 0; k < kFactorPlanes; ++k) {
+      a[k] = load(along + k * kRun + i, lanes);
+      b[k] = load(across + k * kRun + i, lanes);
+    }
+    return Factors<Vec>::of(a, b);
+  }
+  Vec scale(int column, int64_t i, int lanes) const { return load(scales + column * kRun + i, lanes); }
+};
+
+// The same, made for runs that may go over the ends of lines. kUnits, or kScaledUnits: Scaled.
+constexpr int kScaledUnits = -1;
 template <int kUnits>
 struct Spreads {
-  static constexpr int kPlanes = kFactoredDecays + kUnits;
+  static constexpr bool kScaled = kUnits == kScaledUnits;
+  static constexpr int kPlanes = kScaled ? kFactorPlanes : kFactoredDecays + kUnits;
   const FactoredParams& params;
   const Lines lines;
   alignas(64) float along_buffer[kPlanes * kRun], across_buffer[kPlanes * kRun];
@@ -340,7 +420,9 @@ struct Spreads {
   const float* plane(bool is_along, int j) const {
     const int64_t count = is_along ? lines.num_along() : lines.num_across();
     const int64_t first = is_along ? lines.along_factors() : lines.across_factors(params.width);
-    return params.factors + first + (kFactoredDecays + j) * count;
+    if (kScaled && j < kFactoredDecays)
+      return reinterpret_cast<const float*>(is_along ? lines.tensor.along : lines.tensor.across) + j * count;
+    return params.factors + first + (kScaled ? j - kFactoredDecays : kFactoredDecays + j) * count;
   }
 
   bool same(int64_t at, int64_t count) const {
@@ -357,8 +439,8 @@ struct Spreads {
     return spread;
   }
 
-  Spread<kUnits, false> of(int64_t at, int64_t count) {
-    Spread<kUnits, false> spread;
+  // The buffers, filled.
+  void fill(int64_t at, int64_t count) {
     const int64_t size = lines.size(), per_line = lines.per_line(), inner = lines.tensor.inner;
     const int64_t period = lines.tensor.length * inner;
     for (int j = 0; j < kPlanes; ++j) {
@@ -381,6 +463,13 @@ struct Spreads {
         }
         done += piece;
       }
+    }
+  }
+
+  Spread<kUnits, false> of(int64_t at, int64_t count) {
+    Spread<kUnits, false> spread;
+    fill(at, count);
+    for (int j = 0; j < kPlanes; ++j) {
       spread.along[j] = along_buffer + j * kRun;
       spread.across[j] = across_buffer + j * kRun;
     }
@@ -391,7 +480,7 @@ struct Spreads {
 // Second moments of a tensor that is not factored, of the elements of a run.
 template <class Columns>
 struct NotFactored {
-  static constexpr bool kFactored = false;
+  static constexpr bool kFactored = false, kScaled = false;
   const float* moments;
   int64_t stride;
 
@@ -411,6 +500,20 @@ struct NotFactored {
 template <class Columns, int kUnits, class Function>
 void for_factored_runs(const FactoredParams& params, const Tile& tile, const Function& f) {
   const FactoredTensor& tensor = params.tensors[tile.tensor];
+  if constexpr (Columns::kWhole) {
+    if (tensor.matrices > 1) {
+      const Matrices matrices(tensor);
+      Spreads<kScaledUnits> spreads{params, {tensor}, {}, {}};
+      alignas(64) float scales[Columns::kNumColumns * kRun];
+      for_runs(spreads.lines, tile, [&](int64_t at, int64_t count) {
+        spreads.fill(at, count);
+        for (int c = 0; kUnits > 0 && c < Columns::kNumColumns; ++c)
+          repeat_matrices(matrices, params.scales + tensor.scales + c * tensor.matrices, at, count, scales + c * kRun);
+        f(at, count, Scaled{spreads.along_buffer, spreads.across_buffer, scales});
+      });
+      return;
+    }
+  }
   Spreads<kUnits> spreads{params, {tensor}, {}, {}};
   for_runs(spreads.lines, tile, [&](int64_t at, int64_t count) {
     if (!spreads.lines.factored())
@@ -434,17 +537,19 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
   alignas(64) float param_buffer[kRun], grad_buffer[kRun];
   const Tile& tile = params.tiles[index];
   const FactoredTensor& tensor = params.tensors[tile.tensor];
-  if (rests(params, tensor)) return;
+  if (rests(params, tensor) || (Columns::kAdam && tensor.adam)) return;
   const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
   const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
   float *const mom = reinterpret_cast<float*>(tensor.mom), *const rms = reinterpret_cast<float*>(tensor.rms);
   float* const moments = reinterpret_cast<float*>(tensor.along);
   const bool factored = tensor.across != 0;
-  double* const total = params.squares + index * kColumns;
-  std::fill_n(total, kColumns, 0.0);
+  double* const total = square_sum(params, tensor, kColumns, index - tensor.first_tile, 0, 0);
+  std::fill_n(total, kColumns * tensor.matrices, 0.0);
   for_factored_runs<Columns, 0>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
     // Squares of columns that entries have in common are summed over the entries, by fold.
-    constexpr int kSquared = std::decay_t<decltype(factors)>::kFactored ? element_columns<Columns>() : kColumns;
+    using Known = std::decay_t<decltype(factors)>;
+    constexpr int kSquared = Known::kFactored ? element_columns<Columns>() : kColumns;
+    alignas(64) float each[Known::kScaled ? kColumns * kRun : 1];
     const float *const p_at = param.read(at, count, param_buffer), *const g_at = grad.read(at, count, grad_buffer);
     if (Columns::kFactored && !factored)
       for (int k = 0; k < kFactoredDecays; ++k)
@@ -471,9 +576,19 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
       }
       Columns::columns(g, seen_param(load(p_at + i, lanes)), m, r, factors.at(i, lanes), x);
       LOPT_UNROLL
-      for (int c = 0; c < kSquared; ++c) squares[c] += masked(x[c] * x[c], lanes);
+      for (int c = 0; c < kSquared; ++c) {
+        if constexpr (Known::kScaled)
+          store(each + c * kRun + i, x[c] * x[c], lanes);
+        else
+          squares[c] += masked(x[c] * x[c], lanes);
+      }
     });
-    for (int c = 0; c < kSquared; ++c) total[c] += sum_lanes(squares[c]);
+    for (int c = 0; c < kSquared; ++c) {
+      if constexpr (Known::kScaled)
+        sum_matrices(Matrices(tensor), each + c * kRun, at, count, total + c * tensor.matrices);
+      else
+        total[c] += sum_lanes(squares[c]);
+    }
   });
 }
 
@@ -487,8 +602,10 @@ struct FactoredApplier {
   float magnitude_rate, step_size, keep;
 
   // kVectors vectors of `lanes` parameters each, which share the loads of weights.
+  // directions: of the run, where they are kept.
   template <int kVectors, class F>
-  LOPT_INLINE void rows(float* p_at, const float* g_at, int64_t at, int64_t i, int lanes, const F& factors) const {
+  LOPT_INLINE void rows(float* p_at, const float* g_at, float* directions, int64_t at, int64_t i, int lanes,
+                        const F& factors) const {
     constexpr int kIn = F::kFactored ? element_columns<Columns>() : kColumns;
     Vec p[kVectors], x[kIn * kVectors], direction[kVectors];
     LOPT_UNROLL
@@ -503,7 +620,12 @@ struct FactoredApplier {
       Columns::columns(clip_gradient(load(g_at + j, lanes), Columns::kGradientBound), seen_param(p[v]), m, r,
                        factors.at(j, lanes), raw);
       LOPT_UNROLL
-      for (int c = 0; c < kIn; ++c) x[c * kVectors + v] = raw[c];
+      for (int c = 0; c < kIn; ++c) {
+        if constexpr (F::kScaled)
+          x[c * kVectors + v] = raw[c] * factors.scale(c, j, lanes);
+        else
+          x[c * kVectors + v] = raw[c];
+      }
     }
     const auto start = [&](int unit, int v) LOPT_INLINE {
       if constexpr (F::kFactored)
@@ -513,19 +635,46 @@ struct FactoredApplier {
     };
     factored_direction<Columns, kIn, kWidth, kVectors, kSums / kVectors>(x, weights, magnitude_rate, start, direction);
     LOPT_UNROLL
-    for (int v = 0; v < kVectors; ++v)
-      store(p_at + i + v * kLanes, next_param(p[v], direction[v], step_size, keep), lanes);
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (Columns::kWhole)
+        store(directions + i + v * kLanes, direction[v], lanes);
+      else
+        store(p_at + i + v * kLanes, next_param(p[v], direction[v], step_size, keep), lanes);
+    }
   }
 };
 
+// Adam's step of a tile: accumulators and, where they move, parameters.
+void step_by_adam(const FactoredParams& params, const Tile& tile, const FactoredTensor& tensor, float bound) {
+  alignas(64) float param_buffer[kRun], grad_buffer[kRun];
+  const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
+  const float* const control = params.controls + tensor.row * AdamControl::kCount;
+  const bool moving = moves(step_size, keep);
+  const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
+  const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
+  float *const mom = reinterpret_cast<float*>(tensor.mom), *const rms = reinterpret_cast<float*>(tensor.rms);
+  for_runs({tensor}, tile, [&](int64_t at, int64_t count) {
+    float* const p_at = param.read(at, count, param_buffer);
+    const float* const g_at = grad.read(at, count, grad_buffer);
+    for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      const Vec g = clip_gradient(load(g_at + i, lanes), bound);
+      const Vec m = next_accumulator(load(mom + at + i, lanes), control[AdamControl::mom_decay], g);
+      const Vec r = next_accumulator(load(rms + at + i, lanes), control[AdamControl::rms_decay], g * g);
+      store(mom + at + i, m, lanes);
+      store(rms + at + i, r, lanes);
+      if (moving)
+        store(p_at + i, next_param(load(p_at + i, lanes), adam_direction(m, r, control), step_size, keep), lanes);
+    });
+    if (moving) param.write(at, count, p_at);
+  });
+}
+
+// The MLP's step of a tile: parameters, or directions.
 template <class Columns, int kWidth>
-void apply_tile(const FactoredParams& params, int64_t index) {
+void apply_mlp(const FactoredParams& params, const Tile& tile, const FactoredTensor& tensor, float step_size,
+               float keep) {
   using Applier = FactoredApplier<Columns, kWidth>;
   alignas(64) float param_buffer[kRun], grad_buffer[kRun];
-  const Tile& tile = params.tiles[index];
-  const FactoredTensor& tensor = params.tensors[tile.tensor];
-  const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
-  if (rests(params, tensor) || !moves(step_size, keep)) return;
   const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
   const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
   const Applier applier{reinterpret_cast<const float*>(tensor.mom),
@@ -538,10 +687,40 @@ void apply_tile(const FactoredParams& params, int64_t index) {
   for_factored_runs<Columns, kWidth>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
     float* const p_at = param.read(at, count, param_buffer);
     const float* const g_at = grad.read(at, count, grad_buffer);
+    float* const directions = Columns::kWhole ? reinterpret_cast<float*>(tensor.direction) + at : nullptr;
     int64_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) applier.template rows<2>(p_at, g_at, at, i, kLanes, factors);
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+      applier.template rows<2>(p_at, g_at, directions, at, i, kLanes, factors);
     for (; i < count; i += kLanes)
-      applier.template rows<1>(p_at, g_at, at, i, static_cast<int>(std::min<int64_t>(count - i, kLanes)), factors);
+      applier.template rows<1>(p_at, g_at, directions, at, i, static_cast<int>(std::min<int64_t>(count - i, kLanes)),
+                               factors);
+    if (!Columns::kWhole) param.write(at, count, p_at);
+  });
+}
+
+template <class Columns, int kWidth>
+void apply_tile(const FactoredParams& params, int64_t index) {
+  const Tile& tile = params.tiles[index];
+  const FactoredTensor& tensor = params.tensors[tile.tensor];
+  const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
+  if (rests(params, tensor)) return;
+  if (Columns::kAdam && tensor.adam) return step_by_adam(params, tile, tensor, Columns::kGradientBound);
+  if (!moves(step_size, keep)) return;
+  if constexpr (Columns::kMlp) apply_mlp<Columns, kWidth>(params, tile, tensor, step_size, keep);
+}
+// Directions that were treated as a whole to the parameters of a tile.
+void write_tile(const FactoredParams& params, const Tile& tile) {
+  alignas(64) float buffer[kRun];
+  const FactoredTensor& tensor = params.tensors[tile.tensor];
+  const float step_size = params.step_size[tensor.row], keep = params.keep[tensor.row];
+  if (tensor.direction == 0 || rests(params, tensor) || !moves(step_size, keep)) return;
+  const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
+  const float* const directions = reinterpret_cast<const float*>(tensor.direction);
+  for_runs({tensor}, tile, [&](int64_t at, int64_t count) {
+    float* const p_at = param.read(at, count, buffer);
+    for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
+      store(p_at + i, next_param(load(p_at + i, lanes), load(directions + at + i, lanes), step_size, keep), lanes);
+    });
     param.write(at, count, p_at);
   });
 }
@@ -564,8 +743,8 @@ bool factored_accumulate(const FactoredParams& params, const Target& target) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < params.num_tiles; ++i) {
         const Lines lines{params.tensors[params.tiles[i].tensor]};
-        measure_elements(params, params.tiles[i], lines, params.measures + i * Measure::kCount);
-        if (Columns::kSeesMoments) measure_moments(params.tiles[i], lines, params.measures + i * Measure::kCount);
+        measure_elements<Columns>(params, params.tiles[i], lines, params.measures + i * Measure::kCount);
+        measure_moments<Columns>(params, params.tiles[i], lines, params.measures + i * Measure::kCount);
         if (lines.factored()) measure_squares(params, params.tiles[i], lines, Columns::kGradientBound);
       }
 #pragma omp for schedule(static)
@@ -575,7 +754,9 @@ bool factored_accumulate(const FactoredParams& params, const Target& target) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t t = 0; t < params.num_tensors; ++t) find_factors(params, params.tensors[t]);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < params.num_tiles; ++i) accumulate_tile<Columns>(params, i);
+      for (int64_t i = 0; i < params.num_tiles; ++i) {
+        if constexpr (Columns::kMlp) accumulate_tile<Columns>(params, i);
+      }
     }
   });
 }
@@ -587,10 +768,19 @@ bool factored_apply(const FactoredParams& params, const Target& target) {
 #pragma omp parallel num_threads(threads_of(params, target))
     {
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < params.num_tensors; ++t) fold_tensor<Columns, kWidth>(params, params.tensors[t]);
+      for (int64_t t = 0; t < params.num_tensors; ++t) {
+        if constexpr (Columns::kMlp) fold_tensor<Columns, kWidth>(params, params.tensors[t]);
+      }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < params.num_tiles; ++i) apply_tile<Columns, kWidth>(params, params.num_tiles - 1 - i);
     }
+  });
+}
+
+bool factored_write(const FactoredParams& params, const Target& target) {
+  return with_factored(params.rule, params.width, [&](auto, auto) {
+#pragma omp parallel for num_threads(threads_of(params, target)) schedule(dynamic, 1)
+    for (int64_t i = 0; i < params.num_tiles; ++i) write_tile(params, params.tiles[i]);
   });
 }
 

@@ -1,4 +1,5 @@
-// Learned optimizers of others whose MLP sees factored second moments, or none: what it sees of one parameter, and the MLP.
+// Learned optimizers of others: what their MLP sees of one parameter, with factored second moments or without, the MLP; and
+// Adam's step, where an LSTM drives it or it does what is no matrix.
 //
 // A tensor in memory is [outer, lines, groups, length, inner], where `lines` and `length` are its two largest dimensions and
 // the others are all those before, between and behind them. A line, [groups, length, inner], is contiguous. Second moments
@@ -6,7 +7,7 @@
 // [outer, groups, length, inner]. The one that keeps the second largest dimension is Adafactor's row, the other its column.
 //
 // Values are of type V: float, or a SIMD vector of floats (simd.h). No loads or stores from memory here.
-// Source: lopt/rule/published/{parts,small_fc,adafactor_mlp}.py, which are the definition.
+// Source: lopt/rule/published/{parts,small_fc,adafactor_mlp,nn_adam,celo2}.py, which are the definition.
 #pragma once
 
 #include "rule/constants.h"
@@ -63,10 +64,10 @@ LOPT_HD V safe_inverse_root(V moment) {
 // where the rule has the row and `across` where it has the column; `turned` is the place of a column where it is the other
 // way around.
 
-// Those that rules with three momenta, a second moment and factored ones have in common.
+// Those that rules with three momenta, a second moment and factored ones have in common; epsilon: of its inverse root.
 template <class Column, class V>
-LOPT_HD void factored_columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, V* x) {
-  const V inverse = rsqrt_of(rms[0] + 1e-6f);
+LOPT_HD void factored_columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, float epsilon, V* x) {
+  const V inverse = rsqrt_of(rms[0] + epsilon);
   x[Column::grad] = grad;
   x[Column::param] = param;
   x[Column::rms] = rms[0];
@@ -84,16 +85,29 @@ LOPT_HD void factored_columns(V grad, V param, const V* mom, const V* rms, const
   }
 }
 
+// Of which four things a rule's LSTM sees mean and variance in every tensor: the accumulators before the step (three momenta
+// and a second moment), or gradient, parameter and the next momentum and second moment.
+enum class Sees { kNothing, kBefore, kStep };
+
+// What all rules have but where they say otherwise: an MLP, which writes parameters, and no step of Adam's.
+struct RuleColumns {
+  static constexpr bool kMlp = true;
+  static constexpr bool kAdam = false;   // whether tensors that say so are stepped by adam_direction
+  static constexpr bool kWhole = false;  // whether a tensor's directions are kept, treated as a whole, and then written
+  static constexpr Sees kSees = Sees::kNothing;
+  static constexpr float kRmsEpsilon = 1e-6f, kScaleEpsilon = 1e-5f;
+  static constexpr float kGradientBound = kLargest;
+};
+
 // small_fc_lopt: 28 columns, and eleven times.
-struct SmallFCColumns {
+struct SmallFCColumns : RuleColumns {
   static constexpr int kNumMom = 3, kNumRms = 1;
   LOPT_ENUM(Column, kNumColumns, grad, param, mom0, mom1, mom2, rms, mom0_over_rms, mom1_over_rms, mom2_over_rms,
             rsqrt_rms, grad_factored0, grad_factored1, grad_factored2, mom_factored0, mom_factored1, mom_factored2,
             along0, along1, along2, across0, across1, across2, rsqrt_along0, rsqrt_along1, rsqrt_along2, rsqrt_across0,
             rsqrt_across1, rsqrt_across2);
   static constexpr int kNumTimes = 11;
-  static constexpr bool kFactored = true, kSeesMoments = false;
-  static constexpr float kGradientBound = kLargest;
+  static constexpr bool kFactored = true;
 
   // Of a tensor of less than two dimensions, which is not factored: row and column are the second moments themselves.
   template <class V>
@@ -111,12 +125,12 @@ struct SmallFCColumns {
 
   template <class V>
   LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, V* x) {
-    factored_columns<Column>(grad, param, mom, rms, f, x);
+    factored_columns<Column>(grad, param, mom, rms, f, kRmsEpsilon, x);
   }
 };
 
 // VeLO: 30 columns, and nothing else.
-struct VeLOColumns {
+struct VeLOColumns : RuleColumns {
   static constexpr int kNumMom = 3, kNumRms = 1;
   LOPT_ENUM(Column, kNumColumns, grad, small_grad, param, mom0, mom1, mom2, rms, mom0_over_rms, mom1_over_rms,
             mom2_over_rms, rsqrt_rms, grad_factored0, grad_factored1, grad_factored2, grad_over_rms, mom_factored0,
@@ -124,7 +138,7 @@ struct VeLOColumns {
             rsqrt_along2, rsqrt_across0, rsqrt_across1, rsqrt_across2);
   static constexpr int kNumTimes = 0;
   static constexpr bool kFactored = true;
-  static constexpr bool kSeesMoments = true;  // whether its LSTM sees means and variances of the accumulators
+  static constexpr Sees kSees = Sees::kBefore;
   static constexpr float kGradientBound = 1000.0f, kSmallGradient = 0.1f;
   static constexpr float kLeastMoment = 1e-37f;  // below all that there are: a lane without one is 0
 
@@ -138,19 +152,42 @@ struct VeLOColumns {
 
   template <class V>
   LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, V* x) {
-    factored_columns<Column>(grad, param, mom, rms, f, x);
+    columns(grad, param, mom, rms, f, kRmsEpsilon, x);
+  }
+  template <class V>
+  LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, float epsilon, V* x) {
+    factored_columns<Column>(grad, param, mom, rms, f, epsilon, x);
     x[Column::small_grad] = clamp_of(grad, kSmallGradient);
     x[Column::grad_over_rms] = grad * x[Column::rsqrt_rms];
   }
 };
 
+// Celo2: VeLO's columns with other epsilons, of every matrix of a tensor; Adam for the rest.
+struct Celo2Columns : VeLOColumns {
+  static constexpr bool kAdam = true, kWhole = true;
+  static constexpr Sees kSees = Sees::kNothing;
+  static constexpr float kRmsEpsilon = 1e-8f, kScaleEpsilon = 1e-9f;
+
+  template <class V>
+  LOPT_HD static void columns(V grad, V param, const V* mom, const V* rms, const Factors<V>& f, V* x) {
+    VeLOColumns::columns(grad, param, mom, rms, f, kRmsEpsilon, x);
+  }
+};
+
+// nn_adam: Adam for all tensors, no MLP.
+struct NNAdamColumns : RuleColumns {
+  static constexpr int kNumMom = 1, kNumRms = 1, kNumColumns = 0, kNumTimes = 0;
+  static constexpr bool kMlp = false, kAdam = true, kFactored = false;
+  static constexpr Sees kSees = Sees::kStep;
+  static constexpr float kGradientBound = 1000.0f;
+};
+
 // mlp_lopt: 8 columns, and eleven times; no second moments.
-struct MLPLOptColumns {
+struct MLPLOptColumns : RuleColumns {
   static constexpr int kNumMom = 6, kNumRms = 0;
   LOPT_ENUM(Column, kNumColumns, grad, param, mom0, mom1, mom2, mom3, mom4, mom5);
   static constexpr int kNumTimes = 11;
-  static constexpr bool kFactored = false, kSeesMoments = false;
-  static constexpr float kGradientBound = kLargest;
+  static constexpr bool kFactored = false;
 
   template <class V>
   LOPT_HD static void columns(V grad, V param, const V* mom, const V*, const Factors<V>&, V* x) {
@@ -183,6 +220,20 @@ LOPT_HD int turned(int column) {
   return column;
 }
 
+// ---- Adam ---------------------------------------------------------------------------------------------------------------
+
+// What a tensor's step by Adam is made of.
+struct AdamControl {
+  LOPT_ENUM(Control, kCount, mom_decay, rms_decay, gain, rms_gain, inside, epsilon);
+};
+
+// gain mom / (epsilon + sqrt(rms_gain rms + inside)), of the next mom and rms.
+template <class V>
+LOPT_HD V adam_direction(V mom, V rms, const float* control) {
+  const V root = sqrt_of(rms * control[AdamControl::rms_gain] + control[AdamControl::inside]);
+  return mom * control[AdamControl::gain] * reciprocal_of(root + control[AdamControl::epsilon]);
+}
+
 // ---- The MLP: two hidden layers ----------------------------------------------------------------------------------------
 
 // Offsets into one row of weights, in floats: the first layer has `times` more inputs, which are the same for all
@@ -201,17 +252,21 @@ struct FactoredMlp {
 // tanh(step / 1 - 1), tanh(step / 3 - 1), ..
 LOPT_HD float tanh_time(int i, float step) { return ::tanhf(step / wave(i) - 1.0f); }
 
-// Column c's factor: it is divided by its root mean square over the tensor.
-LOPT_HD float column_scale(double mean_square) { return 1.0f / ::sqrtf(1e-5f + static_cast<float>(mean_square)); }
+// A column's factor: it is divided by its root mean square over the tensor, or matrix.
+template <class Columns>
+LOPT_HD float column_scale(double mean_square) {
+  return 1.0f / ::sqrtf(Columns::kScaleEpsilon + static_cast<float>(mean_square));
+}
 
-// Element i of a tensor's own row of weights, from the rule's, the columns' scales and `tanh_time`s; along_is_row: see above.
+// Element i of a tensor's own row of weights, from the rule's, the columns' scales (or null, where each matrix has its own)
+// and `tanh_time`s; along_is_row: see above.
 template <class Columns, int kWidth>
 LOPT_HD float folded_weight(int i, const float* weights, const float* scale, bool along_is_row, const float* times) {
   using From = FactoredMlp<Columns::kNumColumns, kWidth, Columns::kNumTimes>;
   using To = FactoredMlp<Columns::kNumColumns, kWidth>;
   if (i < To::kB1) {
     const int c = i / kWidth;
-    return weights[(along_is_row ? c : turned<Columns>(c)) * kWidth + i % kWidth] * scale[c];
+    return weights[(along_is_row ? c : turned<Columns>(c)) * kWidth + i % kWidth] * (scale ? scale[c] : 1.0f);
   }
   if (i >= To::kB3 + 2) return 0.0f;  // padding
   if (i >= To::kW2) return weights[i - To::kW2 + From::kW2];

@@ -117,11 +117,14 @@ LOPT_HD float log_of(float x) {
 LOPT_HD float exp_of(float x) { return exp2_estimate(x * kLog2E); }
 LOPT_HD float rsqrt_of(float x) { return rsqrt_estimate(x); }
 LOPT_HD float reciprocal_of(float x) { return reciprocal_estimate(x); }
+// Of x >= 0; what is subnormal is about 0.
+LOPT_HD float sqrt_of(float x) { return x * rsqrt_estimate(x < 0x1p-126f ? 0x1p-126f : x); }
 #else
 LOPT_HD float log_of(float x) { return ::logf(x); }
 LOPT_HD float exp_of(float x) { return ::expf(x); }
 LOPT_HD float rsqrt_of(float x) { return 1.0f / ::sqrtf(x); }
 LOPT_HD float reciprocal_of(float x) { return 1.0f / x; }
+LOPT_HD float sqrt_of(float x) { return ::sqrtf(x); }
 #endif
 
 // A root, to .3 percent.

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from lopt.kernels.factored import FactoredRule
 from lopt.rule import ThetaSpec
-from lopt.rule.published import VeLO
+from lopt.rule.published import SmallFC, VeLO
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
     )
 
 
-def factored(name: str, rule: FactoredRule, param_bytes: int = 4, grad_bytes: int = 4) -> Traffic:
+def factored(name: str, rule: SmallFC | VeLO, param_bytes: int = 4, grad_bytes: int = 4) -> Traffic:
     """Counted for a rule of others with factored second moments, whose rows and columns are left out.
 
     One pass reads parameter and gradient, of VeLO momenta and the second moment too; one reads all of them and writes

@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from lopt.kernels.factored import FactoredRule
 from lopt.rule import PRESETS, Theta, ThetaSpec
 from lopt.rule.published import SmallFC, VeLO
 
-#: Learned optimizers of others that have kernels.
-RULES: dict[str, FactoredRule] = {"small_fc_lopt": SmallFC(), "velo": VeLO()}
+#: Learned optimizers of others that are measured.
+RULES: dict[str, SmallFC | VeLO] = {"small_fc_lopt": SmallFC(), "velo": VeLO()}
 
 STATS: tuple[Literal["current", "lagged"], ...] = ("current", "lagged")
 STATE_DTYPES = ("float32", "bfloat16", "int8")
@@ -43,7 +42,7 @@ class Variant:
             raise ValueError(f"presets: {self.preset!r} has stats='current' and a float32 state alone")
 
     @property
-    def spec(self) -> ThetaSpec | FactoredRule:
+    def spec(self) -> ThetaSpec | SmallFC | VeLO:
         if self.preset in RULES:
             return RULES[self.preset]
         return dataclasses.replace(PRESETS[self.preset], stats=self.stats)

@@ -1,42 +1,42 @@
-"""FactoredPlan: steps of the learned optimizers of others whose MLP sees factored second moments.
+"""FactoredPlan: steps of the learned optimizers of others.
 
 Two operations over one list of tensors, each one call for any number of them (csrc/api/factored.h): ``accumulate``
 updates the accumulators, rows and columns, and finds what the MLP's inputs are divided by; ``apply`` writes the
-parameters. Equivalent to ``lopt.rule.published``, with two exact rewrites: root mean squares of columns and inputs that
+parameters, or directions of matrices, which a third one, ``write``, takes to the parameters after they were treated as
+wholes. Equivalent to ``lopt.rule.published``, with two exact rewrites: root mean squares of columns and inputs that
 are constant in a tensor are folded into the first layer of its MLP.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lopt.kernels.devices import Table, stream_of
+from lopt.kernels.directions import ALIGNED
 from lopt.kernels.extension import _C, NOT_BUILT, module_of
 from lopt.kernels.operands import DTYPES, check_length, check_operand
 from lopt.kernels.structs import FACTORED, FACTORED_TENSOR, PIECE, TILE
 from lopt.rule.matrices import Kind
-from lopt.rule.published import MLPLOpt, Rule, SmallFC, VeLO, parts
+from lopt.rule.published import Celo2, MLPLOpt, NNAdam, Rule, SmallFC, VeLO, parts
 from lopt.rule.published.step import source_order
 
 #: A rule with kernels of this kind.
-FactoredRule = SmallFC | VeLO | MLPLOpt
+FactoredRule = SmallFC | VeLO | MLPLOpt | NNAdam | Celo2
 #: Those that have them now, and what the kernels know them by (enum FactoredRule in csrc/api/factored.h).
-RULE_INDEX: dict[type[Rule], int] = {SmallFC: 0, VeLO: 1, MLPLOpt: 2}
+RULE_INDEX: dict[type[Rule], int] = {SmallFC: 0, VeLO: 1, MLPLOpt: 2, NNAdam: 3, Celo2: 4}
 #: What is measured of a tensor before a step; struct Measure in csrc/api/factored.h.
-MEASURES = (
-    *("nonfinite", "param_square", "mom0_mean", "mom1_mean", "mom2_mean", "rms_mean"),
-    *("mom0_var", "mom1_var", "mom2_var", "rms_var"),
-)
+MEASURES = ("nonfinite", "param_square", "grad_size", *(f"{of}{i}" for of in ("mean", "var") for i in range(4)))
+#: Of a step by Adam; struct AdamControl in csrc/rule/factored.h.
+ADAM_CONTROLS = ("mom_decay", "rms_decay", "gain", "rms_gain", "inside", "epsilon")
 #: Elements of a line, lines and elements of a tile, at least; tiles at most that share a line's place.
 TILE_WIDTH, TILE_LINES, TILE_SIZE, TILES_HIGH = 1024, 16, 16384, 128
-FACTOR_PLANES = (
-    2 * 3
-)  # inverse roots and factors, for each decay; for each unit of the first layer there is another one
+#: Inverse roots and factors, for each decay; for each unit of the first layer there is another one.
+FACTOR_PLANES = 2 * 3
 
 
 class Sizes(NamedTuple):
@@ -55,12 +55,17 @@ def sizes_of(rule: Rule) -> Sizes:
     layers = rule.mlp_layers if isinstance(rule, SmallFC | MLPLOpt) else 2
     if NOT_BUILT or not isinstance(rule, FactoredRule) or type(rule) not in RULE_INDEX or layers != 2:
         return Sizes(0, 0, 0, 0, 0)
-    return Sizes(*_C.factored_sizes(RULE_INDEX[type(rule)], rule.mlp_width))
+    return Sizes(*_C.factored_sizes(RULE_INDEX[type(rule)], width_of(rule)))
 
 
-def num_mom(rule: Rule) -> int:
-    """Number of momenta that the kernels of a rule have."""
-    return 6 if isinstance(rule, MLPLOpt) else 3
+def width_of(rule: Rule) -> int:
+    """Width of a rule's MLP, 0 where it has none."""
+    return 0 if isinstance(rule, NNAdam) else int(getattr(rule, "mlp_width", 0))
+
+
+def num_mom(rule: Rule, by_adam: bool = False) -> int:
+    """Number of momenta that the kernels of a rule have of a tensor."""
+    return 1 if by_adam else 6 if isinstance(rule, MLPLOpt) else 3
 
 
 def why_no_kernels(rule: Rule, backend: str) -> str:
@@ -99,7 +104,10 @@ def pack_factored(rule: FactoredRule, weights: Mapping[str, Tensor]) -> Tensor:
 
 class Lines(NamedTuple):
     """How a tensor lies: ``[outer, lines, groups, length, inner]``, with means over ``length`` (along) and ``lines``
-    (across); of less than two dimensions one line, without means."""
+    (across); of less than two dimensions one line, without means.
+
+    ``matrices``: how many matrices of the source's layout it has; element i is in matrix ``i // stride % matrices``.
+    """
 
     outer: int
     lines: int
@@ -108,6 +116,8 @@ class Lines(NamedTuple):
     inner: int
     factored: bool
     along_is_row: bool = True
+    matrices: int = 1
+    stride: int = 1
 
     @classmethod
     def of(cls, shape: Sequence[int], kind: Kind, factored: bool = True) -> "Lines":
@@ -119,7 +129,9 @@ class Lines(NamedTuple):
         second, largest = (order[dim] for dim in dims)
         a, b = sorted((second, largest))
         sizes = (math.prod(shape[:a]), shape[a], math.prod(shape[a + 1 : b]), shape[b], math.prod(shape[b + 1 :]))
-        return cls(*sizes, True, a == second)
+        matrices = math.prod(shape[dim] for dim in order[:-2])
+        stride = shape[-2] * shape[-1] if order[-1] == len(shape) - 1 else 1
+        return cls(*sizes, True, a == second, matrices, stride)
 
     @property
     def size(self) -> int:
@@ -192,10 +204,14 @@ class FactoredPlan:
     Attributes:
         weights: ``[R, size]`` of :func:`pack_factored`, ``[1, size]`` where a rule has one for all tensors, to be
             written before :meth:`apply`.
+        controls: ``[R, len(ADAM_CONTROLS)]`` of tensors that Adam steps, to be written before :meth:`accumulate`.
         step_size, keep: ``[R]``, likewise: of the step, and what is left of the parameter after weight decay.
         stats: ``[R, len(MEASURES)]`` written by :meth:`accumulate`: number of gradient elements that are not finite;
             mean square of the parameter before the step, NaN where it rests; of VeLO means and variances of ``mom`` and
-            ``rms`` before the step.
+            ``rms`` before the step; of nn_adam of gradient, parameter, and the next ``mom`` and ``rms``, and the mean
+            of ``|grad|``.
+        directions: by row, in the shape of the parameter, of matrices that are treated as wholes: written by
+            :meth:`apply`, to be treated before :meth:`write`.
     """
 
     def __init__(
@@ -208,8 +224,12 @@ class FactoredPlan:
         device: torch.device,
     ) -> None:
         self.module, self.backend, self.device, self.rule = module_of(backend), backend, device, rule
+        pairs = list(zip(shapes, kinds, strict=True))
+        self.by_adam = [
+            isinstance(rule, NNAdam) or (isinstance(rule, Celo2) and not rule.is_matrix(*pair)) for pair in pairs
+        ]
         factored = not isinstance(rule, MLPLOpt)
-        self.lines = [Lines.of(shape, kind, factored) for shape, kind in zip(shapes, kinds, strict=True)]
+        self.lines = [Lines.of(*pair, factored and not alone) for pair, alone in zip(pairs, self.by_adam, strict=True)]
         self.num_rows = len(shapes)
         sizes = sizes_of(rule)
         self.all_entries = entries = np.zeros(self.num_rows, FACTORED_TENSOR)
@@ -218,12 +238,22 @@ class FactoredPlan:
             entries[name] = [getattr(lines, name) for lines in self.lines]
         for i, name in enumerate(("tile_lines", "tile_width")):
             entries[name] = [lines.tile[i] for lines in self.lines]
-        num_tiles = sum(lines.outer * math.prod(lines.grid) for lines in self.lines)
+        whole = isinstance(rule, Celo2)
+        entries["adam"], entries["matrices"], entries["matrix_stride"] = self.by_adam, 1, 1
+        if whole:  # the columns of other rules are those of tensors
+            entries["matrices"], entries["matrix_stride"] = (
+                zip(*(lines[7:9] for lines in self.lines), strict=True) if (self.lines) else ([], [])
+            )
+        tiles = np.array([lines.outer * math.prod(lines.grid) for lines in self.lines], dtype=np.int64)
+        columns = sizes.columns * entries["matrices"].astype(np.int64) * (entries["adam"] == 0)
         totals = {}
-        of_each = {"sums": [lines.num_sums for lines in self.lines]}
-        of_each["factors"] = [lines.num_factors(rule.mlp_width) for lines in self.lines]
+        of_each: dict[str, Any] = {"sums": [lines.num_sums for lines in self.lines]}
+        of_each["factors"] = [lines.num_factors(width_of(rule)) for lines in self.lines]
+        of_each |= {"squares": tiles * columns, "scales": np.where(entries["matrices"] > 1, columns, 0)}
+        kept = entries["numel"] * (whole & (entries["adam"] == 0))
+        of_each["direction"] = -(-kept // ALIGNED) * ALIGNED
         for name, counts in of_each.items():
-            entries[name], totals[name] = np.cumsum([0, *counts[:-1]]), sum(counts)
+            entries[name], totals[name] = np.cumsum([0, *counts])[:-1], int(np.sum(counts))
 
         def table(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
@@ -231,11 +261,20 @@ class FactoredPlan:
         self.stats = table(self.num_rows, sizes.measures)
         self.step_size, self.keep = table(self.num_rows), table(self.num_rows)
         self.weights = table(self.num_rows if isinstance(rule, VeLO) else 1, sizes.weights)  # one for all, or for each
+        self.controls = table(self.num_rows, len(ADAM_CONTROLS))
+        memory, self.directions = table(totals["direction"]), {}
+        for row in np.flatnonzero(kept).tolist():
+            first, shape = int(entries["direction"][row]), tuple(shapes[row])
+            self.directions[row] = memory[first : first + math.prod(shape)].view(shape)
+            entries["direction"][row] = self.directions[row].data_ptr()
+        entries["direction"][kept == 0] = 0
         self._tables = {
-            "measures": table(num_tiles, sizes.measures, dtype=torch.float64),
+            "measures": table(int(tiles.sum()), sizes.measures, dtype=torch.float64),
             "sums": table(totals["sums"], dtype=torch.float64),
             "factors": table(totals["factors"]),
-            "squares": table(num_tiles, sizes.columns, dtype=torch.float64),
+            "squares": table(totals["squares"], dtype=torch.float64),
+            "scales": table(totals["scales"]),
+            "controls": self.controls,
             "own_weights": table(self.num_rows, sizes.own_weights),
             "stats": self.stats,
             "step_size": self.step_size,
@@ -246,8 +285,8 @@ class FactoredPlan:
         for name, value in self._tables.items():
             self.record[name] = value.data_ptr()
         self.record["weight_stride"] = sizes.weights if isinstance(rule, VeLO) else 0
-        self.record["rule"], self.record["width"] = RULE_INDEX[type(rule)], rule.mlp_width
-        self.record["magnitude_rate"] = rule.magnitude_rate
+        self.record["rule"], self.record["width"] = RULE_INDEX[type(rule)], width_of(rule)
+        self.record["magnitude_rate"] = getattr(rule, "magnitude_rate", 0.0)
         for name, values in zip(("mom", "rms", "factored"), decays, strict=True):
             self.record[f"{name}_decay"][: len(values)] = values
         self.address = self.record.ctypes.data
@@ -265,9 +304,11 @@ class FactoredPlan:
         ``diagonal``."""
         lines, entry = self.lines[row], self.all_entries[row]
         numel, across = int(entry["numel"]), lines.outer * lines.size
-        named, expected = {"mom": "mom"}, {"mom": (num_mom(self.rule), numel)}
+        by_adam = self.by_adam[row]
+        named, expected = {"mom": "mom"}, {"mom": (num_mom(self.rule, by_adam), numel)}
         if not isinstance(self.rule, MLPLOpt):
             named["rms"], expected["rms"] = "rms", (1, numel)
+        if not isinstance(self.rule, MLPLOpt) and not by_adam:
             sides = ("row", "column") if lines.along_is_row else ("column", "row")
             if lines.factored:
                 named |= dict(zip(("along", "across"), sides, strict=True))
@@ -332,6 +373,14 @@ class FactoredPlan:
         return self.stats
 
     def apply(self) -> None:
-        """The next parameters, by ``weights``, ``step_size`` and ``keep``; after :meth:`accumulate`."""
+        """The next parameters, by ``weights``, ``step_size`` and ``keep``, or ``directions`` in their place; after
+        :meth:`accumulate`."""
         self.module.factored_apply(self.backend, self.address, torch.get_num_threads(), *stream_of(self.device))
-        self._operands = []  # zero_grad frees their memory
+        if not self.directions:
+            self._operands = []  # zero_grad frees their memory
+
+    def write(self) -> None:
+        """The next parameters where there are ``directions``, by them; after :meth:`apply`."""
+        if self.directions:
+            self.module.factored_write(self.backend, self.address, torch.get_num_threads(), *stream_of(self.device))
+            self._operands = []

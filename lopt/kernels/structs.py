@@ -52,12 +52,13 @@ FILLED = {
     "nonfinite h c feedback initial_scale updates rank stats lr decay total_steps hidden new_train new_valid "
     f"train_value valid_value {_INPUTS} to_lstm finished",
     "FactoredTensor": "param mom rms along across numel outer lines groups length inner along_is_row tile_lines "
-    "tile_width first_tile num_tiles sums factors row param_dtype grad_dtype",
+    "tile_width first_tile num_tiles sums factors squares scales direction row adam matrices matrix_stride param_dtype "
+    "grad_dtype",
     "Tile": "tensor line begin",
     "Piece": "tensor is_along begin",
     "FactoredParams": "tensors grads tiles pieces num_tensors num_tiles num_pieces rule width mom_decay rms_decay "
-    "factored_decay magnitude_rate step weights weight_stride step_size keep measures sums factors squares own_weights "
-    "stats",
+    "factored_decay magnitude_rate step weights weight_stride step_size keep controls measures sums factors squares "
+    "scales own_weights stats",
     "Problem": "num_layers kinds options outputs tokens places inputs loss batch shapes rows data targets",
     "Run": "problem theta state keys steps valid_every valid_batches loss_every averaged total_steps outer_losses "
     "train_losses",

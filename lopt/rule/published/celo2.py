@@ -83,7 +83,7 @@ class Celo2(Rule):
 
     def init_param(self, weights: Weights, shape: Sequence[int], kind: Kind) -> State:
         like = weights["mlp.b1"]
-        if len(shape) < 2 or kind.role == "input":
+        if not self.is_matrix(shape, kind):
             zeros = {name: like.new_zeros(1, *shape) for name in ("mom", "rms")}
             return {**zeros, "updates": like.new_zeros(())}
         return {
@@ -91,6 +91,17 @@ class Celo2(Rule):
             "rms": like.new_zeros(len(self.rms_decays), *shape),
             **parts.init_factored(like, len(self.factored_decays), shape),
         }
+
+    @staticmethod
+    def is_matrix(shape: Sequence[int], kind: Kind) -> bool:
+        """Whether the MLP makes the direction of a tensor, not Adam."""
+        return len(shape) >= 2 and kind.role != "input"
+
+    def decays(self, weights: Weights) -> tuple[Tensor, ...]:
+        """Of momenta, second moments and factored ones."""
+        like = weights["mlp.b1"]
+        mom, rms, factored = (round_decays(d, like) for d in (self.mom_decays, self.rms_decays, self.factored_decays))
+        return mom, rms, factored
 
     def update(
         self,
@@ -121,14 +132,16 @@ class Celo2(Rule):
         return (up / (down + EPSILON))[0], {"mom": mom, "rms": rms, "updates": updates}
 
     def _learned(self, weights: Weights, param: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
-        decays = [round_decays(d, grad) for d in (self.mom_decays, self.rms_decays, self.factored_decays)]
+        decays = self.decays(weights)
         mom, rms = parts.next_mom(state["mom"], grad, decays[0]), parts.next_rms(state["rms"], grad, decays[1])
         factored = parts.next_factored(state, grad, decays[2])
         out = parts.mlp(weights, normalise(columns_of(grad, param, mom, rms, factored, EPSILON)))
         direction = out[0] * torch.exp(self.magnitude_rate * out[1])
-        if self.newton_schulz:
-            direction = orthogonalise(direction, self.newton_schulz)
-        return normalise(direction), {"mom": mom, "rms": rms, **factored.state}
+        return self.treat(direction), {"mom": mom, "rms": rms, **factored.state}
+
+    def treat(self, direction: Tensor) -> Tensor:
+        """Directions of matrices ``[..., in, out]``, from what the MLP says."""
+        return normalise(orthogonalise(direction, self.newton_schulz) if self.newton_schulz else direction)
 
 
 def normalise(x: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ from lopt.rule.published.rule import Arrays, Now, Rule, State, Update, Weights
 
 CONTROLS = ("lr", "beta1", "beta2", "epsilon")  # in this order everywhere
 BOUNDS = {"lr": (1e-8, 1e3), "epsilon": (1e-11, 1e4)}
-STATISTICS = ("mean_g_mag", "mean_g_sign", "mean_gabs_mag", "mean_m_mag", "mean_m_sign", "mean_p_mag", "mean_p_sign")
 #: What the LSTM sees of a tensor, by name and in this order.
 INPUTS = (
     *("beta1", "beta2", "epsilon", "is_bias", "is_scalar", "lr"),
-    *STATISTICS,
+    *("mean_g_mag", "mean_g_sign", "mean_gabs_mag", "mean_m_mag", "mean_m_sign", "mean_p_mag", "mean_p_sign"),
     *("mean_rms", "mean_rms_sign", "var_g", "var_m", "var_p", "var_rms"),
 )
+SEEN = ("g", "p", "m", "rms")  # of which there are means and variances, in this order
+INSIDE = 1e-10  # beside the second moment
 
 
 @dataclass(frozen=True)
@@ -99,24 +100,43 @@ class NNAdam(Rule):
     ) -> Update:
         controls, h, c = (torch.stack([state[name] for state in states]) for name in ("controls", "h", "c"))
         lr, beta1, beta2, epsilon = meaning(controls).unbind(dim=1)
-        moments, inputs, directions = [], [], []
+        moments, seen, directions = [], [], []
         for t, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
             grad = torch.clamp(grad, -parts.GRADIENT_BOUND, parts.GRADIENT_BOUND)
             mom = beta1[t] * state["mom"] + (1.0 - beta1[t]) * grad
             rms = beta2[t] * state["rms"] + (1.0 - beta2[t]) * (grad * grad)
-            directions.append((mom / (epsilon[t] + torch.sqrt(rms + 1e-10)))[0] * (1.0 + epsilon[t]))
-            inputs.append(lstm_input(controls[t], param, grad, mom[0], rms[0]))
+            directions.append((mom / (epsilon[t] + torch.sqrt(rms + INSIDE)))[0] * (1.0 + epsilon[t]))
+            seen.append(statistics(param, grad, mom[0], rms[0]))
             moments.append((mom, rms))
-        stacked = torch.stack(inputs)
-        h, c = parts.lstm(weights, stacked, h, c)
+        inputs = self.inputs_of(controls, [param.dim() for param in params], torch.stack(seen))
+        new, h, c = self.advance(weights, inputs, controls, h, c)
+        kept = [
+            {"mom": mom, "rms": rms, "controls": new[t], "h": h[t], "c": c[t]} for t, (mom, rms) in enumerate(moments)
+        ]
+        return Update(directions, list(lr.unbind()), shared, kept, {"lstm_input": inputs})
+
+    def inputs_of(self, controls: Tensor, ranks: Sequence[int], stats: Tensor) -> Tensor:
+        """What the LSTM sees of tensors ``[T, 19]``, by their controls ``[T, 4]``, numbers of dimensions, and
+        :func:`statistics` ``[T, 9]``."""
+        seen = dict(zip(CONTROLS, (0.2 * torch.clamp(controls, -5.0, 5.0)).unbind(dim=1), strict=True))
+        for name, rank in (("is_scalar", 0), ("is_bias", 1)):
+            seen[name] = controls.new_tensor([1.0 if dims == rank else -1.0 for dims in ranks])
+        size, *moments = stats.unbind(dim=1)
+        seen["mean_gabs_mag"] = parts.log_size(size)
+        for name, mean, variance in zip(SEEN, moments[: len(SEEN)], moments[len(SEEN) :], strict=True):
+            magnitude = "mean_rms" if name == "rms" else f"mean_{name}_mag"
+            seen[magnitude], seen[f"mean_{name}_sign"] = parts.log_size(mean), torch.sign(mean)
+            seen[f"var_{name}"] = parts.log_size(variance)
+        return torch.stack([seen[name] for name in INPUTS], dim=1)
+
+    def advance(
+        self, weights: Weights, inputs: Tensor, controls: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of the LSTM of all tensors: the next controls ``[T, 4]``, h and c."""
+        h, c = parts.lstm(weights, inputs, h, c)
         moved = controls + (h @ weights["controls.w"] + weights["controls.b"]) * self.output_scale
         moved = moved - self.decay_strength * (moved - weights["initial_controls"])
-        controls = spelled(meaning(moved))  # within bounds
-        kept = [
-            {"mom": mom, "rms": rms, "controls": controls[t], "h": h[t], "c": c[t]}
-            for t, (mom, rms) in enumerate(moments)
-        ]
-        return Update(directions, list(lr.unbind()), shared, kept, {"lstm_input": stacked})
+        return spelled(meaning(moved)), h, c  # within bounds
 
 
 def meaning(controls: Tensor) -> Tensor:
@@ -133,17 +153,9 @@ def spelled(values: Tensor) -> Tensor:
     return torch.stack([0.1 * torch.log(x) for x in (lr, 1.0 - beta1, 1.0 - beta2, epsilon)], dim=1)
 
 
-def lstm_input(controls: Tensor, param: Tensor, grad: Tensor, mom: Tensor, rms: Tensor) -> Tensor:
-    """What the LSTM sees of a tensor, ``[19]``."""
-    seen = dict(zip(CONTROLS, 0.2 * torch.clamp(controls, -5.0, 5.0), strict=True))
-    for name, rank in (("is_scalar", 0), ("is_bias", 1)):
-        seen[name] = controls.new_tensor(1.0 if param.dim() == rank else -1.0)
-    for name, x in (("m", mom), ("p", param), ("g", grad)):
-        mean = x.mean()
-        seen[f"mean_{name}_mag"], seen[f"mean_{name}_sign"] = parts.log_size(mean), torch.sign(mean)
-        seen[f"var_{name}"] = parts.log_size(torch.square(x - mean).mean())
-    mean = rms.mean()
-    seen["mean_rms"], seen["mean_rms_sign"] = parts.log_size(mean), torch.sign(mean)
-    seen["var_rms"] = parts.log_size(torch.square(rms - mean).mean())
-    seen["mean_gabs_mag"] = parts.log_size(torch.abs(grad).mean())
-    return torch.stack([seen[name] for name in INPUTS])
+def statistics(param: Tensor, grad: Tensor, mom: Tensor, rms: Tensor) -> Tensor:
+    """Of a tensor ``[9]``: the mean of ``|grad|``; means, then variances, of what is in ``SEEN``."""
+    values = (grad, param, mom, rms)
+    means = [x.mean() for x in values]
+    variances = [torch.square(x - mean).mean() for x, mean in zip(values, means, strict=True)]
+    return torch.stack([torch.abs(grad).mean(), *means, *variances])

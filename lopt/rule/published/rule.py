@@ -165,6 +165,11 @@ class Rule(ABC):
             kind: what is known about the tensor.
         """
 
+    def decays(self, weights: Weights) -> tuple[Tensor, ...]:
+        """Of momenta, second moments and factored ones ``[K]``, as far as they are the same for all tensors."""
+        none = next(iter(weights.values())).new_zeros(0)
+        return none, none, none
+
     @abstractmethod
     def update(
         self,
