@@ -11,6 +11,63 @@ namespace {
 
 constexpr int kSummed = 16;  // elements of a thread, in float
 
+// Momenta and second moments of a tensor, as floats.
+template <int kMom, int kRms>
+struct Accumulators {
+  const int64_t mom, rms, numel;
+  const int32_t dtype;
+  RoundingWords<kMom + kRms> words{};
+
+  __device__ __forceinline__ Accumulators(const FactoredParams& params, const FactoredTensor& tensor)
+      : mom(tensor.mom), rms(tensor.rms), numel(tensor.numel), dtype(params.state_dtype) {
+    if (dtype == kBFloat16) words = rounding_words<kMom + kRms>(params, tensor);
+  }
+
+  // Those of an element, as they are.
+  __device__ __forceinline__ void load_at(int64_t at, float* m, float* r) const {
+#pragma unroll
+    for (int k = 0; k < kMom; ++k) m[k] = load_state(mom, k * numel + at);
+#pragma unroll
+    for (int k = 0; k < kRms; ++k) r[k] = load_state(rms, k * numel + at);
+  }
+
+  // The next ones, as they are stored.
+  __device__ __forceinline__ void next(int64_t at, float g, const float* mom_decay, const float* rms_decay, float* m,
+                                       float* r) const {
+    load_at(at, m, r);
+#pragma unroll
+    for (int k = 0; k < kMom; ++k) m[k] = next_accumulator(m[k], mom_decay[k], g);
+#pragma unroll
+    for (int k = 0; k < kRms; ++k) r[k] = next_accumulator(r[k], rms_decay[k], g * g);
+    if (dtype != kBFloat16) return;
+    const uint32_t hash = words.hash(static_cast<uint32_t>(at));
+#pragma unroll
+    for (int k = 0; k < kMom + kRms; ++k) {
+      float& value = k < kMom ? m[k] : r[k - kMom];
+      if (value == value) value = bits_float(rounded_bits(float_bits(value), words.bits(k, hash)));
+    }
+  }
+
+  __device__ __forceinline__ void store_at(int64_t at, const float* m, const float* r) const {
+#pragma unroll
+    for (int k = 0; k < kMom; ++k) store_state(mom, k * numel + at, m[k]);
+#pragma unroll
+    for (int k = 0; k < kRms; ++k) store_state(rms, k * numel + at, r[k]);
+  }
+
+ private:
+  __device__ __forceinline__ float load_state(int64_t address, int64_t at) const {
+    if (dtype != kBFloat16) return __ldcg(reinterpret_cast<const float*>(address) + at);
+    return bits_float(uint32_t{__ldcg(reinterpret_cast<const uint16_t*>(address) + at)} << 16);
+  }
+  __device__ __forceinline__ void store_state(int64_t address, int64_t at, float value) const {
+    if (dtype != kBFloat16)
+      __stcg(reinterpret_cast<float*>(address) + at, value);
+    else
+      __stcg(reinterpret_cast<uint16_t*>(address) + at, static_cast<uint16_t>(float_bits(value) >> 16));
+  }
+};
+
 // How a block's threads go over a tile: neighbours over the elements of a line, and groups of neighbours over its lines.
 struct Threads {
   int width = 1, column, group, groups;
@@ -144,21 +201,15 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(FactoredParams params
   if constexpr (kSums > Measure::grad_size) rows[Measure::grad_size][threadIdx.x] = grad_size;
   __syncthreads();
   reduce_columns<kSums>(rows, [&](int c, double sum) { measures[c] = sum; });
-  const float *const mom = reinterpret_cast<const float*>(tensor.mom), *const rms =
-                                                                           reinterpret_cast<const float*>(tensor.rms);
+  const Accumulators<Columns::kNumMom, Columns::kNumRms> state(params, tensor);
   if constexpr (Columns::kSees == Sees::kBefore) {
-    measure_seen(tile, lines, extent, threads, measures, [&](int64_t at, float* x) {
-#pragma unroll
-      for (int k = 0; k < 3; ++k) x[k] = __ldcg(mom + k * tensor.numel + at);
-      x[3] = __ldcg(rms + at);
-    });
+    measure_seen(tile, lines, extent, threads, measures, [&](int64_t at, float* x) { state.load_at(at, x, x + 3); });
   } else if constexpr (Columns::kSees == Sees::kStep) {
     const float* const control = params.controls + tensor.row * AdamControl::kCount;
     measure_seen(tile, lines, extent, threads, measures, [&](int64_t at, float* x) {
       x[0] = clip_gradient(load_value(grads, tensor.grad_dtype, at), Columns::kGradientBound);
       x[1] = seen_param(load_value(tensor.param, tensor.param_dtype, at));
-      x[2] = next_accumulator(__ldcg(mom + at), control[AdamControl::mom_decay], x[0]);
-      x[3] = next_accumulator(__ldcg(rms + at), control[AdamControl::rms_decay], x[0] * x[0]);
+      state.next(at, x[0], control + AdamControl::mom_decay, control + AdamControl::rms_decay, x + 2, x + 3);
     });
   }
   if (!lines.factored()) return;
@@ -397,7 +448,7 @@ __global__ void __launch_bounds__(kThreads) accumulate_factored_kernel(FactoredP
   const FactoredTensor tensor = params.tensors[tile.tensor];
   if (rests(params, tensor) || (Columns::kAdam && tensor.adam)) return;
   const Work<Columns> work(params, tile, tensor);
-  float *const mom = reinterpret_cast<float*>(tensor.mom), *const rms = reinterpret_cast<float*>(tensor.rms);
+  const Accumulators<Columns::kNumMom, Columns::kNumRms> state(params, tensor);
   float* const moments = reinterpret_cast<float*>(tensor.along);
   const int64_t number = int64_t{blockIdx.x} - tensor.first_tile;
   float part[kColumns] = {};
@@ -418,16 +469,8 @@ __global__ void __launch_bounds__(kThreads) accumulate_factored_kernel(FactoredP
     const int64_t at = work.place(line, c);
     const float g = work.grad(at), p = seen_param(load_value(tensor.param, tensor.param_dtype, at));
     float m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns];
-#pragma unroll
-    for (int k = 0; k < Columns::kNumMom; ++k) {
-      m[k] = next_accumulator(__ldcg(mom + k * tensor.numel + at), params.mom_decay[k], g);
-      __stcg(mom + k * tensor.numel + at, m[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < Columns::kNumRms; ++k) {
-      r[k] = next_accumulator(__ldcg(rms + k * tensor.numel + at), params.rms_decay[k], g * g);
-      __stcg(rms + k * tensor.numel + at, r[k]);
-    }
+    state.next(at, g, params.mom_decay, params.rms_decay, m, r);
+    state.store_at(at, m, r);
     const Factors<float> factors = work.factors(line, c, [&](int k) {
       float* const address = moments + k * tensor.numel + at;
       const float d = next_accumulator(__ldcg(address), params.factored_decay[k], g * g + 1e-30f);
@@ -478,14 +521,13 @@ __device__ __forceinline__ void step_by_adam(const FactoredParams& params, const
   const Work<Columns> work(params, tile, tensor);
   const float* const control = params.controls + tensor.row * AdamControl::kCount;
   const bool moving = moves(step_size, keep);
-  float *const mom = reinterpret_cast<float*>(tensor.mom), *const rms = reinterpret_cast<float*>(tensor.rms);
+  const Accumulators<1, 1> state(params, tensor);
   work.each([&](int64_t line, int64_t c) {
     const int64_t at = work.place(line, c);
     const float g = work.grad(at), p = load_value(tensor.param, tensor.param_dtype, at);
-    const float m = next_accumulator(__ldcg(mom + at), control[AdamControl::mom_decay], g);
-    const float r = next_accumulator(__ldcg(rms + at), control[AdamControl::rms_decay], g * g);
-    __stcg(mom + at, m);
-    __stcg(rms + at, r);
+    float m, r;
+    state.next(at, g, control + AdamControl::mom_decay, control + AdamControl::rms_decay, &m, &r);
+    state.store_at(at, &m, &r);
     if (moving)
       store_value(tensor.param, tensor.param_dtype, at, next_param(p, adam_direction(m, r, control), step_size, keep));
   });
@@ -516,17 +558,13 @@ __global__ void __launch_bounds__(kThreads) apply_factored_kernel(FactoredParams
     weights[i] = params.own_weights[tensor.row * kSize + i];
   __syncthreads();
   const Work<Columns> work(params, tile, tensor);
-  const float *const mom = reinterpret_cast<const float*>(tensor.mom), *const rms =
-                                                                           reinterpret_cast<float*>(tensor.rms);
+  const Accumulators<Columns::kNumMom, Columns::kNumRms> state(params, tensor);
   const float* const moments = reinterpret_cast<const float*>(tensor.along);
   work.each([&](int64_t line, int64_t c) {
     const int64_t at = work.place(line, c);
     const float g = work.grad(at), p = load_value(tensor.param, tensor.param_dtype, at);
     float m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns], direction[1];
-#pragma unroll
-    for (int k = 0; k < Columns::kNumMom; ++k) m[k] = __ldcg(mom + k * tensor.numel + at);
-#pragma unroll
-    for (int k = 0; k < Columns::kNumRms; ++k) r[k] = __ldcg(rms + k * tensor.numel + at);
+    state.load_at(at, m, r);
     const Factors<float> factors =
         work.factors(line, c, [&](int k) { return __ldcg(moments + k * tensor.numel + at); });
     Columns::columns(g, seen_param(p), m, r, factors, x);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
+from lopt.distributed import is_sharded
 from lopt.options import check_total_steps, check_unknown
 from lopt.rule import Rule, ThetaSpec
 from lopt.warnings import warn
@@ -83,6 +84,8 @@ def implementation_of_rule(impl: str, rule: Rule, params: Iterable[Tensor]) -> s
         why = f"parameters are on {' and '.join(devices)}, and a rule of others steps those of one device"
     elif trained[0].device.type != wanted or wanted not in ("cpu", "cuda"):
         why = f"parameters are on {devices[0]}, expected {wanted}"
+    elif any(map(is_sharded, trained)):
+        why = "kernels of a rule of others step whole tensors, got DTensors"
     elif any(param.dtype == torch.float64 for param in trained):
         why = "kernels have no float64"
     elif any(param.numel() >= 2**31 for param in trained):

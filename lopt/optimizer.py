@@ -210,11 +210,9 @@ class LearnedOptimizer(Optimizer):
             check_params(group["params"], self._first_param(), allowed, position)
             self._check_devices(group["params"])
             if any(map(is_sharded, group["params"])):
-                if isinstance(self.theta.spec, Rule):
-                    check_options(self.theta.spec, sharded=True)
                 if self.state_dtype == torch.int8:
                     raise ValueError(f"params: got DTensors; {_NO_PARTS}")
-                if self.impl == "reference":
+                if self.impl == "reference" and not isinstance(self.theta.spec, Rule):
                     raise TypeError("params: impl='reference' steps whole tensors, got DTensors; use impl='auto'")
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
@@ -580,10 +578,11 @@ class LearnedOptimizer(Optimizer):
             The loss that is still to be told.
         """
         shared, tensors = self._globals(), stepper.tensors
-        if tensors.sharded:
+        if tensors.sharded and isinstance(stepper, KernelStepper):
             return loss  # it goes with the statistics
         if not self._ranks.met:
-            self._ranks.meet(tensors.params, grads, shared["pending_loss"].device)
+            same = [] if tensors.sharded else [*tensors.params, *grads]  # over the ranks
+            self._ranks.meet(same, (), shared["pending_loss"].device)
         if self._ranks.group is not None and told:
             self._write(loss)
             loss = None

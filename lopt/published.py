@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lopt import kernels
-from lopt.distributed.parts import increment_versions
+from lopt.distributed import is_sharded, local_of
+from lopt.distributed.parts import increment_versions, part_like, place_like, whole_of
 from lopt.kernels.directions import AT_ONCE
 from lopt.rule import Rule, Theta
 from lopt.rule.matrices import Kind, matrices_of
@@ -24,22 +25,18 @@ from lopt.tensors import Decided, Tensors, one_thread
 ONE_THREAD = 128
 
 
-def check_options(
-    rule: Rule, *, state_dtype: torch.dtype = torch.float32, sharded_state: bool = False, sharded: bool = False
-) -> None:
+def check_options(rule: Rule, *, state_dtype: torch.dtype = torch.float32, sharded_state: bool = False) -> None:
     """Refuse what is not there for rules of others.
 
     Raises:
-        ValueError, TypeError: with what to do.
+        ValueError: with what to do.
     """
-    if state_dtype != torch.float32:
-        raise ValueError(f"state_dtype: rule {rule.name!r} has its state in float32, got {state_dtype}; leave it out")
+    if state_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype: rule {rule.name!r} has its state in float32 or bfloat16, got {state_dtype}; leave it out"
+        )
     if sharded_state:
         raise ValueError(f"sharded_state: rule {rule.name!r} keeps whole states on every rank; leave it out")
-    if sharded:
-        raise TypeError(
-            f"params: rule {rule.name!r} steps whole tensors, got DTensors; train with DistributedDataParallel"
-        )
 
 
 def check_total_steps_of(rule: Rule, total_steps: float | None) -> None:
@@ -74,7 +71,11 @@ def step_sizes(tensors: Tensors, groups: Groups, sizes: Tensor) -> tuple[Tensor,
 
 
 class RuleStepper:
-    """Steps by lopt/rule/published."""
+    """Steps by lopt/rule/published.
+
+    Of sharded parameters every rank gathers gradients, parameters and accumulators, takes the whole step, and keeps its
+    part.
+    """
 
     def __init__(self, tensors: Tensors, theta: Theta[Any]) -> None:
         self.tensors, self.rule = tensors, theta.spec
@@ -92,24 +93,26 @@ class RuleStepper:
         tensors, rule, states = self.tensors, self.rule, self.tensors.selected_states
         device = sample(tensors.weights).device
         own = {name: shared[name] for name in (*published.SHARED, *rule.shared)}
+        parts = tensors.parts(params)
+        whole = [whole_of(place_like(part, grad)) for part, grad in zip(parts, grads, strict=True)]
         with one_thread(device):
             step = published.update(
                 rule,
                 tensors.weights,
-                published.State(own, states),
-                params,
-                grads,
+                published.State(own, [{name: whole_of(value) for name, value in state.items()} for state in states]),
+                list(map(whole_of, parts)),
+                whole,
                 _pending(shared),
                 kinds=[tensors.kinds[row] for row in tensors.selected],
                 total_steps=total_steps,
                 lr=tensors.option("lr", groups),
                 weight_decay=tensors.option("weight_decay", groups),
+                positions=tensors.selected,
             )
-        for param, new in zip(params, step.params, strict=True):
-            param.copy_(new)
-        for old, state in zip(states, step.state.tensors, strict=True):
+        for part, new, old, state in zip(parts, step.params, states, step.state.tensors, strict=True):
+            local_of(part).copy_(part_like(part, new[None])[0])
             for name, value in state.items():
-                old[name].copy_(value)
+                local_of(old[name]).copy_(part_like(part, value) if is_sharded(old[name]) else value)
         for name, value in step.state.shared.items():
             shared[name].copy_(value)
         self.decided = list(step.trace["step_size"].unbind()), [None] * len(params)
@@ -181,7 +184,8 @@ class FactoredStepper:
         shapes = [tuple(param.shape) for param in tensors.params]
         self.matrices = matrices_of(shapes, tensors.kinds)
         decays = [values.tolist() for values in self.rule.decays(tensors.weights)]
-        self.plan = kernels.FactoredPlan(backend, self.rule, decays, shapes, tensors.kinds, tensors.home)
+        place = tensors.kinds, tensors.home, tensors.dtype
+        self.plan = kernels.FactoredPlan(backend, self.rule, decays, shapes, *place)
         self.index = torch.zeros(0, dtype=torch.int64)
         self._alone: dict[int, kernels.FactoredSelection] = {}  # by row
         self.whole: WholeDirections | None = None

@@ -89,7 +89,8 @@ def init_state(spec: AnySpec, weights: Weights, param: Tensor, dtype: torch.dtyp
     """State of a parameter tensor before its first step; accumulators in ``dtype``, which lie as the parameter does, on
     its device, the rest where the tensor level is. Of a rule of others everything is there."""
     if isinstance(spec, Rule):
-        return dict(published.init_param(spec, weights, tuple(param.shape), kind))
+        fresh = published.init_param(spec, weights, tuple(param.shape), kind)
+        return {name: _placed(param, x.to(dtype)) if name in spec.per_param else x for name, x in fresh.items()}
     like, local = sample(weights), local_of(param)
     narrow = dtype == torch.int8
     mom, rms = (
@@ -107,6 +108,13 @@ def init_state(spec: AnySpec, weights: Weights, param: Tensor, dtype: torch.dtyp
     if spec.stats == "lagged":
         state["stats"] = like.new_zeros(spec.features.num_stats)
     return state
+
+
+def _placed(param: Tensor, whole: Tensor) -> Tensor:
+    """``whole`` ``[K, *shape]``, lying as ``param`` does, in memory of its own: DTensors of views cannot be copied."""
+    if not is_sharded(param):
+        return whole
+    return place_like(param, part_like(param, whole).clone(memory_format=torch.contiguous_format))
 
 
 def holds_shared(groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -286,7 +294,7 @@ def restore_state(
         dtype: of the accumulators.
         part: a parameter as it is stepped, by which the state lies.
     """
-    like, of_rule = sample(weights), isinstance(spec, Rule)
+    like = sample(weights)
 
     def copy(value: Any, floating: torch.dtype = like.dtype, device: torch.device = like.device) -> Any:
         if isinstance(value, dict):
@@ -309,8 +317,11 @@ def restore_state(
     params = (param for group in param_groups for param in group["params"])
     pairs = [(source["state"].get(index), param) for index, param in zip(ids, params, strict=True)]
     pairs = [(theirs, param) for theirs, param in pairs if theirs]
-    if of_rule:
-        state.update({param: copy(theirs) for theirs, param in pairs})
+    if isinstance(spec, Rule):
+        for theirs, param in pairs:
+            kept = {name: x for name, x in theirs.items() if name not in spec.per_param}
+            own = {name: part_like(part(param), theirs[name]) for name in spec.per_param}
+            state[param] = copy(kept) | {name: place_like(part(param), copy(x, dtype)) for name, x in own.items()}
         return
     counts = _stack([theirs["lstm"]["updates"] for theirs, _ in pairs], like)
     begun = torch.stack(list(counts)).tolist() if pairs else []

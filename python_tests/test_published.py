@@ -434,16 +434,19 @@ def test_all_ranks_move_and_float32_agrees_with_float64(name: str) -> None:
 
 
 @every_rule
-def test_a_run_resumes_to_the_bit(name: str) -> None:
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_a_run_resumes_to_the_bit(name: str, state_dtype: torch.dtype) -> None:
     params = make_params()
     groups = [{"params": params[:3]}, {"params": params[3:], "lr": 0.5, "weight_decay": 0.1}]
-    opt = make(name, groups, average=True)
+    opt = make(name, groups, average=True, state_dtype=state_dtype)
     run(opt, params, 3)
     opt.observe(train_loss=0.25)  # waits in the state
     again = copies(params)
-    resumed = LearnedOptimizer([{"params": again[:3]}, {"params": again[3:]}], small_theta(name), average=True)
+    halves = [{"params": again[:3]}, {"params": again[3:]}]
+    resumed = LearnedOptimizer(halves, small_theta(name), average=True, state_dtype=state_dtype)
     resumed.load_state_dict(clone_tree(opt.state_dict()))
     assert resumed.total_steps == 20
+    assert {resumed.state[param][part].dtype for param in again for part in opt.theta.spec.per_param} == {state_dtype}
     run(opt, params, 3, first=3)
     run(resumed, again, 3, first=3)
     assert_same_bits(snapshot(opt), snapshot(resumed))
@@ -630,7 +633,10 @@ def test_history_and_empty_tensors(name: str) -> None:
 def test_what_is_not_there_is_refused() -> None:
     params, theta = make_params(), small_theta("mlp_lopt")
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"state_dtype": torch.bfloat16}, "state_dtype: rule 'mlp_lopt' has its state in float32, got torch.bfloat16"),
+        (
+            {"state_dtype": torch.int8},
+            "state_dtype: rule 'mlp_lopt' has its state in float32 or bfloat16, got torch.int8",
+        ),
         ({"sharded_state": True}, "sharded_state: rule 'mlp_lopt' keeps whole states"),
         ({"impl": "cuda"}, "impl='cuda': parameters are on cpu, expected cuda; use impl='auto' or 'reference'"),
     ]

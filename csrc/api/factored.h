@@ -29,7 +29,7 @@ namespace lopt {
 // themselves, [3, numel].
 #define LOPT_FACTORED_TENSOR(FIELD)                                                                    \
   FIELD(int64_t, param)  /* address of [numel] values of param_dtype, read and written */              \
-  FIELD(int64_t, mom)    /* address of [num_mom, numel] floats */                                      \
+  FIELD(int64_t, mom)    /* address of [num_mom, numel] of state_dtype */                              \
   FIELD(int64_t, rms)    /* address of [num_rms, numel] */                                             \
   FIELD(int64_t, along)  /* address of [3, outer, lines, groups, inner]: means over length */          \
   FIELD(int64_t, across) /* address of [3, outer, groups, length, inner]: means over lines; or 0 */    \
@@ -92,6 +92,8 @@ struct Piece {
   FIELD(Decays, rms_decay)                                                                            \
   FIELD(Decays, factored_decay)                                                                       \
   FIELD(float, magnitude_rate)                                                                        \
+  FIELD(int64_t, seed)         /* a number, by which with step, row and element */                    \
+  FIELD(Dtype, state_dtype)    /* mom and rms, float32 or bfloat16, are rounded (rounding.h) */       \
   FIELD(const int64_t*, step)  /* [1] steps so far */                                                 \
   FIELD(const float*, weights) /* FactoredMlp, [R, weight_stride], or one row and 0 */                \
   FIELD(int64_t, weight_stride)                                                                       \
@@ -229,6 +231,14 @@ struct Extent {
 LOPT_HD float row_factor(double sum, int64_t count) {
   const float number = static_cast<float>(count);
   return number * reciprocal_of(static_cast<float>(sum) + 1e-9f * number);
+}
+
+// What kAccumulators of a tensor, momenta before second moments, are rounded by; a tensor has fewer than 2^32 elements.
+template <int kAccumulators>
+LOPT_HD RoundingWords<kAccumulators> rounding_words(const FactoredParams& params, const FactoredTensor& tensor) {
+  const uint64_t key = rounding_key(static_cast<uint64_t>(params.seed), static_cast<uint64_t>(*params.step),
+                                    static_cast<uint64_t>(tensor.row));
+  return RoundingWords<kAccumulators>::of(key, 0);
 }
 
 // Whether a tensor is left as it is.

@@ -33,6 +33,67 @@ void for_runs(const Lines& lines, const Tile& tile, const Function& f) {
 // The first `lanes` lanes of x, 0 in the others.
 LOPT_HD Vec masked(Vec x, int lanes) { return lanes < kLanes ? x * lane_mask(lanes) : x; }
 
+// Momenta and second moments of a run, as floats: read, the next ones made, and written.
+template <int kMom, int kRms>
+struct Accumulators {
+  static constexpr int kAll = kMom + kRms;
+  const Planes<MomCode, kMom, kRun> mom;
+  const Planes<RmsCode, kRms, kRun> rms;
+  const bool narrow;
+  const RoundingWords<kAll> words;
+  alignas(64) float mom_buffer[kMom * kRun], rms_buffer[(kRms ? kRms : 1) * kRun];
+  float *mom_at = nullptr, *rms_at = nullptr;
+  int64_t first = 0;
+
+  Accumulators(const FactoredParams& params, const FactoredTensor& tensor)
+      : mom{Numbers::at(tensor.mom, params.state_dtype, 0), tensor.numel},
+        rms{Numbers::at(tensor.rms, params.state_dtype, 0), tensor.numel},
+        narrow(params.state_dtype == kBFloat16),
+        words(rounding_words<kAll>(params, tensor)) {}
+
+  void read(int64_t at, int64_t count) {
+    first = at;
+    mom_at = mom.read(at, count, mom_buffer);
+    rms_at = rms.read(at, count, rms_buffer);
+  }
+
+  // The accumulators of `lanes` elements of the run, as they are.
+  LOPT_INLINE void load_at(int64_t i, int lanes, Vec* m, Vec* r) const {
+    LOPT_UNROLL
+    for (int k = 0; k < kMom; ++k) m[k] = load(mom_at + k * mom.step() + i, lanes);
+    LOPT_UNROLL
+    for (int k = 0; k < kRms; ++k) r[k] = load(rms_at + k * rms.step() + i, lanes);
+  }
+
+  // The next ones, as they are stored.
+  LOPT_INLINE void next(int64_t i, int lanes, Vec g, const float* mom_decay, const float* rms_decay, Vec* m,
+                        Vec* r) const {
+    const Bits hash = narrow ? words.hash(count_from(static_cast<uint32_t>(first + i))) : Bits{};
+    const auto rounded = [&](Vec value, int k) LOPT_INLINE {
+      if (!narrow) return value;
+      const Vec result = (Vec)rounded_bits((Bits)value, words.bits(k, hash));
+      return value == value ? result : value;
+    };
+    load_at(i, lanes, m, r);
+    LOPT_UNROLL
+    for (int k = 0; k < kMom; ++k) m[k] = rounded(next_accumulator(m[k], mom_decay[k], g), k);
+    LOPT_UNROLL
+    for (int k = 0; k < kRms; ++k) r[k] = rounded(next_accumulator(r[k], rms_decay[k], g * g), kMom + k);
+  }
+
+  LOPT_INLINE void store_at(int64_t i, int lanes, const Vec* m, const Vec* r) const {
+    LOPT_UNROLL
+    for (int k = 0; k < kMom; ++k) store(mom_at + k * mom.step() + i, m[k], lanes);
+    LOPT_UNROLL
+    for (int k = 0; k < kRms; ++k) store(rms_at + k * rms.step() + i, r[k], lanes);
+  }
+
+  void write(int64_t count) const {
+    mom.write(first, count, mom_at);
+    rms.write(first, count, rms_at);
+  }
+};
+
 // ---- measure -----------------------------------------------------------------------------------------------------------
 
 // What is not finite, squares of parameters, and the size of gradients.
@@ -99,15 +160,11 @@ void measure_seen(const Tile& tile, const Lines& lines, double* measures, const 
 template <class Columns>
 void measure_moments(const FactoredParams& params, const Tile& tile, const Lines& lines, double* measures) {
   const FactoredTensor& tensor = lines.tensor;
-  const float* const mom = reinterpret_cast<const float*>(tensor.mom);
-  const float* const rms = reinterpret_cast<const float*>(tensor.rms);
+  Accumulators<Columns::kNumMom, Columns::kNumRms> state(params, tensor);
   if constexpr (Columns::kSees == Sees::kBefore) {
-    measure_seen(tile, lines, measures, [&](int64_t at, int64_t) {
-      return [=, &tensor](int64_t i, int lanes, Vec* x) LOPT_INLINE {
-        LOPT_UNROLL
-        for (int k = 0; k < 3; ++k) x[k] = load(mom + k * tensor.numel + at + i, lanes);
-        x[3] = load(rms + at + i, lanes);
-      };
+    measure_seen(tile, lines, measures, [&](int64_t at, int64_t count) {
+      state.read(at, count);
+      return [&state](int64_t i, int lanes, Vec* x) LOPT_INLINE { state.load_at(i, lanes, x, x + 3); };
     });
   } else if constexpr (Columns::kSees == Sees::kStep) {
     alignas(64) float param_buffer[kRun], grad_buffer[kRun];
@@ -116,11 +173,11 @@ void measure_moments(const FactoredParams& params, const Tile& tile, const Lines
     const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
     measure_seen(tile, lines, measures, [&](int64_t at, int64_t count) {
       const float *const p_at = param.read(at, count, param_buffer), *const g_at = grad.read(at, count, grad_buffer);
-      return [=](int64_t i, int lanes, Vec* x) LOPT_INLINE {
+      state.read(at, count);
+      return [=, &state](int64_t i, int lanes, Vec* x) LOPT_INLINE {
         x[0] = clip_gradient(load(g_at + i, lanes), Columns::kGradientBound);
         x[1] = seen_param(load(p_at + i, lanes));
-        x[2] = next_accumulator(load(mom + at + i, lanes), control[AdamControl::mom_decay], x[0]);
-        x[3] = next_accumulator(load(rms + at + i, lanes), control[AdamControl::rms_decay], x[0] * x[0]);
+        state.next(i, lanes, x[0], control + AdamControl::mom_decay, control + AdamControl::rms_decay, x + 2, x + 3);
       };
     });
   }
@@ -540,7 +597,7 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
   if (rests(params, tensor) || (Columns::kAdam && tensor.adam)) return;
   const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
   const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
-  float *const mom = reinterpret_cast<float*>(tensor.mom), *const rms = reinterpret_cast<float*>(tensor.rms);
+  Accumulators<Columns::kNumMom, Columns::kNumRms> state(params, tensor);
   float* const moments = reinterpret_cast<float*>(tensor.along);
   const bool factored = tensor.across != 0;
   double* const total = square_sum(params, tensor, kColumns, index - tensor.first_tile, 0, 0);
@@ -551,6 +608,7 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
     constexpr int kSquared = Known::kFactored ? element_columns<Columns>() : kColumns;
     alignas(64) float each[Known::kScaled ? kColumns * kRun : 1];
     const float *const p_at = param.read(at, count, param_buffer), *const g_at = grad.read(at, count, grad_buffer);
+    state.read(at, count);
     if (Columns::kFactored && !factored)
       for (int k = 0; k < kFactoredDecays; ++k)
         accumulate_run(moments + k * tensor.numel + at, params.factored_decay[k], count,
@@ -562,18 +620,8 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
     for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
       const Vec g = clip_gradient(load(g_at + i, lanes), Columns::kGradientBound);
       Vec m[Columns::kNumMom], r[Columns::kNumRms + 1], x[kColumns];
-      LOPT_UNROLL
-      for (int k = 0; k < Columns::kNumMom; ++k) {
-        float* const address = mom + k * tensor.numel + at + i;
-        m[k] = next_accumulator(load(address, lanes), params.mom_decay[k], g);
-        store(address, m[k], lanes);
-      }
-      LOPT_UNROLL
-      for (int k = 0; k < Columns::kNumRms; ++k) {
-        float* const address = rms + k * tensor.numel + at + i;
-        r[k] = next_accumulator(load(address, lanes), params.rms_decay[k], g * g);
-        store(address, r[k], lanes);
-      }
+      state.next(i, lanes, g, params.mom_decay, params.rms_decay, m, r);
+      state.store_at(i, lanes, m, r);
       Columns::columns(g, seen_param(load(p_at + i, lanes)), m, r, factors.at(i, lanes), x);
       LOPT_UNROLL
       for (int c = 0; c < kSquared; ++c) {
@@ -583,6 +631,7 @@ void accumulate_tile(const FactoredParams& params, int64_t index) {
           squares[c] += masked(x[c] * x[c], lanes);
       }
     });
+    state.write(count);
     for (int c = 0; c < kSquared; ++c) {
       if constexpr (Known::kScaled)
         sum_matrices(Matrices(tensor), each + c * kRun, at, count, total + c * tensor.matrices);
@@ -596,15 +645,14 @@ template <class Columns, int kWidth>
 struct FactoredApplier {
   static constexpr int kColumns = Columns::kNumColumns;
   static constexpr int kSums = kWidth < kRegisters / 2 ? kWidth : kRegisters / 2;  // of a layer, in registers
-  const float *mom, *rms;
-  int64_t stride;
+  Accumulators<Columns::kNumMom, Columns::kNumRms>& state;
   const float* weights;
   float magnitude_rate, step_size, keep;
 
   // kVectors vectors of `lanes` parameters each, which share the loads of weights.
   // directions: of the run, where they are kept.
   template <int kVectors, class F>
-  LOPT_INLINE void rows(float* p_at, const float* g_at, float* directions, int64_t at, int64_t i, int lanes,
+  LOPT_INLINE void rows(float* p_at, const float* g_at, float* directions, int64_t i, int lanes,
                         const F& factors) const {
     constexpr int kIn = F::kFactored ? element_columns<Columns>() : kColumns;
     Vec p[kVectors], x[kIn * kVectors], direction[kVectors];
@@ -613,10 +661,7 @@ struct FactoredApplier {
       const int64_t j = i + v * kLanes;
       Vec m[Columns::kNumMom], r[Columns::kNumRms + 1], raw[kColumns];
       p[v] = load(p_at + j, lanes);
-      LOPT_UNROLL
-      for (int k = 0; k < Columns::kNumMom; ++k) m[k] = load(mom + k * stride + at + j, lanes);
-      LOPT_UNROLL
-      for (int k = 0; k < Columns::kNumRms; ++k) r[k] = load(rms + k * stride + at + j, lanes);
+      state.load_at(j, lanes, m, r);
       Columns::columns(clip_gradient(load(g_at + j, lanes), Columns::kGradientBound), seen_param(p[v]), m, r,
                        factors.at(j, lanes), raw);
       LOPT_UNROLL
@@ -652,19 +697,20 @@ void step_by_adam(const FactoredParams& params, const Tile& tile, const Factored
   const bool moving = moves(step_size, keep);
   const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
   const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
-  float *const mom = reinterpret_cast<float*>(tensor.mom), *const rms = reinterpret_cast<float*>(tensor.rms);
+  Accumulators<1, 1> state(params, tensor);
   for_runs({tensor}, tile, [&](int64_t at, int64_t count) {
+    state.read(at, count);
     float* const p_at = param.read(at, count, param_buffer);
     const float* const g_at = grad.read(at, count, grad_buffer);
     for_vectors(count, [&](int64_t i, int lanes) LOPT_INLINE {
       const Vec g = clip_gradient(load(g_at + i, lanes), bound);
-      const Vec m = next_accumulator(load(mom + at + i, lanes), control[AdamControl::mom_decay], g);
-      const Vec r = next_accumulator(load(rms + at + i, lanes), control[AdamControl::rms_decay], g * g);
-      store(mom + at + i, m, lanes);
-      store(rms + at + i, r, lanes);
+      Vec m, r;
+      state.next(i, lanes, g, control + AdamControl::mom_decay, control + AdamControl::rms_decay, &m, &r);
+      state.store_at(i, lanes, &m, &r);
       if (moving)
         store(p_at + i, next_param(load(p_at + i, lanes), adam_direction(m, r, control), step_size, keep), lanes);
     });
+    state.write(count);
     if (moving) param.write(at, count, p_at);
   });
 }
@@ -677,22 +723,19 @@ void apply_mlp(const FactoredParams& params, const Tile& tile, const FactoredTen
   alignas(64) float param_buffer[kRun], grad_buffer[kRun];
   const Numbers param = Numbers::at(tensor.param, tensor.param_dtype, 0);
   const Numbers grad = Numbers::at(params.grads[tile.tensor], tensor.grad_dtype, 0);
-  const Applier applier{reinterpret_cast<const float*>(tensor.mom),
-                        reinterpret_cast<const float*>(tensor.rms),
-                        tensor.numel,
-                        params.own_weights + tensor.row * FactoredMlp<Columns::kNumColumns, kWidth>::kSize,
-                        params.magnitude_rate,
-                        step_size,
-                        keep};
+  Accumulators<Columns::kNumMom, Columns::kNumRms> state(params, tensor);
+  const Applier applier{state, params.own_weights + tensor.row * FactoredMlp<Columns::kNumColumns, kWidth>::kSize,
+                        params.magnitude_rate, step_size, keep};
   for_factored_runs<Columns, kWidth>(params, tile, [&](int64_t at, int64_t count, const auto& factors) {
     float* const p_at = param.read(at, count, param_buffer);
     const float* const g_at = grad.read(at, count, grad_buffer);
+    state.read(at, count);
     float* const directions = Columns::kWhole ? reinterpret_cast<float*>(tensor.direction) + at : nullptr;
     int64_t i = 0;
     for (; i + 2 * kLanes <= count; i += 2 * kLanes)
-      applier.template rows<2>(p_at, g_at, directions, at, i, kLanes, factors);
+      applier.template rows<2>(p_at, g_at, directions, i, kLanes, factors);
     for (; i < count; i += kLanes)
-      applier.template rows<1>(p_at, g_at, directions, at, i, static_cast<int>(std::min<int64_t>(count - i, kLanes)),
+      applier.template rows<1>(p_at, g_at, directions, i, static_cast<int>(std::min<int64_t>(count - i, kLanes)),
                                factors);
     if (!Columns::kWhole) param.write(at, count, p_at);
   });

@@ -20,9 +20,10 @@ STEP_SIZE = 1e-6  # parameters move, and stay where they are
 
 def counted(variant: Variant, dtype: torch.dtype) -> Traffic:
     """What a step of it moves and holds, for parameters and gradients of ``dtype``."""
+    sizes = dtype.itemsize, dtype.itemsize, variant.state.itemsize
     if not isinstance(variant.spec, ThetaSpec):
-        return traffic.factored(variant.name, variant.spec, dtype.itemsize, dtype.itemsize)
-    return traffic.learned(variant.name, variant.spec, dtype.itemsize, dtype.itemsize, variant.state.itemsize)
+        return traffic.factored(variant.name, variant.spec, *sizes)
+    return traffic.learned(variant.name, variant.spec, *sizes)
 
 
 def bytes_needed(variant: Variant, layout: Layout, dtype: torch.dtype) -> int:

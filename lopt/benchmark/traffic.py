@@ -65,7 +65,9 @@ def learned(name: str, spec: ThetaSpec, param_bytes: int = 4, grad_bytes: int = 
     )
 
 
-def factored(name: str, rule: SmallFC | VeLO, param_bytes: int = 4, grad_bytes: int = 4) -> Traffic:
+def factored(
+    name: str, rule: SmallFC | VeLO, param_bytes: int = 4, grad_bytes: int = 4, state_bytes: int = 4
+) -> Traffic:
     """Counted for a rule of others with factored second moments, whose rows and columns are left out.
 
     One pass reads parameter and gradient, of VeLO momenta and the second moment too; one reads all of them and writes
@@ -76,7 +78,7 @@ def factored(name: str, rule: SmallFC | VeLO, param_bytes: int = 4, grad_bytes: 
         >>> factored("small_fc_lopt", SmallFC()).step
         76
     """
-    state, velo = 4 * 4, isinstance(rule, VeLO)
+    state, velo = 4 * state_bytes, isinstance(rule, VeLO)
     read = param_bytes + grad_bytes + state
     measured = read if velo else param_bytes + grad_bytes
     columns, width = (30 if velo else 28), rule.mlp_width

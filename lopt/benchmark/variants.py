@@ -38,8 +38,8 @@ class Variant:
             if value not in known:
                 raise ValueError(f"{name}: expected some of {', '.join(known)}, got {value!r}")
 
-        if self.preset in RULES and (self.stats, self.state_dtype) != ("current", "float32"):
-            raise ValueError(f"presets: {self.preset!r} has stats='current' and a float32 state alone")
+        if self.preset in RULES and (self.stats != "current" or self.state_dtype == "int8"):
+            raise ValueError(f"presets: {self.preset!r} has stats='current' and a state in float32 or bfloat16 alone")
 
     @property
     def spec(self) -> ThetaSpec | SmallFC | VeLO:

@@ -200,6 +200,8 @@ class FactoredPlan:
         decays: of momenta, second moments and factored ones.
         shapes, kinds: of the tensors, none empty.
         device: of everything.
+        state_dtype: of ``mom`` and ``rms``, float32 or bfloat16, which is rounded stochastically by bits that depend on
+            step, row and element.
 
     Attributes:
         weights: ``[R, size]`` of :func:`pack_factored`, ``[1, size]`` where a rule has one for all tensors, to be
@@ -222,6 +224,7 @@ class FactoredPlan:
         shapes: Sequence[Sequence[int]],
         kinds: Sequence[Kind],
         device: torch.device,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.module, self.backend, self.device, self.rule = module_of(backend), backend, device, rule
         pairs = list(zip(shapes, kinds, strict=True))
@@ -285,6 +288,7 @@ class FactoredPlan:
         for name, value in self._tables.items():
             self.record[name] = value.data_ptr()
         self.record["weight_stride"] = sizes.weights if isinstance(rule, VeLO) else 0
+        self.state_dtype, self.record["state_dtype"] = state_dtype, DTYPES[state_dtype]
         self.record["rule"], self.record["width"] = RULE_INDEX[type(rule)], width_of(rule)
         self.record["magnitude_rate"] = getattr(rule, "magnitude_rate", 0.0)
         for name, values in zip(("mom", "rms", "factored"), decays, strict=True):
@@ -316,7 +320,8 @@ class FactoredPlan:
             else:
                 named["along"], expected["diagonal"] = "diagonal", (3, numel)
         for name, (planes, count) in expected.items():
-            check_operand(f"{name}[{row}]", state[name], (torch.float32,), planes * count, self.device)
+            dtype = self.state_dtype if name in ("mom", "rms") else torch.float32
+            check_operand(f"{name}[{row}]", state[name], (dtype,), planes * count, self.device)
         for field, name in named.items():
             entry[field] = state[name].data_ptr()
         self.keep_alive[row] = [state[name] for name in expected]

@@ -57,8 +57,8 @@ FILLED = {
     "Tile": "tensor line begin",
     "Piece": "tensor is_along begin",
     "FactoredParams": "tensors grads tiles pieces num_tensors num_tiles num_pieces rule width mom_decay rms_decay "
-    "factored_decay magnitude_rate step weights weight_stride step_size keep controls measures sums factors squares "
-    "scales own_weights stats",
+    "factored_decay magnitude_rate seed state_dtype step weights weight_stride step_size keep controls "
+    "measures sums factors squares scales own_weights stats",
     "Problem": "num_layers kinds options outputs tokens places inputs loss batch shapes rows data targets",
     "Run": "problem theta state keys steps valid_every valid_batches loss_every averaged total_steps outer_losses "
     "train_losses",

@@ -54,6 +54,7 @@ def test_rules_of_others_as_counted_by_hand() -> None:
     counted = [traffic.factored(name, rule) for name, rule in RULES.items()]
     assert [(one.accumulate, one.apply, one.step) for one in counted] == [(48, 28, 76), (64, 28, 92)]
     assert [(one.state, one.held, one.single_sweep) for one in counted] == [(16, 24, 44)] * 2
+    assert [traffic.factored(name, rule, state_bytes=2).step for name, rule in RULES.items()] == [52, 60]
     assert [one.flops for one in counted] == [2 * (28 * 4 + 4 * 4 + 4 * 2), 2 * (30 * 4 + 4 * 4 + 4 * 2)]
 
 

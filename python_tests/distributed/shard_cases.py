@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lopt import LearnedOptimizer, Theta
-from lopt.distributed import Box
+from lopt.distributed import Box, local_of
+from lopt.rule.published import RULES, VeLO
 from lopt.state import shared_names
 
 STEPS = 100
@@ -182,6 +183,49 @@ def without_matrices() -> Any:
 
 def some_plain() -> Any:
     return run(sharded(block(), leave=("norm.weight", "up.weight", "one.bias")))[:2]
+
+
+def rules() -> Any:
+    """Learned optimizers of others, each with a state that is saved and loaded on the way: the largest difference from
+    one process of parameters and of everything in the state, and how far a parameter moved."""
+    found = {}
+    for name, rule in RULES.items():
+        theta = Theta.init(VeLO(lstm_width=8, bank_size=6) if rule is VeLO else rule(), seed=1)
+        generator = torch.Generator().manual_seed(2)
+        moved = {key: x + 0.05 * torch.randn(x.shape, generator=generator) for key, x in theta.tensors.items()}
+        theta, left = dataclasses.replace(theta, tensors=moved), []
+        for own in (loss_at, own_loss):
+            torch.manual_seed(3)
+            model: nn.Module = nn.Sequential(nn.Linear(5, 3), nn.Conv2d(3, 2, 2, bias=False))
+            start = [param.detach().clone() for param in model.parameters()]
+            single: dict[str, Any] = {"process_group": None, "impl": "reference"} if own is loss_at else {}
+            model = model if single else fully_shard(model)
+            state = None
+            for steps in (range(2), range(2, 3)):
+                opt = LearnedOptimizer(model, theta, total_steps=20, **single)
+                if state is not None:
+                    opt.load_state_dict(state)
+                drive(model, opt, steps, own)
+                state = copy.deepcopy(opt.state_dict())
+            assert opt.implementation == "reference"
+            states = [opt.state[param] for param in model.parameters()]
+            for param, held in zip(model.parameters(), states, strict=True):
+                assert local_of(held["mom"]).shape[1:] == local_of(param).shape
+                assert single or local_of(param).numel() < param.numel()
+            left.append(
+                [
+                    {"param": whole(param).clone(), **{key: whole(x) for key, x in held.items()}}
+                    for param, held in zip(model.parameters(), states, strict=True)
+                ]
+            )
+        off = [
+            float((x[key] - y[key]).abs().max()) / max(float(y[key].abs().max()), 1e-30)
+            for x, y in zip(*left, strict=True)
+            for key in y
+        ]
+        moves = [float((x["param"] - old).abs().max()) for x, old in zip(left[0], start, strict=True)]
+        found[name] = max(off), min(moves)
+    return found
 
 
 def by_columns() -> Any:

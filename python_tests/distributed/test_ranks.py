@@ -68,7 +68,7 @@ def test_errors_say_what_to_do(found: Any) -> None:
         "TypeError: process_group: expected 'auto', None or a torch.distributed.ProcessGroup, got 'gloo'"
     )
     assert first["reference"].startswith("TypeError: params: impl='reference' steps whole tensors, got DTensors")
-    assert first["published"].startswith("TypeError: params: rule 'velo' steps whole tensors, got DTensors; train with")
+    assert first["published"].startswith("ValueError: impl='cpu': kernels of a rule of others step whole tensors, got")
     assert "this rank has 16 tensors, rank 1 of the process group has 15" in first["other tensors"]
     assert "this rank has 15 tensors, rank 0 of the process group has 16" in second["other tensors"]
     assert first["drift"].startswith("RuntimeError: parameters: not the same on ranks [1] as on rank 0")

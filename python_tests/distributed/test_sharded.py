@@ -8,6 +8,8 @@ import torch
 from on_ranks import on_ranks
 from torch import Tensor
 
+from lopt.rule.published import RULES
+
 TWO = [
     "replicated",
     "fsdp",
@@ -22,7 +24,7 @@ TWO = [
     "offloaded",
     "sim",
 ]
-OTHERS = ["averaged", "half_bits", "offload_loop", "away_from_the_mesh", "without_a_backend"]
+OTHERS = ["rules", "averaged", "half_bits", "offload_loop", "away_from_the_mesh", "without_a_backend"]
 FOUR = ["fsdp", "without_matrices", "shared", "hybrid", "both"]
 
 
@@ -54,6 +56,15 @@ def test_a_bfloat16_state_is_rounded_by_positions_in_whole_tensors(found: Any) -
     for different in found[2, "half_bits"]:
         assert len(different) == 64
         assert not any(different.values()), different
+
+
+def test_learned_optimizers_of_others(found: Any) -> None:
+    for of_rules in found[2, "rules"]:
+        assert not isinstance(of_rules, str), of_rules
+        assert set(of_rules) == set(RULES)
+        for name, (difference, moved) in of_rules.items():
+            assert difference <= 1e-6, name
+            assert moved > 1e-5, name
 
 
 def test_averages_of_parts(found: Any) -> None:

@@ -114,26 +114,31 @@ class Celo2(Rule):
     ) -> Update:
         like = weights["mlp.b1"]
         kept, directions, sizes = [], [], []
-        for param, grad, state in zip(params, grads, states, strict=True):
+        for t, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
             grad = torch.clamp(grad, -parts.GRADIENT_BOUND, parts.GRADIENT_BOUND)
             by_adam = "updates" in state
-            direction, new = self._adam(grad, state) if by_adam else self._learned(weights, param, grad, state)
+            direction, new = (
+                self._adam(grad, state, now, t) if by_adam else self._learned(weights, param, grad, state, now, t)
+            )
             sizes.append(like.new_tensor(self.learning_rate * (self.adam_multiplier if by_adam else 1.0)))
             directions.append(direction)
             kept.append(new)
         return Update(directions, sizes, shared, kept, {})
 
-    def _adam(self, grad: Tensor, state: State) -> tuple[Tensor, State]:
+    def _adam(self, grad: Tensor, state: State, now: Now, t: int) -> tuple[Tensor, State]:
         beta1, beta2 = self.adam_decays
         updates = state["updates"] + 1.0
         mom = beta1 * state["mom"] + (1.0 - beta1) * grad
         rms = beta2 * state["rms"] + (1.0 - beta2) * torch.square(grad)
+        mom, rms = now.stored(t, mom, rms)
         up, down = mom / (1.0 - beta1**updates), torch.sqrt(rms / (1.0 - beta2**updates))
         return (up / (down + EPSILON))[0], {"mom": mom, "rms": rms, "updates": updates}
 
-    def _learned(self, weights: Weights, param: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
+    def _learned(
+        self, weights: Weights, param: Tensor, grad: Tensor, state: State, now: Now, t: int
+    ) -> tuple[Tensor, State]:
         decays = self.decays(weights)
-        mom, rms = parts.next_mom(state["mom"], grad, decays[0]), parts.next_rms(state["rms"], grad, decays[1])
+        mom, rms = parts.next_moments(state, grad, decays, now, t)
         factored = parts.next_factored(state, grad, decays[2])
         out = parts.mlp(weights, normalise(columns_of(grad, param, mom, rms, factored, EPSILON)))
         direction = out[0] * torch.exp(self.magnitude_rate * out[1])

@@ -74,6 +74,7 @@ class MLPLOpt(Rule):
         like = weights["mlp.b1"]
         decays, time = self.decays(weights)[0], parts.tanh_times(now.step, like)
         mom = [parts.next_mom(state["mom"], g, decays) for state, g in zip(states, grads, strict=True)]
+        mom = [now.stored(t, m, m[:0])[0] for t, m in enumerate(mom)]
         columns = [torch.cat([g[None], p[None], m]) for p, g, m in zip(params, grads, mom, strict=True)]
         outputs = [parts.mlp(weights, parts.normalise(x), time) for x in columns]
         return Update(

@@ -105,6 +105,7 @@ class NNAdam(Rule):
             grad = torch.clamp(grad, -parts.GRADIENT_BOUND, parts.GRADIENT_BOUND)
             mom = beta1[t] * state["mom"] + (1.0 - beta1[t]) * grad
             rms = beta2[t] * state["rms"] + (1.0 - beta2[t]) * (grad * grad)
+            mom, rms = now.stored(t, mom, rms)
             directions.append((mom / (epsilon[t] + torch.sqrt(rms + INSIDE)))[0] * (1.0 + epsilon[t]))
             seen.append(statistics(param, grad, mom[0], rms[0]))
             moments.append((mom, rms))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lopt.rule.published.rule import State, Weights
+from lopt.rule.published.rule import Now, State, Weights
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)  # steps
 GRADIENT_BOUND = 1000.0
@@ -31,6 +31,11 @@ def next_mom(mom: Tensor, grad: Tensor, decays: Tensor) -> Tensor:
 def next_rms(rms: Tensor, grad: Tensor, decays: Tensor) -> Tensor:
     """Second moments ``d rms + (1 - d) grad^2``, ``d`` within [0, 1]."""
     return next_mom(rms, torch.square(grad), torch.clamp(decays, 0.0, 1.0))
+
+
+def next_moments(state: State, grad: Tensor, decays: Sequence[Tensor], now: Now, t: int) -> tuple[Tensor, Tensor]:
+    """Momenta and second moments of tensor ``t`` as they are stored."""
+    return now.stored(t, next_mom(state["mom"], grad, decays[0]), next_rms(state["rms"], grad, decays[1]))
 
 
 def column_mean(columns: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ To add one: a module beside this one with a subclass of :class:`Rule`, and a lin
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,6 +31,8 @@ class Now(NamedTuple):
     loss: Tensor  # last training loss that is known, NaN before any
     total_steps: Tensor  # number of steps planned, 0 when unknown
     rest: Tensor  # [T] bool: tensors that are left as they are, which must count in nothing that others see
+    #: The next ``mom`` and ``rms`` of tensor t as they are stored, where that is narrower.
+    stored: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = lambda t, mom, rms: (mom, rms)
 
 
 class Update(NamedTuple):

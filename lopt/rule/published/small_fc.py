@@ -118,8 +118,8 @@ class SmallFC(Rule):
         like = weights["mlp.b1"]
         decays, time = self.decays(weights), parts.tanh_times(now.step, like)
         kept, inputs, directions = [], [], []
-        for param, grad, state in zip(params, grads, states, strict=True):
-            mom, rms = parts.next_mom(state["mom"], grad, decays[0]), parts.next_rms(state["rms"], grad, decays[1])
+        for t, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
+            mom, rms = parts.next_moments(state, grad, decays, now, t)
             factored = parts.next_factored(state, grad, decays[2])
             inverse = torch.rsqrt(rms + 1e-6)
             whole = grad.dim() < 2  # nothing to factor

@@ -16,6 +16,7 @@ from lopt.rule.losses import LossState, init_loss, told
 from lopt.rule.matrices import Kind
 from lopt.rule.published.parts import factored_dims
 from lopt.rule.published.rule import Now, Rule, Weights
+from lopt.rule.rounding import Rounding
 
 #: Names of what all tensors share by every rule, beside what it has for itself: numbers of updates, state of the loss.
 SHARED = ("step", "train_loss")
@@ -87,6 +88,11 @@ def _turned(
     return {name: turn(name, value) for name, value in state.items()}
 
 
+def _as(rule: Rule, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A tensor's state with its accumulators in another dtype."""
+    return {name: value.to(dtype) if name in rule.per_param else value for name, value in state.items()}
+
+
 def _finite(tensor: Tensor, infinite: float) -> Tensor:
     """Without NaN, which is 0, and Inf, and within what can be squared."""
     return torch.clamp(torch.nan_to_num(tensor, 0.0, infinite, -infinite), -LARGEST, LARGEST)
@@ -119,8 +125,9 @@ def update(
     total_steps: float,
     lr: Tensor | float = 1.0,
     weight_decay: Tensor | float = 0.0,
+    positions: Sequence[int] | None = None,
 ) -> Step:
-    """One training update of all tensors.
+    """One training update of all tensors; accumulators in bfloat16 are rounded stochastically.
 
     Args:
         weights: the tensors of theta; everything is computed in their dtype.
@@ -129,6 +136,8 @@ def update(
         kinds: what is known of the tensors beside their shapes.
         total_steps: number of steps planned, 0 when unknown.
         lr, weight_decay: of all tensors, or ``[T]``.
+        positions: of the tensors among all that the optimizer has, by which a narrow state is rounded; 0, 1, ... by
+            default.
 
     Example:
         >>> from lopt import Theta
@@ -152,13 +161,24 @@ def update(
     clean = [_finite(grad, LARGEST).permute(order).contiguous() for grad, order in zip(raw, orders, strict=True)]
     rest = torch.stack([torch.logical_not(torch.isfinite(value)).any() for value in values])
     left_out = [factored_dims(value.shape) for value in here]
+    narrow = [old["mom"].dtype == torch.bfloat16 for old in state.tensors]
     before = [
-        _turned(rule, old, order, dims and (order[dims[0]], order[dims[1]]))
+        _turned(rule, _as(rule, old, like.dtype), order, dims and (order[dims[0]], order[dims[1]]))
         for old, order, dims in zip(state.tensors, orders, left_out, strict=True)
     ]
     train, last = next_loss(state.shared["train_loss"], loss)
     total = torch.as_tensor(float(total_steps), dtype=like.dtype, device=like.device)
-    now = Now(state.shared["step"], last, total, rest)
+
+    def stored(t: int, mom: Tensor, rms: Tensor) -> tuple[Tensor, Tensor]:
+        if not narrow[t]:
+            return mom, rms
+        dims = (0, *(1 + dim for dim in _inverse(orders[t])))
+        both = torch.cat([mom, rms]).permute(dims)
+        rounding = Rounding(int(state.shared["step"]), t if positions is None else positions[t])
+        rounded = rounding(both.reshape(len(both), -1)).reshape(both.shape).permute(_inverse(dims)).contiguous()
+        return rounded[: len(mom)], rounded[len(mom) :]
+
+    now = Now(state.shared["step"], last, total, rest, stored)
     made = rule.update(weights, {name: state.shared[name] for name in rule.shared}, here, clean, before, now)
 
     rates, decays = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (lr, weight_decay))
@@ -176,6 +196,7 @@ def update(
         )
         for t, (old, new) in enumerate(zip(before, made.states, strict=True))
     ]
+    tensors = [_as(rule, new, torch.bfloat16) if narrow[t] else new for t, new in enumerate(tensors)]
     shared = {"step": state.shared["step"] + 1, "train_loss": train, **made.shared}
     bad = torch.stack([torch.logical_not(torch.isfinite(grad)).sum() for grad in raw]).sum()
     trace = {**made.trace, "step_size": sizes, "nonfinite": torch.stack([bad, rest.sum()])}

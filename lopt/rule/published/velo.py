@@ -173,7 +173,7 @@ class VeLO(Rule):
         kept, columns, directions, sizes = [], [], [], []
         for t, (param, grad, state) in enumerate(zip(params, grads, states, strict=True)):
             grad = torch.clamp(grad, -parts.GRADIENT_BOUND, parts.GRADIENT_BOUND)
-            mom, rms = parts.next_mom(state["mom"], grad, decays[0]), parts.next_rms(state["rms"], grad, decays[1])
+            mom, rms = parts.next_moments(state, grad, decays, now, t)
             factored = parts.next_factored(state, grad, decays[2])
             seen = columns_of(grad, param, mom, rms, factored, 1e-6)
             out = parts.mlp({name: value[t] for name, value in mlps.items()}, parts.normalise(seen))
