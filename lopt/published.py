@@ -113,6 +113,8 @@ class RuleStepper:
             local_of(part).copy_(part_like(part, new[None])[0])
             for name, value in state.items():
                 local_of(old[name]).copy_(part_like(part, value) if is_sharded(old[name]) else value)
+        if tensors.sharded:
+            increment_versions(params)
         for name, value in step.state.shared.items():
             shared[name].copy_(value)
         self.decided = list(step.trace["step_size"].unbind()), [None] * len(params)
