@@ -47,7 +47,7 @@ class RunExperiment(Spread):
     """A seed decides initial weights and minibatches; 0 for small and 0 1 2 for full if none is given."""
 
     runs: bool = True
-    """Run nothing: draw and write what the rows in --out say, whatever they depend on."""
+    """Do not run anything: draw and write what the rows in --out say, whatever they depend on."""
 
     data: Path | None = None
     """Folder with the IDX files of Fashion-MNIST, if they are not where the Debian package puts them."""
