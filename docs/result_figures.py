@@ -247,15 +247,17 @@ def language() -> Any:
     """Test loss by learning rate of the tuned opponents; the learned optimizer has none."""
     rows = rows_of("language/runs.csv")
     names = {"adamw-warmup-tuned": "AdamW", "muon-warmup-tuned": "Muon"}
-    lines = {}
-    for name, label in names.items():
-        some = sorted((run.lr, run.test_loss) for run in rows if run.name == name)
-        lines[label] = [lr for lr, _ in some], [loss for _, loss in some]
-    lowest, highest = min(lines["AdamW"][0]), max(lines["Muon"][0])
-    for name, label in (("lopt", "lopt, told"), ("lopt-averaged", "lopt, untold, averaged")):
-        (loss,) = (run.test_loss for run in rows if run.name == name)
-        lines[label] = [lowest, highest], [loss, loss]
-    return curves({"GPT of width 64, 2,000 steps, one seed": lines}, "learning rate of AdamW and Muon", "test loss")
+    shown = {}
+    for task in sorted({run.task for run in rows if run.name == "lopt"}):
+        lines = shown[task] = {}
+        for name, label in names.items():
+            some = sorted((run.lr, run.test_loss) for run in rows if (run.name, run.task) == (name, task))
+            lines[label] = [lr for lr, _ in some], [loss for _, loss in some]
+        lowest, highest = min(lines["AdamW"][0]), max(lines["Muon"][0])
+        for name, label in (("lopt", "lopt, told"), ("lopt-averaged", "lopt, untold, averaged")):
+            (loss,) = (run.test_loss for run in rows if (run.name, run.task) == (name, task))
+            lines[label] = [lowest, highest], [loss, loss]
+    return curves(shown, "learning rate of AdamW and Muon", "test loss")
 
 
 def envelope() -> Any:
