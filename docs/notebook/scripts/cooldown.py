@@ -2,9 +2,9 @@
 
     python docs/notebook/scripts/cooldown.py THETA OUT
 
-A step is multiplied by ``(1 - .99 done)^.5 exp(.58 done)``, where ``done`` is the share of the run that is over: 1.00 at a
-quarter, .95 at half, .65 at .85, .42 at .95 and .18 at the end. Untold runs stay the same. The two numbers were chosen
-on language models that are not held out (docs/notebook/cooldown.md).
+A step is multiplied by ``(1 - .99 done)^.5 exp(.58 done)``, where ``done`` is the share of the run that is over: 1.00
+at a quarter, .95 at half, .65 at .85, .42 at .95 and .18 at the end. Untold runs stay the same. The two numbers were
+chosen on language models that are not held out (docs/notebook/cooldown.md).
 """
 
 import json
