@@ -49,10 +49,12 @@ __global__ void __launch_bounds__(kThreads, Features::kNumMom + Features::kNumRm
 
 }  // namespace
 
+#if LOPT_WITH_LAUNCHERS
 template <class Features, Dtype kState>
 void launch_accumulate(const AccumulateParams& params, const Target& target) {
   launch_per_chunk("accumulate", accumulate_kernel<kState, Features>, params, target);
 }
 LOPT_INSTANTIATE(void, launch_accumulate, const AccumulateParams&, const Target&)
+#endif
 
 }  // namespace lopt

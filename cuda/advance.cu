@@ -5,8 +5,6 @@
 //            tensors are so few that every block computes them for itself, and the last block writes the shared state
 //   finish   the mean MLP outputs that the next LSTM step sees
 // No number is read back to the host. Source: arXiv:2009.11243, appendix C. See Note [Order of reduction].
-#include <algorithm>
-
 #include "api/kernels.h"
 #include "reduce.cuh"
 #include "rule/tensor_lstm.h"
@@ -17,9 +15,6 @@
 
 namespace lopt {
 namespace {
-
-constexpr int kRowThreads = 256;  // per block of `advance`: a column of the LSTM's matrix each, in the paper
-constexpr int kRowBlocks = 512;   // at most; with more tensors, a block takes several
 
 // See Note [Team] in csrc/rule/tensor_lstm.h.
 struct BlockTeam {
@@ -72,9 +67,6 @@ struct BlockLstm {
     team.sync();
   }
 };
-
-// Floats of dynamic shared memory in a block of `advance`: x and h, gates, constant.
-LOPT_HD int row_floats(const Spec& s) { return s.num_lstm_input() + 5 * s.lstm_width + s.num_constant(); }
 
 __global__ void __launch_bounds__(kThreads)
     begin_kernel(const __grid_constant__ Spec s, const __grid_constant__ AdvanceParams p) {
@@ -196,20 +188,14 @@ __global__ void __launch_bounds__(kThreads)
                p.feedback[t * s.from_mlp + o]);
 }
 
-// As many as fit into the 4 KB of a kernel's arguments.
-struct Words {
-  int64_t value[448];
-};
-
 __global__ void __launch_bounds__(kThreads)
     write_words_kernel(const __grid_constant__ Words words, int64_t* to, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = words.value[i];
 }
 
-inline unsigned blocks_of(int64_t count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); }
-
 }  // namespace
 
+#if LOPT_WITH_LAUNCHERS
 bool begin_cuda(const AdvanceParams& params, const Target& target) {
   const DeviceGuard guard(target.device);
   LOPT_LAUNCH("begin", begin_kernel, blocks_of(params.num_tensors + 1), kThreads, 0,
@@ -220,16 +206,11 @@ bool begin_cuda(const AdvanceParams& params, const Target& target) {
 
 bool advance_cuda(const AdvanceParams& params, const Target& target) {
   const Spec& s = *params.spec;
-  const size_t bytes = static_cast<size_t>(row_floats(s)) * sizeof(float);
-  if (bytes > 32 << 10)
-    throw std::runtime_error("advance: the tensors of one LSTM step take " + std::to_string(bytes) +
-                             " bytes of shared memory, expected at most 32768; use a smaller lstm_width or "
-                             "impl='reference'");
+  const size_t bytes = row_bytes(s);
   if (params.num_tensors == 0) return true;
   const DeviceGuard guard(target.device);
   return with_feature_set(s.feature_set, [&](auto features) {
-    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(params.num_tensors, kRowBlocks));
-    LOPT_LAUNCH("advance", advance_kernel<decltype(features)>, blocks, kRowThreads, bytes,
+    LOPT_LAUNCH("advance", advance_kernel<decltype(features)>, row_blocks(params.num_tensors), kRowThreads, bytes,
                 reinterpret_cast<cudaStream_t>(target.stream), s, params);
     LOPT_CUDA_CHECK(cudaGetLastError());
   });
@@ -247,21 +228,18 @@ bool finish_cuda(const AdvanceParams& params, const Target& target) {
 }
 
 void write_words_cuda(int64_t* to, const int64_t* words, int64_t count, const Target& target) {
-  constexpr int64_t kWords = sizeof(Words) / sizeof(int64_t);
   const DeviceGuard guard(target.device);
-  for (int64_t first = 0; first < count; first += kWords) {
-    Words part{};
-    const int64_t size = std::min(count - first, kWords);
-    std::copy_n(words + first, size, part.value);
+  in_parts(words, count, [&](const Words& part, int64_t first, int size) {
     LOPT_LAUNCH("write_words", write_words_kernel, 1, kThreads, 0, reinterpret_cast<cudaStream_t>(target.stream), part,
-                to + first, static_cast<int>(size));
+                to + first, size);
     LOPT_CUDA_CHECK(cudaGetLastError());
-  }
+  });
 }
 
 int cuda_driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
+#endif
 
 }  // namespace lopt

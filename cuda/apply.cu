@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads, (Features::kNumColumns >= 16 && kWid
 
 }  // namespace
 
+#if LOPT_WITH_LAUNCHERS
 template <class Features, Dtype kState>
 bool launch_apply(const ApplyParams& params, int width, const Target& target) {
   return with_width(width, [&](auto width_constant) {
@@ -60,5 +61,6 @@ bool launch_apply(const ApplyParams& params, int width, const Target& target) {
   });
 }
 LOPT_INSTANTIATE(bool, launch_apply, const ApplyParams&, int, const Target&)
+#endif
 
 }  // namespace lopt

@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kState, Features::kN
 
 }  // namespace
 
+#if LOPT_WITH_LAUNCHERS
 template <class Features, Dtype kState>
 bool launch_apply_mma(const ApplyParams& params, int width, const Target& target) {
   return with_width(width, [&](auto width_constant) {
@@ -69,5 +70,6 @@ bool launch_apply_mma(const ApplyParams& params, int width, const Target& target
   });
 }
 LOPT_INSTANTIATE(bool, launch_apply_mma, const ApplyParams&, int, const Target&)
+#endif
 
 }  // namespace lopt

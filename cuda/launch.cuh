@@ -1,14 +1,24 @@
 // How kernels start: device, stream, grid and error check in one place, for nvcc and for the CPU (csrc/sim/cuda_on_cpu.h).
+// NVRTC compiles kernels alone (LOPT_WITH_LAUNCHERS is 0), which loaded.cpp starts.
 #pragma once
 
-#include <cstdint>
+#include "grids.h"
+
+#ifdef __CUDACC_RTC__
+#define LOPT_WITH_LAUNCHERS 0
+#else
+#define LOPT_WITH_LAUNCHERS 1
 #include <stdexcept>
 #include <string>
 
+#include "checks.h"
 #include "launchers.h"
+#endif
 
 #ifdef __CUDACC__
+#if LOPT_WITH_LAUNCHERS
 #include <cuda_runtime.h>
+#endif
 #define LOPT_DYNAMIC_SHARED(type, name)            \
   extern __shared__ uint4 dynamic_shared_memory[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared_memory)
@@ -18,14 +28,26 @@
 #include "sim/cuda_on_cpu.h"
 #endif
 
+namespace lopt {
+namespace {
+
+// A kernel's shared memory is static up to this many bytes, of the 48 KiB that there may be; a few more are in functions that
+// it calls. Beyond, Memory is dynamic.
+constexpr size_t kStaticShared = (48 << 10) - 512;
+template <class Memory>
+constexpr bool kIsStatic = sizeof(Memory) <= kStaticShared;
+template <class Memory>
+constexpr size_t kDynamicBytes = kIsStatic<Memory> ? 0 : sizeof(Memory);
+
+}  // namespace
+}  // namespace lopt
+
+#if LOPT_WITH_LAUNCHERS
 #define LOPT_CUDA_CHECK(call) ::lopt::check_cuda(call, #call, __FILE__, __LINE__)
 
 // Unnamed: one module holds nvcc's version of these functions and the CPU's.
 namespace lopt {
 namespace {
-
-constexpr int kThreads = 128;  // per block
-constexpr int kWarps = kThreads / 32;
 
 inline void check_cuda(cudaError_t error, const char* call, const char* file, int line) {
   if (error == cudaSuccess) return;
@@ -50,21 +72,13 @@ class DeviceGuard {
   int device_, previous_ = 0;
 };
 
-// A kernel's shared memory is static up to this many bytes, of the 48 KiB that there may be; a few more are in functions that
-// it calls. Beyond, Memory is dynamic.
-constexpr size_t kStaticShared = (48 << 10) - 512;
-template <class Memory>
-constexpr bool kIsStatic = sizeof(Memory) <= kStaticShared;
-
 // kernel(params) with one block of kThreads per chunk and Memory, on the caller's stream.
 template <class Memory = char, class Params>
 void launch_per_chunk(const char* name, void (*kernel)(Params), const Params& params, const Target& target) {
   if (params.num_chunks == 0) return;
-  if (params.num_chunks > 0x7fffffff)
-    throw std::runtime_error(std::string(name) + ": expected at most 2^31 - 1 chunks, got " +
-                             std::to_string(params.num_chunks) + "; update the tensors in several calls");
+  check_chunks(name, params.num_chunks);
   const DeviceGuard guard(target.device);
-  constexpr size_t kBytes = kIsStatic<Memory> ? 0 : sizeof(Memory);
+  constexpr size_t kBytes = kDynamicBytes<Memory>;
   if (kBytes)
     LOPT_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
@@ -75,3 +89,4 @@ void launch_per_chunk(const char* name, void (*kernel)(Params), const Params& pa
 
 }  // namespace
 }  // namespace lopt
+#endif

@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 || kWidt
 
 }  // namespace
 
+#if LOPT_WITH_LAUNCHERS
 template <class Features, Dtype kState>
 bool launch_sweep(const AccumulateParams& accumulating, const ApplyParams& applying, int width, const Target& target) {
   if constexpr (kState == kInt8) {  // which has no kernels of one sweep
@@ -98,5 +99,6 @@ bool launch_sweep(const AccumulateParams& accumulating, const ApplyParams& apply
   }
 }
 LOPT_INSTANTIATE(bool, launch_sweep, const AccumulateParams&, const ApplyParams&, int, const Target&)
+#endif
 
 }  // namespace lopt

@@ -12,12 +12,6 @@
 
 namespace lopt {
 
-struct SweepParams {
-  AccumulateParams accumulating;  // its `finished` counts the blocks of a tensor
-  ApplyParams applying;
-  int64_t num_chunks;
-};
-
 // Of one thread: reads a quad, and makes its state that of this step.
 template <Dtype kState, class Features, bool kInRegisters = false>
 struct Accumulator {

@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kThreads, Features::kNumColumns >= 16 || kWidt
 
 }  // namespace
 
+#if LOPT_WITH_LAUNCHERS
 template <class Features, Dtype kState>
 bool launch_sweep_mma(const AccumulateParams& accumulating, const ApplyParams& applying, int width,
                       const Target& target) {
@@ -94,5 +95,6 @@ bool launch_sweep_mma(const AccumulateParams& accumulating, const ApplyParams& a
   }
 }
 LOPT_INSTANTIATE(bool, launch_sweep_mma, const AccumulateParams&, const ApplyParams&, int, const Target&)
+#endif
 
 }  // namespace lopt

@@ -22,11 +22,13 @@ __global__ void __launch_bounds__(kThreads) write_kernel(ApplyParams params) {
 
 }  // namespace
 
+#if LOPT_WITH_LAUNCHERS
 bool write_cuda(const ApplyParams& params, bool orthogonalised, const Target& target) {
   if (params.newton_schulz == 0) return true;
   if (!orthogonalised) return false;
   launch_per_chunk("write", write_kernel, params, target);
   return true;
 }
+#endif
 
 }  // namespace lopt

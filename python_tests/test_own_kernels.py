@@ -89,11 +89,11 @@ def test_the_text_of_compact_is_compact(changes: dict[str, object]) -> None:
     assert same(*found)
 
 
-def check_steps(impl: str) -> None:
+def check_steps(impl: str, device: str = "cpu") -> None:
     """Three steps of all phases, width 64, beside those of the reference."""
     theta, generator = Theta.init(spec_of(64), seed=1), torch.Generator().manual_seed(0)
-    start = torch.randn(40, 30, generator=generator)
-    grads, ends = [torch.randn(40, 30, generator=generator) for _ in range(3)], []
+    start, *grads = (torch.randn(40, 30, generator=generator).to(device) for _ in range(4))
+    ends = []
     for one in (impl, "reference"):
         param = torch.nn.Parameter(start.clone())
         optimizer = LearnedOptimizer([param], theta=theta, impl=one)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """benchmarks/sass.py: what it reads out of SASS, and that the built kernels pass it."""
 
+import dataclasses
 import importlib.util
 import shutil
 import sys
@@ -9,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from lopt import _C
-from lopt.kernels import own
+from lopt.kernels import nvrtc, own
 from lopt.rule.features import FEATURE_SETS
 
 
@@ -144,6 +145,24 @@ def test_kernels_of_width_64(sass: ModuleType, arch: str, kept_kernels: str, mon
     products = {("apply_mma", 2): 240, ("sweep_mma", 2): 480, ("apply_mma", 1): 88, ("sweep_mma", 1): 88}
     for (operation, parts), count in products.items():
         assert kernels[f"{operation}_kernel<OwnFeatures, 64, {parts}>"].counts["HMMA"] == count
+
+
+@pytest.mark.slow
+def test_what_nvrtc_makes_passes_too(
+    sass: ModuleType, kept_kernels: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the text of `compact`, for the architecture whose instructions are bounded: the limits of what nvcc makes."""
+    if sass.tool() is None or shutil.which("c++filt") is None or nvrtc.find() is None:
+        pytest.skip("needs cuobjdump and NVRTC: pip install 'lopt[sass]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", kept_kernels)
+    monkeypatch.setattr(own, "_nvcc", lambda: None)
+    images, _ = nvrtc.read(own.compiled(FEATURE_SETS["compact"], 8, 2, "cuda", ("90",)))
+    (tmp_path / "made.cubin").write_bytes(images["90"])
+    kernels = sass.kernels("sm_90", str(tmp_path / "made.cubin"))
+    assert len(kernels) == 12
+    named = [dataclasses.replace(one, name=one.name.replace("OwnFeatures", "CompactFeatures")) for one in kernels]
+    assert [problem for kernel in named for problem in kernel.problems()] == []
+    assert {one.name for one in named} >= {name for name in sass.INSTRUCTIONS if "Compact" in name and "bf" not in name}
 
 
 def test_main_path_of_a_narrow_state(sass: ModuleType) -> None:

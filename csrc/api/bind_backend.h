@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../../cuda/loaded.h"
 #include "api/backend.h"
 #include "api/step.h"
 
@@ -21,20 +22,23 @@ T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Those of libraries that were loaded later (csrc/cpu/own_cpu.cpp), by name.
-std::map<std::string, const Backend*>& added_backends() {
-  static std::map<std::string, const Backend*> backends;
+// Those of libraries and kernels that were loaded later (csrc/cpu/own_cpu.cpp, cuda/loaded.cpp), by name.
+std::map<std::string, LoadedBackend>& added_backends() {
+  static std::map<std::string, LoadedBackend> backends;
   return backends;
 }
 
-const Backend& backend_of(const std::string& name) {
-  const Backend* backend = find_backend(name);
-  if (!backend) {
-    const auto added = added_backends().find(name);
-    if (added != added_backends().end()) backend = added->second;
-  }
-  if (!backend) throw std::invalid_argument("back end '" + name + "' is not part of this build");
-  return *backend;
+// A back end, and where it is to run.
+struct Place {
+  const Backend& backend;
+  LoadedTarget target;
+};
+
+Place place_of(const std::string& name, int num_threads = 1, int device = 0, uint64_t stream = 0) {
+  if (const Backend* backend = find_backend(name)) return {*backend, {{num_threads, device, stream}, nullptr}};
+  const auto added = added_backends().find(name);
+  if (added == added_backends().end()) throw std::invalid_argument("back end '" + name + "' is not part of this build");
+  return {added->second.backend, {{num_threads, device, stream}, added->second.kernels}};
 }
 
 void check_ran(bool ran, int feature_set, int width) {
@@ -45,27 +49,27 @@ void check_ran(bool ran, int feature_set, int width) {
 
 void accumulate(const std::string& backend, int feature_set, uint64_t params, int num_threads, int device,
                 uint64_t stream) {
-  check_ran(backend_of(backend).accumulate(*pointer<AccumulateParams>(params), feature_set,
-                                           Target{num_threads, device, stream}),
-            feature_set, 0);
+  const Place place = place_of(backend, num_threads, device, stream);
+  check_ran(place.backend.accumulate(*pointer<AccumulateParams>(params), feature_set, place.target), feature_set, 0);
 }
 
 bool write(const std::string& backend, uint64_t params, bool orthogonalised, int num_threads, int device,
            uint64_t stream) {
-  return backend_of(backend).write(*pointer<ApplyParams>(params), orthogonalised, Target{num_threads, device, stream});
+  const Place place = place_of(backend, num_threads, device, stream);
+  return place.backend.write(*pointer<ApplyParams>(params), orthogonalised, place.target);
 }
 
 void apply(const std::string& backend, int feature_set, int width, uint64_t params, int num_threads, int device,
            uint64_t stream) {
-  check_ran(
-      backend_of(backend).apply(*pointer<ApplyParams>(params), feature_set, width, Target{num_threads, device, stream}),
-      feature_set, width);
+  const Place place = place_of(backend, num_threads, device, stream);
+  check_ran(place.backend.apply(*pointer<ApplyParams>(params), feature_set, width, place.target), feature_set, width);
 }
 
 void sweep(const std::string& backend, int feature_set, int width, uint64_t accumulating, uint64_t applying,
            int num_threads, int device, uint64_t stream) {
-  check_ran(backend_of(backend).sweep(*pointer<AccumulateParams>(accumulating), *pointer<ApplyParams>(applying),
-                                      feature_set, width, Target{num_threads, device, stream}),
+  const Place place = place_of(backend, num_threads, device, stream);
+  check_ran(place.backend.sweep(*pointer<AccumulateParams>(accumulating), *pointer<ApplyParams>(applying), feature_set,
+                                width, place.target),
             feature_set, width);
 }
 
@@ -73,13 +77,14 @@ void sweep(const std::string& backend, int feature_set, int width, uint64_t accu
 template <bool (*Backend::*operation)(const AdvanceParams&, const Target&)>
 void level(const std::string& backend, uint64_t params, int device, uint64_t stream) {
   const AdvanceParams& p = *pointer<AdvanceParams>(params);
-  check_ran((backend_of(backend).*operation)(p, Target{1, device, stream}), p.spec->feature_set, p.spec->width);
+  const Place place = place_of(backend, 1, device, stream);
+  check_ran((place.backend.*operation)(p, place.target), p.spec->feature_set, p.spec->width);
 }
 
 // The phases of a back end over one plan and the levels that share it (api/step.h).
 struct BackendPhases {
   const Backend& backend;
-  const Target target;
+  const Target& target;
   const uint64_t* levels;  // [num_levels] addresses of AdvanceParams
   int64_t num_levels;
   const AccumulateParams& accumulating;
@@ -105,8 +110,9 @@ bool step(const std::string& backend, uint64_t levels, int64_t num_levels, uint6
           bool lagged, int num_threads, int device, uint64_t stream) {
   const uint64_t* addresses = pointer<uint64_t>(levels);
   const Spec& s = *pointer<AdvanceParams>(addresses[0])->spec;
-  BackendPhases phases{backend_of(backend),
-                       {num_threads, device, stream},
+  const Place place = place_of(backend, num_threads, device, stream);
+  BackendPhases phases{place.backend,
+                       place.target,
                        addresses,
                        num_levels,
                        *pointer<AccumulateParams>(accumulating),
@@ -121,7 +127,8 @@ bool step(const std::string& backend, uint64_t levels, int64_t num_levels, uint6
 
 void write_words(const std::string& backend, uint64_t to, const std::vector<int64_t>& words, int device,
                  uint64_t stream) {
-  backend_of(backend).write_words(pointer<int64_t>(to), words.data(), int64_t(words.size()), Target{1, device, stream});
+  const Place place = place_of(backend, 1, device, stream);
+  place.backend.write_words(pointer<int64_t>(to), words.data(), int64_t(words.size()), place.target);
 }
 
 void bind_backends(pybind11::module_& m) {
@@ -145,7 +152,7 @@ void bind_backends(pybind11::module_& m) {
         "sweep, finish. False where it stopped before finish: matrices are to be orthogonalised by the caller, and "
         "written.");
   m.def(
-      "native_side", [](const std::string& backend) { return backend_of(backend).native_side; }, "backend"_a,
+      "native_side", [](const std::string& backend) { return place_of(backend).backend.native_side; }, "backend"_a,
       "Shorter side up to which write orthogonalises matrices itself.");
   m.def("write", &write, "backend"_a, "params"_a, "orthogonalised"_a, "num_threads"_a, "device"_a, "stream"_a,
         py::call_guard<py::gil_scoped_release>(),
@@ -156,7 +163,9 @@ void bind_backends(pybind11::module_& m) {
         "Write 64-bit integers to the device as kernel arguments, for CUDA graphs.");
   m.def(
       "add_backend",
-      [](const std::string& name, uint64_t backend) { added_backends()[name] = pointer<const Backend>(backend); },
+      [](const std::string& name, uint64_t backend) {
+        added_backends()[name] = {*pointer<const Backend>(backend), nullptr};
+      },
       "name"_a, "backend"_a, "Make known the back end of a library that was compiled of the same sources.");
   m.def("begin", &level<&Backend::begin>, "backend"_a, "params"_a, "device"_a, "stream"_a,
         "Before accumulate: losses, and the clip limit of this step; see AdvanceParams in csrc/api/structs.h.");

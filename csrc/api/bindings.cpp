@@ -47,6 +47,16 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = LOPT_COMPILER;             // name and version of the C++ compiler
   m.attr("build_type") = LOPT_BUILD_TYPE;         // CMake's
   lopt::bind_backends(m);
+  m.def(
+      "add_kernels",
+      [](const std::string& name, std::map<std::string, py::bytes> images, std::vector<std::string> kernels) {
+        std::map<std::string, std::string> code(images.begin(), images.end());
+        lopt::added_backends()[name] = lopt::loaded_backend(std::move(code), std::move(kernels));
+      },
+      "name"_a, "images"_a, "kernels"_a,
+      "Make known a back end of kernels that NVRTC compiled: machine code by architecture, as '90', and the names of "
+      "its "
+      "kernels in the order of enum Kernel in cuda/grids.h. They are loaded when they are first started.");
   lopt::bind_factored(m);
   lopt::bind_contracts(m);
   lopt::bind_seen(m);

@@ -1,8 +1,9 @@
 """Kernels of feature sets and MLPs that are not compiled in: written from the table, compiled on this machine, kept.
 
 A set becomes a struct as those of csrc/rule/features.h, with which the sources of ``lopt._C`` are compiled: by the C++
-compiler of this machine for its instruction set or for ``sim``, or by nvcc for its GPUs. The library is kept in the
-user's cache, under a hash of all that it is made of; of several processes that need it one compiles.
+compiler of this machine for its instruction set or for ``sim``; for its GPUs by nvcc, as ``lopt._C`` was, or where
+there is none by NVRTC (:mod:`lopt.kernels.nvrtc`). What is made is kept in the user's cache, under a hash of all that
+it is made of; of several processes that need it one compiles.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from lopt.kernels import nvrtc
 from lopt.kernels.extension import _C, NOT_BUILT, module_of, packed_weights
 from lopt.rule.features import FeatureSet, feature_set
 from lopt.rule.formulas import Writer, literal
@@ -34,6 +36,14 @@ _HOST_FLAGS = ("-fopenmp", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines
 _CPU_UNITS = ("accumulate_cpu.cpp", "advance_cpu.cpp", "apply_cpu.cpp", "own_cpu.cpp")
 _CUDA_UNITS = ("accumulate.cu", "advance.cu", "apply.cu", "apply_mma.cu", "sweep.cu", "sweep_mma.cu", "write.cu")
 _CUDA_DOOR = ("backend.cpp", "own.cpp")
+#: In the order of enum Kernel in cuda/grids.h: kernels with what they are templates of, S for dtype of the state and
+#: set, W for the width, 2 or 1 for `high` or `fast`.
+_CUDA_KERNELS = (
+    "begin_kernel", "accumulate_kernel<S>", "advance_kernel<OwnFeatures>",
+    "apply_kernel<S, W>", "apply_mma_kernel<S, W, 2>", "apply_mma_kernel<S, W, 1>",
+    "sweep_kernel<S, W>", "sweep_mma_kernel<S, W, 2>", "sweep_mma_kernel<S, W, 1>",
+    "write_kernel", "finish_kernel<OwnFeatures>", "write_words_kernel",
+)  # fmt: skip
 #: The CUDA kernels are compiled for one, the CPU's for all.
 _STATES = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16", torch.int8: "kInt8"}
 
@@ -149,18 +159,12 @@ def _compiler() -> list[str]:
     return found
 
 
-def _nvcc() -> list[str]:
-    """As cmake/nvcc.cmake looks for it, and where pip puts it."""
+def _nvcc() -> list[str] | None:
+    """As cmake/nvcc.cmake looks for it, and where pip puts it; None where there is none."""
     folders = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     pip = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"), reverse=True)
     named = [os.environ.get("CUDACXX"), *(f"{folder}/bin/nvcc" for folder in folders), "nvcc"]
-    found = _found([*named, "/usr/local/cuda/bin/nvcc", *(f"{folder}/bin/nvcc" for folder in pip)])
-    if found is None:
-        raise CannotCompile(
-            "there is no nvcc (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip): install a CUDA toolkit, or "
-            "run pip install nvidia-cuda-nvcc, of the major version that lopt was built with"
-        )
-    return found
+    return _found([*named, "/usr/local/cuda/bin/nvcc", *(f"{folder}/bin/nvcc" for folder in pip)])
 
 
 def sources_sha256(folder: Path) -> str:
@@ -189,32 +193,96 @@ def described(name: str, width: int, layers: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """How a back end's library is made."""
+class _Compiler:
+    """How a back end becomes a library, by a compiler that is a command."""
 
     compiler: list[str]
     flags: list[str]
     units: list[Path]
+    suffix = ".so"
+
+    @property
+    def made_of(self) -> list[str]:
+        """Version and options."""
+        version = subprocess.run([*self.compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        return [version, *self.compiler, *self.flags]
+
+    def make(self, made: Path, features: FeatureSet, defines: list[str]) -> None:
+        """Compile to the file ``made``, beside which there may be others."""
+        (made.parent / "own_features.h").write_text(header(features))
+        include = [f"-I{SOURCES}", f"-I{made.parent}", '-DLOPT_OWN_FEATURES="own_features.h"']
+        command = [*self.compiler, *_FLAGS, *self.flags, *defines, *include]
+        result = subprocess.run(
+            [*command, *map(str, self.units), "-o", str(made)], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise CannotCompile(f"{shlex.join(command)} failed:\n{(result.stderr or result.stdout)[-2000:]}")
 
 
-def _recipe(backend: str, sources: Path, archs: tuple[str, ...], state: torch.dtype) -> _Recipe:
+@dataclass(frozen=True)
+class _Nvrtc:
+    """How kernels for the GPU become machine code, by NVRTC."""
+
+    nvrtc: nvrtc.Nvrtc
+    archs: tuple[str, ...]
+    state: torch.dtype
+    suffix = ".json"
+
+    @property
+    def made_of(self) -> list[str]:
+        """Version and options."""
+        return [self.nvrtc.version, *self.archs, _STATES[self.state]]
+
+    def make(self, made: Path, features: FeatureSet, defines: list[str]) -> None:
+        """Compile to the file ``made``."""
+        assert SOURCES is not None
+        headers = dict.fromkeys(nvrtc.STANDARD, '#include "rtc/standard.h"\n') | {"own_features.h": header(features)}
+        template = f"lopt::{_STATES[self.state]}, lopt::OwnFeatures"
+        expressions = [
+            "lopt::" + name.replace("S", template).replace("W", "LOPT_OWN_WIDTH").replace("<Own", "<lopt::Own")
+            if self.state != torch.int8 or not name.startswith("sweep")  # a state in 8 bits has no kernels of one sweep
+            else ""
+            for name in _CUDA_KERNELS
+        ]
+        options = ["--std=c++17", "--device-as-default-execution-space", f"-I{SOURCES}", f"-I{SOURCES.parent / 'cuda'}"]
+        options += [*defines, f"-DLOPT_STATE={_STATES[self.state]}", '-DLOPT_OWN_FEATURES="own_features.h"']
+        images: dict[str, bytes] = {}
+        names: list[str] = []
+        for arch in self.archs:
+            try:
+                images[arch], names = self.nvrtc.compile(
+                    '#include "own_rtc.cu"\n', headers, expressions, [f"--gpu-architecture=sm_{arch}", *options]
+                )
+            except nvrtc.NvrtcError as error:
+                raise CannotCompile(f"{self.nvrtc.version} for sm_{arch} failed: {str(error)[-2000:]}") from error
+        nvrtc.write(made, images, names)
+
+
+def _maker(backend: str, sources: Path, archs: tuple[str, ...], state: torch.dtype) -> "_Compiler | _Nvrtc":
     cuda, for_state = sources.parent / "cuda", [f"-DLOPT_STATE={_STATES[state]}"]
     if backend == "cpu":
         namespace, flags = _level()
         flags = [*_CPU_FLAGS, *_HOST_FLAGS, *flags, f"-DLOPT_ISA={namespace}"]
-        return _Recipe(_compiler(), flags, [sources / "cpu" / name for name in _CPU_UNITS])
+        return _Compiler(_compiler(), flags, [sources / "cpu" / name for name in _CPU_UNITS])
     door = [cuda / name for name in _CUDA_DOOR]
     if backend == "sim":
         flags = ["-O1", *_HOST_FLAGS, *for_state, "-Wno-unknown-pragmas"]
-        return _Recipe(_compiler(), flags, [sources / "sim" / "own.cpp", *door])
+        return _Compiler(_compiler(), flags, [sources / "sim" / "own.cpp", *door])
     if not archs:
         raise CannotCompile("there is no GPU")
+    if (nvcc := _nvcc()) is None:
+        if (found := nvrtc.find()) is None:
+            raise CannotCompile(
+                "there is no nvcc (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip) and no NVRTC, which "
+                "comes with torch's wheels for CUDA: pip install nvidia-cuda-nvrtc, or install a CUDA toolkit"
+            )
+        return _Nvrtc(found, archs, state)
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     host = ["-Xcompiler", ",".join(_HOST_FLAGS[1:])]  # OpenMP is for the CPU
     if os.environ.get("CUDAHOSTCXX"):
         host += ["-ccbin", os.environ["CUDAHOSTCXX"]]
     flags = ["-O3", "--threads=0", *targets, *for_state, *host]
-    return _Recipe(_nvcc(), flags, [*(cuda / name for name in _CUDA_UNITS), *door])
+    return _Compiler(nvcc, flags, [*(cuda / name for name in _CUDA_UNITS), *door])
 
 
 def gpu_archs() -> tuple[str, ...]:
@@ -231,7 +299,7 @@ def compiled(
     archs: tuple[str, ...] = (),
     state: torch.dtype = torch.float32,
 ) -> Path:
-    """The library of a set and MLP, compiled where it is not yet there: by the C++ compiler, or by nvcc.
+    """The library of a set and MLP, or machine code, compiled where it is not yet there.
 
     Args:
         backend: ``"cpu"``, for the instruction set in use, ``"cuda"`` or ``"sim"``.
@@ -245,36 +313,25 @@ def compiled(
         raise CannotCompile("the sources (csrc) are not there; install lopt from its source folder")
     if sources_sha256(SOURCES) != _C.source_sha256:  # it would read the structs of other sources
         raise CannotCompile(f"the sources in {SOURCES.parent} are not those that lopt._C was built from; build it anew")
-    recipe, text = _recipe(backend, SOURCES, archs, state), header(features)
-    version = subprocess.run([*recipe.compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    command = [*recipe.compiler, *_FLAGS, *recipe.flags, f"-DLOPT_OWN_WIDTH={width}", f"-DLOPT_MLP_LAYERS={layers}"]
-    made_of = "\n".join([text, _C.source_sha256, version, *command])
+    maker = _maker(backend, SOURCES, archs, state)
+    defines = [f"-DLOPT_OWN_WIDTH={width}", f"-DLOPT_MLP_LAYERS={layers}"]
+    made_of = "\n".join([header(features), _C.source_sha256, *maker.made_of, *defines])
     key = f"{features.name}-{width}x{layers}-{backend}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
     folder = cache_folder()
-    library = folder / f"{key}.so"
+    library = folder / f"{key}{maker.suffix}"
     if library.is_file():
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(folder / f"{key}.lock"):
             if not library.is_file():
-                _compile([*command, f"-I{SOURCES}"], recipe.units, text, library)
+                with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                    made = Path(scratch) / f"made{maker.suffix}"
+                    maker.make(made, features, defines)
+                    os.replace(made, library)  # whole or not at all
     except OSError as error:
         raise CannotCompile(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
     return library
-
-
-def _compile(command: list[str], units: list[Path], text: str, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        (Path(scratch) / "own_features.h").write_text(text)
-        made = Path(scratch) / "made.so"
-        include = [f"-I{scratch}", '-DLOPT_OWN_FEATURES="own_features.h"']
-        result = subprocess.run(
-            [*command, *include, *map(str, units), "-o", str(made)], capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            raise CannotCompile(f"{shlex.join(command)} failed:\n{(result.stderr or result.stdout)[-2000:]}")
-        os.replace(made, library)  # whole or not at all
 
 
 def resolved(backend: str, name: str, width: int | None, layers: int, state: torch.dtype = torch.float32) -> str:
@@ -330,15 +387,18 @@ def _made(
 ) -> str:
     """Name by which the compiled module knows the back end for these targets."""
     library = compiled(features, width, layers, backend, targets, state)
+    name = f"{backend} {library.stem}"
+    if library.suffix == _Nvrtc.suffix:
+        _C.add_kernels(name, *nvrtc.read(library))
+        return name
     loaded = load(library)
     assert loaded.lopt_packed_weights() == size_of_weights(features.name, width, layers)
-    name = f"{backend} {library.stem}"
     module_of(backend).add_backend(name, loaded.lopt_backend())
     return name
 
 
 def load(library: Path) -> ctypes.CDLL:
-    """What :func:`compiled` made."""
+    """A library that :func:`compiled` made."""
     loaded = ctypes.CDLL(str(library))
     loaded.lopt_backend.restype = ctypes.c_void_p
     return loaded
