@@ -243,12 +243,16 @@ def small_data(theta: str, references: Mapping[tuple[LossName, str], str], horiz
     return found
 
 
+#: Language models whose curves are drawn.
+SHOWN = ("gpt-2x64-small-torch-headers", "gpt-2x64-torch-topics", "llama-2x64-torch-topics")
+
+
 def language() -> Any:
     """Test loss by learning rate of the tuned opponents; the learned optimizer has none."""
     rows = rows_of("language/runs.csv")
     names = {"adamw-warmup-tuned": "AdamW", "muon-warmup-tuned": "Muon"}
     shown = {}
-    for task in sorted({run.task for run in rows if run.name == "lopt"}):
+    for task in SHOWN:
         lines = shown[task] = {}
         for name, label in names.items():
             some = sorted((run.lr, run.test_loss) for run in rows if (run.name, run.task) == (name, task))
