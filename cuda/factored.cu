@@ -440,8 +440,9 @@ struct Work {
   }
 };
 
+// With three blocks asked for, ptxas takes the registers that there are: left to itself it spills on sm_90.
 template <class Columns>
-__global__ void __launch_bounds__(kThreads) accumulate_factored_kernel(FactoredParams params) {
+__global__ void __launch_bounds__(kThreads, 3) accumulate_factored_kernel(FactoredParams params) {
   constexpr int kColumns = Columns::kNumColumns;
   __shared__ double rows[kColumns][kThreads];
   const Tile tile = params.tiles[blockIdx.x];
