@@ -186,7 +186,7 @@ WINE = HeldOutTask(data="wine", sizes=(13, 4, 3), batch_size=16)
 
 
 def wine(optimizer: str, trial: int = 0, **fields: Any) -> TaskJob:
-    fields = {"horizon": 20, "seed": 0, "points": 1, "task": WINE, "trials": (trial,), **fields}
+    fields = {"horizon": 20, "seed": 0, "points": 0, "task": WINE, "trials": (trial,), **fields}
     return TaskJob(suite="wines", name="wine", optimizer=optimizer, learned=learned_if(optimizer), **fields)
 
 
@@ -226,7 +226,7 @@ def test_which_adams_are_a_batch() -> None:
     """Those of one optimizer, place and seed, where losses along the run are not asked for and models are small."""
     large = HeldOutTask(data="wine", sizes=(13, 6000, 3), batch_size=16)
     setting, optimizers = Setting(seeds=(0, 1)), [("lopt", (0,)), ("adam-tuned", (3, 5)), ("adam", (0,))]
-    for task, points, expected in ((WINE, 1, [1, 2, 1]), (WINE, 2, [1, 1, 1, 1]), (large, 1, [1, 1, 1, 1])):
+    for task, points, expected in ((WINE, 0, [1, 2, 1]), (WINE, 2, [1, 1, 1, 1]), (large, 0, [1, 1, 1, 1])):
         found = setting.jobs("x", [("wine", task, 0.0, 20)], optimizers, points)
         assert [len(job.trials) for job in found] == [size for size in expected for _ in (0, 1)]
         assert [job.seed for job in found] == [0, 1] * len(expected)

@@ -74,7 +74,7 @@ def options(kind: type, word: str) -> list[str]:
 
 def hint(kind: type, name: str) -> str:
     """How the type of an option is written in the source."""
-    for base in kind.__mro__[:-2]:
+    for base in kind.__mro__[:-1]:
         for line in inspect.getsource(base).splitlines():
             if line.startswith(f"    {name}: "):
                 return line

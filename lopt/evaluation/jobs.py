@@ -166,7 +166,7 @@ class TaskJob(Job):
 
     Args:
         name: of the task in tables and figures, if not its own.
-        points: of a curve after its beginning; with one there is no curve.
+        points: of a curve after its beginning; with none there is no curve.
     """
 
     task: Task
@@ -206,10 +206,10 @@ class TaskJob(Job):
         if len(self.trials) > 1:
             configs = [replace(BATCHED[self.optimizer], lr=settings["lr"]) for settings in self.settings]
             return adam_results(self.task, self.seed, self.horizon, configs)
-        every = math.ceil(self.horizon / self.points)
+        every = math.ceil(self.horizon / max(1, self.points))
         make = partial(self.make, task=self.task)
         found = result(train_task(self.task, make, self.seed, self.horizon, record_every=every))
-        return [found if self.points > 1 else replace(found, curve={})]
+        return [found if self.points else replace(found, curve={})]
 
 
 def _columns(outcome: Result) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Setting:
         suite: str,
         places: Iterable[tuple[str, Task, float, int]],
         optimizers: Optimizers,
-        points: int = 1,
+        points: int = 0,
     ) -> list[Job]:
         """Runs of every optimizer, trial and seed at every place; Adams that differ in the learning rate alone are
         trained as one batch.
@@ -63,12 +63,12 @@ class Setting:
         Args:
             suite: name of the experiment.
             places: name of the task in tables and figures, task, place on the axis, number of steps.
-            points: how often losses are recorded along the run.
+            points: how often losses are recorded along the run, after its beginning; 0 for a run without a curve.
         """
         found: list[Job] = []
         for name, task, x, steps in places:
             for optimizer, trials in optimizers:
-                whole = optimizer in BATCHED and points == 1 and task.num_params <= BATCHED_PARAMS
+                whole = optimizer in BATCHED and not points and task.num_params <= BATCHED_PARAMS
                 how: dict[str, Any] = {"learned": self.learned} if optimizer in LEARNED else {}
                 how |= {"suite": suite, "task": task, "name": name, "x": x, "horizon": steps, "points": points}
                 found += [
