@@ -1,5 +1,6 @@
 """lopt.evaluate: rows of any tasks are those of a plain run; they are kept, compared and drawn."""
 
+import dataclasses
 import doctest
 import importlib
 from collections.abc import Callable
@@ -77,6 +78,8 @@ def test_rows_are_drawn(tmp_path: Path) -> None:
         loss_curves({"both": [*ours, *others]}, tmp_path / "none.png")
     with pytest.raises(ValueError, match="runs: expected at least one optimizer with rows, got none"):
         loss_curves({}, tmp_path / "none.png")
+    with pytest.raises(ValueError, match=r"runs\['bare'\]: expected losses along all runs, got none on"):
+        loss_curves({"bare": [dataclasses.replace(ours[0], curve="", times="")]}, tmp_path / "none.png")
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

@@ -57,13 +57,18 @@ def loss_curves(runs: Mapping[str, Sequence[Run]], path: str | PathLike[str], me
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
-        ValueError: there is nothing to draw, or a label has rows of several optimizers.
+        ValueError: there is nothing to draw, a label has rows of several optimizers, or a row has no curve.
     """
     chosen = {}
     for label, rows in runs.items():
         found = Runs(rows).chosen
         if len(found) != 1:
             raise ValueError(f"runs[{label!r}]: expected rows of one optimizer, got those of {list(found)}")
+        bare = next((run.task for run in rows if not run.points), None)
+        if bare is not None:
+            raise ValueError(
+                f"runs[{label!r}]: expected losses along all runs, got none on {bare!r}: evaluate with points"
+            )
         chosen[label] = next(iter(found.values()))
     places = list(dict.fromkeys(place for by_place in chosen.values() for place in by_place))
     if not places:
